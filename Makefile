@@ -1,0 +1,32 @@
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO := standard at trades mart trades_awp at_sam
+
+.PHONY: help demo test check bench clean
+
+help: ## what there is
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	touch $@
+
+.venv/installed-dev: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+demo: .venv/installed ## train, attack and compare on scikit-learn's digits; ends with runs/demo/report.html
+	$(BIN)/unmoved compare $(DEMO:%=recipes/digits/%.toml) --out runs/demo
+
+test: .venv/installed-dev ## the whole suite
+	$(BIN)/python -m pytest
+
+check: .venv/installed-dev ## lint, formatting, types, then the suite
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(MAKE) test
+
+clean: ## remove the virtual environment and caches; runs stay
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build src/*.egg-info

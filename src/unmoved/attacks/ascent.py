@@ -1,0 +1,83 @@
+"""What every gradient attack needs: a model that is left as it was found, and the gradient of a term over the input."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from unmoved.errors import UnmovedError
+from unmoved.protocols import Batch, Image, Logits, PerSample, Term
+from unmoved.views import Views
+from unmoved.weights import evaluating
+
+MODES = ("eval", "train")
+
+
+@contextmanager
+def attacking(model: nn.Module, batch: Batch, mode: str) -> Iterator[Views]:
+    """The views of a batch with gradients on (also inside no_grad and inference_mode), the model in ``mode``."""
+    with torch.inference_mode(False), torch.enable_grad(), evaluating(model, mode):
+        yield Views(model, replace(batch, x=_usable(batch.x), y=_usable(batch.y), index=_usable(batch.index)))
+
+
+def _usable(tensor: Tensor) -> Tensor:
+    """Tensors made in inference mode cannot be saved for a backward pass; copies of them can."""
+    return tensor.clone() if tensor.is_inference() else tensor.detach()
+
+
+def gradient_at(base: Views, x_adv: Image, loss: Term) -> tuple[PerSample, Tensor, Logits]:
+    """Loss (B,), its gradient over the input (B, C, H, W) and the logits (B, K) at ``x_adv``.
+
+    The loss is summed over the batch: a mean would push small gradients below what half precision holds. Parameter
+    gradients are neither computed nor touched.
+
+    Raises:
+        UnmovedError: the loss does not depend on the adversarial image.
+    """
+    x = x_adv.detach().requires_grad_(True)
+    views = base.at(x)
+    value = loss(views)
+    if not value.requires_grad:
+        raise _constant(loss)
+    (gradient,) = torch.autograd.grad(value.sum(), x, allow_unused=True)
+    if gradient is None:
+        raise _constant(loss)
+    return value.detach(), gradient, views.adv.detach()
+
+
+def value_at(base: Views, x_adv: Image, loss: Term) -> tuple[PerSample, Logits]:
+    """Loss (B,) and logits (B, K) at ``x_adv``, without a gradient."""
+    with torch.no_grad():
+        views = base.at(x_adv)
+        return loss(views), views.adv
+
+
+def _constant(loss: Term) -> UnmovedError:
+    return UnmovedError(
+        f"attack loss {loss!r}: expected a differentiable term of the adversarial view, but its gradient over the "
+        'image does not exist; use a term of "adv", such as CE("adv"), and a model that does not detach its input'
+    )
+
+
+class Best:
+    """The best proposal so far for each sample: misclassified ones first, then the highest loss.
+
+    Its order makes success final: more steps or more restarts never turn a broken sample into a robust one.
+    """
+
+    def __init__(self) -> None:
+        self.x: Image | None = None
+
+    def offer(self, x_adv: Image, value: PerSample, logits: Logits, y: Tensor) -> None:
+        wrong = logits.argmax(dim=1) != y
+        if self.x is None:
+            self.x, self.value, self.wrong = x_adv.detach().clone(), value.clone(), wrong
+            return
+        better = (wrong & ~self.wrong) | ((wrong == self.wrong) & (value > self.value))
+        self.x[better] = x_adv.detach()[better]
+        self.value = torch.where(better, value, self.value)
+        self.wrong = self.wrong | wrong

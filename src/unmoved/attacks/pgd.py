@@ -1,0 +1,150 @@
+"""Projected gradient ascent on any term, with any start and any stopping rule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unmoved import noise
+from unmoved.attacks.ascent import MODES, Best, attacking, gradient_at, value_at
+from unmoved.attacks.stopping import StoppingRule
+from unmoved.errors import UnmovedError, require_choice, require_number
+from unmoved.protocols import Batch, Image, Term
+from unmoved.schedule import Ramp, require_ramp
+from unmoved.terms import CE
+from unmoved.threat import ThreatModel
+from unmoved.views import Views
+
+
+STARTS = ("uniform", "gaussian", "none")
+GAUSSIAN_START = 0.001
+
+
+@dataclass(frozen=True)
+class PGD:
+    """Projected gradient ascent (Madry et al. 2018, section 2.1).
+
+    ``x' <- project(x' + step_size * steepest(grad_x' loss))``, ``steps`` times.
+
+    Args:
+        threat: the ball.
+        loss: the term to maximise; ``KL()`` is TRADES' attack, any objective makes the attack adaptive to it.
+        steps: number of gradient steps.
+        step_size: length of a step; ``None`` is Madry's rule 2.5 * eps / steps.
+        start: ``"uniform"`` in the ball, ``"gaussian"`` (0.001 N(0, I): TRADES, MART) or ``"none"`` (the clean image,
+            where the gradient of KL is zero up to rounding).
+        restarts: independent starts; each sample keeps its best.
+        stop: a stopping rule, such as the sensible or the friendly adversary.
+        keep: ``"last"`` iterate (training; saves a forward pass) or ``"best"`` of all, the final one included.
+        seed: keys the start together with the step and the sample's identity.
+        mode: the model's mode while it is attacked, ``"eval"`` or ``"train"`` (batch statistics, not tracked).
+
+    Raises:
+        UnmovedError: a value outside its bounds.
+    """
+
+    threat: ThreatModel
+    loss: Term = CE("adv")
+    steps: int = 10
+    step_size: float | Ramp | None = None
+    start: str = "uniform"
+    restarts: int = 1
+    stop: StoppingRule | None = None
+    keep: str = "last"
+    seed: int = 0
+    mode: str = "eval"
+
+    def __post_init__(self) -> None:
+        require_number("PGD.steps", self.steps, at_least=0)
+        require_number("PGD.restarts", self.restarts, at_least=1)
+        require_choice("PGD.start", self.start, STARTS)
+        require_choice("PGD.keep", self.keep, ("last", "best"))
+        require_choice("PGD.mode", self.mode, MODES)
+        if self.step_size is not None:
+            require_ramp("PGD.step_size", self.step_size, at_least=0)
+        if self.stop is not None and self.keep == "best":
+            raise UnmovedError('PGD: a stopping rule decides which point is kept; use keep="last" with it')
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Image:
+        if self.threat.radius == 0 or (self.stop is not None and self.stop.inert):
+            return batch.x.detach().clone()
+        with attacking(model, batch, self.mode) as views:
+            if self.restarts == 1:
+                return self._climb(views, restart=0)
+            best = Best()
+            for restart in range(self.restarts):
+                x_adv = self._climb(views, restart)
+                best.offer(x_adv, *value_at(views, x_adv, self.loss), views.y)
+            return best.x if best.x is not None else batch.x
+
+    def _start(self, batch: Batch, restart: int) -> Image:
+        if self.start == "uniform":
+            return self.threat.start(batch, seed=self.seed, stream=restart)
+        if self.start == "none":
+            return batch.x
+        draw = noise.normal(batch.index, tuple(batch.x.shape[1:]), seed=self.seed, step=batch.step, stream=restart)
+        return self.threat.project(batch.x + GAUSSIAN_START * draw.to(batch.x.dtype), batch.x)
+
+    def _climb(self, base: Views, restart: int) -> Image:
+        if self.stop is not None:
+            return self._climb_until(self.stop, base, restart)
+        x_adv = self._start(base.batch, restart)
+        best = Best()
+        for _ in range(self.steps):
+            value, gradient, logits = gradient_at(base, x_adv, self.loss)
+            if self.keep == "best":
+                best.offer(x_adv, value, logits, base.y)
+            x_adv = self._step(x_adv, gradient, base.x)
+        if self.keep == "best":
+            best.offer(x_adv, *value_at(base, x_adv, self.loss), base.y)
+        return x_adv.detach() if best.x is None else best.x
+
+    def _step(self, x_adv: Image, gradient: Tensor, x: Image) -> Image:
+        step_size = 2.5 * self.threat.radius / self.steps if self.step_size is None else self.step_size
+        return self.threat.project(x_adv + step_size * self.threat.steepest(gradient), x)
+
+    def _climb_until(self, stop: StoppingRule, base: Views, restart: int) -> Image:
+        """The same ascent over the samples that have not stopped; stopped ones are not computed again."""
+        x_adv = before = self._start(base.batch, restart)
+        rest = x_adv.detach().clone()
+        position = torch.arange(len(rest), device=rest.device)
+        memory: Any = None
+        for step in range(self.steps + 1):
+            loss = stop.opening if step == 0 and stop.opening is not None else self.loss
+            if step < self.steps:
+                value, gradient, logits = gradient_at(base, x_adv, loss)
+            elif stop.undo:
+                value, logits = value_at(base, x_adv, loss)
+            else:
+                break
+            halt, memory = stop(logits, base.y, value, step, memory)
+            if halt.any():
+                go = ~halt
+                rest[position[halt]] = (before if stop.undo else x_adv)[halt]
+                base, position, x_adv = base.take(go), position[go], x_adv[go]
+                memory = None if memory is None else memory[go]
+                gradient = gradient[go]
+            if step == self.steps or len(position) == 0:
+                break
+            before = x_adv
+            x_adv = self._step(x_adv, gradient, base.x)
+            if stop.jitter:
+                x_adv = self._jitter(x_adv, base.batch, stop.jitter, restart * self.steps + step)
+        rest[position] = x_adv.detach()
+        return rest
+
+    def _jitter(self, x_adv: Image, batch: Batch, size: float, stream: int) -> Image:
+        key = {"seed": self.seed, "step": batch.step, "stream": -1 - stream}
+        draw = noise.normal(batch.index, tuple(x_adv.shape[1:]), **key)
+        return self.threat.project(x_adv + size * draw.to(x_adv.dtype), batch.x)
+
+
+def FGSM(threat: ThreatModel, loss: Term = CE("adv")) -> PGD:  # noqa: B008 - a frozen value
+    """The fast gradient sign method (Goodfellow et al. 2015): one step of length eps from the clean image.
+
+    ``x' = x + eps * steepest(grad_x loss)``: one step of `PGD`, whose projection shortens Madry's 2.5 eps to eps.
+    """
+    return PGD(threat, loss, steps=1, start="none")

@@ -1,0 +1,129 @@
+"""When an attack has gone far enough with a sample: stopping rules, values on the one PGD loop."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from unmoved.errors import require_number
+from unmoved.protocols import Label, Logits, PerSample, Term
+from unmoved.terms import CE
+
+
+class StoppingRule(Protocol):
+    """Says which samples stop; they are frozen for good, not computed again, and stay in the training loss."""
+
+    @property
+    def undo(self) -> bool:
+        """Whether the step that made a sample stop is taken back; the last point is then judged as well."""
+        ...
+
+    @property
+    def inert(self) -> bool:
+        """Whether the rule lets nothing move at all: the attack then returns the clean image."""
+        ...
+
+    @property
+    def opening(self) -> Term | None:
+        """The loss of the start and of the first step, where it is not the attack's own."""
+        ...
+
+    @property
+    def jitter(self) -> float:
+        """Standard deviation of the noise added to each step."""
+        ...
+
+    def __call__(self, logits: Logits, y: Label, value: PerSample, step: int, memory: Any) -> tuple[Tensor, Any]:
+        """Judge the points before step number ``step``.
+
+        Args:
+            logits: (B, K) at the point.
+            y: (B,) labels.
+            value: (B,) the loss there.
+            step: steps taken so far; 0 is the start.
+            memory: what the last call returned for these samples, (B, ...) tensor or None.
+
+        Returns:
+            (B,) bool, True where the sample stops now; and the memory for the next call.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Sensible:
+    """The sensible adversary: a step that carries the loss above ``-log c`` is taken back and the sample frozen.
+
+    A sample that is misclassified, or whose p_y is below c, at the noisy start stays there. So no attacked sample has
+    a loss above ``-log c`` ("implicit loss truncation"): Kim and Wang 2022/2023 (SENSE), as in the authors' code.
+    With ``loss=KL()`` the start and the first step go by cross-entropy, the rest by KL with the same threshold.
+
+    Args:
+        c: confidence in (0, 1] below which a perturbation is not sensible; 1 is natural training.
+        adaptive: ``False`` is the authors' warm-up: only the start is judged, all others get the whole attack.
+
+    Raises:
+        UnmovedError: c outside (0, 1].
+    """
+
+    c: float = 0.5
+    adaptive: bool = True
+
+    def __post_init__(self) -> None:
+        require_number("Sensible.c", self.c, above=0, at_most=1)
+
+    undo = True
+    jitter = 0.0
+
+    @property
+    def inert(self) -> bool:
+        return self.c == 1
+
+    @property
+    def opening(self) -> Term:
+        return CE("adv")
+
+    def __call__(self, logits: Logits, y: Label, value: PerSample, step: int, memory: Any) -> tuple[Tensor, Any]:
+        beyond = value > -math.log(self.c)
+        if step == 0:
+            return beyond | (logits.argmax(dim=1) != y), None
+        return beyond if self.adaptive else torch.zeros_like(beyond), None
+
+
+@dataclass(frozen=True)
+class Friendly:
+    """The friendly adversary: a sample stops ``tau`` steps after it is first seen misclassified.
+
+    Zhang et al. 2020 (FAT), algorithm 1, with the budget as in the authors' code: each point that is seen wrong while
+    budget is left costs one of the ``tau`` and the attack goes on; at zero the wrong point itself is kept.
+
+    Args:
+        tau: steps allowed after the boundary, 0 or more.
+        omega: standard deviation of the noise added to each step (0.001 in FAT, 0 with TRADES and MART).
+
+    Raises:
+        UnmovedError: a negative value.
+    """
+
+    tau: int = 0
+    omega: float = 0.0
+
+    def __post_init__(self) -> None:
+        require_number("Friendly.tau", self.tau, at_least=0)
+        require_number("Friendly.omega", self.omega, at_least=0)
+
+    undo = False
+    inert = False
+    opening = None
+
+    @property
+    def jitter(self) -> float:
+        return self.omega
+
+    def __call__(self, logits: Logits, y: Label, value: PerSample, step: int, memory: Any) -> tuple[Tensor, Any]:
+        left = torch.full_like(y, self.tau) if memory is None else memory
+        wrong = logits.argmax(dim=1) != y
+        return wrong & (left == 0), left - (wrong & (left > 0)).long()

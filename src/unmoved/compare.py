@@ -1,0 +1,123 @@
+"""The main job: recipes x seeds -> runs -> one table and one report. What is done already is not done again."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unmoved import config
+from unmoved.errors import UnmovedError
+from unmoved.judge import evaluate_run, weights_digest
+from unmoved.loop import train_recipe
+from unmoved.run import Run
+
+
+@dataclass(frozen=True)
+class Job:
+    """One recipe with one seed, and the folder it goes to."""
+
+    tables: dict[str, Any]
+    path: str
+    allow: tuple[str, ...] = ()
+    threads: int = 1
+
+    @property
+    def label(self) -> str:
+        return f"{self.tables['name']} seed {self.tables['training']['seed']}"
+
+    @property
+    def epochs(self) -> int:
+        return int(self.tables["training"]["epochs"])
+
+
+def jobs_of(
+    recipes: Sequence[config.Recipe], seeds: Sequence[int], out: Path, allow: Collection[str], threads: int
+) -> list[Job]:
+    """The grid, one folder ``out/<recipe name>/seed<k>`` each.
+
+    Raises:
+        UnmovedError: two recipes of one name.
+    """
+    names = [recipe.name for recipe in recipes]
+    for name in names:
+        if names.count(name) > 1:
+            raise UnmovedError(f"compare: expected recipes of different names, came {name!r} twice; set name=... in one")
+    jobs = []
+    for recipe in recipes:
+        for seed in seeds:
+            tables = recipe.tables()
+            tables["training"] = {**tables["training"], "seed": seed}
+            folder = out / recipe.name.replace("/", "-") / f"seed{seed}"
+            jobs.append(Job(tables, str(folder), tuple(allow), threads))
+    return jobs
+
+
+def work(job: Job) -> str:
+    """Train and judge one job in this process, going on where it stands; returns the run's folder."""
+    if job.threads:
+        torch.set_num_threads(job.threads)
+    run = train_recipe(config.parse(job.tables), job.path, resume=True, allow=job.allow)
+    done = run.evaluation
+    if done is None or done.get("weights_sha256") != weights_digest(run, "best"):
+        evaluate_run(run, allow=job.allow)
+    return job.path
+
+
+def compare(
+    jobs: Sequence[Job],
+    *,
+    workers: int | None = None,
+    on_done: Callable[[Job, str | None], None] | None = None,
+    poll: Callable[[], None] | None = None,
+) -> list[Run]:
+    """Run the grid in a pool of processes and return the finished runs; one failure does not stop the others.
+
+    Args:
+        workers: processes; by default one a core, at most one a job.
+        on_done: called with each job and its error message, or None.
+        poll: called a few times a second, for a progress display.
+
+    Raises:
+        UnmovedError: after all jobs ended, naming those that failed; what finished stays on disk.
+    """
+    count = max(1, min(workers or os.cpu_count() or 1, len(jobs)))
+    failures: dict[str, str] = {}
+    pool = ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"))
+    try:
+        waiting = {pool.submit(work, job): job for job in jobs}
+        while waiting:
+            try:
+                for future in as_completed(list(waiting), timeout=0.3):
+                    job = waiting.pop(future)
+                    error = future.exception()
+                    if error is not None:
+                        failures[job.label] = _words(error)
+                    if on_done is not None:
+                        on_done(job, failures.get(job.label))
+            except TimeoutError:
+                pass
+            if poll is not None:
+                poll()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+    if failures:
+        lines = "".join(f"\n  {label}: {message}" for label, message in failures.items())
+        raise UnmovedError(
+            f"{len(failures)} of {len(jobs)} runs failed; the others are finished, and the same command goes on with "
+            f"what is missing:{lines}"
+        )
+    return [Run.open(job.path) for job in jobs]
+
+
+def _words(error: BaseException) -> str:
+    if isinstance(error, BrokenProcessPool):
+        return "its process was ended from outside (out of memory, or killed)"
+    return str(error) if isinstance(error, UnmovedError) else f"{type(error).__name__}: {error}"

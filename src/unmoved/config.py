@@ -1,0 +1,300 @@
+"""A recipe: one TOML file that says everything a run does; read, checked, and turned into objects."""
+
+from __future__ import annotations
+
+import copy
+import tomllib
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field, ValidationError, field_validator, model_validator
+from torch import nn
+
+from unmoved import components, data
+from unmoved.attacks import APGD, PGD
+from unmoved.components import (
+    AttackTable,
+    DataTable,
+    DefenseTable,
+    ModelTable,
+    Number,
+    OptimizerTable,
+    ScheduleTable,
+    Settings,
+    TermTable,
+)
+from unmoved.errors import UnmovedError, did_you_mean
+from unmoved.precision import PRECISIONS
+from unmoved.protocols import Attack, Method
+from unmoved.schedule import Phases
+from unmoved.terms import Sum
+from unmoved.threat import ThreatModel
+
+
+class Threat(Settings):
+    """The ball of allowed perturbations, on images in [0, 1]."""
+
+    norm: str = "linf"
+    eps: Number
+
+
+class Training(Settings):
+    """How long and on what."""
+
+    epochs: int = Field(30, ge=1)
+    batch_size: int = Field(128, ge=1)
+    seed: int = Field(0, ge=0)
+    validation: Number = Field(0.1, ge=0, description="held out of the training data: a share, or a count above 1")
+    augment: str = "none"
+    precision: str = "auto"
+
+    @field_validator("precision")
+    @classmethod
+    def _known_precision(cls, value: str) -> str:
+        if value not in PRECISIONS:
+            raise ValueError(f"unknown value {value!r}" + did_you_mean(value, PRECISIONS))
+        return value
+
+    @field_validator("augment")
+    @classmethod
+    def _known_augment(cls, value: str) -> str:
+        data.augmentation(value)
+        return value
+
+
+class Phase(Settings):
+    """What changes from an epoch on; the changes add up from phase to phase."""
+
+    from_epoch: int = Field(ge=1)
+    attack: dict[str, Any] | None = None
+    objective: dict[str, dict[str, Any]] | None = None
+    defense: dict[str, Any] | None = None
+
+
+class Evaluation(Settings):
+    """What ``unmoved evaluate`` runs; by default PGD with 20 steps and APGD with 100."""
+
+    n: int | None = Field(None, ge=1)
+    attacks: dict[str, AttackTable] = {}
+
+
+class Stretch(Settings):
+    """What may change from phase to phase: attack, objective and defense."""
+
+    attack: AttackTable | None = None
+    objective: dict[str, TermTable] = Field(min_length=1)
+    defense: DefenseTable = Field({"use": "plain"}, validate_default=True)
+
+    @field_validator("objective", mode="before")
+    @classmethod
+    def _use_defaults_to_the_name(cls, value: Any) -> Any:
+        if isinstance(value, Mapping) and isinstance(value.get("use"), str):
+            raise ValueError(f'expected named terms, such as [objective.{value["use"]}]')
+        if isinstance(value, Mapping):
+            return {k: {"use": k, **t} if isinstance(t, Mapping) else t for k, t in value.items()}
+        return value
+
+    @field_validator("attack", mode="before")
+    @classmethod
+    def _no_attack(cls, value: Any) -> Any:
+        return None if value == "none" or isinstance(value, Mapping) and value.get("use") == "none" else value
+
+
+class Recipe(Stretch):
+    """A run, described in full. ``[objective.NAME]`` tables are terms; ``use`` defaults to NAME."""
+
+    name: str = "recipe"
+    data: DataTable
+    model: ModelTable
+    threat: Threat
+    training: Training = Training()
+    optimizer: OptimizerTable = Field({"use": "sgd"}, validate_default=True)
+    schedule: ScheduleTable = Field({"use": "constant"}, validate_default=True)
+    phases: list[Phase] = []
+    validation: AttackTable | None = None
+    evaluation: Evaluation = Evaluation()
+
+    @model_validator(mode="after")
+    def _phases_are_methods(self) -> Recipe:
+        starts = [0, *(phase.from_epoch for phase in self.phases)]
+        if any(b <= a for a, b in zip(starts, starts[1:], strict=False)):
+            raise ValueError(f"phases: from_epoch must increase, came {starts[1:]}")
+        for start, tables in self.stretches()[1:]:
+            try:
+                Stretch.model_validate(tables)
+            except ValidationError as error:
+                raise ValueError(f"phase from epoch {start}: " + "; ".join(_messages(error))) from None
+        return self
+
+    def stretches(self) -> list[tuple[int, dict[str, Any]]]:
+        """(first epoch, tables of attack, objective and defense) of each phase, changes merged in."""
+        result = [(0, self.model_dump(include=set(Stretch.model_fields), by_alias=True))]
+        for phase in self.phases:
+            changes = phase.model_dump(exclude={"from_epoch"}, exclude_none=True)
+            result.append((phase.from_epoch, _merge(result[-1][1], changes)))
+        return result
+
+    def tables(self) -> dict[str, Any]:
+        """The fully resolved recipe as plain data; what `unmoved show` prints."""
+        order = ("name", "data", "model", "threat", "training", "optimizer", "schedule")
+        tables = _without_none(self.model_dump(by_alias=True))
+        return {key: tables[key] for key in [*order, *(key for key in tables if key not in order)]}
+
+
+def _merge(base: Any, changes: Any) -> Any:
+    """Tables merged key by key; a table whose ``use`` changes is replaced as a whole."""
+    if not isinstance(base, Mapping) or not isinstance(changes, Mapping):
+        return copy.deepcopy(changes)
+    if "use" in changes and changes["use"] != base.get("use"):
+        return copy.deepcopy(dict(changes))
+    if "from" in base and "to" in base:  # a ramp is replaced, never mixed with another
+        return copy.deepcopy(dict(changes))
+    return {**base, **{key: _merge(base.get(key), value) for key, value in changes.items()}}
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_none(part) for key, part in value.items() if part is not None}
+    return [_without_none(part) for part in value] if isinstance(value, list | tuple) else value
+
+
+# --- files -> recipes
+
+
+def read(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe file with ``a.b=value`` overrides.
+
+    Raises:
+        UnmovedError: a file that is missing or not TOML, or a key or value that is wrong: file, key and mend named.
+    """
+    path = Path(path)
+    try:
+        tables = tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        here = [str(p) for p in sorted(Path("recipes").glob("*/*.toml"))]
+        raise UnmovedError(f"recipe {path}: no such file" + did_you_mean(str(path), here)) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UnmovedError(f"recipe {path}: cannot be read: {error}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise UnmovedError(f"recipe {path}: not valid TOML: {error}") from error
+    tables.setdefault("name", f"{path.parent.name}/{path.stem}")
+    for override in overrides:
+        _override(tables, override)
+    return parse(tables, str(path))
+
+
+def parse(tables: Mapping[str, Any], where: str = "recipe") -> Recipe:
+    """A recipe from plain data; errors name ``where``.
+
+    Raises:
+        UnmovedError: as `read`.
+    """
+    try:
+        return Recipe.model_validate(tables)
+    except ValidationError as error:
+        raise UnmovedError("\n".join(f"{where}: {message}" for message in _messages(error))) from None
+
+
+def _override(tables: dict[str, Any], override: str) -> None:
+    """Apply ``a.b=value``; the value is TOML where it can be, else a string."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UnmovedError(f"--set {override!r}: expected key=value, such as training.epochs=5")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *parents, last = key.split(".")
+    target: Any = tables
+    for part in parents:
+        if isinstance(target, list):
+            if not part.isdigit() or int(part) >= len(target):
+                raise UnmovedError(f"--set {override!r}: expected an index below {len(target)}, came {part!r}")
+            target = target[int(part)]
+        else:
+            if isinstance(target.get(part), str):
+                target[part] = {"use": target[part]}
+            target = target.setdefault(part, {})
+        if not isinstance(target, dict | list):
+            raise UnmovedError(f"--set {override!r}: {part!r} is a value, not a table")
+    if not isinstance(target, dict):
+        raise UnmovedError(f"--set {override!r}: expected the index of a phase before {last!r}")
+    is_new_component = last == "use" and target.get("use") not in (None, value)
+    if is_new_component:
+        target.clear()
+    target[last] = value
+
+
+def _messages(error: ValidationError) -> list[str]:
+    """One line a mistake: the key and the mend."""
+    lines = []
+    for mistake in error.errors(include_url=False):
+        keys = [str(part) for part in mistake["loc"] if not str(part).startswith("<")]
+        message = mistake["msg"].removeprefix("Value error, ")
+        line = f"{'.'.join(keys)}: {message}" if keys else message
+        if mistake["type"] not in ("value_error", "missing") and not isinstance(mistake["input"], dict):
+            line += f", came {mistake['input']!r}"
+        lines.append(line)
+    return list(dict.fromkeys(lines))
+
+
+# --- recipes -> objects
+
+
+class Built:
+    """The objects of a recipe: model, data, phases and the rest of what the loop and the judge are handed.
+
+    Raises:
+        UnmovedError: whatever a component refuses, before training starts.
+    """
+
+    def __init__(self, recipe: Recipe, allow: Collection[str] = (), progress: Any = None) -> None:
+        self.recipe, self._allow = recipe, tuple(allow)
+        seed = recipe.training.seed
+        self.threat = ThreatModel(recipe.threat.norm, recipe.threat.eps)
+        self.data: data.DataSet = self._build("data", recipe.data, progress=progress)
+        self.shape, self.num_classes = self.data.train.shape, self.data.train.num_classes
+        self.given = {"threat": self.threat, "seed": seed, "num_classes": self.num_classes, "shape": self.shape}
+        self._terms: dict[str, Any] = {}
+        self.phases = Phases(*((start, self._method(tables)) for start, tables in recipe.stretches()))
+        self.optimizer = self._build("optimizer", recipe.optimizer)
+        self.schedule = self._build("schedule", recipe.schedule)
+        self.augment = data.augmentation(recipe.training.augment)
+        self.check: Attack = (
+            PGD(self.threat, steps=10, keep="best", seed=seed)
+            if recipe.validation is None
+            else self._build("attacks", recipe.validation, **self.given)
+        )
+        self.attacks: dict[str, Attack] = {
+            name: self._build("attacks", table, **self.given) for name, table in recipe.evaluation.attacks.items()
+        } or {"pgd": PGD(self.threat, steps=20, keep="best", seed=seed), "apgd": APGD(self.threat, seed=seed)}
+
+    def _build(self, kind: str, table: Any, **given: Any) -> Any:
+        return components.build(kind, table, self._allow, **given)
+
+    def model(self) -> nn.Module:
+        """A new model, its weights drawn by the recipe's seed; the caller's random state is left alone."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.recipe.training.seed)
+            model = self._build("models", self.recipe.model, **self.given)
+        if not isinstance(model, nn.Module):
+            raise UnmovedError(f"model.use: expected a function that returns an nn.Module, came {type(model).__name__}")
+        return model
+
+    def _method(self, tables: dict[str, Any]) -> Method:
+        stretch = Stretch.model_validate(tables)
+        pairs = [(components.ramp(term.weight), self._term(term)) for term in stretch.objective.values()]
+        return Method(
+            attack=None if stretch.attack is None else self._build("attacks", stretch.attack, **self.given),
+            objective=Sum(*pairs),
+            defense=self._build("defenses", stretch.defense),
+        )
+
+    def _term(self, table: Any) -> Any:
+        """The same table in two phases is one object: a term that learns goes on learning."""
+        key = repr(table.model_copy(update={"weight": None}))
+        if key not in self._terms:
+            self._terms[key] = self._build("terms", table, **self.given)
+        return self._terms[key]

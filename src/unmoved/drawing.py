@@ -1,0 +1,193 @@
+"""How figures are drawn: colours, fonts, names that keep out of the way, and SVG with the same bytes each time.
+
+No pyplot, and matplotlib's settings are put back after each use. Colours are Okabe and Ito's, which the colour-blind
+tell apart; markers and line styles alone suffice in black and white.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
+
+from unmoved.errors import UnmovedError
+
+INK, GRID, PAPER = "#1b1b1a", "#dcdcd9", "#fefefd"  # no data has these colours, so a page may exchange them (dark mode)
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", INK)
+MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
+LINES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (6, 1.5, 1, 1.5, 1, 1.5)))
+STYLE: dict[Any, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 10.0,
+    "legend.fontsize": 9.5,
+    "legend.frameon": False,
+    "text.parse_math": False,  # a recipe may well be called "a$b$"
+    "figure.constrained_layout.use": True,
+    "figure.labelsize": 8.5,
+    "figure.facecolor": PAPER,
+    "axes.facecolor": "none",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 5.0,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "unmoved",
+    **dict.fromkeys(["text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"], INK),
+}
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """Our settings inside the block, the caller's after it; ``@style()`` does the same for a function."""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # a user's own matplotlibrc must not change what a figure looks like
+        matplotlib.rcParams.update(STYLE)
+        yield
+
+
+def look(k: int) -> dict[str, Any]:
+    """Colour, marker and line style of the k-th series; without the colour they repeat after 40 series."""
+    return {
+        "color": COLOURS[k % len(COLOURS)],
+        "marker": MARKERS[k % len(MARKERS)],
+        "linestyle": LINES[k % len(LINES)],
+    }
+
+
+def canvas(width: float, height: float) -> Figure:
+    """An empty figure, in inches, whose texts can be measured."""
+    figure = Figure(figsize=(width, height))
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def finished(figure: Figure, caption: str) -> Figure:
+    """The figure with its caption as its label, and laid out for good: each rendering would move it a hair further."""
+    figure.set_label(caption)
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    return figure
+
+
+def require_columns(table: pd.DataFrame, columns: Sequence[str], figure: str) -> None:
+    """Raise `UnmovedError` unless the table has these columns and at least one row."""
+    missing = [name for name in columns if name not in table.columns]
+    if missing or table.empty:
+        came = f"none of {', '.join(missing)}" if missing else "no row"
+        raise UnmovedError(f"{figure}: expected a table with {', '.join(columns)}, came {came}")
+
+
+def count(n: pd.Series) -> str:
+    """``"n = 360"``, or from the smallest to the largest where they differ."""
+    low, high = int(n.min()), int(n.max())
+    return f"n = {low}" if low == high else f"n = {low} to {high}"
+
+
+def bar(low: Any, middle: Any, high: Any) -> np.ndarray:
+    """The lengths (2, ...) of error bars below and above; rounding may put the middle a hair outside."""
+    return np.maximum(np.stack([np.asarray(middle) - low, np.asarray(high) - middle]), 0)
+
+
+def place_names(axes: Axes, points: Sequence[tuple[float, float, str]], bars: Sequence[Bbox]) -> None:
+    """Write the name beside each point (x, y, name), where it hides least: markers and names above all, then bars."""
+    figure: Any = axes.figure
+    figure.draw_without_rendering()
+    renderer, frame = figure.canvas.get_renderer(), axes.get_window_extent()
+    taken = [(Bbox([place, place]).padded(9), 5.0) for place in axes.transData.transform([p[:2] for p in points])]
+    taken += [(box, 1.0) for box in bars]
+    sides = [(right, up) for reach in (5, 12, 20) for up in (reach, -reach) for right in (reach, -reach)]
+    for x, y, name in points:
+        tried, costs = [], []
+        for right, up in sides:
+            corner = {"relpos": (float(right < 0), float(up < 0)), "shrinkA": 0, "shrinkB": 4}
+            leader = {"arrowstyle": "-", "color": INK, "linewidth": 0.6, **corner} if abs(up) > sides[0][1] else None
+            text = axes.annotate(name, (x, y), xytext=(right, up), textcoords="offset points", arrowprops=leader)
+            text.set(ha="left" if right > 0 else "right", va="bottom" if up > 0 else "top", fontweight="bold")
+            text.set_bbox({"facecolor": PAPER, "alpha": 0.75, "linewidth": 0, "pad": 0.6})
+            text.set_in_layout(False)
+            text.update_positions(renderer)
+            box = Text.get_window_extent(text, renderer)  # an Annotation's own would count the leader
+            outside, hidden = _area(box) - _overlap(box, frame), sum(weight * _overlap(box, t) for t, weight in taken)
+            costs.append(10 * outside + hidden + 2 * abs(up))
+            tried.append((text, box))
+        best = int(np.argmin(costs))
+        for k, (text, _) in enumerate(tried):
+            if k != best:
+                text.remove()
+        taken.append((tried[best][1], 5.0))
+
+
+def _area(box: Bbox) -> float:
+    return float(box.width * box.height)
+
+
+def _overlap(one: Bbox, other: Bbox) -> float:
+    common = Bbox.intersection(one, other)
+    return _area(common) if common else 0.0
+
+
+def to_svg(figure: Figure) -> str:
+    """The figure as the text of an SVG file: no date, no random ids, words as words."""
+    text = io.StringIO()
+    with style():
+        figure.savefig(text, format="svg", metadata=dict.fromkeys(["Creator", "Date", "Format", "Type"]))
+    return text.getvalue()
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write the figure as an SVG file.
+
+    Raises:
+        UnmovedError: the path does not end in .svg.
+    """
+    if path.suffix != ".svg":
+        raise UnmovedError(f"figure: expected a path ending in .svg, came {path}; for others use figure.savefig")
+    path.write_text(to_svg(figure), encoding="utf-8")
+
+
+def to_html(svg: str, name: str, label: str) -> str:
+    """An SVG file as an element of a page: its ids made unique by ``name``, our colours as the page's variables.
+
+    INK, GRID, PAPER and the data's COLOURS become ``var(--ink)``, ``var(--grid)``, ``var(--paper)``, ``var(--c0)``...
+    so that a page may choose others in the dark; ``label`` is what a screen reader says.
+    """
+    variables = {INK: "var(--ink)", GRID: "var(--grid)", PAPER: "var(--paper)"}
+    variables |= {color: f"var(--c{k})" for k, color in enumerate(COLOURS[:-1])}
+    root = ElementTree.fromstring(svg)
+    for parent in list(root.iter()):
+        for child in [c for c in parent if c.tag.endswith("}style")]:
+            parent.remove(child)  # it would hold for the whole page, which has the same rule
+    for element in root.iter():
+        element.tag = element.tag.rpartition("}")[2]
+        attributes = {key.rpartition("}")[2]: value for key, value in element.attrib.items()}
+        element.attrib.clear()
+        for key, value in attributes.items():
+            if key == "id":
+                value = f"{name}-{value}"
+            elif key == "href":
+                value = re.sub("^#", f"#{name}-", value)
+            else:
+                value = value.replace("url(#", f"url(#{name}-")
+                value = re.sub("#[0-9a-f]{6}", lambda found: variables.get(found[0], found[0]), value)
+            element.set(key, value)
+    for key in ("width", "height", "version"):
+        root.attrib.pop(key, None)
+    root.attrib.update({"role": "img", "aria-label": label, "class": "figure"})
+    return ElementTree.tostring(root, encoding="unicode")

@@ -1,0 +1,36 @@
+"""Which number format the passes run in. Parameters, losses and verdicts are float32 always."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from unmoved.errors import require_choice
+
+PRECISIONS = ("auto", "float32", "bf16")
+
+
+def resolve(precision: str, device: torch.device | str) -> str:
+    """``"auto"`` as the format that is faster on this device: bf16 where the hardware multiplies it, else float32.
+
+    Raises:
+        UnmovedError: an unknown precision.
+    """
+    require_choice("precision", precision, PRECISIONS)
+    if precision != "auto":
+        return precision
+    kind = torch.device(device).type
+    if kind == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    if kind == "cpu":
+        features = getattr(torch.cpu, "get_capabilities", dict)()  # not in older versions of torch
+        return "bf16" if features.get("amx_bf16") or features.get("avx512_bf16") else "float32"
+    return "float32"
+
+
+def autocast(precision: str, device: torch.device | str) -> AbstractContextManager[object]:
+    """The context for a forward pass in a resolved precision."""
+    if resolve(precision, device) == "float32":
+        return nullcontext()
+    return torch.autocast(torch.device(device).type, dtype=torch.bfloat16)

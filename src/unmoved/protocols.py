@@ -1,0 +1,169 @@
+"""The whole language of the package: what flows (Batch, Split) and what acts (Attack, Term, ParameterDefense).
+
+An attack maximises a term over the input. Training minimises a sum of terms over the weights.
+A defense decides at which weights the gradient is taken. Everything else is files.
+
+Shapes: ``Image`` (B, C, H, W) float in [0, 1]; ``Label`` and ``Index`` (B,) int64; ``Logits`` (B, K);
+``PerSample`` (B,). A model is any ``nn.Module`` that maps Image to Logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Protocol, TypeAlias, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from unmoved.errors import UnmovedError
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure as MatplotlibFigure
+
+    from unmoved.run import Run
+    from unmoved.views import Views
+
+Image: TypeAlias = Tensor
+Label: TypeAlias = Tensor
+Index: TypeAlias = Tensor
+Logits: TypeAlias = Tensor
+PerSample: TypeAlias = Tensor
+Table: TypeAlias = "pd.DataFrame"
+Figure: TypeAlias = "MatplotlibFigure"
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Images with labels and identities.
+
+    Attributes:
+        x: (B, C, H, W) float, images in [0, 1].
+        y: (B,) int64, labels.
+        index: (B,) int64, a sample's identity for ever; 0..B-1 unless given. Keys all noise and per-sample memory.
+        step: the optimizer step, set by the training loop; with ``index`` it keys the noise.
+
+    Raises:
+        UnmovedError: images or labels of the wrong shape or type.
+    """
+
+    x: Image
+    y: Label
+    index: Index = field(default=None)  # type: ignore[assignment]
+    step: int = 0
+
+    def __post_init__(self) -> None:
+        if self.index is None:
+            object.__setattr__(self, "index", torch.arange(len(self.y), device=self.y.device))
+        if not self.x.is_floating_point() or self.x.ndim < 2:
+            raise UnmovedError(
+                f"Batch.x: expected float images (B, C, H, W) in [0, 1], came {self.x.dtype} {tuple(self.x.shape)}; "
+                "convert with images.float() / 255"
+            )
+        if self.y.dtype != torch.int64 or self.y.ndim != 1 or len(self.y) != len(self.x):
+            raise UnmovedError(
+                f"Batch.y: expected int64 labels of shape ({len(self.x)},), "
+                f"came {self.y.dtype} {tuple(self.y.shape)}; convert with labels.long()"
+            )
+        if self.index.shape != self.y.shape:
+            raise UnmovedError(f"Batch.index: expected shape {tuple(self.y.shape)}, came {tuple(self.index.shape)}")
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same samples on another device."""
+        return replace(self, x=self.x.to(device), y=self.y.to(device), index=self.index.to(device))
+
+    def take(self, which: Tensor) -> Batch:
+        """The samples chosen by a mask or by positions; identities and step stay."""
+        return replace(self, x=self.x[which], y=self.y[which], index=self.index[which])
+
+
+@runtime_checkable
+class Attack(Protocol):
+    """Proposes a perturbed image for each sample. Pure: nothing of the caller changes, not even its random state."""
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Image: ...
+
+
+@runtime_checkable
+class StatefulAttack(Protocol):
+    """An attack with per-sample memory: calling reads it, ``update`` writes it, once per optimizer step."""
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Image: ...
+
+    def update(self, model: nn.Module, batch: Batch, x_adv: Image) -> None: ...
+
+    def state_dict(self) -> dict[str, Tensor]: ...
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
+
+
+@runtime_checkable
+class Term(Protocol):
+    """One number per sample; larger is worse for the defender. Pure."""
+
+    def __call__(self, views: Views) -> PerSample: ...
+
+
+class StatefulTerm(nn.Module):
+    """A term that learns (its parameters join the optimizer) or remembers (its buffers join the checkpoint).
+
+    ``forward`` reads; ``update`` writes, once per optimizer step, with the views of the uncorrupted pass.
+    """
+
+    def forward(self, views: Views) -> PerSample:
+        raise NotImplementedError
+
+    def update(self, views: Views) -> None:
+        """Learn from one batch without a gradient; nothing by default."""
+
+
+@runtime_checkable
+class ParameterDefense(Protocol):
+    """Decides at which weights the gradient is taken; owns ``zero_grad``, every backward and the step.
+
+    ``backward()`` computes the mean loss at the current weights, adds its gradient to ``.grad`` and returns it.
+    The defense returns the loss of the uncorrupted pass.
+    """
+
+    def __call__(self, model: nn.Module, optimizer: Optimizer, backward: Callable[[], Tensor]) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a training step does: the attack makes x_adv, the objective is minimised, the defense takes the step.
+
+    ``attack=None`` trains on clean images (the adversarial view is then the clean one); ``defense=None`` is `Plain`.
+    """
+
+    attack: Attack | None
+    objective: Term
+    defense: ParameterDefense | None = None
+
+
+class Split(Protocol):
+    """A part of a data set: yields `Batch`."""
+
+    @property
+    def num_classes(self) -> int: ...
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one image."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def batches(self, size: int, *, shuffle: int | None = None) -> Iterator[Batch]:
+        """Batches of at most ``size``; shuffled by the seed ``shuffle`` when it is given."""
+        ...
+
+
+class Analysis(Protocol):
+    """Runs (and the data they are judged on) -> one tidy table."""
+
+    def __call__(self, runs: Sequence[Run], split: Split) -> Table: ...

@@ -1,0 +1,224 @@
+"""A run folder: what was asked, where and when it was done, how it went, and the weights. No pickle is ever executed.
+
+    recipe.toml        the fully resolved recipe
+    provenance.json    versions, hardware, seed, git state, times
+    metrics.jsonl      one record an epoch
+    best.safetensors   weights with the highest validation robust accuracy
+    last.safetensors   weights after the last finished epoch
+    trainer.pt         everything that --resume needs; written last, so it is the point a run comes back to
+    evaluation/        outcomes.csv, curve.csv, gallery.npz, evaluation.json
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import tomli_w
+import torch
+from torch import nn
+
+from unmoved import models, outcomes
+from unmoved.errors import UnmovedError
+from unmoved.provenance import provenance
+
+FORMAT = 1
+
+
+@contextmanager
+def saving(path: Path) -> Iterator[None]:
+    """Failures of the disk as one clear message.
+
+    Raises:
+        UnmovedError: a full disk or a folder that cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        what = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error.strerror or error)
+        raise UnmovedError(
+            f"could not write {path}: {what}; what was saved before is intact: free some space (or mend the folder) "
+            "and go on with --resume"
+        ) from error
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """The whole file or, after a crash, the file as it was before."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with saving(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as handle:
+                handle.write(data)
+                handle.flush()
+                os.fsync(handle.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+class Run:
+    """A run folder on disk; see the module for what it holds.
+
+    Raises:
+        UnmovedError: `open`: a folder that is missing, half written or of another version.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+
+    @classmethod
+    def create(cls, path: Path | str, recipe: dict[str, Any]) -> Run:
+        """A new run folder; a folder that already holds a run is refused."""
+        run = cls(path)
+        if (run.path / "recipe.toml").exists():
+            raise UnmovedError(f"{run.path} already holds a run: pass --resume to go on with it, or another --out")
+        write_atomic(run.path / "provenance.json", _json({"format": FORMAT, **provenance(recipe)}))
+        write_atomic(run.path / "recipe.toml", tomli_w.dumps(recipe).encode())
+        return run
+
+    @classmethod
+    def open(cls, path: Path | str) -> Run:
+        run = cls(path)
+        if not run.path.is_dir():
+            raise UnmovedError(f"run folder {run.path}: expected a folder made by 'unmoved train', found none")
+        for name in ("recipe.toml", "provenance.json"):
+            if not (run.path / name).is_file():
+                raise UnmovedError(
+                    f"run folder {run.path}: {name} is missing, so this is no run or a half written one; train again"
+                )
+        if run.provenance.get("format") != FORMAT:
+            raise UnmovedError(
+                f"run folder {run.path}: expected format {FORMAT}, came {run.provenance.get('format')!r}; "
+                "use the version of unmoved that wrote it, or train again"
+            )
+        return run
+
+    @cached_property
+    def recipe(self) -> dict[str, Any]:
+        try:
+            return tomllib.loads((self.path / "recipe.toml").read_text())
+        except (OSError, ValueError) as error:
+            raise UnmovedError(f"run folder {self.path}: recipe.toml cannot be read: {error}") from error
+
+    @cached_property
+    def provenance(self) -> dict[str, Any]:
+        return self._read_json("provenance.json") or {}
+
+    @property
+    def name(self) -> str:
+        return str(self.recipe.get("name", self.path.name))
+
+    @property
+    def seed(self) -> int:
+        return int(self.recipe.get("training", {}).get("seed", 0))
+
+    @property
+    def metrics(self) -> pd.DataFrame:
+        """One row an epoch; the objective's parts as columns ``parts.ce`` and so on."""
+        path = self.path / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        try:
+            return pd.json_normalize([json.loads(line) for line in lines])
+        except ValueError as error:
+            raise UnmovedError(f"{path}: a line is not JSON ({error}); the file was changed or torn") from error
+
+    # --- training state
+
+    def save_state(self, state: dict[str, Any]) -> None:
+        """The trainer's state: tensors, numbers, strings and plain containers only."""
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        write_atomic(self.path / "trainer.pt", buffer.getvalue())
+
+    def load_state(self) -> dict[str, Any] | None:
+        """What `save_state` saved last, or None; read with ``weights_only=True``, so nothing in it can run."""
+        path = self.path / "trainer.pt"
+        if not path.exists():
+            return None
+        try:
+            return dict(torch.load(path, map_location="cpu", weights_only=True))
+        except Exception as error:
+            raise UnmovedError(
+                f"{path}: not a trainer state that can be read safely ({type(error).__name__}); "
+                "delete it to train this run from its start"
+            ) from error
+
+    def save_metrics(self, records: list[dict[str, Any]]) -> None:
+        lines = "".join(json.dumps(record) + "\n" for record in records)
+        write_atomic(self.path / "metrics.jsonl", lines.encode())
+
+    def save_weights(self, model: nn.Module, which: str) -> None:
+        with saving(self.path / f"{which}.safetensors"):
+            models.save_weights(model, self.path / f"{which}.safetensors")
+
+    def load_weights(self, model: nn.Module, which: str) -> None:
+        path = self.path / f"{which}.safetensors"
+        if not path.exists():
+            raise UnmovedError(f"run folder {self.path}: no {path.name} yet; train first (unmoved train --resume)")
+        models.load_weights(model, path)
+
+    # --- evaluation
+
+    def save_evaluation(
+        self, table: pd.DataFrame, curve: pd.DataFrame, gallery: dict[str, np.ndarray], facts: dict[str, Any]
+    ) -> None:
+        """``evaluation.json`` comes last: an evaluation is there when it is."""
+        folder = self.path / "evaluation"
+        with saving(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "evaluation.json").unlink(missing_ok=True)
+            outcomes.write(table, folder / "outcomes.csv")
+            outcomes.write(curve, folder / "curve.csv")
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **gallery)  # type: ignore[arg-type]
+        write_atomic(folder / "gallery.npz", buffer.getvalue())
+        write_atomic(folder / "evaluation.json", _json(facts))
+
+    @property
+    def evaluation(self) -> dict[str, Any] | None:
+        return self._read_json("evaluation/evaluation.json")
+
+    @property
+    def outcomes(self) -> pd.DataFrame | None:
+        path = self.path / "evaluation" / "outcomes.csv"
+        return outcomes.read(path) if path.exists() else None
+
+    @property
+    def curve(self) -> pd.DataFrame | None:
+        path = self.path / "evaluation" / "curve.csv"
+        return outcomes.read(path) if path.exists() else None
+
+    @property
+    def gallery(self) -> dict[str, np.ndarray] | None:
+        path = self.path / "evaluation" / "gallery.npz"
+        if not path.exists():
+            return None
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                return {name: arrays[name] for name in arrays.files}
+        except (OSError, ValueError, EOFError) as error:
+            raise UnmovedError(f"{path}: cannot be read ({error}); run 'unmoved evaluate {self.path}' again") from error
+
+    def _read_json(self, name: str) -> dict[str, Any] | None:
+        path = self.path / name
+        if not path.exists():
+            return None
+        try:
+            return dict(json.loads(path.read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise UnmovedError(f"{path}: not valid JSON ({error}); the file was changed or torn") from error
+
+
+def _json(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()

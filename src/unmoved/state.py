@@ -1,0 +1,71 @@
+"""What a training run remembers: the log, the best epoch, and everything that resuming needs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from unmoved.protocols import StatefulAttack
+from unmoved.run import Run
+
+
+class TrainerState:
+    """Everything that resuming needs. ``trainer.pt`` is written last, so it is the point a run comes back to."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        scheduler: LRScheduler,
+        terms: nn.ModuleList,
+        attacks: list[Any],
+        run: Run | None,
+    ) -> None:
+        self.parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "schedule": scheduler, "terms": terms}
+        stateful_attacks = [attack for attack in attacks if isinstance(attack, StatefulAttack)]
+        self.parts |= {f"attack {k}": attack for k, attack in enumerate(stateful_attacks)}
+        self.run, self.log, self.best = run, list[dict[str, Any]](), (-1.0, -1.0)
+
+    def restore(self) -> None:
+        saved = self.run.load_state() if self.run is not None else None
+        if saved is not None:
+            for name, part in self.parts.items():
+                part.load_state_dict(saved[name])
+            self.log, self.best = saved["log"], tuple(saved["best"])
+
+    def commit(self, record: dict[str, Any], seconds: float) -> None:
+        """Append an epoch to the log; the best epoch is the first with the highest (robust, clean) validation."""
+        elapsed = self.log[-1]["seconds"] if self.log else 0.0
+        self.log.append(record | {"seconds": elapsed + seconds})
+        score = (record.get("validation_robust", -1.0), record.get("validation_clean", -1.0))
+        is_best = len(self.log) == 1 or score > self.best or "validation_robust" not in record
+        self.best = score if is_best else self.best
+        if self.run is not None:
+            model = self.parts["model"]
+            if is_best:
+                self.run.save_weights(model, "best")
+            self.run.save_weights(model, "last")
+            self.run.save_metrics(self.log)
+            state = {name: part.state_dict() for name, part in self.parts.items()}
+            self.run.save_state(state | {"log": self.log, "best": list(self.best)})
+
+
+class Means:
+    """Means over samples, not over batches: the last batch may be smaller."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.count = 0
+
+    def add(self, values: dict[str, Tensor], parts: dict[str, Tensor], size: int) -> None:
+        for name, value in (values | {f"parts.{name}": part for name, part in parts.items()}).items():
+            self.sums[name] = self.sums.get(name, 0.0) + value.double() * size
+        self.count += size
+
+    def means(self) -> dict[str, Any]:
+        flat = {name: float(total) / self.count for name, total in self.sums.items()}
+        parts = {name.removeprefix("parts."): flat.pop(name) for name in list(flat) if name.startswith("parts.")}
+        return {**flat, "parts": parts}

@@ -1,0 +1,40 @@
+"""Cross-entropy: the term of Madry's adversarial training and of ordinary training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch.nn import functional as F
+
+from unmoved.errors import require_choice, require_number
+from unmoved.protocols import PerSample
+from unmoved.views import Views
+
+VIEWS = ("clean", "adv")
+
+
+@dataclass(frozen=True)
+class CE:
+    """Cross-entropy of one view with the label.
+
+    ``-sum_c t_c log p_c`` with ``t = (1 - s) onehot(y) + s / K``.
+
+    Args:
+        view: ``"adv"`` (Madry et al. 2018, eq. 2.1) or ``"clean"``.
+        label_smoothing: s in [0, 1). Note that smoothing is a known masker of gradients: do not judge by PGD alone.
+
+    Raises:
+        UnmovedError: an unknown view or a smoothing outside [0, 1].
+    """
+
+    view: str = "adv"
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        require_choice("CE.view", self.view, VIEWS)
+        require_number("CE.label_smoothing", self.label_smoothing, at_least=0, at_most=1)
+
+    def __call__(self, views: Views) -> PerSample:
+        return F.cross_entropy(
+            views.logits(self.view), views.y, reduction="none", label_smoothing=self.label_smoothing
+        )

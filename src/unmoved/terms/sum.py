@@ -1,0 +1,92 @@
+"""A weighted sum of terms, which is a term."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from unmoved.errors import UnmovedError
+from unmoved.protocols import PerSample, StatefulTerm, Term
+from unmoved.schedule import Ramp, require_ramp
+from unmoved.views import Views
+
+
+@dataclass(frozen=True, init=False, repr=False)
+class Sum:
+    """``sum_k w_k term_k``: ``Sum((1, CE("clean")), (6, KL()))``. Sums inside sums are written out.
+
+    A term of weight zero is never computed, so that it cannot change a bit of the rest.
+
+    Raises:
+        UnmovedError: no term, or a weight that is not a finite number.
+    """
+
+    terms: tuple[tuple[float | Ramp, Term], ...]
+
+    def __init__(self, *terms: tuple[float | Ramp, Term]) -> None:
+        if not terms:
+            raise UnmovedError("Sum: expected at least one (weight, term) pair, came none")
+        flat: list[tuple[float | Ramp, Term]] = []
+        for weight, term in terms:
+            require_ramp(f"weight of {type(term).__name__}", weight)
+            if isinstance(term, Sum) and not isinstance(weight, Ramp) and weight == 1:
+                flat.extend(term.terms)
+            else:
+                flat.append((weight, term))
+        object.__setattr__(self, "terms", tuple(flat))
+
+    def __replace__(self, **changes: Any) -> Sum:
+        return Sum(*changes.get("terms", self.terms))
+
+    def __repr__(self) -> str:
+        return f"Sum({', '.join(f'({weight!r}, {term!r})' for weight, term in self.terms)})"
+
+    def parts(self, views: Views) -> dict[str, PerSample]:
+        """Each term's own value (B,), unweighted, under its name; terms of weight zero are left out."""
+        return {name: term(views) for name, (weight, term) in self.named().items() if weight != 0}
+
+    def combine(self, parts: dict[str, PerSample]) -> PerSample:
+        """The weighted sum of what `parts` returned."""
+        total: Tensor | None = None
+        for name, (weight, _) in self.named().items():
+            if name in parts:
+                part = parts[name] if weight == 1 else parts[name] * weight
+                total = part if total is None else total + part
+        if total is None:
+            raise UnmovedError(f"every weight of {self!r} is zero: nothing is left to compute")
+        return total
+
+    def named(self) -> dict[str, tuple[Any, Term]]:
+        """The pairs under unique names: the class's name, numbered from the second on (``ce``, ``ce_2``)."""
+        names: dict[str, tuple[Any, Term]] = {}
+        for weight, term in self.terms:
+            base = snake_case(type(term).__name__)
+            count = 1 + sum(re.fullmatch(rf"{base}(_\d+)?", name) is not None for name in names)
+            names[base if count == 1 else f"{base}_{count}"] = (weight, term)
+        return names
+
+    def __call__(self, views: Views) -> PerSample:
+        return self.combine(self.parts(views))
+
+
+def as_sum(term: Term) -> Sum:
+    """Any term as a `Sum`."""
+    return term if isinstance(term, Sum) else Sum((1.0, term))
+
+
+def stateful(term: Term | None) -> Iterator[StatefulTerm]:
+    """The terms inside that learn or remember."""
+    if isinstance(term, StatefulTerm):
+        yield term
+    elif isinstance(term, Sum):
+        for _, part in term.terms:
+            yield from stateful(part)
+
+
+def snake_case(name: str) -> str:
+    """``BoostedCE`` -> ``boosted_ce``: the name of a class as recipes and logs write it."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()

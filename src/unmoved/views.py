@@ -1,0 +1,130 @@
+"""One batch seen twice, clean and attacked, with each set of logits computed at most once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unmoved.errors import UnmovedError
+from unmoved.protocols import Batch, Image, Index, Label, Logits
+
+
+def logits(model: nn.Module, x: Image) -> Logits:
+    """The model's logits in float32 (float64 stays), so that losses never lose digits under autocast.
+
+    Raises:
+        UnmovedError: the model returns something other than a (B, K) tensor.
+    """
+    out: Any = model(x)
+    if not isinstance(out, Tensor):
+        raise UnmovedError(
+            f"model {type(model).__name__}: expected logits of shape (B, K), came a {type(out).__name__}; "
+            "wrap the model in a module whose forward returns the logits alone"
+        )
+    if out.ndim != 2 or len(out) != len(x) or out.shape[1] < 2:
+        raise UnmovedError(
+            f"model {type(model).__name__}: expected logits of shape ({len(x)}, K) with K >= 2, "
+            f"came {tuple(out.shape)}"
+        )
+    return out.float() if out.dtype in (torch.float16, torch.bfloat16) else out
+
+
+class Views:
+    """The clean and the adversarial view of one batch.
+
+    ``Views(model, batch, x_adv)`` computes logits when they are first asked for. Without ``x_adv`` the adversarial
+    view is the clean one. ``Views.of(y=..., clean=..., adv=...)`` takes ready logits.
+
+    Attributes:
+        y: (B,) int64 labels.
+        index: (B,) int64 identities.
+        clean: (B, K) logits of the clean images.
+        adv: (B, K) logits of the adversarial images.
+    """
+
+    def __init__(self, model: nn.Module, batch: Batch, x_adv: Image | None = None) -> None:
+        self._model: nn.Module | None = model
+        self._batch: Batch | None = batch
+        self._x_adv = x_adv
+        self._base: Views | None = None
+        self._clean: Logits | None = None
+        self._adv: Logits | None = None
+        self.y: Label = batch.y
+        self.index: Index = batch.index
+
+    @classmethod
+    def of(
+        cls, *, y: Label, clean: Logits | None = None, adv: Logits | None = None, index: Index | None = None
+    ) -> Views:
+        """Views of ready logits (B, K), for tests and for users' own loops."""
+        views = cls.__new__(cls)
+        views._model = views._batch = views._x_adv = views._base = None
+        views._clean, views._adv = clean, adv
+        views.y = y
+        views.index = torch.arange(len(y), device=y.device) if index is None else index
+        for name, value in (("clean", clean), ("adv", adv)):
+            if value is not None and (value.ndim != 2 or len(value) != len(y)):
+                raise UnmovedError(f"Views.of {name}: expected ({len(y)}, K) logits, came {tuple(value.shape)}")
+        return views
+
+    def at(self, x_adv: Image) -> Views:
+        """The same batch with another adversarial image; the clean logits are computed once for all and constant."""
+        views = Views(self.model, self.batch, x_adv)
+        views._base = self
+        return views
+
+    def take(self, which: Tensor) -> Views:
+        """The views of the samples chosen by a mask or by positions, with the clean logits already computed."""
+        views = Views(self.model, self.batch.take(which), None if self._x_adv is None else self._x_adv[which])
+        views._clean = None if self._clean is None else self._clean[which]
+        views._adv = None if self._adv is None else self._adv[which]
+        return views
+
+    @property
+    def model(self) -> nn.Module:
+        """The model behind the logits.
+
+        Raises:
+            UnmovedError: these are `Views.of` ready logits.
+        """
+        if self._model is None:
+            raise UnmovedError("these views are ready logits: make them with Views(model, batch) to have a model")
+        return self._model
+
+    @property
+    def batch(self) -> Batch:
+        """The batch behind the logits; raises as `model` does."""
+        if self._batch is None:
+            raise UnmovedError("these views are ready logits: make them with Views(model, batch) to have images")
+        return self._batch
+
+    @property
+    def x(self) -> Image:
+        """The clean images; raises as `model` does."""
+        return self.batch.x
+
+    @property
+    def clean(self) -> Logits:
+        if self._clean is None:
+            if self._base is not None:
+                with torch.no_grad():
+                    self._clean = self._base.clean
+            elif self._model is not None and self._batch is not None:
+                self._clean = logits(self._model, self._batch.x)
+            else:
+                raise UnmovedError("this term needs the clean logits: pass Views.of(..., clean=logits)")
+        return self._clean
+
+    @property
+    def adv(self) -> Logits:
+        if self._adv is None:
+            if self._model is None:
+                raise UnmovedError("this term needs the adversarial logits: pass Views.of(..., adv=logits)")
+            self._adv = self.clean if self._x_adv is None else logits(self._model, self._x_adv)
+        return self._adv
+
+    def logits(self, view: str) -> Logits:
+        """The logits of ``"clean"`` or ``"adv"``."""
+        return self.clean if view == "clean" else self.adv
