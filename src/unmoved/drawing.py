@@ -105,13 +105,13 @@ def bar(low: Any, middle: Any, high: Any) -> np.ndarray:
     return np.maximum(np.stack([np.asarray(middle) - low, np.asarray(high) - middle]), 0)
 
 
-def place_names(axes: Axes, points: Sequence[tuple[float, float, str]], bars: Sequence[Bbox]) -> None:
-    """Write the name beside each point (x, y, name), where it hides least: markers and names above all, then bars."""
+def place_names(axes: Axes, points: Sequence[tuple[float, float, str]], bars: Sequence[Any]) -> None:
+    """Write the name beside each point (x, y, name) where it hides least: no marker or name, few of the bars (2, 2)."""
     figure: Any = axes.figure
     figure.draw_without_rendering()
     renderer, frame = figure.canvas.get_renderer(), axes.get_window_extent()
     taken = [(Bbox([place, place]).padded(9), 5.0) for place in axes.transData.transform([p[:2] for p in points])]
-    taken += [(box, 1.0) for box in bars]
+    taken += [(Bbox(axes.transData.transform(ends)).padded(3), 1.0) for ends in bars]
     sides = [(right, up) for reach in (5, 12, 20) for up in (reach, -reach) for right in (reach, -reach)]
     for x, y, name in points:
         tried, costs = [], []
@@ -174,19 +174,20 @@ def to_html(svg: str, name: str, label: str) -> str:
     for parent in list(root.iter()):
         for child in [c for c in parent if c.tag.endswith("}style")]:
             parent.remove(child)  # it would hold for the whole page, which has the same rule
+    used = set(re.findall(r'(?:href="|url\()#([^")]+)', svg))
     for element in root.iter():
         element.tag = element.tag.rpartition("}")[2]
         attributes = {key.rpartition("}")[2]: value for key, value in element.attrib.items()}
         element.attrib.clear()
         for key, value in attributes.items():
             if key == "id":
-                value = f"{name}-{value}"
+                if value in used:  # the others name nothing, and matplotlib gives some of them twice
+                    element.set("id", f"{name}-{value}")
             elif key == "href":
-                value = re.sub("^#", f"#{name}-", value)
+                element.set("href", re.sub("^#", f"#{name}-", value))
             else:
                 value = value.replace("url(#", f"url(#{name}-")
-                value = re.sub("#[0-9a-f]{6}", lambda found: variables.get(found[0], found[0]), value)
-            element.set(key, value)
+                element.set(key, re.sub("#[0-9a-f]{6}", lambda found: variables.get(found[0], found[0]), value))
     for key in ("width", "height", "version"):
         root.attrib.pop(key, None)
     root.attrib.update({"role": "img", "aria-label": label, "class": "figure"})

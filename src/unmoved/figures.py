@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.transforms import Bbox
 
 from unmoved.drawing import COLOURS, INK, PAPER, bar, canvas, count, finished, look, place_names, require_columns, style
 from unmoved.drawing import save as save
@@ -42,7 +41,7 @@ def tradeoff(table: pd.DataFrame) -> Figure:
     _require_measures(table, "tradeoff")
     figure = canvas(5.0, 3.7)
     axes: Any = figure.add_subplot()
-    points, corners, seeds = [], [], 1
+    points, segments, seeds = [], [], 1
     for k, (recipe, rows) in enumerate(table.groupby("recipe", sort=False)):
         looks = look(k) | {"linestyle": "none"}
         x, y = (100 * rows[rows["measure"] == name].set_index("seed")[["accuracy", "low", "high"]] for name in MEASURES)
@@ -55,16 +54,14 @@ def tradeoff(table: pd.DataFrame) -> Figure:
         bars = {"xerr": bar([left], [middle], [right]), "yerr": bar([down], [centre], [up]), "elinewidth": 1}
         axes.errorbar(middle, centre, markersize=9, markeredgecolor=PAPER, **bars, **looks)
         points.append((middle, centre, str(recipe)))
-        corners += [(left, centre), (right, centre), (middle, down), (middle, up)]
+        segments += [[(left, centre), (right, centre)], [(middle, down), (middle, up)]]
     axes.margins(0.12)
     axes.set_xlabel("clean accuracy (%)")
     axes.set_ylabel("worst-case accuracy (%)")
     n = count(table["n"])
     figure.supxlabel(f"{n} test images; bars: {INTERVALS}")
-    figure.draw_without_rendering()  # the names are placed by the limits that this finds
     axes.set(xlim=np.clip(axes.get_xlim(), -2, 102), ylim=np.clip(axes.get_ylim(), -2, 102))
-    ends = axes.transData.transform(corners).reshape(-1, 2, 2)
-    place_names(axes, points, [Bbox(pair).padded(3) for pair in ends])
+    place_names(axes, points, segments)
     several = f"{HULL}. Faint points are single seeds." if seeds > 1 else "."
     return finished(
         figure,

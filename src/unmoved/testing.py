@@ -95,13 +95,21 @@ def _check_gradient_finite(term: Term, clean: Tensor, adv: Tensor, y: Tensor) ->
 # --- attacks
 
 
-def check_attack(make: Callable[[ThreatModel], Attack], *, norm: str = "linf", maximises: bool = True) -> None:
+def check_attack(
+    make: Callable[[ThreatModel], Attack],
+    *,
+    norm: str = "linf",
+    maximises: bool = True,
+    batch_statistics: bool = False,
+) -> None:
     """An attack stays in the ball, leaves the caller as it was, and beats the linear model as theory says.
 
     Args:
         make: threat model -> the attack.
         norm: of the threat model.
         maximises: whether the attack seeks the largest loss; if not (early stopping), the oracle is skipped.
+        batch_statistics: whether it attacks the model in training mode, so that samples depend on each other by
+            design; the laws of order and batch size are then skipped.
 
     Raises:
         ExamFailed: naming the property.
@@ -109,9 +117,8 @@ def check_attack(make: Callable[[ThreatModel], Attack], *, norm: str = "linf", m
     threat = ThreatModel(norm, 0.08 if norm == "linf" else 0.5)
     attack, model, batch = make(threat), _network(), _batch()
     name = repr(attack)
-    for module in model[2:4]:  # one frozen submodule inside a training model: modes are restored one by one
-        module.eval()
-    model[2].weight.grad = torch.ones_like(model[2].weight)
+    model[1].eval()  # one frozen BatchNorm inside a training model: modes are restored one by one
+    model[0].weight.grad = torch.ones_like(model[0].weight)
     with _untouched(model), _same_random_state():
         x_adv = attack(model, batch)
     _require(not x_adv.requires_grad, f"{name}: the proposal still carries a graph")
@@ -122,13 +129,8 @@ def check_attack(make: Callable[[ThreatModel], Attack], *, norm: str = "linf", m
         with guard():
             _require(torch.equal(x_adv, attack(model, batch)), f"{name}: differs inside {guard.__name__}")
     _require(torch.equal(make(dataclasses.replace(threat, eps=0.0))(model, batch), batch.x), f"{name}: eps = 0 moves x")
-    # Float64: rounding must not decide a sign, so that the laws hold exactly.
-    exact, wide = copy.deepcopy(model).double(), dataclasses.replace(batch, x=batch.x.double())
-    whole = attack(exact, wide)
-    order = torch.arange(len(wide) - 1, -1, -1)
-    _require(torch.allclose(attack(exact, wide.take(order)), whole[order]), f"{name}: depends on the batch's order")
-    alone = torch.cat([attack(exact, wide.take(torch.tensor([k]))) for k in range(len(wide))])
-    _require(torch.allclose(alone, whole), f"{name}: depends on the other samples of the batch")
+    if not batch_statistics:
+        _check_batch_laws(attack, model, batch, name)
     for fails_at in (1, 2):
         broken = _Failing(model, fails_at)
         with _untouched(model), _same_random_state():
@@ -138,6 +140,16 @@ def check_attack(make: Callable[[ThreatModel], Attack], *, norm: str = "linf", m
                 pass
     if maximises:
         _check_linear_oracle(attack, threat, name)
+
+
+def _check_batch_laws(attack: Attack, model: nn.Module, batch: Batch, name: str) -> None:
+    """In float64, where rounding does not decide a sign, a sample's fate is its own."""
+    exact, wide = copy.deepcopy(model).double(), dataclasses.replace(batch, x=batch.x.double())
+    whole = attack(exact, wide)
+    order = torch.arange(len(wide) - 1, -1, -1)
+    _require(torch.allclose(attack(exact, wide.take(order)), whole[order]), f"{name}: depends on the batch's order")
+    alone = torch.cat([attack(exact, wide.take(torch.tensor([k]))) for k in range(len(wide))])
+    _require(torch.allclose(alone, whole), f"{name}: depends on the other samples of the batch")
 
 
 def _check_linear_oracle(attack: Attack, threat: ThreatModel, name: str) -> None:
@@ -155,9 +167,10 @@ def _check_linear_oracle(attack: Attack, threat: ThreatModel, name: str) -> None
     batch = Batch(x, y)
     after = (attack(model, batch).flatten(1) @ weight) * (2 * y - 1)
     best = score.abs() - reach
-    slack = 0.02 * reach
+    # Madry's rule walks 2.5 eps in all: from a random start the l2 angle falls by e^-2.5, the gain to 2-3 % of the best.
+    gap = float((after - best).max())
     _require((after >= best - 1e-9).all(), f"{name}: better than the optimum on the linear model: it left the ball")
-    _require((after <= best + slack).all(), f"{name}: far from the optimum on the linear model")
+    _require(gap <= 0.05 * reach, f"{name}: {gap / reach:.0%} short of the optimum on the linear model (5 % allowed)")
 
 
 # --- defenses
@@ -279,11 +292,13 @@ def _check_restored(defense: ParameterDefense, fails_at: int, name: str) -> None
 
 
 def _network() -> nn.Sequential:
-    """A small network with BatchNorm and dropout, in training mode, the same at each call."""
+    """A small network with two BatchNorms and a (null) dropout, in training mode, the same at each call."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        layers = [nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 5)]
-        return nn.Sequential(layers[0], nn.Identity(), layers[1], layers[2], layers[3], nn.Dropout(0.0), layers[4])
+        first = [nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU()]
+        return nn.Sequential(
+            *first, nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Dropout(0.0), nn.Linear(64, 5)
+        )
 
 
 def _batch() -> Batch:

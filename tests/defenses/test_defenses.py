@@ -1,0 +1,132 @@
+"""Defenses against brute force in float64, and against the field's known mistakes."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from unmoved.defenses import AWP, SAM, Plain
+from unmoved.errors import UnmovedError
+
+
+def problem(seed=0):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).double()
+    x, y = torch.randn(11, 5, dtype=torch.float64), torch.randint(3, (11,))
+    return model, lambda m: nn.functional.cross_entropy(m(x), y)
+
+
+def gradient(model, loss):
+    return torch.autograd.grad(loss(model), list(model.parameters()))
+
+
+def moved(model, corruption):
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for p, v in zip(other.parameters(), corruption, strict=True):
+            p.add_(v)
+    return other
+
+
+def step(defense, model, loss, optimizer):
+    def backward():
+        value = loss(model)
+        value.backward()
+        return value.detach()
+
+    return defense(model, optimizer, backward)
+
+
+def sgd(model):
+    return torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9, weight_decay=0.05)
+
+
+def by_hand(weights, gradients, velocity, lr=0.3, momentum=0.9, decay=0.05):
+    """SGD with momentum and weight decay: the weights and the velocity after one step."""
+    velocity = [momentum * v + g + decay * w for v, g, w in zip(velocity, gradients, weights, strict=True)]
+    return [w - lr * v for w, v in zip(weights, velocity, strict=True)], velocity
+
+
+def values(model):
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def check(model, expected):
+    for p, w in zip(model.parameters(), expected, strict=True):
+        assert torch.allclose(p, w, rtol=0, atol=1e-12)
+
+
+def test_sam_takes_the_gradient_at_the_worst_and_the_step_at_w():
+    model, loss = problem()
+    optimizer, velocity = sgd(model), [torch.zeros_like(p) for p in model.parameters()]
+    for _ in range(3):
+        g = gradient(model, loss)
+        length = torch.sqrt(sum((part**2).sum() for part in g))
+        at_worst = gradient(worst := moved(model, [0.1 * part / length for part in g]), loss)
+        assert loss(worst) > loss(model)
+        expected, velocity = by_hand(values(model), at_worst, velocity)
+        returned = step(SAM(0.1), model, loss, optimizer)
+        assert returned > 0
+        check(model, expected)
+
+
+def test_awp_steps_at_the_moved_weights_and_moves_back():
+    """T20: per tensor, relative, weights of more than one dimension only; decay acts on w + v."""
+    model, loss = problem()
+    optimizer, velocity = sgd(model), [torch.zeros_like(p) for p in model.parameters()]
+    for _ in range(3):
+        g = gradient(model, loss)
+        v = [
+            0.02 * p.detach().norm() * part / part.norm() if p.ndim > 1 else torch.zeros_like(p)
+            for p, part in zip(model.parameters(), g, strict=True)
+        ]
+        worst = moved(model, v)
+        at_worst = gradient(worst, loss)
+        after, velocity = by_hand(values(worst), at_worst, velocity)
+        expected = [w - part for w, part in zip(after, v, strict=True)]
+        step(AWP(0.02), model, loss, optimizer)
+        check(model, expected)
+
+
+def test_the_returned_loss_is_that_of_the_uncorrupted_weights():
+    for defense in (Plain(), SAM(0.5), AWP(0.3)):
+        model, loss = problem()
+        before = loss(model).item()
+        assert step(defense, model, loss, sgd(model)).item() == pytest.approx(before, abs=1e-12)
+
+
+@pytest.mark.parametrize(("defense", "views"), [(Plain(), 1), (SAM(0.3), 1), (AWP(0.3), 1)])
+def test_batchnorm_moves_in_the_uncorrupted_pass(defense, views):
+    """T1, T20, T21: one tracked pass a step; SAM's is at w, AWP's at w + v, the one that it steps from."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)).double()
+    x, y = torch.randn(16, 4, dtype=torch.float64), torch.randint(3, (16,))
+    seen = []
+    model[0].register_forward_hook(lambda m, i, out: seen.append(out.detach().mean(0)))
+    step(defense, model, lambda m: nn.functional.cross_entropy(m(x), y), torch.optim.SGD(model.parameters(), lr=0.1))
+    assert int(model[1].num_batches_tracked) == views
+    tracked_pass = seen[-1] if isinstance(defense, AWP) else seen[0]
+    assert torch.allclose(model[1].running_mean, 0.1 * tracked_pass)
+
+
+def test_frozen_and_unused_parameters_are_left_alone():
+    for defense in (SAM(0.1), AWP(0.1)):
+        model, loss = problem()
+        model[0].weight.requires_grad_(False)
+        unused = nn.Linear(2, 2).double()
+        model.add_module("unused", unused)
+        forward = nn.Sequential(*list(model)[:3])
+        before = model[0].weight.clone(), unused.weight.clone()
+        step(defense, model, lambda m: loss(forward), sgd(model))  # noqa: B023
+        assert torch.equal(before[0], model[0].weight)
+        assert torch.equal(before[1], unused.weight)
+
+
+def test_bad_strengths():
+    with pytest.raises(UnmovedError, match=r"SAM.rho: expected a finite number >= 0, came -1"):
+        SAM(-1)
+    with pytest.raises(UnmovedError, match="AWP.gamma"):
+        AWP(float("inf"))
