@@ -37,7 +37,7 @@ def parse_number(value: Any) -> Any:
 class Settings(BaseModel):
     """A table of a recipe: unknown keys are refused, with the nearest known one."""
 
-    model_config = ConfigDict(extra="forbid", populate_by_name=True, arbitrary_types_allowed=True)
+    model_config = ConfigDict(extra="forbid", populate_by_name=True, arbitrary_types_allowed=True, validate_default=True)
 
     @model_validator(mode="before")
     @classmethod

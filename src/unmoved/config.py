@@ -85,7 +85,7 @@ class Stretch(Settings):
 
     attack: AttackTable | None = None
     objective: dict[str, TermTable] = Field(min_length=1)
-    defense: DefenseTable = Field({"use": "plain"}, validate_default=True)
+    defense: DefenseTable = Field({"use": "plain"})
 
     @field_validator("objective", mode="before")
     @classmethod
@@ -110,8 +110,8 @@ class Recipe(Stretch):
     model: ModelTable
     threat: Threat
     training: Training = Training()
-    optimizer: OptimizerTable = Field({"use": "sgd"}, validate_default=True)
-    schedule: ScheduleTable = Field({"use": "constant"}, validate_default=True)
+    optimizer: OptimizerTable = Field({"use": "sgd"})
+    schedule: ScheduleTable = Field({"use": "constant"})
     phases: list[Phase] = []
     validation: AttackTable | None = None
     evaluation: Evaluation = Evaluation()

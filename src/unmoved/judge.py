@@ -232,6 +232,7 @@ def evaluate_run(
     model = built.model()
     run.load_weights(model, weights)
     model.to(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # the same numbers, faster convolutions
     count = n or built.recipe.evaluation.n
     split = built.data.test if count is None else built.data.test.take(min(count, len(built.data.test)), seed=0)
     table = evaluate(model, split, built.attacks, built.threat, batch_size=batch_size, progress=progress)

@@ -55,7 +55,10 @@ class Batch:
     step: int = 0
 
     def __post_init__(self) -> None:
-        if self.index is None:
+        for name, value in (("x", self.x), ("y", self.y), ("index", self.index)):
+            if not isinstance(value, Tensor) and not (name == "index" and value is None):
+                raise UnmovedError(f"Batch.{name}: expected a tensor, came {type(value).__name__}; use torch.as_tensor")
+        if self.index is None and self.y.ndim:
             object.__setattr__(self, "index", torch.arange(len(self.y), device=self.y.device))
         if not self.x.is_floating_point() or self.x.ndim < 2:
             raise UnmovedError(
@@ -67,8 +70,11 @@ class Batch:
                 f"Batch.y: expected int64 labels of shape ({len(self.x)},), "
                 f"came {self.y.dtype} {tuple(self.y.shape)}; convert with labels.long()"
             )
-        if self.index.shape != self.y.shape:
-            raise UnmovedError(f"Batch.index: expected shape {tuple(self.y.shape)}, came {tuple(self.index.shape)}")
+        if self.index.dtype != torch.int64 or self.index.shape != self.y.shape:
+            raise UnmovedError(
+                f"Batch.index: expected int64 of shape {tuple(self.y.shape)}, "
+                f"came {self.index.dtype} {tuple(self.index.shape)}"
+            )
 
     def __len__(self) -> int:
         return len(self.y)

@@ -71,6 +71,9 @@ class Phases:
         if not starts or starts[0] != 0 or any(b <= a for a, b in zip(starts, starts[1:], strict=False)):
             raise UnmovedError(f"phases: expected starts 0 < ... increasing, came {starts}")
 
+    def __repr__(self) -> str:
+        return f"Phases({', '.join(map(repr, self.phases))})"
+
     @staticmethod
     def of(method: Method | Phases | Sequence[tuple[int, Method]]) -> Phases:
         if isinstance(method, Phases):

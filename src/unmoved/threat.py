@@ -40,6 +40,8 @@ class ThreatModel:
     def __post_init__(self) -> None:
         require_choice("threat.norm", self.norm, NORMS)
         require_ramp("threat.eps", self.eps, at_least=0)
+        if not self.bounds[0] < self.bounds[1]:
+            raise UnmovedError(f"threat.bounds: expected (smallest, largest) pixel value, came {self.bounds}")
         largest = max(self.eps.start, self.eps.stop) if isinstance(self.eps, Ramp) else self.eps
         if self.norm == "linf" and largest > self.bounds[1] - self.bounds[0]:
             raise UnmovedError(
@@ -82,8 +84,10 @@ class ThreatModel:
         """
         if self.norm == "linf":
             return gradient.sign()
-        length = _flat_norm(gradient)
-        return torch.where(length > 0, gradient / torch.where(length > 0, length, 1.0), 0.0)
+        # Scaled first: the squares of a confident model's gradient (a margin of 60 makes 1e-26) vanish in float32.
+        largest = gradient.flatten(1).abs().amax(1).reshape(-1, *[1] * (gradient.ndim - 1))
+        scaled = gradient / torch.where(largest > 0, largest, 1.0)
+        return scaled / torch.where(largest > 0, _flat_norm(scaled), 1.0)
 
     def project(self, x_adv: Image, x: Image) -> Image:
         """The nearest point of the ball around ``x``, then clipped to valid images."""

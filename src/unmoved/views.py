@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unmoved.errors import UnmovedError
+from unmoved.errors import UnmovedError, require_choice
 from unmoved.protocols import Batch, Image, Index, Label, Logits
 
 
@@ -50,6 +50,7 @@ class Views:
         self._x_adv = x_adv
         self._base: Views | None = None
         self._clean: Logits | None = None
+        self._constant: Logits | None = None
         self._adv: Logits | None = None
         self.y: Label = batch.y
         self.index: Index = batch.index
@@ -61,7 +62,7 @@ class Views:
         """Views of ready logits (B, K), for tests and for users' own loops."""
         views = cls.__new__(cls)
         views._model = views._batch = views._x_adv = views._base = None
-        views._clean, views._adv = clean, adv
+        views._clean, views._constant, views._adv = clean, None, adv
         views.y = y
         views.index = torch.arange(len(y), device=y.device) if index is None else index
         for name, value in (("clean", clean), ("adv", adv)):
@@ -78,7 +79,9 @@ class Views:
     def take(self, which: Tensor) -> Views:
         """The views of the samples chosen by a mask or by positions, with the clean logits already computed."""
         views = Views(self.model, self.batch.take(which), None if self._x_adv is None else self._x_adv[which])
+        views._base = None if self._base is None else self._base.take(which)
         views._clean = None if self._clean is None else self._clean[which]
+        views._constant = None if self._constant is None else self._constant[which]
         views._adv = None if self._adv is None else self._adv[which]
         return views
 
@@ -109,13 +112,22 @@ class Views:
     def clean(self) -> Logits:
         if self._clean is None:
             if self._base is not None:
-                with torch.no_grad():
-                    self._clean = self._base.clean
+                self._clean = self._base._constant_clean()
             elif self._model is not None and self._batch is not None:
                 self._clean = logits(self._model, self._batch.x)
             else:
                 raise UnmovedError("this term needs the clean logits: pass Views.of(..., clean=logits)")
         return self._clean
+
+    def _constant_clean(self) -> Logits:
+        """The clean logits without a graph; they do not take the graph from ``clean``, nor hand it on."""
+        if self._constant is None:
+            if self._clean is not None or self._base is not None:
+                self._constant = self.clean.detach()
+            else:
+                with torch.no_grad():
+                    self._constant = logits(self.model, self.batch.x)
+        return self._constant
 
     @property
     def adv(self) -> Logits:
@@ -127,4 +139,5 @@ class Views:
 
     def logits(self, view: str) -> Logits:
         """The logits of ``"clean"`` or ``"adv"``."""
+        require_choice("view", view, ("clean", "adv"))
         return self.clean if view == "clean" else self.adv

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+
+from unmoved.errors import UnmovedError, require_choice, require_number
+
+Tensors = TypeVar("Tensors", Tensor, list[Tensor])
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
@@ -18,6 +24,79 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 def norm(tensors: Iterable[Tensor]) -> Tensor:
     """The l2 norm of several tensors taken together as one vector."""
     return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(t) for t in tensors]))
+
+
+def steepest(g: Tensors, eps: float, p: float = 2, n: int | None = None) -> Tensors:
+    """The corruption of at most ``n`` weights in the lp ball of radius ``eps`` that raises a linear loss most.
+
+    ``a = eps sign(h) |h|^(1/(p-1)) / || |h|^(1/(p-1)) ||_p`` with h the n entries of g of largest size; the gain is
+    ``eps ||h||_q``, 1/p + 1/q = 1. Sun et al. 2021 (AAAI) and the notes in docs/methods/apd.md.
+
+    Args:
+        g: a gradient: one tensor, or several taken together as one vector.
+        eps: radius.
+        p: in (1, inf].
+        n: at most this many entries differ from zero; None for all.
+
+    Returns:
+        The same form as ``g``; zeros where g is zero.
+
+    Raises:
+        UnmovedError: a negative eps, p outside (1, inf], or n outside 1..number of weights.
+    """
+    require_number("steepest: eps", eps, at_least=0)
+    if not p > 1:
+        raise UnmovedError(f"steepest: expected p in (1, inf], came {p!r}")
+    return _as_one_vector(g, lambda v: _steepest(_largest(v, n), eps, p))
+
+
+def project(a: Tensors, eps: float, p: float = 2, n: int | None = None) -> Tensors:
+    """The nearest corruption (in l2) with at most ``n`` entries and ``||a||_p <= eps``: keep the largest, then shrink.
+
+    Exact for p = 2 and p = inf. Arguments and form as `steepest`.
+
+    Raises:
+        UnmovedError: as `steepest`, and p other than 2 or inf.
+    """
+    require_number("project: eps", eps, at_least=0)
+    if p not in (2, math.inf):
+        raise UnmovedError(f"project: the nearest point is known for p = 2 and p = inf, came {p!r}")
+
+    def nearest(v: Tensor) -> Tensor:
+        v = _largest(v, n)
+        if p == math.inf:
+            return v.clamp(-eps, eps)
+        length = torch.linalg.vector_norm(v)
+        return torch.where(length > eps, v * (eps / length.clamp_min(1e-30)), v)
+
+    return _as_one_vector(a, nearest)
+
+
+def _steepest(h: Tensor, eps: float, p: float) -> Tensor:
+    top = h.abs().amax() if h.numel() else h.sum()
+    if p == math.inf:
+        return eps * h.sign()
+    # Scaled by the largest entry first, so that powers neither overflow nor vanish.
+    power = (h / torch.where(top > 0, top, 1.0)).abs() ** (1 / (p - 1)) * h.sign()
+    length = torch.linalg.vector_norm(power, ord=p)
+    return torch.where(length > 0, eps * power / torch.where(length > 0, length, 1.0), 0.0)
+
+
+def _largest(v: Tensor, n: int | None) -> Tensor:
+    """The n entries of largest size, the rest zero."""
+    if n is None:
+        return v
+    require_number("n", n, at_least=1, at_most=v.numel(), advice="it counts corrupted weights")
+    kept = v.abs().topk(int(n)).indices
+    return torch.zeros_like(v).index_copy(0, kept, v[kept])
+
+
+def _as_one_vector(tensors: Tensors, function: Callable[[Tensor], Tensor]) -> Tensors:
+    if isinstance(tensors, Tensor):
+        return function(tensors.flatten()).reshape(tensors.shape)
+    whole = function(torch.cat([t.flatten() for t in tensors]))
+    parts = whole.split([t.numel() for t in tensors])
+    return [part.reshape(t.shape) for part, t in zip(parts, tensors, strict=True)]
 
 
 @contextmanager
@@ -45,6 +124,7 @@ def evaluating(model: nn.Module, mode: str = "eval") -> Iterator[None]:
         mode: ``"eval"``; or ``"train"``: batch statistics and dropout in the submodules that are training already,
             with the running statistics frozen and the random state restored.
     """
+    require_choice("mode", mode, ("eval", "train"))
     if mode == "train":
         with frozen_batchnorm(model), torch.random.fork_rng(_cuda_devices(model)):
             yield
@@ -62,7 +142,10 @@ def evaluating(model: nn.Module, mode: str = "eval") -> Iterator[None]:
 @contextmanager
 def frozen_batchnorm(model: nn.Module) -> Iterator[None]:
     """Normalisation by batch statistics without moving the running ones (nor ``num_batches_tracked``)."""
-    tracking = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
+    norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.training and m.track_running_stats]
+    # BatchNorm without tracking uses the batch and moves nothing; InstanceNorm moves all the same, so it is put back.
+    tracking = [m for m in norms if isinstance(m, _BatchNorm)]
+    saved = [(b, b.clone()) for m in norms if not isinstance(m, _BatchNorm) for b in m.buffers(recurse=False)]
     try:
         for module in tracking:
             module.track_running_stats = False
@@ -70,6 +153,8 @@ def frozen_batchnorm(model: nn.Module) -> Iterator[None]:
     finally:
         for module in tracking:
             module.track_running_stats = True
+        for buffer, old in saved:
+            buffer.copy_(old)
 
 
 def _cuda_devices(model: nn.Module) -> list[int]:

@@ -1,0 +1,112 @@
+"""Weights on disk: safetensors and nothing else, so that loading a file never runs what is in it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import uuid
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from unmoved.errors import UnmovedError
+
+_PICKLES = {".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt", ".tar"}
+_PICKLE_MAGIC = (b"PK\x03\x04", b"\x80")  # torch.save since 1.6 writes a zip; before it, and pickle itself, protocol 2+
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace the file as a whole: a crash leaves the old one or the new one, never a part.
+
+    Raises:
+        UnmovedError: the folder is missing or cannot be written.
+    """
+    # Not tempfile: its files are readable by their owner alone, and the final one would stay so.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UnmovedError(f"{path}: cannot be written: {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(OSError):  # after os.replace it is gone already
+            temporary.unlink()
+
+
+def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write parameters and buffers to a safetensors file; equal weights give equal files, byte for byte.
+
+    Tensors are stored under all their names, contiguous, whatever their memory format; nothing else is stored.
+
+    Raises:
+        UnmovedError: another ending than .safetensors, a state that is not of dense tensors, an unwritable folder.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise UnmovedError(f"{path}: expected a file name that ends in .safetensors")
+    tensors = {}
+    for name, value in model.state_dict().items():
+        if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
+            kind = f"{value.layout} on {value.device}" if isinstance(value, Tensor) else type(value).__name__
+            raise UnmovedError(f"weights {name!r}: expected a dense tensor with data, came {kind}; it cannot be saved")
+        # Tied and channels_last tensors: safetensors refuses shared memory and gaps, so each gets its own copy.
+        tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+    write_atomically(path, save(tensors))
+
+
+def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Copy the weights of a safetensors file into ``model``, all or none.
+
+    Floating tensors are converted to the model's type and device.
+
+    Raises:
+        UnmovedError: no such file, a pickle, a file that is not whole, or names, shapes or types that do not fit.
+    """
+    path = Path(path)
+    tensors = _read(path)
+    own = model.state_dict()
+    if missing := [name for name in own if name not in tensors]:
+        raise UnmovedError(f"{path}: {_several(missing)} missing: these are the weights of another model")
+    if unexpected := [name for name in tensors if name not in own]:
+        raise UnmovedError(f"{path}: {_several(unexpected)} unexpected: these are the weights of another model")
+    for name, value in tensors.items():
+        if value.shape != own[name].shape:
+            raise UnmovedError(
+                f"{path}: {name!r}: expected shape {tuple(own[name].shape)}, came {tuple(value.shape)}; "
+                "build the model with the settings it was saved with"
+            )
+        if value.dtype != own[name].dtype and not (value.is_floating_point() and own[name].is_floating_point()):
+            raise UnmovedError(f"{path}: {name!r}: expected {own[name].dtype}, came {value.dtype}")
+    model.load_state_dict(tensors)
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        with open(path, "rb") as file:
+            start = file.read(9)
+    except OSError as error:
+        raise UnmovedError(f"{path}: expected a safetensors file: {error.strerror or error}") from error
+    # Eight bytes of length come first in safetensors, and may look like the magic; then the header, which is JSON.
+    if start[8:] != b"{" and (path.suffix.lower() in _PICKLES or start.startswith(_PICKLE_MAGIC)):
+        raise UnmovedError(
+            f"{path}: expected a safetensors file, came a pickle, which can run code when it is loaded; if you trust "
+            "it, convert it: safetensors.torch.save_file(torch.load(path, weights_only=True), 'weights.safetensors')"
+        )
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UnmovedError(f"{path}: not a whole safetensors file ({error}); copy or save it again") from error
+
+
+def _several(names: Iterable[str]) -> str:
+    """``'a', 'b', 'c' and 5 more``: enough to see what is wrong."""
+    first, *rest = [repr(name) for name in names]
+    shown = ", ".join([first, *rest[:2]])
+    return f"{shown} and {len(rest) - 2} more" if len(rest) > 2 else shown

@@ -1,0 +1,54 @@
+"""The two models whose optimal attack can be written down or seen through: a linear one and a small perceptron."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
+from itertools import pairwise
+
+from torch import nn
+
+from unmoved.errors import UnmovedError
+from unmoved.models.entrance import entrance, require_count
+
+
+def linear(
+    shape: tuple[int, int, int],
+    num_classes: int,
+    *,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> nn.Sequential:
+    """Softmax regression: ``W x + b`` on the flattened image, (B, C, H, W) to (B, K); raises as `entrance`."""
+    first = entrance(shape, num_classes, mean, std)
+    return nn.Sequential(OrderedDict(first, flatten=nn.Flatten(), linear=nn.Linear(math.prod(shape), num_classes)))
+
+
+def mlp(
+    shape: tuple[int, int, int],
+    num_classes: int,
+    *,
+    hidden: tuple[int, ...] = (256,),
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> nn.Sequential:
+    """A perceptron with ReLU after each hidden layer, (B, C, H, W) to (B, K).
+
+    Args:
+        hidden: the width of each hidden layer; ``()`` is a linear model.
+
+    Raises:
+        UnmovedError: a hidden width below 1; otherwise as `entrance`.
+    """
+    layers: dict[str, nn.Module] = {**entrance(shape, num_classes, mean, std), "flatten": nn.Flatten()}
+    if not isinstance(hidden, Sequence):
+        raise UnmovedError(
+            f"hidden: expected a list of widths, came {hidden!r}; for one hidden layer write ({hidden!r},)"
+        )
+    for width in hidden:
+        require_count("hidden", width)
+    for depth, (before, after) in enumerate(pairwise((math.prod(shape), *hidden)), start=1):
+        layers |= {f"fc{depth}": nn.Linear(before, after), f"relu{depth}": nn.ReLU()}
+    width = hidden[-1] if hidden else math.prod(shape)
+    return nn.Sequential(OrderedDict(layers, linear=nn.Linear(width, num_classes)))
