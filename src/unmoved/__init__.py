@@ -1,11 +1,11 @@
-"""Train image classifiers that small worst-case perturbations do not move, and measure honestly how far that is true."""
+"""Train image classifiers that small worst-case perturbations do not move, and measure how far that is true."""
 
 from importlib import import_module as _import_module
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
 if _TYPE_CHECKING:
-    from unmoved import attacks, data, defenses, models, optim, terms, testing, weights
+    from unmoved import attacks, data, defenses, models, optim, outcomes, terms, testing, weights
     from unmoved.errors import UnmovedError
     from unmoved.judge import evaluate
     from unmoved.loop import train, train_step
@@ -30,6 +30,7 @@ __all__ = [
     "evaluate",
     "models",
     "optim",
+    "outcomes",
     "terms",
     "testing",
     "train",

@@ -69,7 +69,9 @@ def train(
 @app.command()
 def evaluate(
     run: RunPath,
-    n: Annotated[int | None, typer.Option("--n", min=1, help="Test images to judge; all unless the recipe says.")] = None,
+    n: Annotated[
+        int | None, typer.Option("--n", min=1, help="Test images to judge; all unless the recipe says.")
+    ] = None,
     weights: Annotated[str, typer.Option(help="best (by validation robust accuracy) or last.")] = "best",
     batch_size: Annotated[int, typer.Option(min=1, help="Images a pass; the verdict does not depend on it.")] = 256,
     allow: Allow = [],  # noqa: B006
@@ -181,14 +183,17 @@ def main() -> None:
     """The entry point: errors that a user can cause become one message on standard error and exit code 1."""
     from unmoved.errors import UnmovedError
 
+    said = Console(stderr=True)
     try:
         app()
-    except UnmovedError as error:
-        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+    except (UnmovedError, OSError) as error:
+        words = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
+        said.print(f"error: {words}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
-    except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted; what was saved is intact, --resume goes on from there")
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == 130:  # typer's answer to Ctrl-C, which says nothing
+            said.print("interrupted; what was saved is intact, --resume goes on from there", soft_wrap=True)
+        raise
 
 
 # --- what people see
@@ -236,8 +241,8 @@ def _print_summary(tables: dict[str, Any]) -> None:
         rows = summary.set_index("measure")
         cells = [f"{100 * rows.accuracy[m]:.1f}" if m in rows.index else "" for m in measures]
         worst = rows.loc[outcomes.WORST]
-        view.add_row(name, *cells, f"{100 * worst.low:.1f} - {100 * worst.high:.1f}", str(int(worst.n)))
-    console.print(view)
+        view.add_row(name, *cells, f"{100 * worst.low:.1f} - {100 * worst.high:.1f}", f"{worst['n']:.0f}")
+    (console if console.is_terminal else Console(width=1000)).print(view)  # nothing is cut off in a file
 
 
 if __name__ == "__main__":

@@ -49,7 +49,9 @@ def jobs_of(
     names = [recipe.name for recipe in recipes]
     for name in names:
         if names.count(name) > 1:
-            raise UnmovedError(f"compare: expected recipes of different names, came {name!r} twice; set name=... in one")
+            raise UnmovedError(
+                f"compare: expected recipes of different names, came {name!r} twice; set name=... in one"
+            )
     jobs = []
     for recipe in recipes:
         for seed in seeds:

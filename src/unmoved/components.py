@@ -13,7 +13,7 @@ import types
 import typing
 from collections.abc import Callable, Collection, Mapping
 from fractions import Fraction
-from typing import Annotated, Any, Literal, Union
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, Union
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, create_model, model_validator
 
@@ -37,7 +37,9 @@ def parse_number(value: Any) -> Any:
 class Settings(BaseModel):
     """A table of a recipe: unknown keys are refused, with the nearest known one."""
 
-    model_config = ConfigDict(extra="forbid", populate_by_name=True, arbitrary_types_allowed=True, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", populate_by_name=True, arbitrary_types_allowed=True, validate_default=True
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -115,7 +117,9 @@ def _field_type(hint: Any) -> Any:
     if typing.get_origin(hint) in (Union, types.UnionType):
         parts = set(typing.get_args(hint))
         members = [NumberOrRamp] if Ramp in parts else []
-        members += [_field_type(part) for part in typing.get_args(hint) if Ramp not in parts or part not in (float, Ramp)]
+        members += [
+            _field_type(part) for part in typing.get_args(hint) if Ramp not in parts or part not in (float, Ramp)
+        ]
         return Union[tuple(members)]  # noqa: UP007 - built at run time
     return hint
 
@@ -123,7 +127,7 @@ def _field_type(hint: Any) -> Any:
 def _settings(kind: str, name: str, factory: Factory) -> type[Settings]:
     """The pydantic model of a component, from its signature; a term has its weight in the same table."""
     signature = inspect.signature(factory)
-    target = factory.__init__ if isinstance(factory, type) else factory
+    target = vars(factory)["__init__"] if isinstance(factory, type) else factory
     hints = typing.get_type_hints(target, vars(sys.modules[factory.__module__]))
     fields: dict[str, Any] = {"use": (Literal[name], name)}
     for parameter in signature.parameters.values():
@@ -164,10 +168,10 @@ def _table(kind: str) -> Any:
         return value
 
     def tag(value: Any) -> str:
-        use = value.use if isinstance(value, BaseModel) else value["use"]
+        use = str(getattr(value, "use", None) or value["use"])
         return "<module:Name>" if ":" in use else f"<{use}>"
 
-    union = Annotated[Union[tuple(members)], Discriminator(tag)]  # noqa: UP007 - built at run time
+    union: Any = Annotated[Union[tuple(members)], Discriminator(tag)]  # noqa: UP007 - built at run time
     return Annotated[union, BeforeValidator(normalise, json_schema_input_type=union)]
 
 
@@ -179,14 +183,24 @@ def to_table(value: Any) -> dict[str, Any]:
 
 # What a setting may hold that is itself a component.
 _NESTED: dict[Any, Any] = {}
-TermTable = _NESTED[protocols.Term] = _table("terms")
-_NESTED[attacks.StoppingRule] = _table("stops")
-AttackTable = _table("attacks")
-DefenseTable = _table("defenses")
-ModelTable = _table("models")
-DataTable = _table("data")
-OptimizerTable = _table("optimizer")
-ScheduleTable = _table("schedule")
+
+if TYPE_CHECKING:
+    AttackTable: TypeAlias = Any
+    DataTable: TypeAlias = Any
+    DefenseTable: TypeAlias = Any
+    ModelTable: TypeAlias = Any
+    OptimizerTable: TypeAlias = Any
+    ScheduleTable: TypeAlias = Any
+    TermTable: TypeAlias = Any
+else:
+    TermTable = _NESTED[protocols.Term] = _table("terms")
+    _NESTED[attacks.StoppingRule] = _table("stops")
+    AttackTable = _table("attacks")
+    DefenseTable = _table("defenses")
+    ModelTable = _table("models")
+    DataTable = _table("data")
+    OptimizerTable = _table("optimizer")
+    ScheduleTable = _table("schedule")
 
 
 # --- tables -> objects
@@ -251,4 +265,4 @@ def foreign(use: str, allow: Collection[str]) -> Factory:
     if not hasattr(module, name):
         known = [key for key in vars(module) if not key.startswith("_")]
         raise UnmovedError(f"use = {use!r}: {module_name} has no {name!r}" + did_you_mean(name, known))
-    return getattr(module, name)  # type: ignore[no-any-return]
+    return getattr(module, name)

@@ -39,6 +39,11 @@ class Threat(Settings):
     norm: str = "linf"
     eps: Number
 
+    @model_validator(mode="after")
+    def _is_a_ball(self) -> Threat:
+        ThreatModel(self.norm, self.eps)
+        return self
+
 
 class Training(Settings):
     """How long and on what."""
@@ -72,6 +77,11 @@ class Phase(Settings):
     objective: dict[str, dict[str, Any]] | None = None
     defense: dict[str, Any] | None = None
 
+    @field_validator("attack", "defense", mode="before")
+    @classmethod
+    def _a_bare_name_is_a_table(cls, value: Any) -> Any:
+        return {"use": value} if isinstance(value, str) else value
+
 
 class Evaluation(Settings):
     """What ``unmoved evaluate`` runs; by default PGD with 20 steps and APGD with 100."""
@@ -91,7 +101,7 @@ class Stretch(Settings):
     @classmethod
     def _use_defaults_to_the_name(cls, value: Any) -> Any:
         if isinstance(value, Mapping) and isinstance(value.get("use"), str):
-            raise ValueError(f'expected named terms, such as [objective.{value["use"]}]')
+            raise ValueError(f"expected named terms, such as [objective.{value['use']}]")
         if isinstance(value, Mapping):
             return {k: {"use": k, **t} if isinstance(t, Mapping) else t for k, t in value.items()}
         return value
@@ -171,7 +181,7 @@ def read(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = Path(path)
     try:
-        tables = tomllib.loads(path.read_text())
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         here = [str(p) for p in sorted(Path("recipes").glob("*/*.toml"))]
         raise UnmovedError(f"recipe {path}: no such file" + did_you_mean(str(path), here)) from None
@@ -231,9 +241,9 @@ def _messages(error: ValidationError) -> list[str]:
     """One line a mistake: the key and the mend."""
     lines = []
     for mistake in error.errors(include_url=False):
-        keys = [str(part) for part in mistake["loc"] if not str(part).startswith("<")]
+        key = ".".join(str(part) for part in mistake["loc"] if not str(part).startswith("<"))
         message = mistake["msg"].removeprefix("Value error, ")
-        line = f"{'.'.join(keys)}: {message}" if keys else message
+        line = f"{key}: {message}" if key and not message.startswith(f"{key}.") else message
         if mistake["type"] not in ("value_error", "missing") and not isinstance(mistake["input"], dict):
             line += f", came {mistake['input']!r}"
         lines.append(line)

@@ -16,7 +16,7 @@ from unmoved import config, views
 from unmoved.attacks import PGD
 from unmoved.errors import UnmovedError
 from unmoved.outcomes import COLUMNS
-from unmoved.precision import autocast
+from unmoved.precision import autocast, require_device
 from unmoved.protocols import Attack, Batch, Image, Label, Split
 from unmoved.run import Run
 from unmoved.threat import ThreatModel
@@ -102,7 +102,9 @@ def predict(model: nn.Module, x: Image, y: Label) -> Label:
             f"model {type(model).__name__}: expected finite logits, came NaN or infinity; a verdict would mean nothing"
         )
     if len(y) and int(y.max()) >= logits.shape[1]:
-        raise UnmovedError(f"labels: expected 0..{logits.shape[1] - 1} for {logits.shape[1]} logits, came {int(y.max())}")
+        raise UnmovedError(
+            f"labels: expected 0..{logits.shape[1] - 1} for {logits.shape[1]} logits, came {int(y.max())}"
+        )
     return logits.argmax(dim=1)
 
 
@@ -122,7 +124,7 @@ def curve(
     Raises:
         UnmovedError: an attack that is no dataclass with a ``threat`` field.
     """
-    fields = {f.name for f in dataclasses.fields(attack)} if dataclasses.is_dataclass(attack) else set()
+    fields: set[str] = {f.name for f in dataclasses.fields(attack)} if dataclasses.is_dataclass(attack) else set()
     if "threat" not in fields:
         raise UnmovedError(f"curve: expected an attack with a threat field, came {attack!r}")
     tables = []
@@ -227,6 +229,7 @@ def evaluate_run(
     Raises:
         UnmovedError: as `evaluate`; weights that are missing or do not fit.
     """
+    require_device(device)
     began = time.monotonic()
     built = config.Built(config.parse(run.recipe, str(run.path / "recipe.toml")), allow)
     model = built.model()

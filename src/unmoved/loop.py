@@ -139,12 +139,15 @@ def train(
 
     require_number("epochs", epochs, at_least=1)
     require_number("batch_size", batch_size, at_least=1)
+    formats.require_device(device)
+    if len(split) == 0:
+        raise UnmovedError("train: expected at least one sample, came none")
     phases = Phases.of(method)
     fabric = Fabric(accelerator="auto" if device == "auto" else device, devices=1)
     precision = formats.resolve(precision, fabric.device)
     terms = nn.ModuleList(_unique(t for _, m in phases.phases for t in stateful(m.objective)))
     fabric.to_device(terms)
-    groups = [{"params": list(model.parameters())}]
+    groups: list[dict[str, Any]] = [{"params": list(model.parameters())}]
     if any(True for _ in terms.parameters()):
         groups.append({"params": list(terms.parameters()), "weight_decay": 0.0})
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # the same numbers, faster convolutions
@@ -173,6 +176,8 @@ def train(
                 scheduler.step()
                 if progress is not None:
                     progress({"epoch": epoch, "share": (k + 1) / per_epoch, "loss": float(step.loss)})
+            if not all(torch.isfinite(p).all() for p in model.parameters()):
+                raise _stopped(UnmovedError(f"a weight became NaN or infinite by step {batch.step}"), epoch, run)
             record = {"epoch": epoch + 1, "step": (epoch + 1) * per_epoch, "lr": opt.param_groups[0]["lr"]}
             record |= {"eps": _eps(current.attack), **log.means()}
             if validation is not None:
@@ -203,19 +208,20 @@ def train_recipe(
         if run.recipe != tables:
             keys = sorted(key for key in {*tables, *run.recipe} if tables.get(key) != run.recipe.get(key))
             raise UnmovedError(
-                f"{out} holds a run of another recipe (it differs in: {', '.join(keys)}); choose another --out, or pass "
-                f"{Path(out) / 'recipe.toml'} to go on with that one"
+                f"{out} holds a run of another recipe (it differs in: {', '.join(keys)}); choose another --out, "
+                f"or pass {Path(out) / 'recipe.toml'} to go on with that one"
             )
         saved = run.load_state()
         if saved is not None and len(saved["log"]) >= recipe.training.epochs:
             return run
     # Everything a recipe can get wrong is found before a folder is made.
+    formats.require_device(device)
     built = config.Built(recipe, allow)
     model = built.model()
-    run = run or Run.create(out, tables)
     share = recipe.training.validation
     part = built.data.train
     train_part, validation = part.hold_out(share if share < 1 else int(share), seed=0) if share else (part, None)
+    run = run or Run.create(out, tables)
     train(
         model,
         built.phases,
@@ -259,7 +265,7 @@ def _validate(
 
 def _eps(attack: Attack | None) -> float | None:
     threat = getattr(attack, "threat", None)
-    return float(threat.eps) if isinstance(threat, ThreatModel) else None
+    return threat.radius if isinstance(threat, ThreatModel) else None
 
 
 def _unique(items: Any) -> list[Any]:

@@ -138,10 +138,11 @@ def _require_same_samples(table: pd.DataFrame, source: str) -> None:
                 f"{source}: expected every attack on the same {samples} samples, came {len(rows)} under {attack!r}, "
                 f"eps {eps:g}; evaluate all attacks on the same samples"
             )
-    for name in ("label", "clean_prediction"):
-        kinds = table.groupby("index")[name].nunique()
+    for name, within in (("label", ["index"]), ("clean_prediction", ["index", "eps"])):  # each eps may be a new pass
+        kinds = table.groupby(within)[name].nunique()
         if (kinds > 1).any():
-            raise UnmovedError(f"{source}: sample {kinds.idxmax()} has {kinds.max()} different values of {name!r}")
+            sample = table.loc[table.groupby(within)[name].transform("nunique") > 1, "index"].iloc[0]
+            raise UnmovedError(f"{source}: sample {sample} has {kinds.max()} different values of {name!r}")
 
 
 def by_sample(table: pd.DataFrame) -> pd.DataFrame:

@@ -6,9 +6,20 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from unmoved.errors import require_choice
+from unmoved.errors import UnmovedError, require_choice
 
 PRECISIONS = ("auto", "float32", "bf16")
+DEVICES = ("auto", "cpu", "cuda", "mps")
+
+
+def require_device(device: str) -> None:
+    """Raise `UnmovedError` unless ``device`` is one of `DEVICES` and this machine has it."""
+    require_choice("device", device, DEVICES)
+    missing = (device == "cuda" and not torch.cuda.is_available()) or (
+        device == "mps" and not torch.backends.mps.is_available()
+    )
+    if missing:
+        raise UnmovedError(f"device: expected one that this machine has, came {device!r}; use cpu or auto")
 
 
 def resolve(precision: str, device: torch.device | str) -> str:
@@ -24,7 +35,7 @@ def resolve(precision: str, device: torch.device | str) -> str:
     if kind == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     if kind == "cpu":
-        features = getattr(torch.cpu, "get_capabilities", dict)()  # not in older versions of torch
+        features: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # not in older versions of torch
         return "bf16" if features.get("amx_bf16") or features.get("avx512_bf16") else "float32"
     return "float32"
 

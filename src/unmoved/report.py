@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -18,7 +19,7 @@ from matplotlib.figure import Figure
 from unmoved import drawing, figures
 from unmoved.errors import UnmovedError
 from unmoved.outcomes import CLEAN, WORST
-from unmoved.verdicts import Verdict, protocol, verdicts
+from unmoved.verdicts import Verdict, verdicts
 
 if TYPE_CHECKING:
     from unmoved.run import Run
@@ -69,7 +70,8 @@ def write(runs: Sequence[Run], path: Path, title: str, extra: Sequence[Section] 
     """Write the page to ``path`` and its figures to ``<stem>-figures/`` beside it; return ``path``.
 
     Raises:
-        UnmovedError: see `unmoved.verdicts.verdicts`; an extra section whose id is taken or is no anchor.
+        UnmovedError: see `unmoved.verdicts.verdicts`; an extra section whose id is taken or is no anchor; a folder that
+            cannot be written.
     """
     judged, titles = verdicts(runs), dict(TITLES)
     for section in extra:
@@ -95,18 +97,29 @@ def write(runs: Sequence[Run], path: Path, title: str, extra: Sequence[Section] 
         .get_template("report.html.jinja")
         .render(title=title, titles=titles, extra=extra, pictures=pictures, CLEAN=CLEAN, WORST=WORST, **_facts(judged))
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    for stem, svg in files.items():
-        (folder / f"{stem}.svg").write_text(svg, encoding="utf-8")
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
-    unfinished.write_text(page, encoding="utf-8")
-    unfinished.replace(path)
+    _save(path, page, {folder / f"{stem}.svg": svg for stem, svg in files.items()})
     return path
+
+
+def _save(path: Path, page: str, files: Mapping[Path, str]) -> None:
+    """The figures, then the page, which appears whole or not at all."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for file, svg in files.items():
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(svg, encoding="utf-8")
+        unfinished.write_text(page, encoding="utf-8")
+        unfinished.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
+        raise UnmovedError(f"report: could not write {path}: {error.strerror}; choose another --out") from error
 
 
 def _figures(judged: Sequence[Verdict]) -> dict[str, list[tuple[str, Figure]]]:
     """By section: the figures, each with the recipe it belongs to ("" where it belongs to all)."""
-    how, evaluation = protocol(judged[0].runs[0]), judged[0].runs[0].evaluation or {}
+    how, evaluation = judged[0].runs[0].protocol, judged[0].runs[0].evaluation
     names = [str(name) for name in evaluation.get("classes") or ()]
     curves = [verdict.curve for verdict in judged if verdict.curve is not None]
     return {
@@ -125,7 +138,7 @@ def _facts(judged: Sequence[Verdict]) -> dict[str, Any]:
     lower = [verdict for verdict in ranked if verdict.measures[WORST]["accuracy"] < top["accuracy"]]
     return {
         "verdicts": judged,
-        "protocol": protocol(judged[0].runs[0]),
+        "protocol": judged[0].runs[0].protocol,
         "attacks": [name for name in judged[0].measures if name not in (CLEAN, WORST)],
         "best": ranked[: len(ranked) - len(lower)],
         "second": lower[0] if lower else None,

@@ -1,12 +1,12 @@
 """A run folder: what was asked, where and when it was done, how it went, and the weights. No pickle is ever executed.
 
-    recipe.toml        the fully resolved recipe
-    provenance.json    versions, hardware, seed, git state, times
-    metrics.jsonl      one record an epoch
-    best.safetensors   weights with the highest validation robust accuracy
-    last.safetensors   weights after the last finished epoch
-    trainer.pt         everything that --resume needs; written last, so it is the point a run comes back to
-    evaluation/        outcomes.csv, curve.csv, gallery.npz, evaluation.json
+recipe.toml        the fully resolved recipe
+provenance.json    versions, hardware, seed, git state, times
+metrics.jsonl      one record an epoch
+best.safetensors   weights with the highest validation robust accuracy
+last.safetensors   weights after the last finished epoch
+trainer.pt         everything that --resume needs; written last, so it is the point a run comes back to
+evaluation/        outcomes.csv, curve.csv, gallery.npz, evaluation.json
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import io
 import json
 import os
 import tomllib
+import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -147,7 +149,10 @@ class Run:
         if not path.exists():
             return None
         try:
-            return dict(torch.load(path, map_location="cpu", weights_only=True))
+            state = dict(torch.load(path, map_location="cpu", weights_only=True))
+            if not isinstance(state["log"], list):
+                raise TypeError("log")
+            return state
         except Exception as error:
             raise UnmovedError(
                 f"{path}: not a trainer state that can be read safely ({type(error).__name__}); "
@@ -205,9 +210,10 @@ class Run:
         if not path.exists():
             return None
         try:
-            with np.load(path, allow_pickle=False) as arrays:
-                return {name: arrays[name] for name in arrays.files}
-        except (OSError, ValueError, EOFError) as error:
+            # numpy leaves a torn file open, so it is opened here.
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+                return {name: arrays[name] for name in arrays.files} or None
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise UnmovedError(f"{path}: cannot be read ({error}); run 'unmoved evaluate {self.path}' again") from error
 
     def _read_json(self, name: str) -> dict[str, Any] | None:

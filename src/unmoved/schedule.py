@@ -40,6 +40,17 @@ def require_ramp(name: str, value: float | Ramp, **bounds: Any) -> None:
         require_number(name, number, **bounds)
 
 
+def number(name: str, value: float | Ramp) -> float:
+    """A field that may ramp, as the number it is.
+
+    Raises:
+        UnmovedError: it is a `Ramp` that nobody resolved.
+    """
+    if isinstance(value, Ramp):
+        raise UnmovedError(f"{name} is a Ramp: only the training loop resolves ramps; give a number here")
+    return value
+
+
 def resolve(value: Any, share: float) -> Any:
     """The value with each `Ramp` inside replaced by its number; the same object where nothing ramps."""
     if isinstance(value, Ramp):

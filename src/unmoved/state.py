@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from unmoved.errors import UnmovedError
 from unmoved.protocols import StatefulAttack
 from unmoved.run import Run
 
@@ -31,10 +32,17 @@ class TrainerState:
 
     def restore(self) -> None:
         saved = self.run.load_state() if self.run is not None else None
-        if saved is not None:
+        if saved is None or self.run is None:
+            return
+        try:
             for name, part in self.parts.items():
                 part.load_state_dict(saved[name])
             self.log, self.best = saved["log"], tuple(saved["best"])
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise UnmovedError(
+                f"{self.run.path / 'trainer.pt'}: the state of another model, optimizer or method "
+                f"({type(error).__name__}: {str(error).splitlines()[0]}); delete it to train this run from its start"
+            ) from error
 
     def commit(self, record: dict[str, Any], seconds: float) -> None:
         """Append an epoch to the log; the best epoch is the first with the highest (robust, clean) validation."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from unmoved import noise
 from unmoved.errors import UnmovedError, require_choice
 from unmoved.protocols import Batch, Image, PerSample
-from unmoved.schedule import Ramp, require_ramp
+from unmoved.schedule import Ramp, number, require_ramp
 
 NORMS = ("linf", "l2")
 
@@ -46,7 +46,7 @@ class ThreatModel:
         if self.norm == "linf" and largest > self.bounds[1] - self.bounds[0]:
             raise UnmovedError(
                 f"threat.eps: expected at most {self.bounds[1] - self.bounds[0]:g} for linf on images in "
-                f"{list(self.bounds)}, came {largest:g}; if it is in 0..255 units write \"{largest:g}/255\""
+                f'{list(self.bounds)}, came {largest:g}; if it is in 0..255 units write "{largest:g}/255"'
             )
 
     @property
@@ -56,17 +56,15 @@ class ThreatModel:
         Raises:
             UnmovedError: eps is a `Ramp` that nobody resolved.
         """
-        if isinstance(self.eps, Ramp):
-            raise UnmovedError("threat.eps is a Ramp: only the training loop resolves ramps; give a number here")
-        return self.eps
+        return number("threat.eps", self.eps)
 
-    def start(self, batch: Batch, *, seed: int, stream: int = 0) -> Image:
+    def start(self, batch: Batch, *, seed: int, stream: int = 0, radius: PerSample | None = None) -> Image:
         """A random point of the ball for each sample, keyed by (seed, stream, step, index): (B, C, H, W).
 
         linf: uniform in the box of side 2 eps. l2: uniform in the ball (radius ~ U^(1/d)). Then clipped to valid
-        images.
+        images. ``radius`` (B,) replaces eps sample by sample.
         """
-        x, eps = batch.x, self.radius
+        x, eps = batch.x, self._radii(radius, batch.x)
         shape = tuple(x.shape[1:])
         key = {"seed": seed, "step": batch.step}
         if self.norm == "linf":
@@ -75,7 +73,11 @@ class ThreatModel:
             direction = noise.normal(batch.index, shape, stream=2 * stream, **key)
             share = noise.uniform(batch.index, (1,) * len(shape), stream=2 * stream + 1, **key)
             delta = direction / _flat_norm(direction).clamp_min(1e-12) * share ** (1 / max(x[0].numel(), 1))
-        return self.project(x + eps * delta.to(x.dtype), x)
+        return self.project(x + eps * delta.to(x.dtype), x, radius)
+
+    def _radii(self, radius: PerSample | None, x: Image) -> float | Tensor:
+        """eps, or a radius per sample shaped to broadcast over images."""
+        return self.radius if radius is None else radius.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
 
     def steepest(self, gradient: Tensor) -> Tensor:
         """The unit step that raises the loss most to first order: sign(g) for linf, g / ||g||_2 for l2.
@@ -89,11 +91,11 @@ class ThreatModel:
         scaled = gradient / torch.where(largest > 0, largest, 1.0)
         return scaled / torch.where(largest > 0, _flat_norm(scaled), 1.0)
 
-    def project(self, x_adv: Image, x: Image) -> Image:
-        """The nearest point of the ball around ``x``, then clipped to valid images."""
-        eps, delta = self.radius, x_adv - x
+    def project(self, x_adv: Image, x: Image, radius: PerSample | None = None) -> Image:
+        """The nearest point of the ball around ``x``, then clipped to valid images; ``radius`` as in `start`."""
+        eps, delta = self._radii(radius, x), x_adv - x
         if self.norm == "linf":
-            delta = delta.clamp(-eps, eps)
+            delta = delta.clamp(-eps, eps)  # type: ignore[arg-type]  # both tensors or both numbers
         else:
             length = _flat_norm(delta)
             delta = torch.where(length > eps, delta * (eps / length.clamp_min(1e-30)), delta)

@@ -1,6 +1,7 @@
 """Runs -> verdicts: the seeds of one recipe taken together, after a look whether all runs were judged alike.
 
-Accuracies are only comparable for the same data, the same ball and the same attacks; `verdicts` refuses anything else.
+Accuracies are only comparable on the same data, in the same ball, under the same attacks; `verdicts` refuses anything
+else.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -21,8 +23,7 @@ if TYPE_CHECKING:
     from unmoved.run import Run
 
 
-@dataclass(frozen=True, eq=False)
-class Protocol:
+class Protocol(NamedTuple):
     """How a run was judged: two runs are comparable when these agree."""
 
     split: str
@@ -33,11 +34,69 @@ class Protocol:
 
 
 @dataclass(frozen=True, eq=False)
+class Judged:
+    """An evaluated run, read from its folder once (a `Run` reads its files anew each time it is asked)."""
+
+    path: Path
+    name: str
+    seed: int
+    recipe: dict[str, Any]
+    provenance: dict[str, Any]
+    metrics: pd.DataFrame
+    outcomes: pd.DataFrame
+    curve: pd.DataFrame | None
+    gallery: dict[str, np.ndarray] | None
+    evaluation: dict[str, Any]
+
+    @classmethod
+    def of(cls, run: Run) -> Judged:
+        """Read a run.
+
+        Raises:
+            UnmovedError: it was not evaluated, or its outcomes do not hold the samples that its evaluation names.
+        """
+        evaluation, table = run.evaluation, run.outcomes
+        if evaluation is None or table is None:
+            raise UnmovedError(
+                f"{run.path}: expected an evaluated run, came none; run `unmoved evaluate {run.path}` first"
+            )
+        n = table["index"].nunique()
+        if evaluation.get("n", n) != n:
+            raise UnmovedError(
+                f"{run.path}: expected outcomes of {evaluation['n']} samples, came {n}; "
+                f"run `unmoved evaluate {run.path}` again"
+            )
+        gallery = run.gallery or {}
+        return cls(
+            path=run.path,
+            name=run.name,
+            seed=run.seed,
+            recipe=run.recipe,
+            provenance=run.provenance,
+            metrics=run.metrics,
+            outcomes=table,
+            curve=run.curve,
+            gallery=gallery if len(gallery.get("x", ())) else None,
+            evaluation=evaluation,
+        )
+
+    @cached_property
+    def protocol(self) -> Protocol:
+        return Protocol(
+            split=str(self.evaluation.get("split", "unknown")),
+            norm=str(self.outcomes["norm"].iloc[0]),
+            eps=float(self.outcomes["eps"].max()),
+            attacks=tuple(sorted(self.outcomes["attack"].unique())),
+            n=int(self.outcomes["index"].nunique()),
+        )
+
+
+@dataclass(frozen=True, eq=False)
 class Verdict:
-    """One recipe, judged: its runs (one per seed) and what they say together."""
+    """One recipe, judged: its runs, one per seed, and what they say together."""
 
     name: str
-    runs: tuple[Run, ...]
+    runs: tuple[Judged, ...]
 
     @cached_property
     def measures(self) -> dict[str, dict[str, Any]]:
@@ -48,7 +107,7 @@ class Verdict:
     @cached_property
     def by_seed(self) -> pd.DataFrame:
         """`outcomes.summary` of each run, with columns recipe and seed."""
-        rows = [outcomes.summary(judged(run)).assign(recipe=self.name, seed=run.seed) for run in self.runs]
+        rows = [outcomes.summary(run.outcomes).assign(recipe=self.name, seed=run.seed) for run in self.runs]
         return pd.concat(rows, ignore_index=True)
 
     @cached_property
@@ -73,7 +132,7 @@ class Verdict:
     @property
     def gallery(self) -> dict[str, np.ndarray] | None:
         """The gallery of the first seed that has one."""
-        return next((run.gallery for run in self.runs if run.gallery is not None and len(run.gallery["x"])), None)
+        return next((run.gallery for run in self.runs if run.gallery is not None), None)
 
     @property
     def seconds(self) -> float | None:
@@ -83,45 +142,16 @@ class Verdict:
     @property
     def weights(self) -> str:
         """Which weights were judged: "best" or "last"."""
-        return str((self.runs[0].evaluation or {}).get("weights", "unknown"))
+        return str(self.runs[0].evaluation.get("weights", "unknown"))
 
     def _across(self, measure: Callable[[pd.DataFrame], pd.DataFrame]) -> pd.DataFrame:
-        return outcomes.across_seeds([judged(run) for run in self.runs], measure)
-
-
-def judged(run: Run) -> pd.DataFrame:
-    """The run's outcomes.
-
-    Raises:
-        UnmovedError: the run was not evaluated, or its outcomes do not hold the samples that its evaluation names.
-    """
-    if run.evaluation is None or run.outcomes is None:
-        raise UnmovedError(f"{run.path}: expected an evaluated run, came none; run `unmoved evaluate {run.path}` first")
-    n = run.outcomes["index"].nunique()
-    if run.evaluation.get("n", n) != n:
-        raise UnmovedError(
-            f"{run.path}: expected outcomes of {run.evaluation['n']} samples, came {n}; "
-            f"run `unmoved evaluate {run.path}` again"
-        )
-    return run.outcomes
-
-
-def protocol(run: Run) -> Protocol:
-    """How the run was judged, from its outcomes and its evaluation."""
-    table = judged(run)
-    return Protocol(
-        split=str((run.evaluation or {}).get("split", "unknown")),
-        norm=str(table["norm"].iloc[0]),
-        eps=float(table["eps"].max()),
-        attacks=tuple(sorted(table["attack"].unique())),
-        n=int(table["index"].nunique()),
-    )
+        return outcomes.across_seeds([run.outcomes for run in self.runs], measure)
 
 
 def verdicts(runs: Sequence[Run]) -> list[Verdict]:
     """The runs grouped by recipe, in order of appearance. Recipes that differ in more than seeds stay apart.
 
-    Two different recipes of one name are told apart by the name of their first run's folder.
+    Different recipes of one name are told apart by the folder of their first run.
 
     Raises:
         UnmovedError: no run; a run without evaluation; runs judged on different data, in different balls, by different
@@ -129,39 +159,39 @@ def verdicts(runs: Sequence[Run]) -> list[Verdict]:
     """
     if not runs:
         raise UnmovedError("expected at least one run, came none")
-    _require_alike(runs)
-    groups: dict[tuple[str, str], list[Run]] = {}
-    for run in runs:
+    read = [Judged.of(run) for run in runs]
+    _require_alike(read)
+    groups: dict[tuple[str, str], list[Judged]] = {}
+    for run in read:
         recipe = json.dumps(_without_seeds(run.recipe), sort_keys=True, default=str)
         groups.setdefault((run.name, recipe), []).append(run)
     for (name, _), members in groups.items():
         seeds, paths = [run.seed for run in members], ", ".join(str(run.path) for run in members)
         if len(set(seeds)) < len(seeds):
             raise UnmovedError(f"recipe {name!r}: expected each seed once, came {seeds} in {paths}; leave one run out")
-        weights = [(run.evaluation or {}).get("weights") for run in members]
+        weights = [run.evaluation.get("weights") for run in members]
         if len(set(weights)) > 1:
             raise UnmovedError(f"recipe {name!r}: seeds judged on {weights} weights in {paths}; evaluate them alike")
     names = [name for name, _ in groups]
     return [
-        Verdict(name if names.count(name) == 1 else f"{name} [{members[0].path.name}]", tuple(members))
+        Verdict(name if names.count(name) == 1 else f"{name} [{members[0].path}]", tuple(members))
         for (name, _), members in groups.items()
     ]
 
 
-def _require_alike(runs: Sequence[Run]) -> None:
-    first = vars(protocol(runs[0]))
-    labels = judged(runs[0])[["index", "label"]].drop_duplicates()
+def _require_alike(runs: Sequence[Judged]) -> None:
+    first, labels = runs[0], runs[0].outcomes[["index", "label"]].drop_duplicates()
     for run in runs[1:]:
-        for name, value in vars(protocol(run)).items():
-            if value != first[name]:
+        for name, expected, came in zip(Protocol._fields, first.protocol, run.protocol, strict=True):
+            if came != expected:
                 raise UnmovedError(
-                    f"expected runs judged alike, came {name} = {first[name]} in {runs[0].path} and {value} in "
-                    f"{run.path}; evaluate them alike, or report on them apart"
+                    f"expected runs judged alike, came {name} = {expected} in {first.path} and {came} in {run.path}; "
+                    "evaluate them alike, or report on them apart"
                 )
-        labels = pd.concat([labels, judged(run)[["index", "label"]]]).drop_duplicates()
+        labels = pd.concat([labels, run.outcomes[["index", "label"]]]).drop_duplicates()
         if labels["index"].duplicated().any():
             raise UnmovedError(
-                f"expected runs on the same data, came other labels in {run.path} than in {runs[0].path}; "
+                f"expected runs on the same data, came other labels in {run.path} than in {first.path}; "
                 "report on each data set apart"
             )
 

@@ -25,8 +25,7 @@ def logits(model: nn.Module, x: Image) -> Logits:
         )
     if out.ndim != 2 or len(out) != len(x) or out.shape[1] < 2:
         raise UnmovedError(
-            f"model {type(model).__name__}: expected logits of shape ({len(x)}, K) with K >= 2, "
-            f"came {tuple(out.shape)}"
+            f"model {type(model).__name__}: expected logits of shape ({len(x)}, K) with K >= 2, came {tuple(out.shape)}"
         )
     return out.float() if out.dtype in (torch.float16, torch.bfloat16) else out
 

@@ -63,7 +63,7 @@ def test_attacks_sit_the_exam(make, maximises, norm):
 
 
 def test_training_mode_couples_the_samples():
-    with pytest.raises(ExamFailed, match="order|other samples"):
+    with pytest.raises(ExamFailed, match=r"order|other samples"):
         check_attack(lambda t: PGD(t, steps=5, mode="train"), maximises=False)
 
 
@@ -76,7 +76,9 @@ def test_every_exported_method_sits_it():
     """The exam's lists name every export, so that nothing new slips past."""
     examined = {type(t).__name__ for t in TERMS} | {"TRADES", "MART"}
     assert set(terms.__all__) <= examined
-    makers = inspect.getsource(inspect.getmodule(test_every_exported_method_sits_it)).split("ATTACKS = [")[1].split("]\n")[0]
+    makers = (
+        inspect.getsource(inspect.getmodule(test_every_exported_method_sits_it)).split("ATTACKS = [")[1].split("]\n")[0]
+    )
     assert all(name in makers for name in attacks.__all__ if name != "StoppingRule")
     assert set(defenses.__all__) == {type(d).__name__ for d, _ in DEFENSES}
 

@@ -128,5 +128,5 @@ def test_frozen_and_unused_parameters_are_left_alone():
 def test_bad_strengths():
     with pytest.raises(UnmovedError, match=r"SAM.rho: expected a finite number >= 0, came -1"):
         SAM(-1)
-    with pytest.raises(UnmovedError, match="AWP.gamma"):
+    with pytest.raises(UnmovedError, match=r"AWP.gamma"):
         AWP(float("inf"))

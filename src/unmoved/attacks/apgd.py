@@ -93,7 +93,7 @@ class APGD:
                 gradient = torch.where(_like(x)(back), pace.top_gradient, gradient)
 
 
-class _like:  # noqa: N801 - reads as a verb where it is used
+class _like:
     """Shapes (B,) values so that they broadcast over images."""
 
     def __init__(self, x: Tensor) -> None:

@@ -13,11 +13,10 @@ from unmoved.attacks.ascent import MODES, Best, attacking, gradient_at, value_at
 from unmoved.attacks.stopping import StoppingRule
 from unmoved.errors import UnmovedError, require_choice, require_number
 from unmoved.protocols import Batch, Image, Term
-from unmoved.schedule import Ramp, require_ramp
+from unmoved.schedule import Ramp, number, require_ramp
 from unmoved.terms import CE
 from unmoved.threat import ThreatModel
 from unmoved.views import Views
-
 
 STARTS = ("uniform", "gaussian", "none")
 GAUSSIAN_START = 0.001
@@ -103,7 +102,8 @@ class PGD:
         return x_adv.detach() if best.x is None else best.x
 
     def _step(self, x_adv: Image, gradient: Tensor, x: Image) -> Image:
-        step_size = 2.5 * self.threat.radius / self.steps if self.step_size is None else self.step_size
+        madry = 2.5 * self.threat.radius / self.steps
+        step_size = madry if self.step_size is None else number("PGD.step_size", self.step_size)
         return self.threat.project(x_adv + step_size * self.threat.steepest(gradient), x)
 
     def _climb_until(self, stop: StoppingRule, base: Views, restart: int) -> Image:

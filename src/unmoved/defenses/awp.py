@@ -11,17 +11,18 @@ from torch.optim import Optimizer
 
 from unmoved import weights
 from unmoved.defenses.plain import Plain
-from unmoved.schedule import Ramp, require_ramp
+from unmoved.schedule import Ramp, number, require_ramp
 
 
 @dataclass(frozen=True)
 class AWP:
     """Adversarial weight perturbation: gradient and step at weights moved against the model, then moved back.
 
-    ``v_l = gamma ||w_l|| g_l / ||g_l||`` for each weight tensor; ``w <- step(w + v, grad L(w + v)) - v``. Wu et al. 2020, equations (8)-(10), with the scope of the authors' code: tensors of more than one dimension (no
-    biases, no normalisation), each with its own relative radius; the optimizer step, weight decay included, is taken
-    at w + v. Two forward-backward passes. Running statistics of BatchNorm move in the second pass only, the one it
-    steps from. ``gamma = 0`` is `Plain`.
+    ``v_l = gamma ||w_l|| g_l / ||g_l||`` for each weight tensor; ``w <- step(w + v, grad L(w + v)) - v``. Wu et al.
+    2020, equations (8)-(10), with the scope of the authors' code: tensors of more than one dimension (no biases, no
+    normalisation), each with its own relative radius; the optimizer step, weight decay included, is taken at w + v.
+    Two forward-backward passes. Running statistics of BatchNorm move in the second pass only, the one it steps from.
+    ``gamma = 0`` is `Plain`.
 
     Args:
         gamma: relative radius per tensor (the authors: 0.01 with AT, 0.005 with TRADES).
@@ -41,11 +42,13 @@ class AWP:
     def __call__(self, model: nn.Module, optimizer: Optimizer, backward: Callable[[], Tensor]) -> Tensor:
         if self.gamma == 0:
             return Plain()(model, optimizer, backward)
+        gamma = number("AWP.gamma", self.gamma)
         optimizer.zero_grad(set_to_none=True)
         with weights.frozen_batchnorm(model):
             loss = backward()
         moved = [p for p in weights.trainable(model) if p.grad is not None and p.ndim > 1]
-        corruption = [self.gamma * p.detach().norm() * p.grad / (p.grad.norm() + 1e-20) for p in moved]  # type: ignore[union-attr]
+        gradients = [p.grad for p in moved if p.grad is not None]
+        corruption = [gamma * p.detach().norm() * g / (g.norm() + 1e-20) for p, g in zip(moved, gradients, strict=True)]
         optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
             before = [p.detach().clone() for p in moved]

@@ -10,15 +10,16 @@ from torch.optim import Optimizer
 
 from unmoved import weights
 from unmoved.defenses.plain import Plain
-from unmoved.schedule import Ramp, require_ramp
+from unmoved.schedule import Ramp, number, require_ramp
 
 
 @dataclass(frozen=True)
 class SAM:
     """Sharpness-aware minimisation: the gradient at the worst weights within an l2 ball, the step at the weights.
 
-    ``e = rho g / ||g||_2`` over all parameters as one vector; ``w <- step(w, grad L(w + e))``. Foret et al. 2021, equations (1)-(3), algorithm 1. Two forward-backward passes. Running statistics of BatchNorm
-    move in the first, uncorrupted pass only. ``rho = 0`` is `Plain`.
+    ``e = rho g / ||g||_2`` over all parameters as one vector; ``w <- step(w, grad L(w + e))``. Foret et al. 2021,
+    equations (1)-(3), algorithm 1. Two forward-backward passes. Running statistics of BatchNorm move in the first,
+    uncorrupted pass only. ``rho = 0`` is `Plain`.
 
     Args:
         rho: absolute l2 radius (0.05 is the authors' advice).
@@ -39,7 +40,7 @@ class SAM:
         loss = backward()
         moved = [p for p in weights.trainable(model) if p.grad is not None]
         gradients = [p.grad.clone() for p in moved if p.grad is not None]
-        scale = self.rho / weights.norm(gradients).clamp_min(1e-12)
+        scale = number("SAM.rho", self.rho) / weights.norm(gradients).clamp_min(1e-12)
         optimizer.zero_grad(set_to_none=True)
         with weights.perturbed(moved, [scale * g for g in gradients]), weights.frozen_batchnorm(model):
             backward()

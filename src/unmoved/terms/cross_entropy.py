@@ -35,6 +35,4 @@ class CE:
         require_number("CE.label_smoothing", self.label_smoothing, at_least=0, at_most=1)
 
     def __call__(self, views: Views) -> PerSample:
-        return F.cross_entropy(
-            views.logits(self.view), views.y, reduction="none", label_smoothing=self.label_smoothing
-        )
+        return F.cross_entropy(views.logits(self.view), views.y, reduction="none", label_smoothing=self.label_smoothing)

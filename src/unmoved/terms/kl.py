@@ -32,7 +32,7 @@ class KL:
 def TRADES(beta: float | Ramp = 6.0) -> Sum:
     """TRADES: cross-entropy of the clean view plus beta times the divergence between the views.
 
-    ``CE(p, y) + beta * KL(p || p')``. Zhang et al. 2019; ``beta`` is their 1/lambda. Their attack maximises the KL from a start of 0.001 N(0, I):
-    ``PGD(threat, loss=KL(), start="gaussian")``.
+    ``CE(p, y) + beta * KL(p || p')``. Zhang et al. 2019; ``beta`` is their 1/lambda. Their attack maximises the KL
+    from a start of 0.001 N(0, I): ``PGD(threat, loss=KL(), start="gaussian")``.
     """
     return Sum((1.0, CE("clean")), (beta, KL()))

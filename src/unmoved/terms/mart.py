@@ -21,7 +21,8 @@ from unmoved.views import Views
 class BoostedCE:
     """Boosted cross-entropy: cross-entropy plus a margin in probabilities.
 
-    ``-log p_y - log(1.0001 - max_{j != y} p_j + 1e-12)``. Wang et al. 2020 (MART), eq. (6), with the constants of the authors' code.
+    ``-log p_y - log(1.0001 - max_{j != y} p_j + 1e-12)``. Wang et al. 2020 (MART), eq. (6), with the constants of the
+    authors' code.
 
     Raises:
         UnmovedError: an unknown view.
@@ -42,7 +43,8 @@ class BoostedCE:
 class MisclassifiedKL:
     """Divergence between the views, weighted by how far the clean image is from being right.
 
-    ``KL(p || p') * (1.0000001 - p_y)``, p of the clean view; the gradient flows through p and through the weight. Wang et al. 2020 (MART), eq. (8).
+    ``KL(p || p') * (1.0000001 - p_y)``, p of the clean view; the gradient flows through p and through the weight.
+    Wang et al. 2020 (MART), eq. (8).
 
     Deviations: log-softmax instead of the code's ``log(p' + 1e-12)``, which underflows in half precision.
     """

@@ -1,0 +1,121 @@
+"""Augmentations are values: ``augment(batch, seed)`` gives a batch whose images moved and whose labels did not.
+
+The noise is keyed by (seed, step, identity), so what happens to a sample does not depend on who else is in its batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch.nn import functional
+
+from unmoved import noise
+from unmoved.data.checks import require_whole
+from unmoved.errors import UnmovedError, require_choice, require_number
+from unmoved.protocols import Batch
+
+MODES = {"zeros": "constant", "reflect": "reflect"}
+# Streams far from those of the attacks: the same seed must not make an attack's start follow the augmentation.
+CROP, FLIP = 0xC409, 0xF119
+
+
+class Augmentation(Protocol):
+    """Moves each image of a batch within what its label allows. Pure."""
+
+    def __call__(self, batch: Batch, seed: int) -> Batch: ...
+
+
+@dataclass(frozen=True)
+class PadCrop:
+    """Pad every side, then cut a window of the old size at a random place: a shift of up to ``pad`` pixels.
+
+    Args:
+        pad: pixels added on each side.
+        mode: ``"zeros"`` or ``"reflect"``.
+
+    Raises:
+        UnmovedError: a negative pad, an unknown mode, or reflection further than the image reaches.
+    """
+
+    pad: int = 4
+    mode: str = "zeros"
+
+    def __post_init__(self) -> None:
+        require_whole("crop.pad", self.pad, at_least=0)
+        require_choice("crop.mode", self.mode, MODES)
+
+    def __call__(self, batch: Batch, seed: int) -> Batch:
+        x, places = batch.x, 2 * self.pad + 1
+        if self.mode == "reflect" and self.pad >= min(x.shape[-2:]):
+            raise UnmovedError(
+                f"crop.pad: expected less than the image side with reflection, came {self.pad} for images "
+                f"{tuple(x.shape[1:])}; use a smaller pad"
+            )
+        padded = functional.pad(x, (self.pad,) * 4, mode=MODES[self.mode])
+        windows = padded.unfold(2, x.shape[2], 1).unfold(3, x.shape[3], 1)  # a view: (B, C, places, places, H, W)
+        draw = noise.uniform(batch.index, (2,), seed=seed, step=batch.step, stream=CROP)
+        top, left = (draw * places).long().clamp_max(2 * self.pad).unbind(1)  # rounding may reach ``places``
+        return replace(batch, x=windows[torch.arange(len(x), device=x.device), :, top, left])
+
+
+@dataclass(frozen=True)
+class Flip:
+    """Mirror left and right with probability ``p``.
+
+    Raises:
+        UnmovedError: p outside [0, 1].
+    """
+
+    p: float = 0.5
+
+    def __post_init__(self) -> None:
+        require_number("flip.p", self.p, at_least=0, at_most=1)
+
+    def __call__(self, batch: Batch, seed: int) -> Batch:
+        draw = noise.uniform(batch.index, (1, 1, 1), seed=seed, step=batch.step, stream=FLIP)
+        return replace(batch, x=torch.where(draw < self.p, batch.x.flip(-1), batch.x))
+
+
+@dataclass(frozen=True, init=False, repr=False)
+class Chain:
+    """One augmentation after another, each with noise of its own; ``Chain()`` changes nothing.
+
+    Chains of chains are flat: ``Chain(Chain(a, b), c) == Chain(a, b, c)``.
+    """
+
+    parts: tuple[Augmentation, ...]
+
+    def __init__(self, *parts: Augmentation) -> None:
+        flat: list[Augmentation] = []
+        for part in parts:
+            flat += part.parts if isinstance(part, Chain) else [part]
+        object.__setattr__(self, "parts", tuple(flat))
+
+    def __repr__(self) -> str:
+        return f"Chain({', '.join(map(repr, self.parts))})"
+
+    def __call__(self, batch: Batch, seed: int) -> Batch:
+        for place, part in enumerate(self.parts):
+            batch = part(batch, seed + (place << 40))  # otherwise the second of two flips would undo the first
+        return batch
+
+
+_NAMED: dict[str, Callable[[], Augmentation]] = {
+    "none": Chain,
+    "crop": PadCrop,
+    "flip": Flip,
+    "crop-flip": lambda: Chain(PadCrop(), Flip()),
+}
+
+
+def augmentation(name: str) -> Augmentation:
+    """The augmentation that recipes call ``name``: none, crop, flip or crop-flip.
+
+    Raises:
+        UnmovedError: an unknown name.
+    """
+    require_choice("augment", name, _NAMED)
+    return _NAMED[name]()

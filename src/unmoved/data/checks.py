@@ -1,0 +1,166 @@
+"""What a user may hand in as images, labels, paths and shares, and what each mistake is told."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unmoved.errors import UnmovedError, require_choice, require_number
+
+CHANNELS = (1, 2, 3, 4)
+LAYOUTS = ("NCHW", "NHWC")
+
+
+def require_path(name: str, path: str | os.PathLike[str]) -> Path:
+    """The path with ``~`` expanded.
+
+    Raises:
+        UnmovedError: it is no path, or nothing is there.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise UnmovedError(f"{name}: expected the path of a file or folder, came {path!r}")
+    found = Path(path).expanduser()
+    try:
+        there = found.exists()
+    except (OSError, ValueError) as error:
+        raise UnmovedError(f"{name}: cannot look at {str(found)!r}: {error}") from error
+    if not there:
+        raise UnmovedError(f"{name}: expected an existing file or folder, came {str(found)!r}; correct the path")
+    return found
+
+
+def require_whole(name: str, value: int, *, at_least: int) -> None:
+    """Raise `UnmovedError` unless ``value`` is an integer of at least ``at_least``."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise UnmovedError(f"{name}: expected a whole number, came {value!r}")
+    require_number(name, value, at_least=at_least)
+
+
+def require_flag(name: str, value: bool) -> None:
+    """Raise `UnmovedError` unless ``value`` is True or False."""
+    if not isinstance(value, bool):
+        raise UnmovedError(f"{name}: expected true or false, came {value!r}")
+
+
+def held_out(name: str, size: float, total: int) -> int:
+    """How many of ``total`` samples a share in (0, 1) or a count in 1..total-1 means.
+
+    Raises:
+        UnmovedError: neither, or one side would be empty.
+    """
+    if isinstance(size, float) and size > 1 and size.is_integer():
+        size = int(size)  # recipes know one kind of number
+    if isinstance(size, bool) or not isinstance(size, int | float) or (isinstance(size, float) and not 0 < size < 1):
+        raise UnmovedError(f"{name}: expected a share such as 0.1 or a count such as 1000, came {size!r}")
+    count = size if isinstance(size, int) else round(size * total)
+    if not 0 < count < total:
+        raise UnmovedError(
+            f"{name}: expected at least one sample on each side, came {size!r}, which is {count} of {total} samples"
+        )
+    return count
+
+
+def seeded(seed: int) -> torch.Generator:
+    """A CPU generator of its own, so that the caller's random state stays and all devices see the same order."""
+    if not isinstance(seed, int) or isinstance(seed, bool) or not -(2**63) <= seed < 2**63:
+        raise UnmovedError(f"seed: expected a whole number of at most 63 bits, came {seed!r}")
+    return torch.Generator().manual_seed(seed)
+
+
+def as_tensor(what: str, values: Any) -> Tensor:
+    """A tensor of its own memory made of a tensor or a numeric numpy array."""
+    if isinstance(values, Tensor):
+        return values.detach().clone()
+    if not isinstance(values, np.ndarray):
+        raise UnmovedError(f"{what}: expected a torch tensor or a numpy array, came a {type(values).__name__}")
+    if values.dtype.kind not in "uif" or values.dtype.itemsize > 8:
+        raise UnmovedError(f"{what}: expected numbers, came a numpy array of {values.dtype}")
+    if values.dtype == np.uint64:  # torch computes little with unsigned types; a wrapped label is found negative
+        values = values.astype(np.int64)
+    return torch.from_numpy(np.array(values, dtype=values.dtype.newbyteorder("="), order="C"))
+
+
+def as_images(what: str, values: Any, layout: str | None = None) -> Tensor:
+    """(N, C, H, W) uint8 where the pixels are k/255, otherwise float32 in [0, 1].
+
+    Args:
+        what: how messages name these images.
+        values: uint8 or float in [0, 1], of shape (N, H, W), (N, C, H, W) or (N, H, W, C).
+        layout: ``"NCHW"`` or ``"NHWC"``, needed where the shape alone does not tell.
+    """
+    if layout is not None:
+        require_choice(f"{what}: layout", layout, LAYOUTS)
+    images = as_tensor(what, values)
+    shape = tuple(images.shape)
+    if images.ndim == 3:
+        images = images[:, None]
+    elif images.ndim != 4:
+        raise UnmovedError(f"{what}: expected shape (N, H, W), (N, C, H, W) or (N, H, W, C), came {shape}")
+    elif (layout or _layout(what, shape)) == "NHWC":
+        images = images.permute(0, 3, 1, 2).contiguous()
+    if images.numel() == 0:
+        raise UnmovedError(f"{what}: expected at least one image of at least one pixel, came shape {shape}")
+    if images.dtype == torch.uint8:
+        return images
+    if not images.is_floating_point():
+        raise UnmovedError(
+            f"{what}: expected uint8 (0..255) or float in [0, 1], came {images.dtype}; "
+            "convert whole numbers 0..255 to uint8"
+        )
+    low, high = images.min().item(), images.max().item()
+    if not (low >= 0 and high <= 1):  # also true for NaN
+        advice = "; divide images of 0..255 by 255, or pass them as uint8" if high > 1 else ""
+        raise UnmovedError(f"{what}: expected pixels in [0, 1], came [{low:g}, {high:g}]{advice}")
+    images = images.float()
+    levels = (images * 255).round()
+    return levels.to(torch.uint8) if torch.equal(levels / 255, images) else images
+
+
+def _layout(what: str, shape: tuple[int, ...]) -> str:
+    first, last = shape[1] in CHANNELS, shape[3] in CHANNELS
+    if first == last:
+        raise UnmovedError(
+            f"{what}: shape {shape} may be (N, C, H, W) or (N, H, W, C): expected 1 to 4 channels in one of the two "
+            'places; say layout="NCHW" or layout="NHWC"'
+        )
+    return "NCHW" if first else "NHWC"
+
+
+def as_labels(what: str, values: Any, count: int) -> Tensor:
+    """(N,) int64, none negative, as many as there are images."""
+    labels = as_tensor(what, values)
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        nan = " with NaN" if labels.is_floating_point() and labels.isnan().any() else ""
+        raise UnmovedError(
+            f"{what}: expected whole numbers 0..K-1 of an integer type, came {labels.dtype}{nan}; "
+            "convert with labels.astype('int64') once they are whole"
+        )
+    if labels.ndim != 1:
+        raise UnmovedError(
+            f"{what}: expected shape ({count},), came {tuple(labels.shape)}; "
+            "use labels.argmax(1) on one-hot labels, labels.squeeze() on a column"
+        )
+    if len(labels) != count:
+        raise UnmovedError(f"{what}: expected one label per image, came {len(labels)} labels for {count} images")
+    labels = labels.long()
+    if labels.min() < 0:
+        raise UnmovedError(f"{what}: expected labels 0..K-1, came {int(labels.min())}")
+    return labels
+
+
+def as_classes(what: str, classes: Sequence[str] | None, largest: int) -> tuple[str, ...]:
+    """At least two distinct class names that cover the labels; ``"0"``, ``"1"``, ... unless they are given."""
+    if isinstance(classes, str):
+        raise UnmovedError(f"{what}: expected a sequence of class names, came the single text {classes!r}")
+    names = tuple(str(k) for k in range(largest + 1)) if classes is None else tuple(str(name) for name in classes)
+    if len(names) < 2 or len(set(names)) < len(names):
+        raise UnmovedError(f"{what}: expected at least two classes with distinct names, came {names[:10]}")
+    if largest >= len(names):
+        raise UnmovedError(f"{what}: expected labels 0..{len(names) - 1} for {len(names)} classes, came {largest}")
+    return names

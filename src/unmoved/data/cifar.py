@@ -1,0 +1,120 @@
+"""CIFAR-10 in the two forms its authors publish: binary records, or pickled batches read without unpickling code."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from unmoved.data.archive import is_archive, opened
+from unmoved.data.checks import require_path
+from unmoved.data.safe_pickle import StoredArray, loads
+from unmoved.data.splits import ArraySplit, DataSet
+from unmoved.errors import UnmovedError
+
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+SHAPE, PIXELS = (3, 32, 32), 3 * 32 * 32
+RECORDS = 10_000  # in each file of both forms; fewer means that something was lost
+TRAIN, TEST = tuple(f"data_batch_{k}" for k in range(1, 6)), ("test_batch",)
+INSIDE = ("cifar-10-batches-bin", "cifar-10-batches-py", "cifar-10-binary.tar.gz", "cifar-10-python.tar.gz")
+
+Read = Callable[[str], bytes]
+
+
+def cifar10(path: str | os.PathLike[str]) -> DataSet:
+    """CIFAR-10 from the official binary or Python version.
+
+    Args:
+        path: the unpacked folder, the .tar.gz, or a folder that holds one of them under its official name.
+
+    Raises:
+        UnmovedError: missing, damaged or hostile files; no code inside a pickle is ever run.
+    """
+    root = require_path("cifar10.path", path)
+    if root.is_dir():
+        for found in (root, *(root / name for name in INSIDE)):
+            if found.is_dir() and (names := _batches([file.name for file in found.iterdir() if file.is_file()])):
+                return _load(names, lambda name, folder=found: _bytes(folder / name), str(found))  # type: ignore[misc]
+            if found.is_file():
+                return cifar10(found)
+    elif is_archive(root):
+        with opened(root) as archive:
+            full = {PurePosixPath(name).name: name for name in archive.files}
+            if names := _batches(list(full)):
+                # In the order of the archive: gzip cannot jump back.
+                data = {name: archive.read(full[name]) for name in full if name in names}
+                return _load(names, data.__getitem__, str(root))
+    raise UnmovedError(
+        f"cifar10.path: expected data_batch_1 .. data_batch_5 and test_batch (or the same with .bin) in {root}, "
+        "came none of them; give the unpacked folder or the .tar.gz of the official binary or Python version"
+    )
+
+
+def _batches(there: list[str]) -> tuple[str, ...]:
+    """The names of the six batch files of whichever form is there, training first."""
+    for suffix in (".bin", ""):
+        names = tuple(name + suffix for name in TRAIN + TEST)
+        missing = [name for name in names if name not in there]
+        if missing and len(missing) < len(names):
+            raise UnmovedError(f"cifar10.path: expected six batch files, came all but {', '.join(missing)}")
+        if not missing:
+            return names
+    return ()
+
+
+def _load(names: tuple[str, ...], read: Read, where: str) -> DataSet:
+    parts = [(_binary if name.endswith(".bin") else _pickled)(read(name), f"{where}: {name}") for name in names]
+    splits = []
+    for which in (parts[: len(TRAIN)], parts[len(TRAIN) :]):
+        images, labels = (np.concatenate(arrays) for arrays in zip(*which, strict=True))
+        splits.append(ArraySplit.of(images, labels, classes=CLASSES, name=where, layout="NCHW"))
+    return DataSet.of(splits[0], splits[1], "cifar10")
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UnmovedError(f"{path}: expected a readable file, came {error}") from error
+
+
+def _binary(data: bytes, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Records of one label byte and 3072 pixels: red, green, blue planes."""
+    if len(data) != RECORDS * (1 + PIXELS):
+        raise UnmovedError(
+            f"{name}: expected {RECORDS * (1 + PIXELS)} bytes ({RECORDS} records of {1 + PIXELS}), came {len(data)}; "
+            "download it again"
+        )
+    records = np.frombuffer(data, np.uint8).reshape(RECORDS, 1 + PIXELS)
+    return _checked(records[:, 1:], records[:, 0].astype(np.int64), name)
+
+
+def _pickled(data: bytes, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """A pickled dictionary with ``data`` (10000, 3072) uint8 and ``labels``, a list of numbers."""
+    content = loads(data, name)
+    items = content.items() if isinstance(content, dict) else ()
+    fields = {_text(key): value for key, value in items if isinstance(key, str | bytes)}
+    pixels, labels = fields.get("data"), fields.get("labels")
+    if not isinstance(pixels, StoredArray) or not isinstance(labels, list):
+        raise UnmovedError(
+            f"{name}: expected a dictionary with an array 'data' and a list 'labels', came "
+            + (f"the keys {sorted(fields)[:10]}" if fields else f"a {type(content).__name__}")
+        )
+    if not all(type(label) is int and 0 <= label < len(CLASSES) for label in labels):
+        raise UnmovedError(f"{name}: expected labels 0..9, came something else")
+    images = pixels.as_bytes(name)
+    if images.shape != (RECORDS, PIXELS):
+        raise UnmovedError(f"{name}: expected images ({RECORDS}, {PIXELS}), came {images.shape}; download it again")
+    return _checked(images, np.array(labels, dtype=np.int64), name)
+
+
+def _text(key: str | bytes) -> str:
+    return key.decode("latin1") if isinstance(key, bytes) else key
+
+
+def _checked(images: np.ndarray, labels: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
+    if len(labels) != len(images) or labels.max() >= len(CLASSES):
+        raise UnmovedError(f"{name}: expected {len(images)} labels 0..9, came {len(labels)}, largest {labels.max()}")
+    return images.reshape(-1, *SHAPE), labels

@@ -1,0 +1,111 @@
+"""One encoded image -> pixels. Pillow decodes; all that it makes of bad bytes gets one name."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from unmoved.errors import UnmovedError
+
+# EPS and WMF run other programs, the rest are stubs that only know a format's name.
+REFUSED = frozenset({"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG", "FPX", "MIC"})
+USUAL = frozenset({"JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF"})
+EIGHT_BIT = frozenset({"1", "L", "P", "LA", "PA", "La", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "HSV"})
+ORIENTATION = 0x0112  # the EXIF tag of a camera held on its side
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """What every image becomes: uint8, (3, H, W) or grey (1, H, W), resized to ``size`` = (H, W) if given."""
+
+    size: tuple[int, int] | None = None
+    grey: bool = False
+
+    @staticmethod
+    def of(size: int | tuple[int, int] | None, grey: bool) -> Pixels:
+        """The same from a recipe's settings; one number means a square."""
+        sides = (size, size) if isinstance(size, int) else size
+        if sides is not None:
+            whole = isinstance(sides, tuple | list) and len(sides) == 2 and all(type(side) is int for side in sides)
+            if not whole or min(sides) < 1:
+                raise UnmovedError(f"size: expected a side such as 32, or [height, width], came {size!r}")
+            sides = (sides[0], sides[1])
+        if not isinstance(grey, bool):
+            raise UnmovedError(f"grey: expected true or false, came {grey!r}")
+        return Pixels(sides, grey)
+
+    def __call__(self, image: Image.Image) -> np.ndarray:
+        """(C, H, W) uint8: turned upright, transparency dropped, resized (bilinear, antialiased).
+
+        Raises:
+            UnmovedError: more than 8 bits per value.
+        """
+        if image.mode not in EIGHT_BIT:
+            raise UnmovedError(f"expected 8 bits per value, came mode {image.mode}; convert it to an 8-bit image")
+        if _lies_on_its_side(image):
+            image = ImageOps.exif_transpose(image)
+        if "transparency" in image.info and image.mode == "P":
+            image = image.convert("RGBA")
+        image = image.convert("L" if self.grey else "RGB")
+        if self.size is not None and image.size != self.size[::-1]:
+            image = image.resize(self.size[::-1], Image.Resampling.BILINEAR)
+        values = np.asarray(image)
+        return values[None] if self.grey else values.transpose(2, 0, 1)
+
+
+def _lies_on_its_side(image: Image.Image) -> bool:
+    try:
+        return image.getexif().get(ORIENTATION, 1) != 1
+    except Exception:  # metadata may be broken in as many ways as pixels; the image is none the worse for it
+        return False
+
+
+class CorruptImage(Exception):
+    """Bytes that are no whole image of a known format; only this kind may be skipped."""
+
+
+def decode(data: bytes, pixels: Pixels, formats: list[str]) -> np.ndarray:
+    """The pixels of one encoded image.
+
+    Raises:
+        CorruptImage: the bytes cannot be read as an image.
+        UnmovedError: an image that is readable, but too large or of more than 8 bits.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=formats) as image:
+            limit = Image.MAX_IMAGE_PIXELS
+            if limit is not None and image.width * image.height > limit:
+                raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
+            return pixels(image)
+    except UnmovedError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise UnmovedError(
+            f"expected at most PIL.Image.MAX_IMAGE_PIXELS pixels, came more ({error}); it may be a decompression bomb: "
+            "remove it or make it smaller"
+        ) from error
+    except Exception as error:  # Pillow's plugins raise nearly anything on damaged bytes
+        raise CorruptImage(str(error) or type(error).__name__) from error
+
+
+@contextmanager
+def pillow_warnings() -> Iterator[None]:
+    """Pillow's warning of a bomb is an error inside; its remarks on odd metadata and old formats are dropped."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+        warnings.filterwarnings("ignore", category=DeprecationWarning, message=".*Pillow")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        yield
+
+
+def known_formats() -> list[str]:
+    """The formats that may be decoded here: all that Pillow and its plugins know but the refused ones."""
+    Image.init()
+    # The usual ones first: a format without a signature costs an attempt for each image of those behind it.
+    return sorted((name for name in Image.OPEN if name not in REFUSED), key=lambda name: name not in USUAL)

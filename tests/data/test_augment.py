@@ -1,0 +1,127 @@
+"""Augmentation against a naive loop, and the theorems: keyed by identity, pure, chains are flat and independent."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn import functional
+
+from unmoved import noise
+from unmoved.data import Augmentation, Chain, Flip, PadCrop, augmentation
+from unmoved.data.augment import CROP
+from unmoved.errors import UnmovedError
+from unmoved.protocols import Batch
+
+ALL = [
+    PadCrop(),
+    PadCrop(2, "reflect"),
+    PadCrop(0),
+    Flip(),
+    Chain(),
+    Chain(PadCrop(3), Flip(0.3)),
+    Chain(Flip(), Flip()),
+]
+
+
+def make(n: int = 64, step: int = 3, dtype: torch.dtype = torch.float32) -> Batch:
+    x = torch.rand(n, 3, 9, 7, generator=torch.Generator().manual_seed(0)).to(dtype)
+    return Batch(x, torch.arange(n) % 5, torch.arange(n) * 17 + 5, step)
+
+
+@pytest.mark.parametrize("mode", ["zeros", "reflect"])
+def test_crop_is_the_naive_loop(mode: str) -> None:
+    batch, pad = make(), 2
+    draws = noise.uniform(batch.index, (2,), seed=11, step=batch.step, stream=CROP)
+    want = []
+    for image, (u, v) in zip(batch.x, draws.tolist(), strict=True):
+        padded = functional.pad(image[None], (pad,) * 4, mode="constant" if mode == "zeros" else "reflect")[0]
+        top, left = int(u * 5), int(v * 5)
+        want.append(padded[:, top : top + 9, left : left + 7])
+    assert torch.equal(PadCrop(pad, mode)(batch, 11).x, torch.stack(want))
+
+
+def test_all_places_of_the_crop_are_equally_likely() -> None:
+    n = 5000
+    image = torch.zeros(1, 1, 5, 5)
+    image[..., 2, 2] = 1  # the centre can be seen wherever it goes
+    batch = Batch(image.expand(n, 1, 5, 5).contiguous(), torch.zeros(n).long())
+    places = PadCrop(2)(batch, 0).x.sum(0)[0]
+    expected = n / 25
+    assert places.sum() == n
+    assert ((places - expected) ** 2 / expected).sum() < 51.2  # chi-square, 24 degrees of freedom, p = 0.001
+
+
+@pytest.mark.parametrize("p", [0.0, 0.25, 1.0])
+def test_flip_mirrors_each_image_with_probability_p(p: float) -> None:
+    batch = make(4000)
+    x = Flip(p)(batch, 1).x
+    flipped = (x == batch.x.flip(-1)).flatten(1).all(1)
+    kept = (x == batch.x).flatten(1).all(1)
+    assert torch.equal(flipped, ~kept)
+    assert abs(flipped.float().mean().item() - p) < 0.025
+
+
+@pytest.mark.parametrize("augment", ALL, ids=repr)
+def test_what_happens_to_a_sample_does_not_depend_on_its_batch(augment: Augmentation) -> None:
+    batch = make()
+    whole = augment(batch, 7).x
+    order = torch.randperm(len(batch), generator=torch.Generator().manual_seed(1))
+    assert torch.equal(augment(batch.take(order), 7).x, whole[order])
+    assert torch.equal(torch.cat([augment(batch.take(part), 7).x for part in torch.arange(64).split(5)]), whole)
+
+
+@pytest.mark.parametrize("augment", ALL, ids=repr)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_only_the_images_move(augment: Augmentation, dtype: torch.dtype) -> None:
+    batch, state = make(dtype=dtype), torch.get_rng_state()
+    before = batch.x.clone()
+    out = augment(batch, 7)
+    assert out.x.shape == batch.x.shape
+    assert out.x.dtype == dtype
+    assert torch.equal(out.y, batch.y)
+    assert torch.equal(out.index, batch.index)
+    assert out.step == batch.step
+    assert torch.equal(batch.x, before)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(augment(batch, 7).x, out.x)
+
+
+@pytest.mark.parametrize("augment", [PadCrop(), Flip(), Chain(PadCrop(), Flip())], ids=repr)
+def test_seed_and_step_draw_anew(augment: Augmentation) -> None:
+    batch = make()
+    x = augment(batch, 7).x
+    assert not torch.equal(augment(batch, 8).x, x)
+    assert not torch.equal(augment(replace(batch, step=4), 7).x, x)
+
+
+def test_chains_are_flat_and_their_parts_independent() -> None:
+    a, b, c = PadCrop(), Flip(), Flip(0.3)
+    assert Chain(Chain(a, b), c) == Chain(a, Chain(b, c)) == Chain(a, b, c)
+    assert repr(Chain(a, b)) == "Chain(PadCrop(pad=4, mode='zeros'), Flip(p=0.5))"
+    assert eval(repr(Chain(a, b))) == Chain(a, b)
+    batch = make(4000)
+    twice = Chain(Flip(), Flip())(batch, 0).x
+    assert abs((twice == batch.x).flatten(1).all(1).float().mean().item() - 0.5) < 0.03
+    assert torch.equal(Chain()(batch, 0).x, batch.x)
+
+
+def test_the_names_that_recipes_use() -> None:
+    names = {"none": Chain(), "crop": PadCrop(), "flip": Flip(), "crop-flip": Chain(PadCrop(), Flip())}
+    assert {name: augmentation(name) for name in names} == names
+    with pytest.raises(UnmovedError, match="did you mean 'crop-flip'"):
+        augmentation("cropflip")
+
+
+def test_wrong_settings() -> None:
+    for wrong in (-1, 1.5, True):
+        with pytest.raises(UnmovedError, match=r"crop.pad"):
+            PadCrop(wrong)  # type: ignore[arg-type]
+    with pytest.raises(UnmovedError, match=r"crop.mode"):
+        PadCrop(4, "wrap")
+    for p in (-0.1, 1.1, float("nan")):
+        with pytest.raises(UnmovedError, match=r"flip.p"):
+            Flip(p)
+    with pytest.raises(UnmovedError, match="less than the image side"):
+        PadCrop(7, "reflect")(make(), 0)
