@@ -52,7 +52,7 @@ def tradeoff(table: pd.DataFrame) -> Figure:
             (z["low"].min(), z["accuracy"].mean(), z["high"].max()) for z in (x, y)
         )
         bars = {"xerr": bar([left], [middle], [right]), "yerr": bar([down], [centre], [up]), "elinewidth": 1}
-        axes.errorbar(middle, centre, markersize=9, markeredgecolor=PAPER, **bars, **looks)
+        axes.errorbar(middle, centre, label=str(recipe), markersize=9, markeredgecolor=PAPER, **bars, **looks)
         points.append((middle, centre, str(recipe)))
         segments += [[(left, centre), (right, centre)], [(middle, down), (middle, up)]]
     axes.margins(0.12)
@@ -60,8 +60,11 @@ def tradeoff(table: pd.DataFrame) -> Figure:
     axes.set_ylabel("worst-case accuracy (%)")
     n = count(table["n"])
     figure.supxlabel(f"{n} test images; bars: {INTERVALS}")
-    axes.set(xlim=np.clip(axes.get_xlim(), -2, 102), ylim=np.clip(axes.get_ylim(), -2, 102))
-    place_names(axes, points, segments)
+    axes.set(xlim=_limits(*axes.get_xlim()), ylim=_limits(*axes.get_ylim()))
+    if max(len(name) for *_, name in points) <= 24:
+        place_names(axes, points, segments)
+    else:
+        _legend(figure)  # longer names do not fit beside their markers
     several = f"{HULL}. Faint points are single seeds." if seeds > 1 else "."
     return finished(
         figure,
@@ -110,11 +113,15 @@ def robustness_curve(table: pd.DataFrame, *, norm: str = "", eps: float | None =
     )
 
 
-def best_epoch(metrics: pd.DataFrame) -> int:
-    """The first epoch of the highest robust validation accuracy (of the clean one, where no attack was run)."""
-    robust, clean = (metrics[name].to_numpy(float) for name in ("validation_robust", "validation_clean"))
-    measured = np.where(np.isnan(robust).all(), clean, robust)
-    return int(metrics["epoch"].iloc[int(np.argmax(np.nan_to_num(measured, nan=-1)))])
+def best_epoch(metrics: pd.DataFrame) -> int | None:
+    """The epoch whose weights training keeps as best: the first of the highest (robust, clean) validation accuracy.
+
+    None where there was no validation.
+    """
+    if "validation_robust" not in metrics or metrics["validation_robust"].isna().all():
+        return None
+    scores = list(metrics[["validation_robust", "validation_clean"]].astype(float).fillna(-1).itertuples(index=False))
+    return int(metrics["epoch"].iloc[scores.index(max(scores))])
 
 
 @style()
@@ -122,8 +129,8 @@ def training_curves(table: pd.DataFrame) -> Figure:
     """Training, clean and robust validation accuracy against the epoch; the best epoch marked, so decay after it shows.
 
     Args:
-        table: metrics of one recipe: epoch, train_accuracy, validation_clean, validation_robust (shares),
-            validation_n; with several runs also seed.
+        table: metrics of one recipe: epoch, train_accuracy; where there was validation also validation_clean,
+            validation_robust (shares) and validation_n; with several runs also seed.
 
     Raises:
         UnmovedError: a column is missing, or there is no row.
@@ -133,29 +140,37 @@ def training_curves(table: pd.DataFrame) -> Figure:
         "validation_clean": ("validation, clean", MEASURES[CLEAN] | {"marker": None}),
         "validation_robust": ("validation, under attack", MEASURES[WORST] | {"marker": None}),
     }
-    require_columns(table, ["epoch", *lines, "validation_n"], "training_curves")
+    require_columns(table, ["epoch", "train_accuracy"], "training_curves")
     figure = canvas(5.0, 3.4)
     axes: Any = figure.add_subplot()
     runs = [rows for _, rows in table.groupby("seed")] if "seed" in table else [table]
+    best = [best_epoch(rows) for rows in runs]
     for k, rows in enumerate(runs):
         for name, (words, looks) in lines.items():
-            values = 100 * rows[name].astype(float)
-            if values.notna().any():
+            if name in rows and rows[name].notna().any():
                 alpha = 1.0 if len(runs) == 1 else 0.65
-                axes.plot(rows["epoch"], values, label="_" if k else words, alpha=alpha, **looks)
-        at = rows[rows["epoch"] == best_epoch(rows)].iloc[0]
-        height = at["validation_clean"] if pd.isna(at["validation_robust"]) else at["validation_robust"]
-        star = {"color": INK, "markersize": 10, "linestyle": "none", "zorder": 5}
-        axes.axvline(at["epoch"], **DOTTED)
-        axes.plot([at["epoch"]], [100 * height], marker="*", label="_" if k else "best epoch", **star)
+                axes.plot(
+                    rows["epoch"], 100 * rows[name].astype(float), label="_" if k else words, alpha=alpha, **looks
+                )
+        if best[k] is not None:
+            height = 100 * rows.loc[rows["epoch"] == best[k], "validation_robust"].iloc[0]
+            star = {"color": INK, "marker": "*", "markersize": 10, "linestyle": "none", "zorder": 5}
+            axes.axvline(best[k], **DOTTED)
+            axes.plot([best[k]], [height], label="_" if k else "best epoch", **star)
     axes.set_ylim(0, 102)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("epoch")
     axes.set_ylabel("accuracy (%)")
     _legend(figure)
-    n, best = count(table["validation_n"]), ", ".join(str(best_epoch(rows)) for rows in runs)
-    figure.supxlabel(f"best epoch {best}; validation on {n} images")
-    return finished(figure, f"Best epoch by validation: {best}. Validation on {n} images that no weight is trained on.")
+    marked = ", ".join(str(epoch) for epoch in best if epoch is not None)
+    if not marked:
+        figure.supxlabel("no validation")
+        return finished(figure, "No image was held out for validation, so there is no best epoch.")
+    n = count(table["validation_n"].dropna())
+    figure.supxlabel(f"best epoch {marked}; validation on {n} images")
+    return finished(
+        figure, f"Best epoch by validation: {marked}. Validation on {n} images that no weight is trained on."
+    )
 
 
 @style()
@@ -233,6 +248,12 @@ def gallery(arrays: Mapping[str, np.ndarray], classes: Sequence[str] = (), rows:
     return finished(
         figure, f"{number} test images; the perturbation is magnified {magnified} times, grey is no change."
     )
+
+
+def _limits(low: float, high: float) -> tuple[float, float]:
+    """Limits of an axis in percent: at least ten points apart, so that a hair's breadth looks like one."""
+    pad = max(10 - (high - low), 0) / 2
+    return max(low - pad, -2), min(high + pad, 102)
 
 
 def _name(label: Any, classes: Sequence[str]) -> str:

@@ -258,7 +258,9 @@ def test_apgd_starts_on_the_surface():
     batch = Batch(torch.full((4, 1, 3, 3), 0.5), torch.zeros(4, dtype=torch.long))
     for threat in (LINF, ThreatModel("l2", 0.4)):
         start = APGD(threat)._start(batch, 0)
-        assert torch.allclose(threat.distance(start, batch.x), torch.full((4,), threat.eps, dtype=torch.float64), atol=1e-6)
+        assert torch.allclose(
+            threat.distance(start, batch.x), torch.full((4,), threat.eps, dtype=torch.float64), atol=1e-6
+        )
 
 
 # --- stopping rules

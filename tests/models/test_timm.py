@@ -20,7 +20,7 @@ SHAPE = (3, 8, 8)
 class Stub(nn.Module):
     """What timm returns: a network that insists on its own image size and carries the record of its weights."""
 
-    pretrained_cfg = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}  # noqa: RUF012
+    pretrained_cfg = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
     def __init__(self, num_classes: int, in_chans: int, img_size: int = 8) -> None:
         super().__init__()

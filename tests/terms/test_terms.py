@@ -93,7 +93,9 @@ def test_trades_is_the_batch_mean_of_a_sum_over_classes():
     adv = torch.tensor([[math.log(0.25), math.log(0.5), math.log(0.25)]], requires_grad=True)
     value = TRADES(1.0)(Views.of(y=torch.tensor([0]), clean=clean, adv=adv)).mean()
     assert value.item() == pytest.approx(math.log(2) + 0.25 * math.log(2), abs=1e-6)
-    through_clean, through_adv = torch.autograd.grad(KL()(Views.of(y=torch.tensor([0]), clean=clean, adv=adv)).sum(), (clean, adv))
+    through_clean, through_adv = torch.autograd.grad(
+        KL()(Views.of(y=torch.tensor([0]), clean=clean, adv=adv)).sum(), (clean, adv)
+    )
     # d KL / d z' = p' - p, and d KL / d z = p * (log(p / p') - KL)
     assert torch.allclose(through_adv, torch.tensor([[-0.25, 0.25, 0.0]]), atol=1e-6)
     ratio, divergence = torch.tensor([[math.log(2), -math.log(2), 0.0]]), 0.25 * math.log(2)

@@ -1,0 +1,457 @@
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pandas as pd
+import pytest
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from unmoved import outcomes, report
+from unmoved.errors import UnmovedError
+from unmoved.report import Section
+from unmoved.verdicts import verdicts
+
+SAMPLES = 60
+
+
+@dataclass
+class FakeRun:
+    """What `unmoved.run.Run` offers to a reader."""
+
+    path: Path
+    name: str
+    seed: int
+    recipe: dict[str, Any]
+    provenance: dict[str, Any]
+    metrics: pd.DataFrame
+    outcomes: pd.DataFrame | None
+    curve: pd.DataFrame | None
+    gallery: dict[str, np.ndarray] | None
+    evaluation: dict[str, Any] | None
+
+
+def attacked(right_clean: int, right_attacked: int, attack: str, eps: float) -> pd.DataFrame:
+    """Outcomes in which the first so many of the samples are right."""
+    label = np.arange(SAMPLES) % 3
+    clean, adversarial = label.copy(), label.copy()
+    clean[right_clean:] = (label[right_clean:] + 1) % 3
+    adversarial[right_attacked:] = (label[right_attacked:] + 1) % 3
+    table = pd.DataFrame({"index": np.arange(SAMPLES), "label": label, "attack": attack, "eps": eps, "norm": "linf"})
+    table["clean_prediction"], table["adversarial_prediction"] = clean, adversarial
+    table["distance"], table["success"] = eps, adversarial != label
+    return table
+
+
+def make(name: str = "digits/at", seed: int = 0, clean: int = 57, robust: int = 30) -> Any:
+    curve = [attacked(clean, round(clean - (clean - robust) * eps / 0.1), "pgd-10", eps) for eps in (0.0, 0.05, 0.1)]
+    epochs = np.arange(1, 4)
+    metrics = pd.DataFrame({"epoch": epochs, "step": epochs * 10, "seconds": epochs * 25.0, "lr": 0.1, "eps": 0.1})
+    metrics = metrics.assign(loss=1 / epochs, train_accuracy=0.6, validation_clean=0.8, validation_n=30)
+    metrics["validation_robust"] = [0.4, 0.5, 0.45]
+    x = np.full((2, 1, 4, 4), 0.5, np.float32)
+    gallery = {"x": x, "x_adv": x + 0.1, "label": np.array([0, 1]), "clean_prediction": np.array([0, 1])}
+    gallery |= {"adversarial_prediction": np.array([2, 1]), "attack": np.array(["pgd", "square"])}
+    return FakeRun(
+        path=Path(f"runs/{name.replace('/', '-')}-{seed}"),
+        name=name,
+        seed=seed,
+        recipe={"name": name, "train": {"seed": seed, "epochs": 3}},
+        provenance={"versions": {"torch": "9.9"}, "command": "unmoved train recipe.toml", "git": {"dirty": False}},
+        metrics=metrics,
+        outcomes=pd.concat([attacked(clean, robust + 3, "pgd", 0.1), attacked(clean, robust, "square", 0.1)]),
+        curve=pd.concat(curve),
+        gallery=gallery,
+        evaluation={
+            "n": SAMPLES,
+            "weights": "best",
+            "threat": {"norm": "linf", "eps": 0.1},
+            "attacks": ["pgd", "square"],
+            "seconds": 1.5,
+            "split": "test",
+            "classes": ["cat", "dog", "ship"],
+        },
+    )
+
+
+def three() -> list[Any]:
+    return [make("digits/plain", 0, 60, 3), make("digits/at", 0, 57, 30), make("digits/at", 1, 55, 33)]
+
+
+def bare(name: str = "digits/at", seed: int = 0, clean: int = 57, robust: int = 30) -> Any:
+    """A run with outcomes alone: fewer figures to draw."""
+    return replace(make(name, seed, clean, robust), curve=None, gallery=None, metrics=pd.DataFrame())
+
+
+class Page(HTMLParser):
+    """Ids, links, tags and words of a page, and every attribute that could fetch something."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.ids: list[str] = []
+        self.tags: list[str] = []
+        self.links: list[str] = []
+        self.fetched: list[str] = []
+        self.attributes: list[dict[str, str]] = []
+        self.words = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = {key: value or "" for key, value in attrs}
+        self.tags.append(tag)
+        self.attributes.append({"tag": tag, **values})
+        if "id" in values:
+            self.ids.append(values["id"])
+        if tag == "a":
+            self.links.append(values["href"])
+        elif "src" in values or "href" in values:
+            self.fetched.append(values.get("src", values.get("href", "")))
+
+    @property
+    def said(self) -> str:
+        """The words with single spaces; a no-break space stays one."""
+        return re.sub(r"[ \n]+", " ", self.words)
+
+    def handle_data(self, data: str) -> None:
+        self.words += data + " "
+
+
+def page(runs: list[Any], path: Path, **options: Any) -> Page:
+    return Page(report.write(runs, path, "Digits", **options).read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return report.write(three(), tmp_path_factory.mktemp("page") / "my report.html", "Digits")
+
+
+# --- the page
+
+
+def test_the_page_has_its_sections_and_every_link_leads_somewhere(written: Path) -> None:
+    seen = Page(written.read_text(encoding="utf-8"))
+    assert {"summary", "results", "tradeoff", "curve", "training", "gallery", "classes", "provenance"} <= set(seen.ids)
+    assert len(seen.ids) == len(set(seen.ids))
+    assert {link[1:] for link in seen.links if link.startswith("#")} == set(report.TITLES)
+    files = {link for link in seen.links if not link.startswith("#")}
+    assert files == {f"my%20report-figures/{file.name}" for file in (written.parent / "my report-figures").iterdir()}
+    assert {link.rpartition("/")[2] for link in files} == {"tradeoff.svg", "curve.svg"} | {
+        f"{part}-digits-{name}.svg" for part in ("training", "gallery", "classes") for name in ("plain", "at")
+    }
+    assert {"main", "nav", "header", "footer", "details"} <= set(seen.tags)
+
+
+def test_nothing_is_fetched_and_no_script_runs(written: Path) -> None:
+    seen = Page(written.read_text(encoding="utf-8"))
+    assert all(link.startswith(("#", "data:")) for link in seen.fetched)
+    text = written.read_text(encoding="utf-8")
+    assert "http" not in text
+    assert "@import" not in text
+    assert not re.search(r"url\((?!#)", text)
+    assert "script" not in seen.tags
+
+
+def test_pictures_have_words_and_headers_have_scopes(written: Path) -> None:
+    seen = Page(written.read_text(encoding="utf-8"))
+    pictures = [a for a in seen.attributes if a["tag"] == "svg"]
+    assert len(pictures) == 8
+    assert all(a["role"] == "img" and len(a["aria-label"]) > 20 for a in pictures)
+    assert all(a.get("scope") in ("row", "col") for a in seen.attributes if a["tag"] == "th")
+
+
+def test_the_numbers_are_those_of_the_tables(written: Path) -> None:
+    words = Page(written.read_text(encoding="utf-8")).said
+    low, high = outcomes.wilson(30, SAMPLES)[0], outcomes.wilson(33, SAMPLES)[1]
+    assert "digits/at holds best: it still classifies 52.5\xa0% of the images correctly" in words  # (30 + 33) / 2 of 60
+    assert "every image may be attacked by 2 attacks and the worst outcome counts" in words
+    assert f"(mean of 2 seeds, whose 95\xa0% intervals span {100 * low:.1f} to {100 * high:.1f})" in words
+    assert "is an upper bound on the true one" in words
+    assert "The next is digits/plain with 5.0\xa0%, and the intervals do not overlap." in words
+    assert "digits/plain is the most accurate (100.0\xa0%), but in the worst case it is right on 5.0\xa0%" in words
+    assert f"93.3 \xb1\xa02.4 52.5 \xb1\xa03.5 {100 * low:.1f} to {100 * high:.1f}" in words
+    assert "57.5 \xb1\xa03.5 52.5 \xb1\xa03.5 60 2 1 min 15 s best" in words
+    assert "versions.torch 9.9" in words
+    assert "train.epochs 3" in words
+
+
+def test_overlapping_intervals_are_said_to_settle_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "_figures", lambda judged: {name: [] for name in report.TITLES})  # words alone: quick
+    runs = [bare("a", clean=57, robust=33), bare("b", clean=57, robust=30), bare("c", clean=57, robust=31)]
+    words = page(runs, tmp_path / "r.html").said
+    assert "The intervals of c and b overlap with it: 60 images do not settle which of them is better." in words
+    tied = page([bare("a"), bare("b")], tmp_path / "r.html").said
+    assert "a and b hold best and equally: each still classifies 50.0\xa0%" in tied
+
+
+def test_names_are_escaped_everywhere(tmp_path: Path) -> None:
+    bad = "<script>alert('x')</script>"
+    run = make(bad)
+    run.provenance["note"] = {bad: bad}
+    run.evaluation["classes"] = [bad, "\"><img src=x onerror='alert(1)'>", "ship"]
+    run.evaluation["split"] = bad
+    run.outcomes["attack"] = run.outcomes["attack"].replace("pgd", bad)
+    run.gallery["attack"] = np.array([bad, bad])
+    section = Section("more", bad, [bad], pd.DataFrame({bad: [bad]}))
+    text = report.write([run], tmp_path / "r.html", bad, extra=[section]).read_text(encoding="utf-8")
+    seen = Page(text)
+    assert not {"script", "img"} & set(seen.tags)
+    assert not any("onerror" in a or "onload" in a for a in seen.attributes)
+    assert seen.words.count(bad) > 12
+    assert all("<script" not in f.read_text(encoding="utf-8") for f in (tmp_path / "r-figures").iterdir())
+
+
+def test_the_same_runs_give_the_same_bytes(tmp_path: Path) -> None:
+    first = report.write([bare()], tmp_path / "r.html", "Digits").read_bytes()
+    assert report.write([bare()], tmp_path / "r.html", "Digits").read_bytes() == first
+    assert {p.name for p in tmp_path.iterdir()} == {"r.html", "r-figures"}
+
+
+def test_a_run_with_outcomes_alone_still_gives_a_page(tmp_path: Path) -> None:
+    run = replace(bare(), provenance={}, recipe={})
+    seen = page([run], tmp_path / "r.html")
+    words = seen.said
+    assert "digits/at still classifies 50.0\xa0%" in words
+    assert "best:" not in words  # it is not a race of one
+    for sentence in ("No run has a curve", "No run was trained here", "No run kept images"):
+        assert sentence in words
+    assert sum(tag == "svg" for tag in seen.tags) == 2
+
+
+def test_a_gallery_without_images_is_no_gallery(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert verdicts([replace(bare(), gallery={})])[0].gallery is None  # no test image was right
+    assert verdicts([bare(), replace(make(seed=1))])[0].gallery is not None  # another seed's
+
+
+def test_files_are_read_once() -> None:
+    reads: list[str] = []
+
+    class Counting:
+        def __init__(self) -> None:
+            self.run = make()
+
+        def __getattr__(self, name: str) -> Any:
+            reads.append(name)
+            return getattr(self.run, name)
+
+    verdict = verdicts([cast(Any, Counting())])[0]
+    assert verdict.measures["clean"]["n"] == len(verdict.by_seed.index) * 15 == SAMPLES
+    assert verdict.curve is not None
+    assert [reads.count(name) for name in ("outcomes", "curve", "metrics", "gallery", "evaluation")] == [1] * 5
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "_figures", lambda judged: {name: [] for name in report.TITLES})
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UnmovedError, match=r"could not write .*r\.html: .*; choose another --out"):
+        report.write([bare()], tmp_path / "file" / "r.html", "x")
+
+
+def test_other_rooms_may_add_sections(tmp_path: Path) -> None:
+    figure = Figure()
+    figure.add_subplot().plot([1, 2])
+    figure.set_label("Two points, n = 2.")
+    table = pd.DataFrame({"check": ["masking"], "value": [0.123456], "n": [2]})
+    section = Section("doctor", "Doctor", ["a < b", Markup("<b>bold</b>")], table, [figure])
+    seen = page([bare()], tmp_path / "r.html", extra=[section])
+    assert "doctor" in seen.ids
+    assert "#doctor" in seen.links
+    assert [link for link in seen.links if link.startswith("#")][-2:] == ["#reading", "#provenance"]
+    assert "Doctor a < b bold check value n masking 0.1235 2 " in seen.said
+    assert "Two points, n = 2." in seen.said
+    assert (tmp_path / "r-figures" / "doctor.svg").exists()
+    for name in ("summary", "Doctor Who", ""):
+        with pytest.raises(UnmovedError, match="section id"):
+            report.write([bare()], tmp_path / "r.html", "x", extra=[replace(section, id=name)])
+
+
+def test_figure_files_of_like_names_do_not_overwrite_each_other(tmp_path: Path) -> None:
+    report.write([bare("a/b"), bare("a-b"), bare("../../etc/x")], tmp_path / "r.html", "x")
+    names = {file.name for file in (tmp_path / "r-figures").iterdir()}
+    assert {"classes-a-b.svg", "classes-a-b-2.svg", "classes-etc-x.svg"} <= names
+    assert {p.name for p in tmp_path.iterdir()} == {"r.html", "r-figures"}
+
+
+@pytest.mark.parametrize(
+    ("eps", "text"),
+    [(8 / 255, "8/255"), (0.3, "0.3"), (0.2, "0.2"), (0.5, "0.5"), (1 / 3, "85/255"), (0.12345678, "0.1235")],
+)
+def test_eps_is_written_as_people_write_it(eps: float, text: str) -> None:
+    assert report._eps(eps) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.25, "0.2 s"),
+        (9.96, "10 s"),
+        (59.7, "1 min 00 s"),
+        (75, "1 min 15 s"),
+        (3599.9, "1 h 00 min"),
+        (7260, "2 h 01 min"),
+    ],
+)
+def test_durations_are_written_as_people_write_them(seconds: float, text: str) -> None:
+    assert report._duration(seconds) == text
+
+
+# --- which runs may stand in one page
+
+
+def spoil_split(run: Any) -> None:
+    run.evaluation["split"] = "validation"
+
+
+def spoil_eps(run: Any) -> None:
+    run.outcomes["eps"] = 0.2
+
+
+def spoil_norm(run: Any) -> None:
+    run.outcomes["norm"] = "l2"
+
+
+def spoil_attacks(run: Any) -> None:
+    run.outcomes = run.outcomes[run.outcomes["attack"] == "pgd"]
+
+
+def spoil_samples(run: Any) -> None:
+    run.outcomes = run.outcomes[run.outcomes["index"] < 50]
+    run.evaluation["n"] = 50
+
+
+def spoil_labels(run: Any) -> None:
+    run.outcomes = run.outcomes.assign(label=(run.outcomes["label"] + 1) % 3)
+    run.outcomes["success"] = run.outcomes["label"] != run.outcomes["adversarial_prediction"]
+
+
+def forget_evaluation(run: Any) -> None:
+    run.evaluation = None
+
+
+def forget_outcomes(run: Any) -> None:
+    run.outcomes = None
+
+
+def cut_outcomes(run: Any) -> None:
+    run.outcomes = run.outcomes[run.outcomes["index"] < 50]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (spoil_split, "judged alike, came split = test in .*a-0 and validation in .*b-0"),
+        (spoil_eps, "came eps = 0.1 in .* and 0.2 in"),
+        (spoil_norm, "came norm = linf in .* and l2 in"),
+        (spoil_attacks, "came attacks = "),
+        (spoil_samples, "came n = 60 in .* and 50 in"),
+        (spoil_labels, "same data, came other labels in .*b-0"),
+        (forget_evaluation, "run `unmoved evaluate .*b-0` first"),
+        (forget_outcomes, "run `unmoved evaluate .*b-0` first"),
+        (cut_outcomes, "outcomes of 60 samples, came 50; run `unmoved evaluate .*b-0` again"),
+    ],
+)
+def test_runs_that_do_not_compare_are_refused(spoil: Callable[[Any], None], message: str, tmp_path: Path) -> None:
+    other = make("b")
+    spoil(other)
+    with pytest.raises(UnmovedError, match=message):
+        report.write([make("a"), other], tmp_path / "r.html", "x")
+    assert not list(tmp_path.iterdir())
+
+
+def test_seeds_are_grouped_and_different_recipes_of_one_name_kept_apart() -> None:
+    changed = make("digits/at", 2)
+    changed.recipe["train"]["epochs"] = 9
+    names = [verdict.name for verdict in verdicts([*three(), changed])]
+    assert names == ["digits/plain", "digits/at [runs/digits-at-0]", "digits/at [runs/digits-at-2]"]
+    grouped = verdicts(three())
+    assert [len(verdict.runs) for verdict in grouped] == [1, 2]
+    assert grouped[1].measures["worst case"]["accuracy"] == pytest.approx(31.5 / 60)
+    assert grouped[1].seconds == 75
+
+
+def test_a_seed_twice_or_mixed_weights_are_refused() -> None:
+    with pytest.raises(UnmovedError, match=r"each seed once, came .0, 0."):
+        verdicts([make(), make()])
+    last = make(seed=1)
+    last.evaluation["weights"] = "last"
+    with pytest.raises(UnmovedError, match="'best', 'last'"):
+        verdicts([make(), last])
+    with pytest.raises(UnmovedError, match="at least one run"):
+        verdicts([])
+
+
+# --- in a browser
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    api = pytest.importorskip("playwright.sync_api")
+    program = next((p for p in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if p), None)
+    if program is None:
+        pytest.skip("no Chromium on this machine")
+    quiet = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    with api.sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(
+            executable_path=program, args=[*quiet.split(), "--disable-component-update", "--disable-sync"]
+        )
+        yield chromium
+        chromium.close()
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [1200, 390])
+def test_the_page_stands_in_a_browser(browser: Any, written: Path, width: int) -> None:
+    context = browser.new_context(viewport={"width": width, "height": 800}, reduced_motion="reduce")
+    tab = context.new_page()
+    requests: list[str] = []
+    complaints: list[str] = []
+    tab.on("request", lambda request: requests.append(request.url))
+    tab.on("console", lambda message: complaints.append(message.text))
+    tab.on("pageerror", lambda error: complaints.append(str(error)))
+    tab.goto(written.as_uri())
+    rows = tab.locator("#results table").first.locator("tbody tr")
+    assert [text.split() for text in rows.locator("th").all_inner_texts()] == [["digits/plain"], ["digits/at", "best"]]
+    assert rows.nth(1).locator("th .tag").inner_text() == "best"
+    assert rows.nth(0).locator("td").nth(1).inner_text() == "5.0"
+    pictures = tab.locator("figure svg")
+    assert pictures.count() == 8
+    for k in range(8):
+        pictures.nth(k).scroll_into_view_if_needed()
+        box = pictures.nth(k).bounding_box()
+        assert box["width"] > 250
+        assert box["height"] > 100
+        assert 0 <= box["x"] <= box["x"] + box["width"] <= width
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    tab.locator("#provenance summary").first.click()
+    assert tab.locator("#provenance details").first.get_by_text("unmoved train recipe.toml").is_visible()
+    tab.locator("#results summary").click()
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    tab.locator("nav a[href='#classes']").click()
+    assert tab.locator("#classes h2").bounding_box()["y"] < 800
+    assert [url for url in requests if not url.startswith("data:")] == [written.as_uri()]
+    assert complaints == []
+    context.close()
+
+
+@pytest.mark.browser
+def test_the_page_follows_light_and_dark(browser: Any, written: Path) -> None:
+    shades = {}
+    script = "([where, what]) => getComputedStyle(document.querySelector(where))[what]"
+    for scheme in ("light", "dark"):
+        context = browser.new_context(color_scheme=scheme)
+        tab = context.new_page()
+        tab.goto(written.as_uri())
+        places = (["body", "backgroundColor"], ["body", "color"], ["#tradeoff svg text", "fill"])
+        colors = [re.findall(r"\d+", tab.evaluate(script, place)) for place in places]
+        shades[scheme] = [sum(map(int, color[:3])) for color in colors]
+        context.close()
+    (paper, ink, words), (dark_paper, dark_ink, dark_words) = shades["light"], shades["dark"]
+    assert dark_paper < 120 < 600 < paper
+    assert ink < 120 < 600 < dark_ink
+    assert (words, dark_words) == (ink, dark_ink)  # the figures' own words turn too
