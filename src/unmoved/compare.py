@@ -44,20 +44,23 @@ def jobs_of(
     """The grid, one folder ``out/<recipe name>/seed<k>`` each.
 
     Raises:
-        UnmovedError: two recipes of one name.
+        UnmovedError: two recipes of one name, or a seed twice: they would write into one folder.
     """
-    names = [recipe.name for recipe in recipes]
-    for name in names:
+    names = [recipe.name.replace("/", "-") for recipe in recipes]
+    for recipe, name in zip(recipes, names, strict=True):
         if names.count(name) > 1:
             raise UnmovedError(
-                f"compare: expected recipes of different names, came {name!r} twice; set name=... in one"
+                f"compare: expected recipes of different names, came {recipe.name!r} twice; set name=... in one"
             )
+    for seed in seeds:
+        if list(seeds).count(seed) > 1:
+            raise UnmovedError(f"compare: expected different seeds, came {seed} twice")
     jobs = []
-    for recipe in recipes:
+    for recipe, name in zip(recipes, names, strict=True):
         for seed in seeds:
             tables = recipe.tables()
             tables["training"] = {**tables["training"], "seed": seed}
-            folder = out / recipe.name.replace("/", "-") / f"seed{seed}"
+            folder = out / name / f"seed{seed}"
             jobs.append(Job(tables, str(folder), tuple(allow), threads))
     return jobs
 

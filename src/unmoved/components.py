@@ -262,6 +262,8 @@ def foreign(use: str, allow: Collection[str]) -> Factory:
         raise UnmovedError(
             f"use = {use!r}: cannot import {module_name!r} ({error}); run from the folder that holds it, or install it"
         ) from error
+    except Exception as error:  # whatever a stranger's module does
+        raise UnmovedError(f"use = {use!r}: cannot import {module_name!r} ({type(error).__name__}: {error})") from error
     if not hasattr(module, name):
         known = [key for key in vars(module) if not key.startswith("_")]
         raise UnmovedError(f"use = {use!r}: {module_name} has no {name!r}" + did_you_mean(name, known))

@@ -265,6 +265,9 @@ class Built:
         seed = recipe.training.seed
         self.threat = ThreatModel(recipe.threat.norm, recipe.threat.eps)
         self.data: data.DataSet = self._build("data", recipe.data, progress=progress)
+        if not isinstance(self.data, data.DataSet):
+            came = type(self.data).__name__
+            raise UnmovedError(f"data.use: expected a function that returns a DataSet, came {came}")
         self.shape, self.num_classes = self.data.train.shape, self.data.train.num_classes
         self.given = {"threat": self.threat, "seed": seed, "num_classes": self.num_classes, "shape": self.shape}
         self._terms: dict[str, Any] = {}

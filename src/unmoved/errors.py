@@ -11,9 +11,9 @@ class UnmovedError(ValueError):
     """Something the user can mend: the message says what was expected, what came and what to do."""
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, known: Iterable[object]) -> str:
     """``"; did you mean 'awp'?"`` when a known name is near, otherwise the list of known names."""
-    names = sorted(known)
+    names = sorted(map(str, known))
     near = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(names) or 'none'}"
 
@@ -37,7 +37,7 @@ def require_number(
         raise UnmovedError(f"{name}: expected {expected.strip()}, came {value!r}" + (f"; {advice}" if advice else ""))
 
 
-def require_choice(name: str, value: object, choices: Iterable[str]) -> None:
+def require_choice(name: str, value: object, choices: Iterable[object]) -> None:
     """Raise `UnmovedError` unless ``value`` is one of ``choices``."""
     options = list(choices)
     if value not in options:

@@ -114,12 +114,14 @@ def robustness_curve(table: pd.DataFrame, *, norm: str = "", eps: float | None =
 
 
 def best_epoch(metrics: pd.DataFrame) -> int | None:
-    """The epoch whose weights training keeps as best: the first of the highest (robust, clean) validation accuracy.
+    """The epoch whose weights training kept as best, the last that says so; None where there was no validation.
 
-    None where there was no validation.
+    Metrics without the column ``kept`` are read by the rule: the first of the highest (robust, clean) accuracy.
     """
     if "validation_robust" not in metrics or metrics["validation_robust"].isna().all():
         return None
+    if "kept" in metrics:
+        return int(metrics.loc[metrics["kept"].astype(bool), "epoch"].iloc[-1])
     scores = list(metrics[["validation_robust", "validation_clean"]].astype(float).fillna(-1).itertuples(index=False))
     return int(metrics["epoch"].iloc[scores.index(max(scores))])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
@@ -14,7 +15,7 @@ from torch import nn
 
 from unmoved import config, views
 from unmoved.attacks import PGD
-from unmoved.errors import UnmovedError
+from unmoved.errors import UnmovedError, require_number
 from unmoved.outcomes import COLUMNS
 from unmoved.precision import autocast, require_device
 from unmoved.protocols import Attack, Batch, Image, Label, Split
@@ -58,6 +59,7 @@ def evaluate(
     """
     if not attacks:
         raise UnmovedError("evaluate: expected at least one attack, came none")
+    require_number("batch_size", batch_size, at_least=1)
     if len(split) == 0:
         raise UnmovedError("evaluate: expected at least one sample, came none")
     rows: list[pd.DataFrame] = []
@@ -83,10 +85,16 @@ def propose(
     model: nn.Module, attack: Attack, batch: Batch, threat: ThreatModel, name: str, precision: str = "float32"
 ) -> Image:
     """One attack's proposal, checked against the threat model."""
+    # Copies: an attack that writes into its images would be measured against its own proposal.
+    theirs = dataclasses.replace(batch, x=batch.x.clone(), y=batch.y.clone())
     with autocast(precision, batch.x.device):
-        proposal = attack(model, batch)
+        proposal = attack(model, theirs)
+    if not isinstance(proposal, torch.Tensor):
+        raise UnmovedError(f"attack {name!r}: expected a tensor of images, came {type(proposal).__name__}")
+    if proposal.dtype != batch.x.dtype:
+        raise UnmovedError(f"attack {name!r}: expected images of {batch.x.dtype}, came {proposal.dtype}")
     threat.check(proposal, batch.x, name)
-    return proposal
+    return proposal.detach()
 
 
 def predict(model: nn.Module, x: Image, y: Label) -> Label:
@@ -239,10 +247,9 @@ def evaluate_run(
     count = n or built.recipe.evaluation.n
     split = built.data.test if count is None else built.data.test.take(min(count, len(built.data.test)), seed=0)
     table = evaluate(model, split, built.attacks, built.threat, batch_size=batch_size, progress=progress)
-    radii = sorted({min(share * built.threat.radius, 1.0) for share in CURVE_SHARES})
     sweep = PGD(built.threat, steps=20, keep="best", seed=built.recipe.training.seed)
     few = split.take(min(CURVE_SAMPLES, len(split)), seed=0)
-    curve_table = curve(model, few, sweep, built.threat, radii, batch_size=batch_size)
+    curve_table = curve(model, few, sweep, built.threat, radii(built.threat), batch_size=batch_size)
     name, shown = next(reversed(built.attacks.items()))
     facts = {
         "n": len(split),
@@ -256,6 +263,12 @@ def evaluate_run(
     }
     run.save_evaluation(table, curve_table, gallery(model, split, shown, built.threat, name=name), facts)
     return table
+
+
+def radii(threat: ThreatModel) -> list[float]:
+    """Where the curve is measured: shares of eps; for linf nothing beyond the box of valid images."""
+    largest = threat.bounds[1] - threat.bounds[0] if threat.norm == "linf" else math.inf
+    return sorted({min(share * threat.radius, largest) for share in CURVE_SHARES})
 
 
 def weights_digest(run: Run, weights: str) -> str:

@@ -23,9 +23,10 @@ from unmoved.protocols import Attack, Batch, Method, Split, StatefulAttack
 from unmoved.run import Run
 from unmoved.schedule import Phases
 from unmoved.state import Means, TrainerState
-from unmoved.terms.sum import as_sum, stateful
+from unmoved.terms.sum import as_sum, snake_case, stateful
 from unmoved.threat import ThreatModel
 from unmoved.views import Views
+from unmoved.weights import evaluating
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,9 @@ def train_step(
             values = ", ".join(f"{name} = {value:g}" for name, value in means.items())
             raise UnmovedError(f"the loss became {loss.item():g} at step {batch.step} ({values})")
         if not first:
-            accuracy = (views.adv.detach().argmax(dim=1) == batch.y).float().mean()
+            # A view that the objective did not ask for is not computed: its pass would move BatchNorm's statistics.
+            logits = views.adv if views.has("adv") else views.clean
+            accuracy = (logits.detach().argmax(dim=1) == batch.y).float().mean()
             first.append((views, Step(loss.detach(), means, accuracy)))
         backward(loss)
         return loss.detach()
@@ -142,10 +145,13 @@ def train(
     formats.require_device(device)
     if len(split) == 0:
         raise UnmovedError("train: expected at least one sample, came none")
+    if validation is not None and threat is None:
+        raise UnmovedError("train: validation needs the threat model to judge by; pass threat=ThreatModel(...)")
     phases = Phases.of(method)
     fabric = Fabric(accelerator="auto" if device == "auto" else device, devices=1)
     precision = formats.resolve(precision, fabric.device)
-    terms = nn.ModuleList(_unique(t for _, m in phases.phases for t in stateful(m.objective)))
+    learned = _unique(t for _, m in phases.phases for t in stateful(m.objective))
+    terms = nn.ModuleList(learned)
     fabric.to_device(terms)
     groups: list[dict[str, Any]] = [{"params": list(model.parameters())}]
     if any(True for _ in terms.parameters()):
@@ -155,6 +161,7 @@ def train(
     opt = optimizer(groups)
     scheduler = schedule(opt, per_epoch * epochs, per_epoch)
     wrapped, wrapped_opt = fabric.setup(model, opt)
+    _rehearse(model, phases, next(iter(split.batches(2))).to(fabric.device))
     state = TrainerState(model, opt, scheduler, terms, _unique(m.attack for _, m in phases.phases), run)
     state.restore()
     with torch.random.fork_rng([fabric.device] if fabric.device.type == "cuda" else []):
@@ -180,8 +187,13 @@ def train(
                 raise _stopped(UnmovedError(f"a weight became NaN or infinite by step {batch.step}"), epoch, run)
             record = {"epoch": epoch + 1, "step": (epoch + 1) * per_epoch, "lr": opt.param_groups[0]["lr"]}
             record |= {"eps": _eps(current.attack), **log.means()}
-            if validation is not None:
-                record |= _validate(model, validation, check, threat, batch_size)
+            if validation is not None and threat is not None:
+                try:
+                    record |= _validate(model, validation, check, threat, batch_size)
+                except UnmovedError as error:
+                    raise _stopped(error, epoch, run, mend="") from error
+            reports = {snake_case(type(term).__name__): term.report() for term in learned}
+            record |= {"terms": {name: facts for name, facts in reports.items() if facts}}
             state.commit(record, monotonic() - began)
             if progress is not None:
                 progress(state.log[-1])
@@ -243,16 +255,23 @@ def train_recipe(
     return run
 
 
-def _stopped(error: UnmovedError, epoch: int, run: Run | None) -> UnmovedError:
+def _rehearse(model: nn.Module, phases: Phases, batch: Batch) -> None:
+    """Each phase's objective on two samples: what it refuses, it refuses before training starts."""
+    with torch.no_grad(), evaluating(model):
+        for start, _ in phases.phases:
+            as_sum(phases.at(start, start + 1).objective).parts(Views(model, batch, batch.x))
+
+
+def _stopped(
+    error: UnmovedError, epoch: int, run: Run | None, mend: str = "; try a smaller lr or a ramp of eps"
+) -> UnmovedError:
     kept = f"; {run.path} keeps the state after epoch {epoch}" if run is not None and epoch else ""
-    return UnmovedError(f"{error}, in epoch {epoch + 1}: training stopped{kept}; try a smaller lr or a ramp of eps")
+    return UnmovedError(f"{error}, in epoch {epoch + 1}: training stopped{kept}{mend}")
 
 
 def _validate(
-    model: nn.Module, validation: Split, check: Attack | None, threat: ThreatModel | None, batch_size: int
+    model: nn.Module, validation: Split, check: Attack | None, threat: ThreatModel, batch_size: int
 ) -> dict[str, Any]:
-    if threat is None:
-        raise UnmovedError("train: validation needs the threat model to judge by; pass threat=ThreatModel(...)")
     attack = PGD(threat, keep="best") if check is None else check
     table = judge.evaluate(model, validation, {"validation": attack}, threat, batch_size=batch_size)
     accuracy = outcomes.summary(table).set_index("measure")["accuracy"]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -126,6 +126,10 @@ class StatefulTerm(nn.Module):
 
     def update(self, views: Views) -> None:
         """Learn from one batch without a gradient; nothing by default."""
+
+    def report(self) -> dict[str, Any]:
+        """What the log of an epoch should say of it (numbers and lists), asked for once after each epoch."""
+        return {}
 
 
 @runtime_checkable

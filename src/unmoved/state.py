@@ -28,6 +28,7 @@ class TrainerState:
         self.parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "schedule": scheduler, "terms": terms}
         stateful_attacks = [attack for attack in attacks if isinstance(attack, StatefulAttack)]
         self.parts |= {f"attack {k}": attack for k, attack in enumerate(stateful_attacks)}
+        self.adversarial = bool(attacks)
         self.run, self.log, self.best = run, list[dict[str, Any]](), (-1.0, -1.0)
 
     def restore(self) -> None:
@@ -45,11 +46,16 @@ class TrainerState:
             ) from error
 
     def commit(self, record: dict[str, Any], seconds: float) -> None:
-        """Append an epoch to the log; the best epoch is the first with the highest (robust, clean) validation."""
+        """Append an epoch to the log; the best epoch is the first of the highest validation accuracy.
+
+        Robust accuracy, then clean; the other way round for a training without an attack, whose robust accuracy is
+        noise near zero and would pick an epoch by chance.
+        """
         elapsed = self.log[-1]["seconds"] if self.log else 0.0
-        self.log.append(record | {"seconds": elapsed + seconds})
-        score = (record.get("validation_robust", -1.0), record.get("validation_clean", -1.0))
-        is_best = len(self.log) == 1 or score > self.best or "validation_robust" not in record
+        robust, clean = record.get("validation_robust", -1.0), record.get("validation_clean", -1.0)
+        score = (robust, clean) if self.adversarial else (clean, robust)
+        is_best = not self.log or score > self.best or "validation_robust" not in record
+        self.log.append(record | {"kept": is_best, "seconds": elapsed + seconds})
         self.best = score if is_best else self.best
         if self.run is not None:
             model = self.parts["model"]

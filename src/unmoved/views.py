@@ -136,6 +136,10 @@ class Views:
             self._adv = self.clean if self._x_adv is None else logits(self._model, self._x_adv)
         return self._adv
 
+    def has(self, view: str) -> bool:
+        """Whether the logits of ``"clean"`` or ``"adv"`` are there already, so that reading them costs no pass."""
+        return (self._clean if view == "clean" else self._adv) is not None
+
     def logits(self, view: str) -> Logits:
         """The logits of ``"clean"`` or ``"adv"``."""
         require_choice("view", view, ("clean", "adv"))

@@ -284,6 +284,61 @@ def test_sensible_keeps_confidence_above_c(trained):
     assert torch.equal(PGD(LINF, stop=Sensible(1.0))(model, batch), batch.x)
 
 
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+@pytest.mark.parametrize("c", [0.5, 0.7, 0.9])
+def test_sensible_on_a_linear_model_is_its_closed_form(c, norm):
+    """sense.md 3.2: keep x where p_y < c, take the full step where p_y stays above c, else stop at p_y = c."""
+    draw = torch.Generator().manual_seed(0)
+    b = torch.randn(16, generator=draw, dtype=torch.float64)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 2, bias=False)).double()
+    with torch.no_grad():
+        model[1].weight.copy_(torch.stack([-b, b]) / 2)
+    x = 0.5 * torch.randn(900, 1, 4, 4, generator=draw, dtype=torch.float64)
+    score = x.flatten(1) @ b
+    y = ((score > 0) ^ (torch.rand(900, generator=draw) < 0.2)).long()
+    margin = score * (2 * y - 1)  # logit of p_y
+    threat = ThreatModel(norm, 0.25 if norm == "l2" else 0.06, bounds=(-9.0, 9.0))
+    direction = b / b.norm() if norm == "l2" else b.sign()
+    full = margin - threat.eps * (direction @ b)
+    at_c = math.log(c / (1 - c))
+    expected = torch.where(margin < at_c, margin, full.clamp_min(at_c))
+    size = threat.eps / 100
+    x_adv = PGD(threat, steps=200, step_size=size, start="none", stop=Sensible(c))(model, Batch(x, y))
+    ours = (x_adv.flatten(1) @ b) * (2 * y - 1)
+    assert (ours >= expected - 1e-9).all()
+    assert (ours <= expected + size * (direction @ b) + 1e-9).all()  # one step is undone, so at most one is missing
+    cases = [(margin < at_c), (full > at_c), (margin >= at_c) & (full <= at_c)]
+    assert all(case.sum() > 10 for case in cases)
+    along = (x_adv - x).flatten(1)
+    assert torch.allclose(along[cases[1]], -threat.eps * (2 * y[cases[1]] - 1)[:, None] * direction, atol=1e-9)
+
+
+def test_sensible_warm_up_judges_the_start_alone(trained):
+    model, batch = trained
+    start = PGD(LINF, steps=0)(model, batch)
+    full = PGD(LINF, steps=5)(model, batch)
+    c = confidence(model, batch, start).median().item()
+    x_adv = PGD(LINF, steps=5, stop=Sensible(c, adaptive=False))(model, batch)
+    stays = confidence(model, batch, start) < c
+    assert 0 < stays.sum() < len(batch)
+    assert torch.equal(x_adv[stays], start[stays])
+    # A smaller batch may round a vanishing gradient to the other sign, so nearly all pixels, not all.
+    assert ((x_adv - full)[~stays].abs() < 1e-6).float().mean() > 0.99
+
+
+def test_sensible_with_kl_judges_the_start_by_cross_entropy_and_the_rest_by_kl(trained):
+    model, batch = trained
+    c = 0.7
+    start = PGD(LINF, steps=0)(model, batch)
+    x_adv = PGD(LINF, loss=KL(), steps=8, stop=Sensible(c))(model, batch)
+    stays = confidence(model, batch, start) < c
+    assert torch.equal(x_adv[stays], start[stays])
+    inside = loss_at(model, batch, x_adv, KL())[~stays]
+    assert (
+        inside <= torch.maximum(-torch.log(torch.tensor(c)), loss_at(model, batch, start, KL())[~stays]) + 1e-5
+    ).all()
+
+
 def test_friendly_stops_at_the_first_wrong_point(trained):
     model, batch = trained
     path = [PGD(LINF, steps=k, step_size=0.02)(model, batch) for k in range(11)]

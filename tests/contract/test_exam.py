@@ -10,9 +10,25 @@ import torch
 from torch import nn
 
 from unmoved import attacks, defenses, terms
-from unmoved.attacks import APGD, FGSM, PGD, Friendly, Sensible
-from unmoved.defenses import AWP, SAM, Plain
-from unmoved.terms import CE, DLR, KL, MART, TRADES, BoostedCE, Margin, MisclassifiedKL, Sum
+from unmoved.attacks import APGD, FGSM, IAAT, PGD, Friendly, Sensible
+from unmoved.defenses import APD, ASAM, AWP, SAM, Plain
+from unmoved.terms import (
+    CE,
+    DLR,
+    DRSL,
+    KL,
+    MART,
+    PRSL,
+    TRADES,
+    BoostedCE,
+    ComplementEntropy,
+    GlobalProbability,
+    GuidedComplementEntropy,
+    LogitSqueeze,
+    Margin,
+    MisclassifiedKL,
+    Sum,
+)
 from unmoved.testing import ExamFailed, check_attack, check_defense, check_term
 from unmoved.threat import ThreatModel
 from unmoved.weights import evaluating, frozen_batchnorm
@@ -29,6 +45,19 @@ TERMS = [
     TRADES(),
     MART(),
     Sum((0.5, CE("clean")), (2.0, Margin())),
+    DRSL(),
+    DRSL("adv", mean_divisor="K"),
+    PRSL(),
+    PRSL(start=1, end=3),
+    LogitSqueeze(),
+    ComplementEntropy(),
+    GuidedComplementEntropy(),
+    *(
+        GlobalProbability(5, divergence=divergence, view=view)
+        for divergence in ("generalized", "bernoulli", "qp", "pq")
+        for view in ("adv", "clean", "both")
+    ),
+    GlobalProbability(5, update="ema"),
 ]
 
 # (name, threat model -> attack, seeks the largest loss)
@@ -44,15 +73,25 @@ ATTACKS = [
     ("fgsm", FGSM, True),
     ("apgd", lambda t: APGD(t, steps=20), True),
     ("sensible", lambda t: PGD(t, steps=5, stop=Sensible(0.5)), False),
+    ("sensible-kl", lambda t: PGD(t, loss=KL(), steps=5, stop=Sensible(0.5, adaptive=False)), False),
+    ("iaat", lambda t: IAAT(t, steps=30, step_size=0.05), True),
     ("friendly", lambda t: PGD(t, steps=5, stop=Friendly(1, omega=0.001)), False),
 ]
 
-DEFENSES = [(Plain(), None), (SAM(0.05), SAM(0.0)), (AWP(0.01), AWP(0.0))]
+DEFENSES = [
+    (Plain(), None),
+    (SAM(0.05), SAM(0.0)),
+    (ASAM(0.2), ASAM(0.0)),
+    (AWP(0.01), AWP(0.0)),
+    (APD(0.05), APD(0.0)),
+    (APD(0.01, steps=3, p=float("inf"), n=20, risk="last"), APD(0.0)),
+    (APD(0.01, relative=True), APD(0.0, relative=True)),
+]
 
 
 @pytest.mark.parametrize("term", TERMS, ids=repr)
 def test_terms_sit_the_exam(term):
-    check_term(term)
+    check_term(term, couples_samples=isinstance(term, PRSL))
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -84,12 +123,17 @@ def test_every_exported_method_sits_it():
 
 
 NAMES = {name: getattr(terms, name) for name in terms.__all__}
-NAMES |= {name: getattr(attacks, name) for name in attacks.__all__} | {"ThreatModel": ThreatModel}
+NAMES |= {name: getattr(attacks, name) for name in attacks.__all__} | {"ThreatModel": ThreatModel, "inf": float("inf")}
+NAMES |= {name: getattr(defenses, name) for name in defenses.__all__}
 
 
-@pytest.mark.parametrize("value", [*TERMS, *(a[1](ThreatModel("l2", 0.5)) for a in ATTACKS)], ids=repr)
+@pytest.mark.parametrize(
+    "value", [*TERMS, *(a[1](ThreatModel("l2", 0.5)) for a in ATTACKS), *(d for d, _ in DEFENSES)], ids=repr
+)
 def test_repr_rebuilds(value):
-    assert eval(repr(value), NAMES) == value
+    again = eval(repr(value), NAMES)
+    assert repr(again) == repr(value)
+    assert again == value or isinstance(value, GlobalProbability | IAAT)  # these two have state, so identity
 
 
 # --- the exam can fail: each impostor breaks one rule

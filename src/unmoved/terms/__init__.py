@@ -4,6 +4,24 @@ from unmoved.terms.cross_entropy import CE
 from unmoved.terms.kl import KL, TRADES
 from unmoved.terms.margin import DLR, Margin
 from unmoved.terms.mart import MART, BoostedCE, MisclassifiedKL
+from unmoved.terms.probscut import GlobalProbability
 from unmoved.terms.sum import Sum
+from unmoved.terms.wrong_classes import DRSL, PRSL, ComplementEntropy, GuidedComplementEntropy, LogitSqueeze
 
-__all__ = ["CE", "DLR", "KL", "MART", "TRADES", "BoostedCE", "Margin", "MisclassifiedKL", "Sum"]
+__all__ = [
+    "CE",
+    "DLR",
+    "DRSL",
+    "KL",
+    "MART",
+    "PRSL",
+    "TRADES",
+    "BoostedCE",
+    "ComplementEntropy",
+    "GlobalProbability",
+    "GuidedComplementEntropy",
+    "LogitSqueeze",
+    "Margin",
+    "MisclassifiedKL",
+    "Sum",
+]

@@ -1,0 +1,106 @@
+"""Instance-adaptive training: every sample has a radius of its own, which grows while the sample stays right."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from unmoved.attacks.ascent import MODES, attacking, gradient_at
+from unmoved.errors import require_choice, require_number
+from unmoved.protocols import Batch, Image, Term
+from unmoved.terms import CE
+from unmoved.threat import ThreatModel
+from unmoved.weights import evaluating
+
+
+class IAAT:
+    """PGD within a radius per sample, remembered by ``Batch.index`` (Balaji et al. 2019, algorithm 1).
+
+    A call attacks within the remembered radii. ``update`` then tries each sample's radius plus ``gamma``: right there
+    -> that radius; right at the old radius -> the old one; else the old one minus ``gamma``; times "the clean image
+    is right", at least 0, at most the threat's eps; ``radius <- momentum old + (1 - momentum) new``. Step size
+    ``max(2 radius / steps, step_size)``.
+
+    Args:
+        threat: the ball; its eps is the radius of a sample not seen before, and the largest.
+        loss: the term to maximise.
+        steps: gradient steps.
+        gamma: change of a radius (1.9/255 in the authors' code).
+        step_size: smallest step (2/255 there).
+        momentum: share of the old radius that is kept (0.9 there).
+        seed: keys the starts.
+        mode: ``"eval"`` or ``"train"`` (the authors').
+
+    Raises:
+        UnmovedError: a value outside its bounds.
+
+    Deviations: the radius is chosen after the step, by the model it made, so that calling stays pure; radii are
+    capped at eps, so that every proposal is in the threat model. Warm-up with a common radius is a phase.
+    """
+
+    def __init__(
+        self,
+        threat: ThreatModel,
+        loss: Term = CE("adv"),  # noqa: B008 - a frozen value
+        steps: int = 10,
+        gamma: float = 1.9 / 255,
+        step_size: float = 2 / 255,
+        momentum: float = 0.9,
+        seed: int = 0,
+        mode: str = "eval",
+    ) -> None:
+        require_number("IAAT.steps", steps, at_least=1)
+        require_number("IAAT.gamma", gamma, at_least=0)
+        require_number("IAAT.step_size", step_size, at_least=0)
+        require_number("IAAT.momentum", momentum, at_least=0, at_most=1)
+        require_choice("IAAT.mode", mode, MODES)
+        self.threat, self.loss, self.steps, self.gamma = threat, loss, steps, gamma
+        self.step_size, self.momentum, self.seed, self.mode = step_size, momentum, seed, mode
+        self._radius = torch.empty(0)
+
+    def __repr__(self) -> str:
+        return (
+            f"IAAT({self.threat!r}, {self.loss!r}, steps={self.steps}, gamma={self.gamma!r}, "
+            f"step_size={self.step_size!r}, momentum={self.momentum!r}, seed={self.seed}, mode={self.mode!r})"
+        )
+
+    def radius(self, index: Tensor) -> Tensor:
+        """The remembered radii (B,); the threat's eps for samples not seen before."""
+        self._grow(index)
+        known = self._radius[index]
+        return torch.where(known.isnan(), self.threat.radius, known)
+
+    def _grow(self, index: Tensor) -> None:
+        """Room for these samples on their device; nan is 'not seen'."""
+        missing = int(index.max()) + 1 - len(self._radius) if len(index) else 0
+        memory = self._radius.to(index.device)
+        self._radius = torch.cat([memory, memory.new_full((missing,), torch.nan)]) if missing > 0 else memory
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"radius": self._radius}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self._radius = state["radius"].clone()
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Image:
+        return self._attack(model, batch, self.radius(batch.index))
+
+    def update(self, model: nn.Module, batch: Batch, x_adv: Image) -> None:
+        old = self.radius(batch.index)
+        tried = (old + self.gamma).clamp_max(self.threat.radius)
+        further = self._attack(model, batch, tried)
+        with torch.no_grad(), evaluating(model):
+            right, right_old, right_further = (model(x).argmax(dim=1) == batch.y for x in (batch.x, x_adv, further))
+        new = torch.where(right_further, tried, torch.where(right_old, old, old - self.gamma))
+        new = (new * right).clamp_min(0)
+        self._radius[batch.index] = (self.momentum * old + (1 - self.momentum) * new).to(self._radius.dtype)
+
+    def _attack(self, model: nn.Module, batch: Batch, radius: Tensor) -> Image:
+        step = (2 * radius / self.steps).clamp_min(self.step_size).reshape(-1, *[1] * (batch.x.ndim - 1))
+        with attacking(model, batch, self.mode) as views:
+            x_adv = self.threat.start(views.batch, seed=self.seed, radius=radius)
+            for _ in range(self.steps):
+                _, gradient, _ = gradient_at(views, x_adv, self.loss)
+                moved = x_adv + step.to(x_adv.dtype) * self.threat.steepest(gradient)
+                x_adv = self.threat.project(moved, views.x, radius)
+            return x_adv.detach()

@@ -1,0 +1,68 @@
+"""Instance-adaptive training: the radius of each sample by hand, and its memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from unmoved.attacks import IAAT
+from unmoved.errors import UnmovedError
+from unmoved.protocols import Batch, StatefulAttack
+from unmoved.threat import ThreatModel
+
+THREAT = ThreatModel("linf", 0.3)
+
+
+def right(model, batch, x):
+    return model(x).argmax(1) == batch.y
+
+
+def test_radii_follow_the_rule(trained):
+    model, batch = trained
+    attack = IAAT(THREAT, gamma=0.05, momentum=0.5)
+    assert isinstance(attack, StatefulAttack)
+    old = torch.full((len(batch),), 0.3)
+    for _ in range(4):
+        assert torch.equal(attack.radius(batch.index), old)
+        x_adv = attack(model, batch)
+        assert (THREAT.distance(x_adv, batch.x) <= old + 1e-6).all()
+        tried = (old + 0.05).clamp_max(0.3)
+        further = attack._attack(model, batch, tried)
+        new = torch.where(right(model, batch, further), tried, torch.where(right(model, batch, x_adv), old, old - 0.05))
+        new = (new * right(model, batch, batch.x)).clamp_min(0)
+        attack.update(model, batch, x_adv)
+        old = 0.5 * old + 0.5 * new
+    assert old.min() < 0.25
+    wrong = ~right(model, batch, batch.x)
+    assert (attack.radius(batch.index)[wrong] < 0.05).all()
+
+
+def test_calling_does_not_write(trained):
+    model, batch = trained
+    attack = IAAT(THREAT)
+    attack(model, batch)
+    assert torch.equal(attack.radius(batch.index), torch.full((len(batch),), 0.3))
+
+
+def test_memory_belongs_to_the_sample_and_survives(trained):
+    model, batch = trained
+    whole, halves = IAAT(THREAT), IAAT(THREAT)
+    whole.update(model, batch, whole(model, batch))
+    for part in (torch.arange(128, 256), torch.arange(128)):  # in another order
+        some = batch.take(part)
+        halves.update(model, some, halves(model, some))
+    assert torch.allclose(whole.radius(batch.index), halves.radius(batch.index), atol=1e-6)
+    fresh = IAAT(THREAT)
+    fresh.load_state_dict(whole.state_dict())
+    assert torch.equal(fresh(model, batch), whole(model, batch))
+    unseen = Batch(batch.x[:2], batch.y[:2], index=torch.tensor([5000, 3]))
+    assert fresh.radius(unseen.index)[0] == pytest.approx(0.3)
+    assert fresh.radius(unseen.index)[1] == whole.radius(torch.tensor([3]))[0]
+
+
+@pytest.mark.parametrize(
+    "settings", [{"steps": 0}, {"gamma": -1.0}, {"momentum": 2.0}, {"mode": "x"}, {"step_size": -1}]
+)
+def test_bad_settings(settings):
+    with pytest.raises(UnmovedError, match="IAAT"):
+        IAAT(THREAT, **settings)

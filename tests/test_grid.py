@@ -1,0 +1,129 @@
+"""Any attack x any sum of terms x any defense: two steps of each combination on a small network."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from unmoved import data, optim
+from unmoved.attacks import IAAT, PGD, Friendly, Sensible
+from unmoved.defenses import APD, ASAM, AWP, SAM, Plain
+from unmoved.loop import train
+from unmoved.protocols import Method
+from unmoved.run import Run
+from unmoved.terms import CE, DRSL, KL, MART, TRADES, GlobalProbability, Sum
+from unmoved.threat import ThreatModel
+
+THREAT = ThreatModel("linf", 0.1)
+ATTACKS = {
+    "pgd": lambda: PGD(THREAT, steps=2),
+    "kl": lambda: PGD(THREAT, loss=KL(), start="gaussian", steps=2),
+    "sensible": lambda: PGD(THREAT, steps=2, stop=Sensible(0.5)),
+    "friendly": lambda: PGD(THREAT, steps=2, stop=Friendly(0)),
+    "iaat": lambda: IAAT(THREAT, steps=2),
+}
+BASES = {"ce": CE, "trades": lambda: TRADES(6.0), "mart": lambda: MART(5.0)}
+EXTRAS = {
+    "none": lambda w: [],
+    "drsl": lambda w: [(0.1 * w, DRSL())],
+    "global": lambda w: [(1.0 * w, GlobalProbability(10))],
+    "both": lambda w: [(0.1 * w, DRSL("adv")), (1.0 * w, GlobalProbability(10, update="ema"))],
+}
+DEFENSES = {
+    "plain": Plain(),
+    "sam": SAM(0.05),
+    "asam": ASAM(0.2),
+    "awp": AWP(0.01),
+    "apd": APD(0.02),
+}
+SPLIT = data.digits().train.take(32, seed=0)
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 4, 3, stride=2), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(36, 10))
+
+
+def run_steps(method, epochs=2, **settings):
+    model = network()
+    log = train(
+        model,
+        method,
+        SPLIT,
+        epochs=epochs,
+        batch_size=32,
+        optimizer=optim.SGD(lr=0.05),
+        precision="float32",
+        **settings,
+    )
+    return model.state_dict(), log
+
+
+def method(attack, base, extra, defense, weight=1.0):
+    objective = Sum((1.0, BASES[base]()), *EXTRAS[extra](weight))
+    return Method(ATTACKS[attack](), objective, DEFENSES[defense])
+
+
+def equal(a, b):
+    return all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize("defense", DEFENSES)
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_every_combination_trains(attack, defense):
+    start = network().state_dict()
+    for base in BASES:
+        plain, _ = run_steps(method(attack, base, "none", defense))
+        assert all(torch.isfinite(value).all() for value in plain.values())
+        assert not equal(start, plain)
+        for extra in ("drsl", "global", "both"):
+            state, log = run_steps(method(attack, base, extra, defense))
+            assert all(torch.isfinite(value).all() for value in state.values()), (base, extra)
+            assert not equal(state, plain), (base, extra)
+            assert set(log[-1]["parts"]) > {"ce"} - {"ce" if base == "mart" else ""}
+            without, _ = run_steps(method(attack, base, extra, defense, weight=0.0))
+            assert equal(without, plain), (base, extra, "a weight of zero is not the base method bit for bit")
+
+
+@pytest.mark.parametrize(
+    ("attack", "base", "extra", "defense"),
+    [
+        *itertools.product(["pgd"], ["trades"], ["both", "global"], DEFENSES),
+        *itertools.product(["kl", "sensible", "friendly", "iaat"], ["mart"], ["global"], ["awp", "apd"]),
+    ],
+)
+def test_resume_equals_a_straight_run(attack, base, extra, defense, tmp_path):
+    def fresh():
+        return method(attack, base, extra, defense)
+
+    straight, log = run_steps(fresh(), epochs=2)
+    recipe = {"name": "grid", "training": {"seed": 0}}
+    run_steps(fresh(), epochs=1, run=Run.create(tmp_path / "run", recipe))
+    resumed, again = run_steps(fresh(), epochs=2, run=Run.open(tmp_path / "run"))
+    assert equal(straight, resumed)
+    assert len(log) == len(again) == 2
+    facts = [copy.deepcopy(record) for record in (log[-1], again[-1])]
+    for record in facts:
+        record.pop("seconds")
+    assert facts[0] == facts[1]
+
+
+@pytest.mark.parametrize(
+    ("zero", "defense"), [(SAM(0.0), "sam"), (ASAM(0.0), "asam"), (AWP(0.0), "awp"), (APD(0.0), "apd")]
+)
+def test_strength_zero_is_plain_bit_for_bit(zero, defense):
+    plain, _ = run_steps(method("pgd", "trades", "both", "plain"))
+    ours, _ = run_steps(Method(ATTACKS["pgd"](), method("pgd", "trades", "both", "plain").objective, zero))
+    assert equal(plain, ours)
+
+
+def test_the_log_tells_what_the_global_term_learned():
+    _, log = run_steps(method("pgd", "trades", "global", "plain"))
+    facts = log[-1]["terms"]["global_probability"]
+    assert set(facts) == {"q", "p_clean_mean", "p_clean_variance", "p_adv_mean", "p_adv_variance"}
+    assert all(len(values) == 10 for values in facts.values())
+    assert facts["q"] != log[0]["terms"]["global_probability"]["q"]
