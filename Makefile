@@ -1,8 +1,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
-DEMO := standard at trades mart trades_awp at_sam
+DEMO := standard at trades mart trades_awp at_sam probscut_trades drsl sensible at_apd
 
-.PHONY: help demo test check bench clean
+.PHONY: help demo digits test check bench clean
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -18,6 +18,12 @@ help: ## what there is
 
 demo: .venv/installed ## train, attack and compare on scikit-learn's digits; ends with runs/demo/report.html
 	$(BIN)/unmoved compare $(DEMO:%=recipes/digits/%.toml) --out runs/demo
+
+digits: .venv/installed ## the demo's comparison with three seeds: runs/digits/report.html
+	$(BIN)/unmoved compare $(DEMO:%=recipes/digits/%.toml) --seeds 0,1,2 --out runs/digits
+
+bench: .venv/installed ## what each method adds to a training step, as ratios within one run
+	$(BIN)/python benchmarks/steps.py
 
 test: .venv/installed-dev ## the whole suite
 	$(BIN)/python -m pytest

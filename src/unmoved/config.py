@@ -116,6 +116,7 @@ class Recipe(Stretch):
     """A run, described in full. ``[objective.NAME]`` tables are terms; ``use`` defaults to NAME."""
 
     name: str = "recipe"
+    base: str | None = Field(None, description="the name of the recipe that the report sets this one beside")
     data: DataTable
     model: ModelTable
     threat: Threat
@@ -148,9 +149,12 @@ class Recipe(Stretch):
 
     def tables(self) -> dict[str, Any]:
         """The fully resolved recipe as plain data; what `unmoved show` prints."""
-        order = ("name", "data", "model", "threat", "training", "optimizer", "schedule")
+        order = ("name", "base", "data", "model", "threat", "training", "optimizer", "schedule")
         tables = _without_none(self.model_dump(by_alias=True))
-        return {key: tables[key] for key in [*order, *(key for key in tables if key not in order)]}
+        return {
+            key: tables[key]
+            for key in [*(k for k in order if k in tables), *(key for key in tables if key not in order)]
+        }
 
 
 def _merge(base: Any, changes: Any) -> Any:

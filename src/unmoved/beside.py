@@ -1,0 +1,73 @@
+"""A method beside its base: the difference in accuracy on the same images, with its interval, in words too."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from unmoved import outcomes
+from unmoved.outcomes import CLEAN, WORST
+from unmoved.verdicts import Verdict
+
+COLUMNS = ("recipe", "base", "seeds", "n", "clean", "robust", "in words")
+
+
+def difference(
+    ours: Sequence[pd.DataFrame], theirs: Sequence[pd.DataFrame], measure: str
+) -> tuple[float, float, float]:
+    """Mean paired difference of accuracy with a 95 % interval over samples: (mean, low, high).
+
+    ``d_i = mean over seeds of (ours right on i) - (theirs right on i)``; ``mean d -+ 1.96 sd(d) / sqrt(n)``. The
+    interval speaks of the test images; what other seeds would give, it does not know.
+
+    Args:
+        ours, theirs: outcomes of the same seeds on the same samples, in the same order.
+        measure: ``"clean"``, an attack's name or ``"worst case"``.
+    """
+    pairs = [
+        outcomes.by_sample(a).set_index("index")[measure].astype(float)
+        - outcomes.by_sample(b).set_index("index")[measure].astype(float)
+        for a, b in zip(ours, theirs, strict=True)
+    ]
+    d = np.mean(np.stack([pair.to_numpy() for pair in pairs]), axis=0)
+    half = 1.96 * float(d.std(ddof=1)) / math.sqrt(len(d)) if len(d) > 1 else math.inf
+    mean = float(d.mean())
+    return mean, mean - half, mean + half
+
+
+def beside(judged: Sequence[Verdict]) -> pd.DataFrame:
+    """One row per recipe whose ``base`` is in the same report: accuracies, differences, and whether it helps.
+
+    Seeds that both have are compared; columns `COLUMNS`, ready to read.
+    """
+    by_name = {verdict.name: verdict for verdict in judged}
+    rows: list[dict[str, Any]] = []
+    for verdict in judged:
+        base = by_name.get(str(verdict.runs[0].recipe.get("base")))
+        if base is None or base is verdict:
+            continue
+        ours, theirs = ({run.seed: run.outcomes for run in v.runs} for v in (verdict, base))
+        seeds = sorted(ours.keys() & theirs.keys())
+        if not seeds:
+            continue
+        cells: dict[str, Any] = {"recipe": verdict.name, "base": base.name, "seeds": len(seeds)}
+        changes = {}
+        for column, measure in (("clean", CLEAN), ("robust", WORST)):
+            tables = [ours[s] for s in seeds], [theirs[s] for s in seeds]
+            level = np.mean([outcomes.by_sample(table)[measure].mean() for table in tables[0]])
+            mean, low, high = changes[column] = difference(*tables, measure)
+            cells[column] = f"{100 * level:.1f} ({100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}])"
+        cells["n"] = verdict.runs[0].protocol.n
+        cells["in words"] = "; ".join(f"{name}: {_words(*change)}" for name, change in changes.items())
+        rows.append(cells)
+    return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def _words(mean: float, low: float, high: float) -> str:
+    if low > 0:
+        return "helps"
+    return "hurts" if high < 0 else "no difference shown"

@@ -1,0 +1,72 @@
+"""A method beside its base: paired differences against a plain count, and the words that follow."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from unmoved.beside import beside, difference
+from unmoved.verdicts import Judged, Verdict
+
+
+def outcomes_of(right_clean, right_attacked):
+    """Outcomes of one attack: label 0 everywhere, prediction 1 where wrong."""
+    n = len(right_clean)
+    clean, attacked = np.asarray(right_clean, bool), np.asarray(right_clean, bool) & np.asarray(right_attacked, bool)
+    return pd.DataFrame(
+        {
+            "index": np.arange(n),
+            "label": 0,
+            "attack": "apgd",
+            "eps": 0.1,
+            "norm": "linf",
+            "clean_prediction": (~clean).astype(int),
+            "adversarial_prediction": (~attacked).astype(int),
+            "distance": 0.05,
+            "success": ~attacked,
+        }
+    )
+
+
+def verdict(name, tables, base=None):
+    runs = tuple(
+        Judged(None, name, seed, {"base": base} if base else {}, {}, pd.DataFrame(), table, None, None, {"split": "t"})
+        for seed, table in tables.items()
+    )
+    return Verdict(name, runs)
+
+
+def test_the_difference_is_paired():
+    draw = np.random.default_rng(0)
+    ours = [draw.random(200) < 0.7 for _ in range(2)]
+    theirs = [draw.random(200) < 0.5 for _ in range(2)]
+    full = np.ones(200, bool)
+    mean, low, high = difference(
+        [outcomes_of(full, r) for r in ours], [outcomes_of(full, r) for r in theirs], "worst case"
+    )
+    d = [sum(int(o[i]) - int(t[i]) for o, t in zip(ours, theirs, strict=True)) / 2 for i in range(200)]
+    center = sum(d) / 200
+    spread = (sum((v - center) ** 2 for v in d) / 199) ** 0.5
+    assert mean == pytest.approx(center)
+    assert (low, high) == pytest.approx((center - 1.96 * spread / 200**0.5, center + 1.96 * spread / 200**0.5))
+    same = difference([outcomes_of(full, ours[0])], [outcomes_of(full, ours[0])], "worst case")
+    assert same == (0, 0, 0)
+
+
+def test_words_and_rows():
+    full, half = np.ones(300, bool), np.arange(300) % 2 == 0
+    base = verdict("base", {0: outcomes_of(full, half)})
+    better = verdict("better", {0: outcomes_of(full, full)}, base="base")
+    worse = verdict("worse", {0: outcomes_of(half, half & (np.arange(300) > 99))}, base="base")
+    same = verdict("same", {0: outcomes_of(full, ~half)}, base="base")
+    stranger = verdict("stranger", {0: outcomes_of(full, full)}, base="not here")
+    other_seed = verdict("other seed", {5: outcomes_of(full, full)}, base="base")
+    table = beside([base, better, worse, same, stranger, other_seed]).set_index("recipe")
+    assert list(table.index) == ["better", "worse", "same"]
+    assert table.loc["better", "in words"] == "clean: no difference shown; robust: helps"
+    assert table.loc["worse", "in words"] == "clean: hurts; robust: hurts"
+    assert table.loc["same", "in words"] == "clean: no difference shown; robust: no difference shown"
+    assert table.loc["better", "robust"].startswith("100.0 (+50.0 [")
+    assert set(table["n"]) == {300}
+    assert beside([base, stranger]).empty
