@@ -117,7 +117,8 @@ class LogitSqueeze:
 class ComplementEntropy:
     """Negative entropy of the renormalised wrong classes.
 
-    ``(1/K) sum_{j != y} r_j log r_j`` with ``r_j = p_j / (1 - p_y)``. Chen et al. 2019 (COT). The authors alternate a step on cross-entropy with a step on this.
+    ``(1/K) sum_{j != y} r_j log r_j`` with ``r_j = p_j / (1 - p_y)``. Chen et al. 2019 (COT). The authors alternate a
+    step on cross-entropy with a step on this.
 
     Raises:
         UnmovedError: an unknown view, or fewer than three classes.
