@@ -1,0 +1,196 @@
+"""Recipes x seeds in a pool of processes: what is done stays done, what fails stops nobody else."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import pytest
+from road import RECIPE, recipe, unmoved
+
+from unmoved import compare as grid
+from unmoved import config
+from unmoved.errors import UnmovedError
+from unmoved.run import Run
+
+
+class Inline:
+    """A pool that works in this process; a job of a recipe named so "is killed"."""
+
+    def __init__(self, *arguments: object, **settings: object) -> None:
+        pass
+
+    def submit(self, act: Callable[[grid.Job], str], job: grid.Job) -> Future[str]:
+        future: Future[str] = Future()
+        try:
+            if job.label.startswith("killed"):
+                raise BrokenProcessPool
+            future.set_result(act(job))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+    def shutdown(self, **settings: object) -> None:
+        pass
+
+
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs are done in this process, which keeps its one thread."""
+    monkeypatch.setattr(grid, "ProcessPoolExecutor", Inline)
+    monkeypatch.setattr("torch.set_num_threads", lambda count: None)
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two recipes with two seeds each, run by two processes."""
+    folder = tmp_path_factory.mktemp("compared")
+    one = recipe(folder, RECIPE, "one")
+    two = recipe(folder, RECIPE.replace("[objective.ce]", "[objective.trades]"), "two")
+    command = ["compare", one, two, "--seeds", "0,1", "--workers", "2", "--out", folder / "out"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.cpu_count", lambda: 2)  # one thread a process, as here, so that bits can be compared
+        said = unmoved(*command, "--set", "training.epochs=1").fine()
+    (folder / "said").write_text(said.out)
+    return folder
+
+
+def files(folder: Path) -> dict[str, int]:
+    return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+
+
+def runs_below(folder: Path) -> list[Path]:
+    return sorted(path.parent for path in folder.glob("*/*/recipe.toml"))
+
+
+def test_the_grid_is_trained_judged_and_reported(compared: Path) -> None:
+    out = compared / "out"
+    name = compared.name
+    folders = [path.relative_to(out).as_posix() for path in runs_below(out)]
+    assert folders == [f"{name}-{which}/seed{seed}" for which in ("one", "two") for seed in (0, 1)]
+    for path in runs_below(out):
+        run = Run.open(path)
+        assert path.name == f"seed{run.seed}"
+        assert run.evaluation["n"] == 30
+        assert run.metrics["epoch"].tolist() == [1]
+    page = (out / "report.html").read_text()
+    assert f"{name}/one" in page
+    assert f"{name}/two" in page
+    said = (compared / "said").read_text()
+    assert said.count("done: ") == 4
+    assert f"{name}/two seed 1" in said
+    assert f"report: {out / 'report.html'}" in said
+
+
+def test_seeds_differ_and_a_seed_in_the_grid_is_the_same_run_as_alone(compared: Path) -> None:
+    one = compared / "out" / f"{compared.name}-one"
+    weights = {seed: (one / f"seed{seed}" / "best.safetensors").read_bytes() for seed in (0, 1)}
+    assert weights[0] != weights[1]
+    alone = compared / "alone"
+    unmoved(
+        "train", compared / "one.toml", "--out", alone, "--set", "training.epochs=1", "--set", "training.seed=1"
+    ).fine()
+    assert (alone / "best.safetensors").read_bytes() == weights[1]
+
+
+def test_a_second_call_does_nothing_new(compared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here(monkeypatch)
+    out, command = tmp_path / "out", ["compare", compared / "one.toml", compared / "two.toml", "--seeds", "0,1"]
+    command += ["--set", "training.epochs=1", "--out", out]
+    shutil.copytree(compared / "out", out)
+    runs, before = runs_below(out), files(out)
+    (out / "report.html").unlink()
+    unmoved(*command).fine()
+    after = files(out)
+    assert {name for name in before if after[name] != before[name] and "report" not in name} == set()
+    assert (out / "report.html").exists()
+    # Only what is missing is done: one evaluation; and one that judged other weights than the best.
+    (runs[0] / "evaluation" / "evaluation.json").unlink()
+    (runs[1] / "last.safetensors").write_bytes((runs[0] / "last.safetensors").read_bytes())
+    unmoved("evaluate", runs[1], "--weights", "last", "--n", "10").fine()
+    before = files(out)
+    unmoved(*command).fine()
+    after = files(out)
+    assert {name for name in before if after[name] != before[name] and "report" not in name} == {
+        f"{runs[k].relative_to(out).as_posix()}/evaluation/{name}"
+        for k in (0, 1)
+        for name in ("outcomes.csv", "curve.csv", "gallery.npz", "evaluation.json")
+        if k or name != "evaluation.json"
+    }
+    assert (runs[0] / "evaluation" / "evaluation.json").exists()
+    assert Run.open(runs[1]).evaluation["n"] == 30
+
+
+def test_failures_are_named_and_stop_nobody_else(
+    compared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first recipe diverges, the second one's process is killed; the third is trained, the last was done."""
+    here(monkeypatch)
+    out = tmp_path / "out"
+    shutil.copytree(compared / "out", out)
+    before = files(out)
+    recipes = [
+        recipe(tmp_path, 'name = "bad"\n' + RECIPE.replace('use = "adam"\nlr = 0.01', 'use = "sgd"\nlr = 1e30'), "bad"),
+        recipe(tmp_path, 'name = "killed"\n' + RECIPE, "killed"),
+        recipe(tmp_path, 'name = "new"\n' + RECIPE, "new"),
+        compared / "one.toml",
+    ]
+    said = unmoved("compare", *recipes, "--out", out, "--set", "training.epochs=1")
+    message = said.mistake()
+    assert message.startswith("2 of 4 runs failed; the others are finished, and the same command goes on")
+    assert re.search(r"bad seed 0: the loss became (nan|inf) at step \d", message)
+    assert "killed seed 0: its process was ended from outside (out of memory, or killed)" in message
+    assert sorted(said.out.splitlines()) == [
+        f"done: {compared.name}/one seed 0",
+        "done: new seed 0",
+        "failed: bad seed 0",
+        "failed: killed seed 0",
+    ]
+    after = files(out)
+    assert {key: after[key] for key in before} == before
+    assert Run.open(out / "new" / "seed0").evaluation["n"] == 30
+
+
+# --- the grid itself
+
+
+def jobs(tmp_path: Path, names: list[str], seeds: list[int]) -> list[grid.Job]:
+    parsed = [config.read(recipe(tmp_path), [f"name={name}"]) for name in names]
+    return grid.jobs_of(parsed, seeds, tmp_path / "out", ("lab",), threads=2)
+
+
+def test_jobs_are_recipes_times_seeds(tmp_path: Path) -> None:
+    made = jobs(tmp_path, ["a", "b"], [0, 7])
+    assert [(job.label, Path(job.path).relative_to(tmp_path).as_posix()) for job in made] == [
+        ("a seed 0", "out/a/seed0"),
+        ("a seed 7", "out/a/seed7"),
+        ("b seed 0", "out/b/seed0"),
+        ("b seed 7", "out/b/seed7"),
+    ]
+    assert {(job.epochs, job.allow, job.threads) for job in made} == {(2, ("lab",), 2)}
+
+
+@pytest.mark.parametrize(
+    ("names", "seeds", "words"),
+    [
+        (["a", "a"], [0], "expected recipes of different names, came 'a' twice; set name=... in one"),
+        (["a/b", "a-b"], [0], "expected recipes of different names, came 'a/b' twice"),  # one folder for both
+        (["a"], [0, 1, 0], "expected different seeds, came 0 twice"),
+    ],
+)
+def test_two_jobs_never_share_a_folder(tmp_path: Path, names: list[str], seeds: list[int], words: str) -> None:
+    with pytest.raises(UnmovedError, match=words):
+        jobs(tmp_path, names, seeds)
+
+
+def test_seeds_that_are_none(tmp_path: Path) -> None:
+    path = recipe(tmp_path)
+    for seeds in ("0,one", "", "0,"):
+        message = unmoved("compare", path, "--out", tmp_path / "out", "--seeds", seeds).mistake()
+        assert "--seeds: expected whole numbers such as 0,1,2" in message
+    twice = unmoved("compare", path, path, "--out", tmp_path / "out")
+    assert "expected recipes of different names" in twice.mistake()
+    assert not (tmp_path / "out").exists()
