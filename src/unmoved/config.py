@@ -289,7 +289,10 @@ class Built:
         } or {"pgd": PGD(self.threat, steps=20, keep="best", seed=seed), "apgd": APGD(self.threat, seed=seed)}
 
     def _build(self, kind: str, table: Any, **given: Any) -> Any:
-        return components.build(kind, table, self._allow, **given)
+        try:
+            return components.build(kind, table, self._allow, **given)
+        except UnmovedError as error:
+            raise UnmovedError(f"recipe {self.recipe.name}: {error}") from error
 
     def model(self) -> nn.Module:
         """A new model, its weights drawn by the recipe's seed; the caller's random state is left alone."""
