@@ -405,3 +405,17 @@ def test_an_interrupt_is_130_and_says_how_to_go_on(tmp_path: Path, monkeypatch: 
     said = unmoved("train", recipe(tmp_path), "--out", tmp_path / "run")
     assert said.code == 130
     assert "--resume" in said.err
+
+
+def test_tensorboard_gets_a_point_an_epoch(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    said = unmoved("train", recipe(tmp_path), "--out", tmp_path / "run", "--tensorboard")
+    assert said.code == 0, said
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    points = {name: [event.step for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
+    epochs = len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    for name in ("loss", "validation_robust", "parts/ce"):
+        assert points[name] == list(range(1, epochs + 1))

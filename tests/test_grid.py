@@ -12,10 +12,11 @@ from torch import nn
 from unmoved import data, optim
 from unmoved.attacks import IAAT, PGD, Friendly, Sensible
 from unmoved.defenses import APD, ASAM, AWP, SAM, Plain
+from unmoved.errors import UnmovedError
 from unmoved.loop import train
 from unmoved.protocols import Method
 from unmoved.run import Run
-from unmoved.terms import CE, DRSL, KL, MART, TRADES, GlobalProbability, Sum
+from unmoved.terms import CE, DRSL, KL, MART, PRSL, TRADES, GlobalProbability, Sum
 from unmoved.threat import ThreatModel
 
 THREAT = ThreatModel("linf", 0.1)
@@ -127,3 +128,27 @@ def test_the_log_tells_what_the_global_term_learned():
     assert set(facts) == {"q", "p_clean_mean", "p_clean_variance", "p_adv_mean", "p_adv_variance"}
     assert all(len(values) == 10 for values in facts.values())
     assert facts["q"] != log[0]["terms"]["global_probability"]["q"]
+
+
+@pytest.mark.parametrize(
+    ("term", "message"),
+    [
+        (GlobalProbability(7), "expected num_classes = 10, as the model has, came 7"),
+        (PRSL(end=10), "at most 9 wrong classes, came 10"),
+    ],
+)
+def test_what_the_objective_refuses_is_refused_before_training_starts(term, message):
+    """Also in a later phase: nothing is trained, not even a running statistic."""
+    model = network()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    later = Method(PGD(THREAT, steps=1), Sum((1.0, CE()), (1.0, term)))
+    with pytest.raises(UnmovedError, match=message):
+        train(model, [(0, Method(None, CE("clean"))), (1, later)], SPLIT, epochs=2)
+    assert equal(before, model.state_dict())
+
+
+def test_two_classes_are_too_few_for_drsl():
+    two = data.ArraySplit.of(torch.rand(8, 1, 8, 8), torch.arange(8) % 2)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
+    with pytest.raises(UnmovedError, match="DRSL needs at least 3 classes, came 2"):
+        train(model, Method(None, Sum((1.0, CE("clean")), (1.0, DRSL()))), two, epochs=1)

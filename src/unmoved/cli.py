@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import tomli_w
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 app = typer.Typer(
@@ -48,21 +48,40 @@ def train(
     overrides: Overrides = [],  # noqa: B006 - typer's way to say 'none'
     allow: Allow = [],  # noqa: B006
     device: Device = "auto",
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also log to RUN/tensorboard.")] = False,
 ) -> None:
     """Train one recipe into a run folder."""
     from unmoved import config, loop
 
     parsed = config.read(recipe, overrides)
     epochs = parsed.training.epochs
-    with _bar(parsed.name, epochs) as advance:
+    log = _tensorboard(out) if tensorboard else None
+    with _bars() as add:
+        loading: list[Advance] = []
+        advance = add(parsed.name, epochs)
+
+        def read(done: int, total: int) -> None:
+            if not loading:
+                loading.append(add("reading images", total))
+            loading[0](done)
 
         def progress(record: dict[str, Any]) -> None:
             if "share" in record:
                 advance(record["epoch"] + record["share"])
-            else:
-                _say_epoch(record, epochs)
+                return
+            _say_epoch(record, epochs)
+            if log is not None:
+                log(record)
 
-        run = loop.train_recipe(parsed, out, resume=resume, allow=allow, device=device, progress=progress)
+        run = loop.train_recipe(
+            parsed,
+            out,
+            resume=resume,
+            allow=allow,
+            device=device,
+            progress=progress,
+            loading=read,
+        )
     console.print(f"trained: {run.path}\nnext: unmoved evaluate {run.path}", soft_wrap=True)
 
 
@@ -199,17 +218,52 @@ def main() -> None:
 # --- what people see
 
 
+Advance = Callable[[float], None]
+
+
 @contextmanager
-def _bar(label: str, total: float) -> Iterator[Callable[[float], None]]:
-    """A progress bar on a terminal; nothing where lines are read by a program."""
+def _bars() -> Iterator[Callable[[str, float], Advance]]:
+    """Progress bars on a terminal, each made with (label, total); nothing where lines are read by a program."""
     if not console.is_terminal:
-        yield lambda done: None
+        yield lambda label, total: lambda done: None
         return
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    counter = (MofNCompleteColumn(),) if total > 1 else ()
-    with Progress(*columns, *counter, console=console, transient=True) as progress:
-        task = progress.add_task(label, total=total)
-        yield lambda done: progress.update(task, completed=done)
+    with Progress(*columns, console=console, transient=True) as progress:
+
+        def add(label: str, total: float) -> Advance:
+            task = progress.add_task(label, total=total)
+            return lambda done: progress.update(task, completed=done)
+
+        yield add
+
+
+@contextmanager
+def _bar(label: str, total: float) -> Iterator[Advance]:
+    with _bars() as add:
+        yield add(label, total)
+
+
+def _tensorboard(out: Path) -> Callable[[dict[str, Any]], None]:
+    """What writes a record of the log as scalars, one point an epoch.
+
+    Raises:
+        UnmovedError: tensorboard is not installed.
+    """
+    from unmoved.errors import UnmovedError
+
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UnmovedError("--tensorboard needs the extra: pip install 'unmoved[tensorboard]'") from error
+    writer = SummaryWriter(str(out / "tensorboard"))
+
+    def log(record: dict[str, Any]) -> None:
+        for name, value in (record | {f"parts/{part}": mean for part, mean in record["parts"].items()}).items():
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                writer.add_scalar(name, value, record["epoch"])
+        writer.flush()
+
+    return log
 
 
 def _say_epoch(record: dict[str, Any], epochs: int) -> None:

@@ -246,10 +246,27 @@ def evaluate_run(
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # the same numbers, faster convolutions
     count = n or built.recipe.evaluation.n
     split = built.data.test if count is None else built.data.test.take(min(count, len(built.data.test)), seed=0)
-    table = evaluate(model, split, built.attacks, built.threat, batch_size=batch_size, progress=progress)
+    steps = radii(built.threat)
+    batches = -(-len(split) // batch_size) * len(built.attacks)
+
+    def advance(done: int, before: int = 0) -> None:
+        if progress is not None:
+            progress(before + done, batches + len(steps))
+
+    table = evaluate(
+        model, split, built.attacks, built.threat, batch_size=batch_size, progress=lambda done, _: advance(done)
+    )
     sweep = PGD(built.threat, steps=20, keep="best", seed=built.recipe.training.seed)
     few = split.take(min(CURVE_SAMPLES, len(split)), seed=0)
-    curve_table = curve(model, few, sweep, built.threat, radii(built.threat), batch_size=batch_size)
+    curve_table = curve(
+        model,
+        few,
+        sweep,
+        built.threat,
+        steps,
+        batch_size=batch_size,
+        progress=lambda done, _: advance(done, before=batches),
+    )
     name, shown = next(reversed(built.attacks.items()))
     facts = {
         "n": len(split),

@@ -208,8 +208,11 @@ def train_recipe(
     allow: Collection[str] = (),
     device: str = "auto",
     progress: Callable[[dict[str, Any]], None] | None = None,
+    loading: Callable[[int, int], None] | None = None,
 ) -> Run:
     """Train a recipe into a run folder; with ``resume`` go on where the folder stands, or start it.
+
+    ``progress`` is that of `train`; ``loading`` is called with (done, total) images where decoding takes a while.
 
     Raises:
         UnmovedError: a folder that holds a run (without ``resume``) or a run of another recipe; as `train`.
@@ -228,11 +231,12 @@ def train_recipe(
             return run
     # Everything a recipe can get wrong is found before a folder is made.
     formats.require_device(device)
-    built = config.Built(recipe, allow)
+    built = config.Built(recipe, allow, loading)
     model = built.model()
     share = recipe.training.validation
     part = built.data.train
     train_part, validation = part.hold_out(share if share < 1 else int(share), seed=0) if share else (part, None)
+    _rehearse(model, built.phases, next(iter(train_part.batches(2))))
     run = run or Run.create(out, tables)
     train(
         model,
