@@ -1,0 +1,62 @@
+"""What the documentation shows runs as it stands."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+
+import pytest
+import torch
+from road import ROOT
+from torch import nn
+
+from unmoved import config
+from unmoved.testing import check_term
+
+
+def blocks(path: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / path).read_text(), flags=re.DOTALL)
+
+
+def test_the_readme_loop_trains(capsys):
+    loop, term = blocks("README.md", "python")
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    before = model[1].weight.clone()
+    names = {
+        "model": model,
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
+        "loader": [(torch.rand(8, 1, 8, 8), torch.randint(10, (8,))) for _ in range(2)],
+    }
+    exec(loop, names)
+    assert torch.isfinite(names["result"].loss)
+    assert not torch.equal(before, model[1].weight)
+    exec(term, names)
+    check_term(names["Entropy"]())
+
+
+def test_the_guide_trains_without_recipes(capsys):
+    (code,) = blocks("docs/guide.md", "python")
+    assert "epochs=20" in code
+    exec(code.replace("epochs=20", "epochs=1").replace("padding=1", "padding=1, width=2"), {})
+    assert "worst case" in capsys.readouterr().out
+
+
+def test_the_guide_recipe_is_a_recipe():
+    (recipe,) = blocks("docs/guide.md", "toml")
+    parsed = config.parse(tomllib.loads(recipe))
+    assert [start for start, _ in parsed.stretches()] == [0, 10]
+
+
+@pytest.mark.parametrize("page", sorted(p.name for p in (ROOT / "docs/methods").glob("*.md")))
+def test_recipe_lines_of_the_method_pages_parse(page):
+    base = tomllib.loads((ROOT / "recipes/digits/trades.toml").read_text())
+    for block in blocks(f"docs/methods/{page}", "toml"):
+        tables = tomllib.loads(block)
+        config.parse({**base, **tables, "objective": base["objective"] | tables.get("objective", {})})
+
+
+def test_every_link_inside_the_documentation_leads_somewhere():
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]:
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+            if "://" not in target:
+                assert (page.parent / target).exists(), f"{page.name}: {target}"
