@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -74,8 +75,8 @@ def test_a_failed_write_leaves_the_old_table_and_nothing_else(tmp_path: Path, mo
     def full(descriptor: int) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr(outcomes.os, "fsync", full)
-    with pytest.raises(OSError, match="no space"):
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UnmovedError, match="no space"):
         outcomes.write(random_table(0), path)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["o.csv"]

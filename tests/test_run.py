@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import subprocess
 import zipfile
@@ -21,12 +22,13 @@ import unmoved as package
 from unmoved import judge, outcomes
 from unmoved.attacks import PGD
 from unmoved.data import digits
+from unmoved.disk import write_atomic
 from unmoved.errors import UnmovedError
 from unmoved.models import load_weights
 from unmoved.optim import SGD
 from unmoved.protocols import Method
 from unmoved.provenance import provenance
-from unmoved.run import Run, write_atomic
+from unmoved.run import Run
 from unmoved.state import TrainerState
 from unmoved.terms import CE
 from unmoved.threat import ThreatModel
@@ -206,10 +208,10 @@ def test_write_atomic_leaves_the_old_file_when_it_fails(tmp_path: Path, monkeypa
     path = tmp_path / "deep" / "file"
     write_atomic(path, b"old")
 
-    def torn(self: Path, target: Path) -> None:
+    def torn(source: Path, target: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "replace", torn)
+    monkeypatch.setattr(os, "replace", torn)
     with pytest.raises(
         UnmovedError, match=r"could not write .*file: the disk is full; what was saved before is intact"
     ):

@@ -19,6 +19,7 @@ PACKAGE = ROOT / "src" / "unmoved"
 # A room may import those of earlier ranks, never one of its own rank or a later one.
 RANKS = (
     ("errors",),
+    ("disk",),
     ("protocols",),
     ("noise", "schedule"),
     ("views", "threat", "weights", "precision", "outcomes", "provenance", "drawing"),

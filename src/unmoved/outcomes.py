@@ -7,7 +7,6 @@ worst case is taken per sample, over all attacks: it is never above the accuracy
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import binomtest
 
+from unmoved.disk import write_atomic
 from unmoved.errors import UnmovedError
 
 TYPES: dict[str, Any] = {
@@ -38,18 +38,10 @@ def write(table: pd.DataFrame, path: Path) -> None:
     """Write the outcomes as CSV, whole or not at all; floats come back bit for bit.
 
     Raises:
-        UnmovedError: see `checked`.
+        UnmovedError: see `checked`; a full disk or a folder that cannot be written.
     """
     text = checked(table, str(path)).to_csv(index=False, lineterminator="\n")
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("w", encoding="utf-8", newline="") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    write_atomic(path, text.encode())
 
 
 def read(path: Path) -> pd.DataFrame:

@@ -11,15 +11,12 @@ evaluation/        outcomes.csv, curve.csv, gallery.npz, evaluation.json
 
 from __future__ import annotations
 
-import errno
 import io
 import json
-import os
 import tomllib
 import zipfile
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,42 +28,11 @@ import torch
 from torch import nn
 
 from unmoved import models, outcomes
+from unmoved.disk import write_atomic
 from unmoved.errors import UnmovedError
 from unmoved.provenance import provenance
 
 FORMAT = 1
-
-
-@contextmanager
-def saving(path: Path) -> Iterator[None]:
-    """Failures of the disk as one clear message.
-
-    Raises:
-        UnmovedError: a full disk or a folder that cannot be written.
-    """
-    try:
-        yield
-    except OSError as error:
-        what = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error.strerror or error)
-        raise UnmovedError(
-            f"could not write {path}: {what}; what was saved before is intact: free some space (or mend the folder) "
-            "and go on with --resume"
-        ) from error
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """The whole file or, after a crash, the file as it was before."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with saving(path):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as handle:
-                handle.write(data)
-                handle.flush()
-                os.fsync(handle.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 class Run:
@@ -164,8 +130,7 @@ class Run:
         write_atomic(self.path / "metrics.jsonl", lines.encode())
 
     def save_weights(self, model: nn.Module, which: str) -> None:
-        with saving(self.path / f"{which}.safetensors"):
-            models.save_weights(model, self.path / f"{which}.safetensors")
+        models.save_weights(model, self.path / f"{which}.safetensors")
 
     def load_weights(self, model: nn.Module, which: str) -> None:
         path = self.path / f"{which}.safetensors"
@@ -180,11 +145,10 @@ class Run:
     ) -> None:
         """``evaluation.json`` comes last: an evaluation is there when it is."""
         folder = self.path / "evaluation"
-        with saving(folder):
-            folder.mkdir(parents=True, exist_ok=True)
+        with suppress(NotADirectoryError):  # the writes below say it better
             (folder / "evaluation.json").unlink(missing_ok=True)
-            outcomes.write(table, folder / "outcomes.csv")
-            outcomes.write(curve, folder / "curve.csv")
+        outcomes.write(table, folder / "outcomes.csv")
+        outcomes.write(curve, folder / "curve.csv")
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **gallery)  # type: ignore[arg-type]
         write_atomic(folder / "gallery.npz", buffer.getvalue())

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import uuid
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -13,31 +11,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from unmoved.disk import write_atomic
 from unmoved.errors import UnmovedError
 
 _PICKLES = {".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt", ".tar"}
 _PICKLE_MAGIC = (b"PK\x03\x04", b"\x80")  # torch.save since 1.6 writes a zip; before it, and pickle itself, protocol 2+
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace the file as a whole: a crash leaves the old one or the new one, never a part.
-
-    Raises:
-        UnmovedError: the folder is missing or cannot be written.
-    """
-    # Not tempfile: its files are readable by their owner alone, and the final one would stay so.
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UnmovedError(f"{path}: cannot be written: {error.strerror or error}") from error
-    finally:
-        with contextlib.suppress(OSError):  # after os.replace it is gone already
-            temporary.unlink()
 
 
 def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -58,7 +36,7 @@ def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
             raise UnmovedError(f"weights {name!r}: expected a dense tensor with data, came {kind}; it cannot be saved")
         # Tied and channels_last tensors: safetensors refuses shared memory and gaps, so each gets its own copy.
         tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
-    write_atomically(path, save(tensors))
+    write_atomic(path, save(tensors))
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
