@@ -54,6 +54,26 @@ def test_the_difference_is_paired():
     assert same == (0, 0, 0)
 
 
+def test_seeds_that_disagree_show_nothing():
+    full, half = np.ones(300, bool), np.arange(300) % 2 == 0
+    base = verdict("base", {0: outcomes_of(full, half), 1: outcomes_of(full, half)})
+    mixed = verdict(
+        "mixed", {0: outcomes_of(full, full), 1: outcomes_of(full, half & (np.arange(300) > 9))}, base="base"
+    )
+    table = beside([base, mixed]).set_index("recipe")
+    assert "[+" in table.loc["mixed", "robust"]
+    assert table.loc["mixed", "in words"].endswith("robust: no difference shown")
+
+
+def test_a_real_gain_near_zero_is_not_called_help():
+    full, none = np.ones(300, bool), np.zeros(300, bool)
+    base = verdict("base", {0: outcomes_of(full, none)})
+    gain = verdict("gain", {0: outcomes_of(full, np.arange(300) < 12)}, base="base")
+    table = beside([base, gain]).set_index("recipe")
+    assert table.loc["gain", "robust"].startswith("4.0 (+4.0 [+1")
+    assert table.loc["gain", "in words"].endswith("robust: next to nothing either way")
+
+
 def test_words_and_rows():
     full, half = np.ones(300, bool), np.arange(300) % 2 == 0
     base = verdict("base", {0: outcomes_of(full, half)})

@@ -13,6 +13,8 @@ from unmoved import outcomes
 from unmoved.outcomes import CLEAN, WORST
 from unmoved.verdicts import Verdict
 
+# Below this accuracy a difference may be real, and is still no use to anybody.
+NEXT_TO_NOTHING = 0.05
 COLUMNS = ("recipe", "base", "seeds", "n", "clean", "robust", "in words")
 
 
@@ -58,16 +60,19 @@ def beside(judged: Sequence[Verdict]) -> pd.DataFrame:
         changes = {}
         for column, measure in (("clean", CLEAN), ("robust", WORST)):
             tables = [ours[s] for s in seeds], [theirs[s] for s in seeds]
-            level = np.mean([outcomes.by_sample(table)[measure].mean() for table in tables[0]])
-            mean, low, high = changes[column] = difference(*tables, measure)
-            cells[column] = f"{100 * level:.1f} ({100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}])"
+            levels = np.array([[outcomes.by_sample(table)[measure].mean() for table in side] for side in tables])
+            mean, low, high = difference(*tables, measure)
+            cells[column] = f"{100 * levels[0].mean():.1f} ({100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}])"
+            nothing = bool(levels.mean(axis=1).max() < NEXT_TO_NOTHING)
+            changes[column] = "next to nothing either way" if nothing else _words(low, high, levels[0] - levels[1])
         cells["n"] = verdict.runs[0].protocol.n
-        cells["in words"] = "; ".join(f"{name}: {_words(*change)}" for name, change in changes.items())
+        cells["in words"] = "; ".join(f"{name}: {words}" for name, words in changes.items())
         rows.append(cells)
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
-def _words(mean: float, low: float, high: float) -> str:
-    if low > 0:
+def _words(low: float, high: float, by_seed: np.ndarray) -> str:
+    """Helps or hurts only where the interval over images leaves out zero and every seed agrees."""
+    if low > 0 and (by_seed > 0).all():
         return "helps"
-    return "hurts" if high < 0 else "no difference shown"
+    return "hurts" if high < 0 and (by_seed < 0).all() else "no difference shown"

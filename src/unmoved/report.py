@@ -108,8 +108,8 @@ def _beside(judged: Sequence[Verdict]) -> list[Section]:
     table = beside(judged)
     text = (
         "In brackets the difference to the base method on the same images and seeds, in points, with a 95 % interval "
-        "over images. Robust is the worst case over the attacks here, an upper bound; a method that gains under weak "
-        "attacks alone has not gained.",
+        "over images; helps and hurts are said only where every seed agrees. Robust is the worst case over the attacks "
+        "here, an upper bound; a method that gains under weak attacks alone has not gained.",
     )
     return [Section("beside", "Beside the base method", text, table)] if len(table) else []
 
