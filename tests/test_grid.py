@@ -90,27 +90,20 @@ def test_every_combination_trains(attack, defense):
             assert equal(without, plain), (base, extra, "a weight of zero is not the base method bit for bit")
 
 
-@pytest.mark.parametrize(
-    ("attack", "base", "extra", "defense"),
-    [
-        *itertools.product(["pgd"], ["trades"], ["both", "global"], DEFENSES),
-        *itertools.product(["kl", "sensible", "friendly", "iaat"], ["mart"], ["global"], ["awp", "apd"]),
-    ],
-)
-def test_resume_equals_a_straight_run(attack, base, extra, defense, tmp_path):
-    def fresh():
-        return method(attack, base, extra, defense)
-
-    straight, log = run_steps(fresh(), epochs=2)
-    recipe = {"name": "grid", "training": {"seed": 0}}
-    run_steps(fresh(), epochs=1, run=Run.create(tmp_path / "run", recipe))
-    resumed, again = run_steps(fresh(), epochs=2, run=Run.open(tmp_path / "run"))
-    assert equal(straight, resumed)
-    assert len(log) == len(again) == 2
-    facts = [copy.deepcopy(record) for record in (log[-1], again[-1])]
-    for record in facts:
-        record.pop("seconds")
-    assert facts[0] == facts[1]
+@pytest.mark.parametrize("defense", DEFENSES)
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_resume_equals_a_straight_run(attack, defense, tmp_path):
+    for base, extra in itertools.product(BASES, EXTRAS):
+        straight, log = run_steps(method(attack, base, extra, defense), epochs=2)
+        folder, recipe = tmp_path / f"{base}-{extra}", {"name": "grid", "training": {"seed": 0}}
+        run_steps(method(attack, base, extra, defense), epochs=1, run=Run.create(folder, recipe))
+        resumed, again = run_steps(method(attack, base, extra, defense), epochs=2, run=Run.open(folder))
+        assert equal(straight, resumed), (base, extra)
+        facts = [copy.deepcopy(record) for record in (log[-1], again[-1])]
+        for record in facts:
+            record.pop("seconds")
+        assert len(log) == len(again) == 2
+        assert facts[0] == facts[1], (base, extra)
 
 
 @pytest.mark.parametrize(
