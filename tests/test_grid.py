@@ -140,6 +140,15 @@ def test_what_the_objective_refuses_is_refused_before_training_starts(term, mess
     assert equal(before, model.state_dict())
 
 
+def test_what_the_defense_refuses_is_refused_before_training_starts():
+    model = network()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    phases = [(0, Method(None, CE("clean"))), (1, Method(None, CE("clean"), APD(0.1, n=1000)))]
+    with pytest.raises(UnmovedError, match="n: expected a finite number >= 1 and <= 418, came 1000"):
+        train(model, phases, SPLIT, epochs=2)
+    assert equal(before, model.state_dict())
+
+
 def test_two_classes_are_too_few_for_drsl():
     two = data.ArraySplit.of(torch.rand(8, 1, 8, 8), torch.arange(8) % 2)
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +25,7 @@ from unmoved.protocols import Attack, Batch, Method, Split, StatefulAttack
 from unmoved.run import Run
 from unmoved.schedule import Phases
 from unmoved.state import Means, TrainerState
-from unmoved.terms.sum import as_sum, snake_case, stateful
+from unmoved.terms.sum import Sum, as_sum, snake_case, stateful
 from unmoved.threat import ThreatModel
 from unmoved.views import Views
 from unmoved.weights import evaluating
@@ -260,10 +262,22 @@ def train_recipe(
 
 
 def _rehearse(model: nn.Module, phases: Phases, batch: Batch) -> None:
-    """Each phase's objective on two samples: what it refuses, it refuses before training starts."""
-    with torch.no_grad(), evaluating(model):
-        for start, _ in phases.phases:
-            as_sum(phases.at(start, start + 1).objective).parts(Views(model, batch, batch.x))
+    """Each phase's objective and defense on two samples and a copy: what they refuse, they refuse before training."""
+    twin = copy.deepcopy(model)
+    for start, _ in phases.phases:
+        method = phases.at(start, start + 1)
+        objective = as_sum(copy.deepcopy(method.objective))
+        learned = [p for term in stateful(objective) for p in term.parameters()]
+
+        def backward(objective: Sum = objective) -> Tensor:
+            loss = objective(Views(twin, batch, batch.x)).mean()
+            loss.backward()
+            return loss.detach()
+
+        # A frozen value remembers nothing, so that trying it is harmless; a stranger's function might not be.
+        defense = method.defense if dataclasses.is_dataclass(method.defense) else Plain()
+        with evaluating(twin), torch.random.fork_rng(devices=[]):
+            defense(twin, torch.optim.SGD([*twin.parameters(), *learned], lr=0.0), backward)
 
 
 def _stopped(
