@@ -25,6 +25,7 @@ def outcomes_of(right_clean, right_attacked):
             "adversarial_prediction": (~attacked).astype(int),
             "distance": 0.05,
             "success": ~attacked,
+            "by": np.where(attacked, "none", "apgd"),
         }
     )
 

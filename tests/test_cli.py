@@ -385,11 +385,16 @@ def test_a_real_disk_that_fills_after_the_first_epoch(
 def test_an_interrupted_evaluation_is_no_evaluation(ours: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     _, run = ours
 
-    def full(descriptor: int) -> None:
+    def full(*anything: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+    before = Run.open(run).evaluation
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
+        assert "disk is full" in unmoved("evaluate", run).mistake()
+    assert Run.open(run).evaluation == before, "nothing was computed yet: what was there stays"
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
         assert "disk is full" in unmoved("evaluate", run).mistake()
     assert Run.open(run).evaluation is None
     assert "expected an evaluated run" in unmoved("report", run).mistake()

@@ -13,6 +13,7 @@ import torch
 from road import RECIPE, ROOT, recipe
 
 from unmoved import attacks, components, config, defenses
+from unmoved.built import Built
 from unmoved.errors import UnmovedError
 from unmoved.schedule import Ramp
 
@@ -103,7 +104,7 @@ def test_a_bare_name_is_a_component_with_its_defaults() -> None:
 
 def test_term_tables_are_named_by_the_term_unless_they_say_otherwise() -> None:
     parsed = config.parse(tables('[objective.ce]\n[objective.boost]\nuse = "kl"\nweight = 2.0', without="objective"))
-    built = config.Built(parsed)
+    built = Built(parsed)
     assert repr(built.phases.at(0, 2).objective) == "Sum((1.0, CE(view='adv', label_smoothing=0.0)), (2.0, KL()))"
 
 
@@ -303,7 +304,7 @@ def test_changes_of_phases_accumulate() -> None:
 
 
 def test_ramps_resolve_to_the_number_in_the_middle_of_a_phase() -> None:
-    phases = config.Built(config.parse(tables(PHASED))).phases
+    phases = Built(config.parse(tables(PHASED))).phases
     eps = {epoch: phases.at(epoch, 10).attack.threat.radius for epoch in (0, 0.25, 1, 1.5, 2, 3, 4, 6, 7)}
     expected = {0: 0.0, 0.25: 0.025, 1: 0.1, 1.5: 0.1, 2: 0.0, 3: 0.05, 4: 0.1, 6: 0.1, 7: 0.15}
     assert eps == pytest.approx(expected)
@@ -317,7 +318,7 @@ def test_ramps_resolve_to_the_number_in_the_middle_of_a_phase() -> None:
 
 def test_one_term_in_two_phases_is_one_object() -> None:
     extra = "[[phases]]\nfrom_epoch = 1\nobjective = { ce = { weight = 2.0 } }"
-    phases = config.Built(config.parse(tables(extra))).phases
+    phases = Built(config.parse(tables(extra))).phases
     (_, before), (_, after) = phases.phases
     assert before.objective.terms[0][1] is after.objective.terms[0][1]
     assert after.objective.terms[0][0] == 2.0
@@ -332,24 +333,24 @@ seed = 9
 [evaluation.attacks.far]
 use = "apgd"
 """
-    built = config.Built(config.parse(tables(extra) | {"training": {"seed": 4}}))
+    built = Built(config.parse(tables(extra) | {"training": {"seed": 4}}))
     assert built.attacks["near"].threat.eps == 0.05
     assert built.attacks["near"].seed == 9
     assert built.attacks["far"].threat == built.threat
     assert built.attacks["far"].seed == 4
-    plain = config.Built(config.parse(tables(without="evaluation")))
+    plain = Built(config.parse(tables(without="evaluation")))
     assert list(plain.attacks) == ["pgd", "apgd"]
     assert plain.attacks["pgd"].steps == 20
 
 
 def test_models_are_drawn_by_the_seed_alone() -> None:
-    built = config.Built(config.parse(tables()))
+    built = Built(config.parse(tables()))
     before = torch.random.get_rng_state()
     one = built.model().state_dict()
     assert torch.equal(before, torch.random.get_rng_state())
     torch.manual_seed(99)
     two = built.model().state_dict()
-    other = config.Built(config.parse(tables() | {"training": {"seed": 1}})).model().state_dict()
+    other = Built(config.parse(tables() | {"training": {"seed": 1}})).model().state_dict()
     assert all(torch.equal(one[key], two[key]) for key in one)
     assert not torch.equal(one["linear.weight"], other["linear.weight"])
 

@@ -15,6 +15,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from unmoved import drawing, figures
+from unmoved.breakdown import breakdown
 from unmoved.errors import UnmovedError
 
 
@@ -57,6 +58,12 @@ def class_table(count: int = 3) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def broken_table() -> pd.DataFrame:
+    lost = [("clean", -1.0, 0.25), ("apgd-ce", 0.0, 0.4), ("fab-t", 5.0, 0.05), ("none", np.inf, 0.3)]
+    rows = [{"recipe": "a", "source": "AutoAttack", "by": b, "place": p, "share": s, "n": 40} for b, p, s in lost]
+    return pd.DataFrame([*rows, {"recipe": "b", "source": "quick", "by": "none", "place": np.inf, "share": 1, "n": 90}])
+
+
 def pictures(channels: int = 1, size: float = 0.1, count: int = 3) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     x = rng.uniform(0.2, 0.8, (count, channels, 6, 6)).astype(np.float32)
@@ -76,6 +83,7 @@ DRAW: dict[str, Callable[[], Figure]] = {
     "training_curves": lambda: figures.training_curves(metrics_table()),
     "per_class": lambda: figures.per_class(class_table(), ["cat", "dog", "ship"]),
     "gallery": lambda: figures.gallery(pictures(), ["cat", "dog", "ship"]),
+    "breakdown": lambda: breakdown(broken_table()),
 }
 
 
@@ -120,7 +128,7 @@ def test_captions_state_n_and_axes_are_named_with_units(name: str) -> None:
     assert "(%)" in axes.get_xlabel() + axes.get_ylabel()
 
 
-@pytest.mark.parametrize("room", ["outcomes", "drawing", "figures", "verdicts", "report"])
+@pytest.mark.parametrize("room", ["outcomes", "drawing", "figures", "breakdown", "verdicts", "judged", "opinion", "report"])
 def test_pictures_of_tables_need_neither_torch_nor_pyplot(room: str) -> None:
     source = (Path(figures.__file__).parent / f"{room}.py").read_text(encoding="utf-8")
     imported = [
@@ -132,12 +140,12 @@ def test_pictures_of_tables_need_neither_torch_nor_pyplot(room: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "draw", [figures.tradeoff, figures.robustness_curve, figures.training_curves, figures.per_class]
+    "draw", [figures.tradeoff, figures.robustness_curve, figures.training_curves, figures.per_class, breakdown]
 )
 def test_a_table_without_its_columns_or_rows_is_refused(draw: Callable[[pd.DataFrame], Figure]) -> None:
     with pytest.raises(UnmovedError, match=f"{draw.__name__}: expected a table with .* came none of"):
         draw(pd.DataFrame({"epoch": [1]}))
-    full = pd.concat([tradeoff_table(), curve_table(), metrics_table(), class_table()])
+    full = pd.concat([tradeoff_table(), curve_table(), metrics_table(), class_table(), broken_table()])
     with pytest.raises(UnmovedError, match="came no row"):
         draw(full.iloc[:0])
 
@@ -272,6 +280,48 @@ def test_classes_are_named_and_the_least_robust_are_shown_where_there_are_many()
     assert [label.get_text() for label in few.axes[0].get_yticklabels()] == ["0", "1", "2", "3", "4"]
     assert "the 5 least robust of 40" in str(few.get_label())
     np.testing.assert_allclose(few.axes[0].containers[1].lines[0].get_xdata(), [20, 21.5, 23, 24.5, 26])
+
+
+def test_what_broke_it_adds_up_from_left_to_right_in_the_order_of_attacks() -> None:
+    table = broken_table().sample(frac=1, random_state=1)  # order of rows must not matter but for the recipes
+    table = table.sort_values("recipe", kind="stable")
+    figure = breakdown(table)
+    (axes,) = figure.axes
+    labels = [container.get_label() for container in axes.containers]
+    assert labels == ["misclassified as it is", "broken by apgd-ce", "broken by fab-t", "still robust"]
+    shares = [(bars[0].get_x(), bars[0].get_width()) for bars in axes.containers]
+    np.testing.assert_allclose(shares, [(0, 25), (25, 40), (65, 5), (70, 30)])
+    np.testing.assert_allclose([bars[1].get_width() for bars in axes.containers], [0, 0, 0, 100])
+    text = words(figure)
+    assert {"a (AutoAttack, n = 40)", "b (quick, n = 90)", "25.0", "40.0", "30.0", "100.0"} <= set(text)
+    assert not {"5.0", "0.0"} & set(text)  # too small for a number
+    assert "n = 40 to 90" in str(figure.get_label())
+
+
+def test_what_broke_it_is_told_apart_without_colour() -> None:
+    parts = [f"part-{k}" for k in range(6)]
+    rows = [{"recipe": "a", "source": "x", "by": by, "place": k, "share": 0.1, "n": 9} for k, by in enumerate(parts)]
+    ends = [("clean", -1), ("none", 99)]
+    rows += [{"recipe": "a", "source": "x", "by": by, "place": k, "share": 0.2, "n": 9} for by, k in ends]
+    (axes,) = breakdown(pd.DataFrame(rows)).axes
+    bars = {container.get_label(): container[0] for container in axes.containers}
+    clean, robust = bars.pop("misclassified as it is"), bars.pop("still robust")
+    assert len({bar.get_hatch() for bar in bars.values()}) == len({bar.get_facecolor() for bar in bars.values()}) == 6
+    assert clean.get_hatch() is robust.get_hatch() is None
+    assert luminance(clean.get_facecolor()[:3]) < 0.05 < 0.9 < luminance(robust.get_facecolor()[:3])
+
+
+def test_a_recipe_with_a_long_name_keeps_its_bar_apart() -> None:
+    table = broken_table()
+    table.loc[table["recipe"] == "b", "recipe"] = "x" * 150
+    figure: Any = breakdown(table)
+    with drawing.style():
+        figure.draw_without_rendering()
+        heads = [text for text in figure.axes[0].texts if "n = " in text.get_text()]
+        boxes = [head.get_window_extent() for head in heads]
+        bars = [bar.get_window_extent() for container in figure.axes[0].containers for bar in container]
+    assert all(box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1 for box in boxes)
+    assert all(box.count_overlaps([bar for bar in bars if bar.width]) == 0 for box in boxes)
 
 
 @pytest.mark.parametrize(("channels", "shape"), [(1, (6, 6)), (3, (6, 6, 3)), (4, (6, 6))])

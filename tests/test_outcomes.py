@@ -29,6 +29,7 @@ def make(label: list[int], clean: list[int], *, eps: float = 0.3, **attacks: lis
                 "adversarial_prediction": adversarial,
                 "distance": eps / 2,
                 "success": np.array(adversarial) != np.array(label),
+                "by": np.where(np.array(adversarial) != np.array(label), name, "none"),
             }
         )
         for name, adversarial in attacks.items()
@@ -139,6 +140,8 @@ def change(column: str, row: int, value: object) -> Callable[[pd.DataFrame], pd.
         (change("success", 0, False), "success must be"),
         (change("success", 2, True), "success must be"),
         (change("distance", 0, 0.5), "success must be"),
+        (change("by", 0, "none"), "by must be 'none' where success is False and only there"),
+        (change("by", 2, "pgd"), "by must be 'none'"),
         (lambda t: t.replace({"attack": {"pgd": "worst case"}}), "'worst case' is a measure's name"),
     ],
 )
@@ -156,7 +159,7 @@ def test_bad_tables_are_refused_in_words(
 def test_a_proposal_outside_the_ball_is_no_success() -> None:
     # A minimum-norm attack may leave the ball; a wrong prediction there says nothing about this eps.
     table = make([0, 0], [0, 0], fab=[1, 1])
-    table.loc[0, ["distance", "success"]] = [0.9, False]
+    table.loc[0, ["distance", "success", "by"]] = [0.9, False, "none"]
     assert outcomes.summary(table).set_index("measure")["correct"].to_dict() == {"clean": 2, "fab": 1, "worst case": 1}
 
 

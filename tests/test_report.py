@@ -47,6 +47,7 @@ def attacked(right_clean: int, right_attacked: int, attack: str, eps: float) -> 
     table = pd.DataFrame({"index": np.arange(SAMPLES), "label": label, "attack": attack, "eps": eps, "norm": "linf"})
     table["clean_prediction"], table["adversarial_prediction"] = clean, adversarial
     table["distance"], table["success"] = eps, adversarial != label
+    table["by"] = np.where(table["success"], attack, "none")
     return table
 
 
@@ -328,6 +329,7 @@ def spoil_samples(run: Any) -> None:
 def spoil_labels(run: Any) -> None:
     run.outcomes = run.outcomes.assign(label=(run.outcomes["label"] + 1) % 3)
     run.outcomes["success"] = run.outcomes["label"] != run.outcomes["adversarial_prediction"]
+    run.outcomes["by"] = np.where(run.outcomes["success"], "pgd-10", "none")
 
 
 def forget_evaluation(run: Any) -> None:

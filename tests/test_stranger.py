@@ -191,8 +191,9 @@ def test_everything_may_be_theirs(lab: Path) -> None:
 
 def test_threat_seed_shape_and_classes_are_given_to_who_asks(lab: Path) -> None:
     from unmoved import config
+    from unmoved.built import Built
 
-    built = config.Built(config.read(recipe(lab, THEIRS)), allow=["my_lab"])
+    built = Built(config.read(recipe(lab, THEIRS)), allow=["my_lab"])
     method = built.phases.at(0, 2)
     assert (method.attack.threat.radius, method.attack.seed, method.attack.share) == (0.05, 3, 0.5)
     assert built.check.threat == built.threat

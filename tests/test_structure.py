@@ -19,16 +19,18 @@ PACKAGE = ROOT / "src" / "unmoved"
 # A room may import those of earlier ranks, never one of its own rank or a later one.
 RANKS = (
     ("errors",),
-    ("disk",),
+    ("disk", "screen"),
     ("protocols",),
     ("noise", "schedule"),
-    ("views", "threat", "weights", "precision", "outcomes", "provenance", "drawing"),
-    ("terms", "figures"),
+    ("views", "threat", "weights", "precision", "outcomes", "provenance", "drawing", "journal", "workers", "opinion"),
+    ("terms", "figures", "breakdown", "judged"),
     ("attacks", "defenses", "data", "models", "optim", "verdicts"),
     ("components", "beside"),
     ("config", "run"),
+    ("built",),
     ("analyses", "judge", "report", "state"),
-    ("loop", "doctor"),
+    ("checks",),
+    ("loop", "doctor", "evaluation"),
     ("compare", "testing"),
     ("cli",),
 )

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import stats
+from scipy import optimize, stats
 from torch import Tensor
 
 from unmoved.errors import UnmovedError
@@ -21,6 +21,8 @@ from unmoved.threat import NORMS, ThreatModel
 
 ALL_NORMS = pytest.mark.parametrize("norm", NORMS)
 LEAST_P = 1e-4  # of a distribution test at fixed keys
+ORDER = {"linf": math.inf, "l2": 2, "l1": 1}
+DUAL = {"linf": 1, "l2": 2, "l1": math.inf}
 EXAMPLES = settings(max_examples=40, deadline=None, derandomize=True)
 
 
@@ -42,7 +44,11 @@ def ball(norm: str, eps: float, n: int, shape: tuple[int, ...], seed: int) -> Te
     points = torch.randn(n, *shape, generator=generator(seed), dtype=torch.float64)
     if norm == "linf":
         return torch.cat([points.sign(), points.clamp(-1, 1)]) * eps
-    unit = points / points.flatten(1).norm(dim=1).reshape(-1, *[1] * len(shape))
+    unit = points / points.flatten(1).norm(p=ORDER[norm], dim=1).reshape(-1, *[1] * len(shape))
+    if norm == "l1":  # its corners have one pixel each
+        corners = torch.zeros_like(unit).flatten(1)
+        corners[torch.arange(n), torch.arange(n) % corners.shape[1]] = points.flatten(1)[:, 0].sign()
+        unit = torch.cat([unit[n // 2 :], corners[: n // 2].reshape(-1, *shape)])
     return torch.cat([unit, unit * rand(n, *[1] * len(shape), seed=seed + 1)]) * eps
 
 
@@ -75,6 +81,19 @@ def test_the_l2_start_is_uniform_in_the_ball(shape: tuple[int, ...]) -> None:
     if d == 2:
         angle = torch.atan2(delta[:, 0], delta[:, 1]).numpy()
         assert stats.kstest(angle, stats.uniform(-math.pi, 2 * math.pi).cdf).pvalue > LEAST_P
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 2), (3, 1, 1), (3, 4, 4)])
+def test_the_l1_start_is_uniform_in_the_ball(shape: tuple[int, ...]) -> None:
+    """With the slack, the sizes of its d coordinates are uniform on a simplex: (1, ..., 1) Dirichlet, so Beta(1, d)."""
+    batch, eps, d = grey(4000, *shape), 0.4, math.prod(shape)
+    delta = (ThreatModel("l1", eps).start(batch, seed=3) - batch.x).flatten(1).double() / eps
+    radius = delta.abs().sum(dim=1)
+    assert radius.max() <= 1 + 1e-6
+    assert stats.kstest((radius**d).clamp(0, 1).numpy(), "uniform").pvalue > LEAST_P
+    for coordinate in (delta[:, 0], delta[:, -1]):
+        assert stats.kstest(coordinate.abs().numpy(), stats.beta(1, d).cdf).pvalue > LEAST_P
+        assert stats.binomtest(int((coordinate > 0).sum()), len(coordinate)).pvalue > LEAST_P
 
 
 @ALL_NORMS
@@ -112,11 +131,11 @@ def test_a_start_depends_on_seed_stream_step_and_sample_and_nothing_else(norm: s
 @EXAMPLES
 @given(seed=st.integers(0, 10**6))
 def test_the_steepest_step_attains_the_dual_norm(norm: str, seed: int) -> None:
-    """Hoelder: max <g, s> over unit s is ||g||_1 for linf and ||g||_2 for l2, and no other unit step does better."""
+    """Hoelder: max <g, s> over unit s is the dual norm of g, and no other unit step does better."""
     g = torch.randn(4, 3, 3, 3, generator=generator(seed), dtype=torch.float64)
     threat = ThreatModel(norm, 1.0)
     step = threat.steepest(g)
-    dual = torch.linalg.vector_norm(g.flatten(1), ord=1 if norm == "linf" else 2, dim=1)
+    dual = torch.linalg.vector_norm(g.flatten(1), ord=DUAL[norm], dim=1)
     torch.testing.assert_close(inner(g, step), dual)
     torch.testing.assert_close(threat.distance(step, torch.zeros_like(step)), torch.ones(4, dtype=torch.float64))
     for z in ball(norm, 1.0, 20, (3, 3, 3), seed):
@@ -131,7 +150,14 @@ def test_a_zero_gradient_gives_a_zero_step_and_spares_its_neighbours(norm: str, 
     step = ThreatModel(norm, 1.0).steepest(g)
     assert step.dtype == dtype
     assert torch.equal(step[1], torch.zeros(1, 2, 2, dtype=dtype))
-    torch.testing.assert_close(step[[0, 2]], torch.full((2, 1, 2, 2), 1.0 if norm == "linf" else 0.5, dtype=dtype))
+    unit = {"linf": torch.ones(4), "l2": torch.full((4,), 0.5), "l1": torch.tensor([1.0, 0, 0, 0])}[norm]
+    torch.testing.assert_close(step[[0, 2]], unit.to(dtype).reshape(1, 1, 2, 2).expand(2, -1, -1, -1))
+
+
+def test_of_equal_gradients_the_l1_step_takes_the_first() -> None:
+    g = torch.tensor([[0.5, -2.0, 2.0, -2.0], [0.0, 0.0, -1.0, 1.0]]).reshape(2, 2, 1, 2)
+    step = ThreatModel("l1", 1.0).steepest(g).flatten(1)
+    assert step.tolist() == [[0.0, -1.0, 0.0, 0.0], [0.0, 0.0, -1.0, 0.0]]
 
 
 def check_scale(norm: str, scale: float) -> None:
@@ -147,10 +173,7 @@ def test_a_step_does_not_depend_on_the_size_of_the_gradient(norm: str, scale: fl
 
 
 @pytest.mark.parametrize("scale", [1e-37, 1e-25, 1e25, 1e37])
-@pytest.mark.parametrize(
-    "norm",
-    ["linf", "l2"],
-)
+@ALL_NORMS
 def test_a_step_survives_gradients_whose_squares_leave_float32(norm: str, scale: float) -> None:  # T10, T11
     """A confident model has such gradients (a margin of 60 makes 1e-26), and a zero step would call it robust."""
     check_scale(norm, scale)
@@ -175,12 +198,86 @@ def test_the_projection_is_the_nearest_point_of_the_ball(norm: str, seed: int, e
 
 @EXAMPLES
 @given(seed=st.integers(0, 10**6), eps=st.floats(0.01, 0.9))
-def test_the_linf_projection_is_nearest_where_the_box_cuts_the_ball(seed: int, eps: float) -> None:
+@pytest.mark.parametrize("norm", ["linf", "l1"])
+def test_the_projection_is_nearest_where_the_box_cuts_the_ball(norm: str, seed: int, eps: float) -> None:
     x = rand(5, 1, 3, 3, seed=seed)
+    x[:2] = x[:2].round()  # on faces of the box
     v = x + torch.randn(x.shape, generator=generator(seed), dtype=torch.float64)
-    p = ThreatModel("linf", eps).project(v, x)
-    for z in ball("linf", eps, 20, (1, 3, 3), seed):
+    p = ThreatModel(norm, eps).project(v, x)
+    for z in ball(norm, eps, 20, (1, 3, 3), seed):
         assert (inner(v - p, (x + z).clamp(0, 1) - p) <= 1e-9).all()
+
+
+def by_quadratic_program(v: np.ndarray, x: np.ndarray, eps: float) -> np.ndarray:
+    """min ||x + a - b - v||^2 over a, b >= 0 with sum(a + b) <= eps and 0 <= x + a - b <= 1."""
+    n = len(x)
+    result = optimize.minimize(
+        lambda ab: ((x + ab[:n] - ab[n:] - v) ** 2).sum(),
+        np.zeros(2 * n),
+        jac=lambda ab: 2 * np.concatenate([(x + ab[:n] - ab[n:] - v), -(x + ab[:n] - ab[n:] - v)]),
+        bounds=[(0, 1 - pixel) for pixel in x] + [(0, pixel) for pixel in x],
+        constraints={"type": "ineq", "fun": lambda ab: eps - ab.sum(), "jac": lambda ab: -np.ones(2 * n)},
+        method="SLSQP",
+        options={"ftol": 1e-14, "maxiter": 500},
+    )
+    return x + result.x[:n] - result.x[n:]
+
+
+@pytest.mark.parametrize("eps", [0.05, 0.8, 2.5, 20.0])
+def test_the_l1_projection_against_a_quadratic_program(eps: float) -> None:
+    x = rand(6, 1, 2, 4, seed=4)
+    x[:3] = x[:3].round()
+    v = x + torch.randn(x.shape, generator=generator(5), dtype=torch.float64)
+    v[0, 0, 0, :2] = x[0, 0, 0, :2]  # pixels that nobody moves
+    ours = ThreatModel("l1", eps).project(v, x).flatten(1)
+    for p, far, image in zip(ours, v.flatten(1), x.flatten(1), strict=True):
+        np.testing.assert_allclose(p, by_quadratic_program(far.numpy(), image.numpy(), eps), atol=2e-6)
+
+
+def by_bisection(v: np.ndarray, x: np.ndarray, eps: float) -> np.ndarray:
+    """Each pixel loses t of its way to v, the same t for all, and stops at the box."""
+    way, room = np.abs(v - x), np.where(v > x, 1 - x, x)
+
+    def sizes(t: float) -> np.ndarray:
+        return np.clip(way - t, 0, room)
+
+    inside = sizes(0).sum() <= eps
+    t = 0.0 if inside else optimize.bisect(lambda t: sizes(t).sum() - eps, 0, way.max(), xtol=1e-14)
+    return x + np.sign(v - x) * sizes(t)
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 30.0])
+@pytest.mark.parametrize("grid", [0, 8])
+def test_the_l1_projection_against_a_bisection(scale: float, grid: int) -> None:
+    """Large images, sample by sample, in float64; on a coarse grid of values many pixels tie."""
+    x = rand(12, 3, 9, 9, seed=6)
+    v = x + scale * torch.randn(x.shape, generator=generator(7), dtype=torch.float64)
+    x, v = (torch.where(torch.arange(12)[:, None, None, None] % 3 == 0, t.round(), t) for t in (x, v))
+    x[:6] = x[:6].round()
+    if grid:
+        x, v = (x * grid).round() / grid, (v * grid).round() / grid
+    radius = torch.logspace(-3, 2.5, 12, dtype=torch.float64)
+    ours = ThreatModel("l1", 1.0).project(v, x, radius)
+    for p, far, image, eps in zip(ours, v.numpy(), x.numpy(), radius.numpy(), strict=True):
+        np.testing.assert_allclose(p, by_bisection(far, image, eps), atol=1e-10)
+
+
+def test_clipping_the_nearest_point_of_the_l1_ball_is_not_the_projection() -> None:
+    """Mind the box: at a white pixel the clipped budget goes elsewhere."""
+    x = torch.tensor([1.0, 0.5]).reshape(1, 1, 1, 2)
+    v = x + torch.tensor([0.4, 0.4]).reshape(1, 1, 1, 2)
+    p = ThreatModel("l1", 0.3).project(v, x)
+    torch.testing.assert_close(p, torch.tensor([1.0, 0.8]).reshape(1, 1, 1, 2))
+
+
+@pytest.mark.parametrize("eps", [0.001, 0.05, 30.0])
+def test_rounding_of_many_pixels_does_not_carry_l1_out_of_the_ball(eps: float) -> None:
+    """T9: in this norm rounding errors add up over pixels; projected points pay for them."""
+    x = rand(4, 3, 64, 64, seed=8).float()
+    threat, batch = ThreatModel("l1", eps), Batch(x, torch.zeros(4, dtype=torch.int64))
+    start = threat.start(batch, seed=0)
+    for p in (start, threat.project(x + torch.randn(x.shape, generator=generator()), x)):
+        assert threat.distance(p, x).max() <= eps * (1 + 1e-6)
 
 
 @ALL_NORMS
@@ -188,7 +285,7 @@ def test_the_projection_against_a_grid(norm: str) -> None:
     """Brute force over a fine grid of the two-pixel ball."""
     eps, axis = 0.25, torch.linspace(-0.25, 0.25, 401, dtype=torch.float64)
     grid = torch.cartesian_prod(axis, axis)
-    grid = grid[torch.linalg.vector_norm(grid, ord=math.inf if norm == "linf" else 2, dim=1) <= eps]
+    grid = grid[torch.linalg.vector_norm(grid, ord=ORDER[norm], dim=1) <= eps]
     x = torch.full((1, 1, 1, 2), 0.5, dtype=torch.float64)
     for v in rand(40, 1, 1, 1, 2, seed=3) * 2 - 0.5:
         nearest = (grid - (v - x).flatten()).norm(dim=1).min()
@@ -244,7 +341,7 @@ def test_the_distance_is_numpys_in_float64(norm: str) -> None:
     distance = ThreatModel(norm, 1.0).distance(a, b)
     difference = (a.double() - b.double()).flatten(1).numpy()
     assert distance.dtype == torch.float64
-    np.testing.assert_allclose(distance, np.linalg.norm(difference, ord=np.inf if norm == "linf" else 2, axis=1))
+    np.testing.assert_allclose(distance, np.linalg.norm(difference, ord=ORDER[norm], axis=1))
 
 
 def one_pixel(value: float) -> Tensor:
@@ -296,7 +393,7 @@ def test_the_check_takes_the_edge_the_clean_image_and_an_empty_batch(norm: str) 
         ("linf", "8/255", r"came '8/255'"),
         ("linf", True, r"came True"),
         ("l_inf", 0.1, r"threat.norm: unknown value 'l_inf'; did you mean 'linf'\?"),
-        ("l1", 0.1, r"threat.norm: unknown value 'l1'"),
+        ("l3", 0.1, r"threat.norm: unknown value 'l3'"),
     ],
 )
 def test_what_is_no_threat_model_says_why(norm: str, eps: Any, message: str) -> None:
@@ -304,8 +401,9 @@ def test_what_is_no_threat_model_says_why(norm: str, eps: Any, message: str) -> 
         ThreatModel(norm, eps)
 
 
-def test_l2_may_be_larger_than_one() -> None:
-    assert ThreatModel("l2", 8).radius == 8
+@pytest.mark.parametrize("norm", ["l2", "l1"])
+def test_eps_may_be_larger_than_one(norm: str) -> None:
+    assert ThreatModel(norm, 8).radius == 8
 
 
 def test_a_ramp_is_a_value_but_not_a_radius() -> None:

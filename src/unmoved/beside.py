@@ -44,7 +44,8 @@ def difference(
 def beside(judged: Sequence[Verdict]) -> pd.DataFrame:
     """One row per recipe whose ``base`` is in the same report: accuracies, differences, and whether it helps.
 
-    Seeds that both have are compared; columns `COLUMNS`, ready to read.
+    Seeds that both have are compared; columns `COLUMNS`, ready to read. Where AutoAttack has judged both, a column
+    ``AutoAttack`` compares what it leaves, on the images and seeds that it judged in both.
     """
     by_name = {verdict.name: verdict for verdict in judged}
     rows: list[dict[str, Any]] = []
@@ -57,18 +58,48 @@ def beside(judged: Sequence[Verdict]) -> pd.DataFrame:
         if not seeds:
             continue
         cells: dict[str, Any] = {"recipe": verdict.name, "base": base.name, "seeds": len(seeds)}
-        changes = {}
-        for column, measure in (("clean", CLEAN), ("robust", WORST)):
-            tables = [ours[s] for s in seeds], [theirs[s] for s in seeds]
-            levels = np.array([[outcomes.by_sample(table)[measure].mean() for table in side] for side in tables])
-            mean, low, high = difference(*tables, measure)
-            cells[column] = f"{100 * levels[0].mean():.1f} ({100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}])"
-            nothing = bool(levels.mean(axis=1).max() < NEXT_TO_NOTHING)
-            changes[column] = "next to nothing either way" if nothing else _words(low, high, levels[0] - levels[1])
+        tables = [ours[s] for s in seeds], [theirs[s] for s in seeds]
+        said = {column: _compared(*tables, measure) for column, measure in (("clean", CLEAN), ("robust", WORST))}
+        settled = _settled(verdict, base)
+        if settled is not None:
+            cell, words = _compared(*settled, WORST)
+            cell += f", n = {settled[0][0]['index'].nunique()}"
+            if len(settled[0]) < len(seeds):
+                cell += f", {len(settled[0])} of {len(seeds)} seeds"
+            said["AutoAttack"] = cell, words
+        cells |= {column: cell for column, (cell, _) in said.items()}
         cells["n"] = verdict.runs[0].protocol.n
-        cells["in words"] = "; ".join(f"{name}: {words}" for name, words in changes.items())
+        cells["in words"] = "; ".join(f"{name}: {words}" for name, (_, words) in said.items())
         rows.append(cells)
-    return pd.DataFrame(rows, columns=list(COLUMNS))
+    columns = list(COLUMNS)
+    if any("AutoAttack" in cells for cells in rows):
+        columns.insert(columns.index("robust") + 1, "AutoAttack")
+    return pd.DataFrame(rows, columns=columns).fillna("-")
+
+
+def _compared(ours: Sequence[pd.DataFrame], theirs: Sequence[pd.DataFrame], measure: str) -> tuple[str, str]:
+    """(accuracy and difference with its interval, what that is in a word)."""
+    levels = np.array([[outcomes.by_sample(table)[measure].mean() for table in side] for side in (ours, theirs)])
+    mean, low, high = difference(ours, theirs, measure)
+    cell = f"{100 * levels[0].mean():.1f} ({100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}])"
+    nothing = bool(levels.mean(axis=1).max() < NEXT_TO_NOTHING)
+    return cell, "next to nothing either way" if nothing else _words(low, high, levels[0] - levels[1])
+
+
+def _settled(verdict: Verdict, base: Verdict) -> tuple[list[pd.DataFrame], list[pd.DataFrame]] | None:
+    """AutoAttack's outcomes of the seeds and images that it judged in both; None where there are none.
+
+    Nor where its versions differ, nor where they are what the column robust shows.
+    """
+    ours, theirs = ({run.seed: run.autoattack for run in v.settled} for v in (verdict, base))
+    pairs = [(ours[s], theirs[s]) for s in sorted(ours.keys() & theirs.keys())]
+    common = [set(a["index"]) & set(b["index"]) for a, b in pairs if a is not None and b is not None]
+    shared = set.intersection(*common) if common else set()
+    same = all(run.outcomes is run.autoattack for run in (*verdict.runs, *base.runs))
+    if not shared or same or verdict.versions != base.versions:
+        return None
+    tables = [[side[side["index"].isin(shared)] for side in pair if side is not None] for pair in pairs]
+    return [a for a, _ in tables], [b for _, b in tables]
 
 
 def _words(low: float, high: float, by_seed: np.ndarray) -> str:

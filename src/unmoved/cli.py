@@ -5,16 +5,15 @@ from __future__ import annotations
 import inspect
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import tomli_w
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+
+from unmoved import screen
+from unmoved.screen import console
 
 app = typer.Typer(
     help="Train image classifiers that small worst-case perturbations do not move, and measure how far that is true.",
@@ -23,8 +22,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-console = Console()
-
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, such as recipes/digits/at.toml.")]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder made by 'unmoved train'.")]
 Overrides = Annotated[
@@ -55,9 +52,9 @@ def train(
 
     parsed = config.read(recipe, overrides)
     epochs = parsed.training.epochs
-    log = _tensorboard(out) if tensorboard else None
-    with _bars() as add:
-        loading: list[Advance] = []
+    log = screen.tensorboard_log(out) if tensorboard else None
+    with screen.bars() as add:
+        loading: list[screen.Advance] = []
         advance = add(parsed.name, epochs)
 
         def read(done: int, total: int) -> None:
@@ -69,7 +66,7 @@ def train(
             if "share" in record:
                 advance(record["epoch"] + record["share"])
                 return
-            _say_epoch(record, epochs)
+            screen.say_epoch(record, epochs)
             if log is not None:
                 log(record)
 
@@ -91,29 +88,45 @@ def evaluate(
     n: Annotated[
         int | None, typer.Option("--n", min=1, help="Test images to judge; all unless the recipe says.")
     ] = None,
+    attacks: Annotated[
+        str, typer.Option(help="recipe, quick, standard or rand (AutoAttack), or attacks by name; commas between.")
+    ] = "recipe",
     weights: Annotated[str, typer.Option(help="best (by validation robust accuracy) or last.")] = "best",
-    batch_size: Annotated[int, typer.Option(min=1, help="Images a pass; the verdict does not depend on it.")] = 256,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images a pass; the verdict does not depend on it.")] = 128,
+    precision: Annotated[
+        str, typer.Option(help="Of the search: float32, bf16 or auto. Verdicts are float32.")
+    ] = "auto",
+    save_adversarial: Annotated[
+        bool, typer.Option("--save-adversarial", help="Also keep the images that broke the model.")
+    ] = False,
     allow: Allow = [],  # noqa: B006
     device: Device = "auto",
 ) -> None:
     """Attack a trained run and judge it on the test part of its data."""
-    from unmoved import errors, judge
+    from unmoved import errors, evaluation
     from unmoved import run as runs
 
     errors.require_choice("--weights", weights, ("best", "last"))
     opened = runs.Run.open(run)
-    with _bar("attacking", 1) as advance:
-        table = judge.evaluate_run(
+    with screen.follow() as advance:
+        tables = evaluation.evaluate_run(
             opened,
+            attacks=attacks,
             n=n,
             weights=weights,
             batch_size=batch_size,
+            precision=precision,
             device=device,
+            save_adversarial=save_adversarial,
             allow=allow,
-            progress=lambda done, total: advance(done / total),
+            progress=advance,
         )
-    _print_summary({opened.name: table})
-    console.print(f"saved: {run / 'evaluation'}\nnext: unmoved report {run}", soft_wrap=True)
+    for kind, table in tables.items():
+        screen.print_summary({opened.name: table})
+        for note in (getattr(opened, kind) or {}).get("notes", []):
+            console.print(f"note: {note}", soft_wrap=True)
+        console.print(f"saved: {run / kind}", soft_wrap=True)
+    console.print(f"next: unmoved report {run}", soft_wrap=True)
 
 
 @app.command()
@@ -140,14 +153,17 @@ def compare(
     count = workers or os.cpu_count() or 1
     threads = max(1, (os.cpu_count() or 1) // min(count, len(parsed) * len(numbers)))
     jobs = grid.jobs_of(parsed, numbers, out, allow, threads)
-    with _bar(f"{len(jobs)} runs", sum(job.epochs for job in jobs)) as advance:
+    with screen.bars() as add:
+        advance = add(f"{len(jobs)} runs", sum(job.epochs for job in jobs))
 
         def done(job: grid.Job, error: str | None) -> None:
             console.print(f"failed: {job.label}" if error else f"done: {job.label}")
 
-        runs = grid.compare(jobs, workers=count, on_done=done, poll=lambda: advance(sum(map(_epochs_done, jobs))))
+        runs = grid.compare(jobs, workers=count, on_done=done, poll=lambda: advance(sum(map(screen.epochs_done, jobs))))
     path = reports.write(runs, out / "report.html", title=f"{len(parsed)} recipes, {len(numbers)} seed(s)")
-    _print_summary({f"{run.name} seed {run.seed}" if len(numbers) > 1 else run.name: run.outcomes for run in runs})
+    screen.print_summary(
+        {f"{run.name} seed {run.seed}" if len(numbers) > 1 else run.name: run.outcomes for run in runs}
+    )
     console.print(f"report: {path}", soft_wrap=True)
 
 
@@ -213,90 +229,6 @@ def main() -> None:
         if end.code == 130:  # typer's answer to Ctrl-C, which says nothing
             said.print("interrupted; what was saved is intact, --resume goes on from there", soft_wrap=True)
         raise
-
-
-# --- what people see
-
-
-Advance = Callable[[float], None]
-
-
-@contextmanager
-def _bars() -> Iterator[Callable[[str, float], Advance]]:
-    """Progress bars on a terminal, each made with (label, total); nothing where lines are read by a program."""
-    if not console.is_terminal:
-        yield lambda label, total: lambda done: None
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-
-        def add(label: str, total: float) -> Advance:
-            task = progress.add_task(label, total=total)
-            return lambda done: progress.update(task, completed=done)
-
-        yield add
-
-
-@contextmanager
-def _bar(label: str, total: float) -> Iterator[Advance]:
-    with _bars() as add:
-        yield add(label, total)
-
-
-def _tensorboard(out: Path) -> Callable[[dict[str, Any]], None]:
-    """What writes a record of the log as scalars, one point an epoch.
-
-    Raises:
-        UnmovedError: tensorboard is not installed.
-    """
-    from unmoved.errors import UnmovedError
-
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UnmovedError("--tensorboard needs the extra: pip install 'unmoved[tensorboard]'") from error
-    writer = SummaryWriter(str(out / "tensorboard"))
-
-    def log(record: dict[str, Any]) -> None:
-        for name, value in (record | {f"parts/{part}": mean for part, mean in record["parts"].items()}).items():
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                writer.add_scalar(name, value, record["epoch"])
-        writer.flush()
-
-    return log
-
-
-def _say_epoch(record: dict[str, Any], epochs: int) -> None:
-    words = f"epoch {record['epoch']}/{epochs}: loss {record['loss']:.4f}"
-    if "validation_robust" in record:
-        words += f", validation clean {record['validation_clean']:.1%}, robust {record['validation_robust']:.1%}"
-    console.print(words + f", {record['seconds']:.0f} s", highlight=False)
-
-
-def _epochs_done(job: Any) -> int:
-    try:
-        return len((Path(job.path) / "metrics.jsonl").read_text().splitlines())
-    except OSError:
-        return 0
-
-
-def _print_summary(tables: dict[str, Any]) -> None:
-    from unmoved import outcomes
-
-    view = Table(title="accuracy in %; under attack it is an upper bound", title_justify="left")
-    view.add_column("recipe", no_wrap=True)
-    summaries = {name: outcomes.summary(table) for name, table in tables.items() if table is not None}
-    measures = list(dict.fromkeys(measure for summary in summaries.values() for measure in summary["measure"]))
-    for measure in measures:
-        view.add_column(measure, justify="right")
-    view.add_column("95 % interval", justify="right", no_wrap=True)
-    view.add_column("n", justify="right")
-    for name, summary in summaries.items():
-        rows = summary.set_index("measure")
-        cells = [f"{100 * rows.accuracy[m]:.1f}" if m in rows.index else "" for m in measures]
-        worst = rows.loc[outcomes.WORST]
-        view.add_row(name, *cells, f"{100 * worst.low:.1f} - {100 * worst.high:.1f}", f"{worst['n']:.0f}")
-    (console if console.is_terminal else Console(width=1000)).print(view)  # nothing is cut off in a file
 
 
 if __name__ == "__main__":

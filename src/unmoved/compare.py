@@ -15,7 +15,7 @@ import torch
 
 from unmoved import config
 from unmoved.errors import UnmovedError
-from unmoved.judge import evaluate_run, weights_digest
+from unmoved.evaluation import evaluate_run, weights_digest
 from unmoved.loop import train_recipe
 from unmoved.run import Run
 

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, or grow line by line."""
 
 from __future__ import annotations
 
@@ -27,12 +27,32 @@ def write_atomic(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        what = "the disk is full" if full else str(error.strerror or error)
-        raise UnmovedError(
-            f"could not write {path}: {what}; what was saved before is intact: free some space (or mend the folder) "
-            "and repeat the command, with --resume where it trains"
-        ) from error
+        raise _unwritten(path, error) from error
     finally:
         with contextlib.suppress(OSError):  # after os.replace it is gone already
             temporary.unlink()
+
+
+def append(path: Path, data: bytes) -> None:
+    """Add to the end of a file; it is on disk when this returns. A crash may leave a part at the end.
+
+    Raises:
+        UnmovedError: as `write_atomic`.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "ab") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise _unwritten(path, error) from error
+
+
+def _unwritten(path: Path, error: OSError) -> UnmovedError:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    what = "the disk is full" if full else str(error.strerror or error)
+    return UnmovedError(
+        f"could not write {path}: {what}; what was saved before is intact: free some space (or mend the folder) "
+        "and repeat the command, with --resume where it trains"
+    )

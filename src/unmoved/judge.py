@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
-import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import nn
 
-from unmoved import config, views
-from unmoved.attacks import PGD
+from unmoved import views
+from unmoved.attacks import APGD
 from unmoved.errors import UnmovedError, require_number
-from unmoved.outcomes import COLUMNS
-from unmoved.precision import autocast, require_device
-from unmoved.protocols import Attack, Batch, Image, Label, Split
-from unmoved.run import Run
+from unmoved.journal import Journal
+from unmoved.outcomes import CLEAN, COLUMNS, ROBUST
+from unmoved.precision import autocast
+from unmoved.protocols import Attack, Batch, Ensemble, Image, Label, MinimumNormAttack, Split
 from unmoved.threat import ThreatModel
 from unmoved.weights import evaluating
+from unmoved.workers import Workers
 
-Progress = Callable[[int, int], None]
+Progress = Callable[[float, float, str], None]
+Keep = Callable[[str, Batch, Image, np.ndarray], None]
 
 
 def evaluate(
@@ -32,23 +32,30 @@ def evaluate(
     attacks: Mapping[str, Attack],
     threat: ThreatModel,
     *,
-    batch_size: int = 256,
+    batch_size: int = 128,
     precision: str = "float32",
+    workers: int = 1,
+    journal: Journal | None = None,
+    keep: Keep | None = None,
     progress: Progress | None = None,
 ) -> pd.DataFrame:
     """Outcomes of attacks on a model: one row per sample and attack, judged in float32 in evaluation mode.
 
     Attacks run on the samples that the model gets right; a sample misclassified as it is counts as lost with distance
-    0. No image outside the ball or outside [0, 1] is ever counted.
+    0. The parts of an ensemble run one after the other over all the data, each on what is still robust. No image
+    outside [0, 1] is ever counted, and none outside the ball as a success.
 
     Args:
         model: images (B, C, H, W) in [0, 1] -> logits (B, K); on any device.
-        split: the data.
-        attacks: name -> attack.
+        split: the data; read again for each attack, so that memory does not grow with it.
+        attacks: name -> attack or ensemble.
         threat: the ball that the judge holds every proposal to.
         batch_size: images a pass; the verdict does not depend on it.
         precision: of the search alone: ``"float32"``, ``"bf16"`` or ``"auto"``.
-        progress: called with (done, total) batches times attacks.
+        workers: threads that attack at a time on a CPU, each with a copy of the model; 0 for as many as torch uses.
+        journal: where answers are written as they come, and read back from after an interruption.
+        keep: called with (part, batch, proposals, which are successes) for whoever wants the images.
+        progress: called with (work done, work in all, what is known so far).
 
     Returns:
         A table with the columns of `unmoved.outcomes`.
@@ -60,25 +67,151 @@ def evaluate(
     if not attacks:
         raise UnmovedError("evaluate: expected at least one attack, came none")
     require_number("batch_size", batch_size, at_least=1)
+    require_number("workers", workers, at_least=0)
     if len(split) == 0:
         raise UnmovedError("evaluate: expected at least one sample, came none")
-    rows: list[pd.DataFrame] = []
-    total, done = -(-len(split) // batch_size) * len(attacks), 0
-    for batch in _checked_batches(model, split, batch_size, threat):
-        clean = predict(model, batch.x, batch.y)
-        right = clean == batch.y
-        attacked = batch.take(right)
-        for name, attack in attacks.items():
-            adversarial, distance = clean.clone(), torch.zeros(len(batch), dtype=torch.float64, device=clean.device)
-            if len(attacked):
-                proposal = propose(model, attack, attacked, threat, name, precision)
-                adversarial[right] = predict(model, proposal, attacked.y)
-                distance[right] = threat.distance(proposal, attacked.x)
-            rows.append(_rows(batch, name, threat, clean, adversarial, distance))
-            done += 1
-            if progress is not None:
-                progress(done, total)
-    return pd.concat(rows, ignore_index=True).sort_values(["attack", "index"], kind="stable", ignore_index=True)
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    tables = []
+    # A randomised model draws from the global generator: its draws are fixed, and the caller's state is put back.
+    with torch.random.fork_rng(devices), Workers(model, workers) as pool:
+        torch.manual_seed(0)
+        clean = _Clean(model, split, batch_size, threat)
+        listed = {name: parts_of(name, attack, clean.num_classes) for name, attack in attacks.items()}
+        done, total = 0.0, float(sum(len(parts) for parts in listed.values()) * max(int(clean.right.sum()), 1))
+        for name, parts in listed.items():
+            sheet = _Sheet(name, clean, threat, cumulative=isinstance(attacks[name], Ensemble))
+            for part, attack in parts.items():
+                sheet.begin()
+                met = max(int(sheet.open.sum()), 1)
+                if journal is not None:
+                    sheet.enter(part, *journal.read(name, part))
+                # The same chunks after an interruption, so that not even rounding differs.
+                size = max(1, min(batch_size, -(-met // pool.count)))
+                chunks = _chunks(model, split, sheet.waiting, size, threat)
+
+                def ask(own: nn.Module, chunk: _Chunk, part: str = part, attack: Attack = attack) -> _Answer:
+                    return _answer(own, attack, chunk[1], threat, part, precision)
+
+                right, ran = float(clean.right.sum()), 0
+                for (position, batch), (proposal, prediction, distance) in pool.map(ask, chunks):
+                    if keep is not None:
+                        keep(part, batch, proposal, sheet.success(prediction, batch.y.cpu().numpy(), distance))
+                    if journal is not None:
+                        journal.add(name, part, position, prediction, distance)
+                    sheet.enter(part, position, prediction, distance)
+                    ran += len(position)
+                    if progress is not None:
+                        progress(min(done + right * ran / met, total), total, sheet.words(part))
+                done += right
+                if progress is not None:
+                    progress(done, total, sheet.words(part))
+            tables.append(sheet.table())
+    return pd.concat(tables, ignore_index=True).sort_values(["attack", "index"], kind="stable", ignore_index=True)
+
+
+def parts_of(name: str, attack: Attack, num_classes: int) -> dict[str, Attack]:
+    """The parts of an ensemble, or the attack alone under its own name."""
+    return dict(attack.parts(num_classes)) if isinstance(attack, Ensemble) else {name: attack}
+
+
+class _Clean:
+    """What the model says of the clean images: one small number or two a sample."""
+
+    def __init__(self, model: nn.Module, split: Split, size: int, threat: ThreatModel) -> None:
+        index, label, prediction = [], [], []
+        for batch in checked_batches(model, split, size, threat):
+            predicted, self.num_classes = _predicted(model, batch.x, batch.y)
+            index.append(batch.index.cpu().numpy())
+            label.append(batch.y.cpu().numpy())
+            prediction.append(predicted.cpu().numpy())
+        self.index, self.label, self.prediction = map(np.concatenate, (index, label, prediction))
+        self.right = self.prediction == self.label
+
+
+class _Sheet:
+    """What is known of one attack on each sample so far."""
+
+    def __init__(self, name: str, clean: _Clean, threat: ThreatModel, cumulative: bool) -> None:
+        self.name, self.clean, self.threat, self.cumulative = name, clean, threat, cumulative
+        self.prediction, self.distance = clean.prediction.copy(), np.zeros(len(clean.label))
+        self.by = np.where(clean.right, ROBUST, CLEAN).astype(object)
+        self.open = clean.right.copy()
+        self._asked = np.zeros_like(self.open)
+
+    def begin(self) -> None:
+        """A new part: nobody has been asked yet."""
+        self._asked[:] = False
+
+    @property
+    def waiting(self) -> np.ndarray:
+        """A mask of the samples that the part at work is still to be run on."""
+        return self.open & ~self._asked
+
+    def success(self, prediction: np.ndarray, label: np.ndarray, distance: np.ndarray) -> np.ndarray:
+        return (prediction != label) & (distance <= self.threat.radius + self.threat.tolerance)
+
+    def enter(self, part: str, position: np.ndarray, prediction: np.ndarray, distance: np.ndarray) -> None:
+        self._asked[position] = True
+        won = self.success(prediction, self.clean.label[position], distance)
+        # An ensemble that fails proposes the clean image; an attack alone is shown with what it proposed.
+        said = won if self.cumulative else np.ones_like(won)
+        self.prediction[position[said]], self.distance[position[said]] = prediction[said], distance[said]
+        self.by[position[won]] = part
+        self.open[position[won]] = False
+
+    def words(self, part: str) -> str:
+        return f"{part}: robust accuracy at most {self.open.mean():.1%}"
+
+    def table(self) -> pd.DataFrame:
+        return pd.DataFrame(
+            {
+                "index": self.clean.index,
+                "label": self.clean.label,
+                "attack": self.name,
+                "eps": self.threat.radius,
+                "norm": self.threat.norm,
+                "clean_prediction": self.clean.prediction,
+                "adversarial_prediction": self.prediction,
+                "distance": self.distance,
+                "success": ~self.open,
+                "by": self.by,
+            }
+        )[list(COLUMNS)]
+
+
+_Chunk = tuple[np.ndarray, Batch]
+_Answer = tuple[Image, np.ndarray, np.ndarray]
+
+
+def _chunks(model: nn.Module, split: Split, mask: np.ndarray, size: int, threat: ThreatModel) -> Iterator[_Chunk]:
+    """(positions in the split, batch) of the samples where the mask is true, ``size`` at a time."""
+    held: list[Batch] = []
+    where = np.flatnonzero(mask)
+    read = yielded = 0
+    for batch in checked_batches(model, split, max(size, 256), threat):
+        few = torch.from_numpy(np.flatnonzero(mask[read : read + len(batch)])).to(batch.y.device)
+        read += len(batch)
+        if len(few):
+            held.append(batch.take(few))
+        whole = read == len(mask)
+        while held and (sum(map(len, held)) >= size or whole):
+            joined = _join(held)
+            rest = torch.arange(len(joined), device=joined.y.device)
+            yield where[yielded : yielded + size], joined.take(rest[:size])
+            yielded += min(size, len(joined))
+            held = [joined.take(rest[size:])] if len(joined) > size else []
+
+
+def _join(batches: Sequence[Batch]) -> Batch:
+    x, y, index = (torch.cat([getattr(batch, name) for batch in batches]) for name in ("x", "y", "index"))
+    return Batch(x, y, index)
+
+
+def _answer(model: nn.Module, attack: Attack, batch: Batch, threat: ThreatModel, name: str, precision: str) -> _Answer:
+    proposal = propose(model, attack, batch, threat, name, precision)
+    draws = attack.draws if isinstance(attack, APGD) else 1
+    prediction = predict(model, proposal, batch.y, draws)
+    return proposal, prediction.cpu().numpy(), threat.distance(proposal, batch.x).cpu().numpy()
 
 
 def propose(
@@ -93,18 +226,29 @@ def propose(
         raise UnmovedError(f"attack {name!r}: expected a tensor of images, came {type(proposal).__name__}")
     if proposal.dtype != batch.x.dtype:
         raise UnmovedError(f"attack {name!r}: expected images of {batch.x.dtype}, came {proposal.dtype}")
-    threat.check(proposal, batch.x, name)
+    # A minimum-norm attack may leave the ball, which is then no success; nobody may leave the valid images.
+    leaves = isinstance(attack, MinimumNormAttack) and attack.minimum_norm
+    (dataclasses.replace(threat, eps=_widest(threat)) if leaves else threat).check(proposal, batch.x, name)
     return proposal.detach()
 
 
-def predict(model: nn.Module, x: Image, y: Label) -> Label:
-    """The predicted class (B,), in float32 and evaluation mode.
+def _widest(threat: ThreatModel) -> float:
+    return threat.bounds[1] - threat.bounds[0] if threat.norm == "linf" else math.inf
+
+
+def predict(model: nn.Module, x: Image, y: Label, draws: int = 1) -> Label:
+    """The predicted class (B,), in float32 and evaluation mode; of a randomised model by the mean of ``draws`` logits.
 
     Raises:
         UnmovedError: logits that are not finite, or labels that the logits have no column for.
     """
+    return _predicted(model, x, y, draws)[0]
+
+
+def _predicted(model: nn.Module, x: Image, y: Label, draws: int = 1) -> tuple[Label, int]:
+    """(the predicted class (B,), the number of classes)."""
     with torch.no_grad(), evaluating(model), torch.autocast(x.device.type, enabled=False):
-        logits = views.logits(model, x)
+        logits = torch.stack([views.logits(model, x) for _ in range(draws)]).mean(dim=0)
     if not torch.isfinite(logits).all():
         raise UnmovedError(
             f"model {type(model).__name__}: expected finite logits, came NaN or infinity; a verdict would mean nothing"
@@ -113,70 +257,10 @@ def predict(model: nn.Module, x: Image, y: Label) -> Label:
         raise UnmovedError(
             f"labels: expected 0..{logits.shape[1] - 1} for {logits.shape[1]} logits, came {int(y.max())}"
         )
-    return logits.argmax(dim=1)
+    return logits.argmax(dim=1), logits.shape[1]
 
 
-def curve(
-    model: nn.Module,
-    split: Split,
-    attack: Attack,
-    threat: ThreatModel,
-    eps: Sequence[float],
-    *,
-    name: str = "pgd",
-    batch_size: int = 256,
-    progress: Progress | None = None,
-) -> pd.DataFrame:
-    """Outcomes of one attack at several radii, the attack's own threat model replaced at each.
-
-    Raises:
-        UnmovedError: an attack that is no dataclass with a ``threat`` field.
-    """
-    fields: set[str] = {f.name for f in dataclasses.fields(attack)} if dataclasses.is_dataclass(attack) else set()
-    if "threat" not in fields:
-        raise UnmovedError(f"curve: expected an attack with a threat field, came {attack!r}")
-    tables = []
-    for done, radius in enumerate(eps):
-        ball = dataclasses.replace(threat, eps=radius)
-        ours = dataclasses.replace(attack, threat=ball)  # type: ignore[type-var]
-        tables.append(evaluate(model, split, {name: ours}, ball, batch_size=batch_size))
-        if progress is not None:
-            progress(done + 1, len(eps))
-    return pd.concat(tables, ignore_index=True)
-
-
-def gallery(
-    model: nn.Module, split: Split, attack: Attack, threat: ThreatModel, count: int = 8, name: str = "attack"
-) -> dict[str, np.ndarray]:
-    """The first samples that the model gets right, with what the attack made of them, as arrays for `unmoved.run`."""
-    parts: list[dict[str, np.ndarray]] = []
-    missing = count
-    for batch in _checked_batches(model, split, 4 * count, threat):
-        clean = predict(model, batch.x, batch.y)
-        chosen = torch.nonzero(clean == batch.y).flatten()[:missing]
-        if len(chosen) == 0:
-            continue
-        taken = batch.take(chosen)
-        proposal = propose(model, attack, taken, threat, name)
-        parts.append(
-            {
-                "x": taken.x.cpu().numpy(),
-                "x_adv": proposal.cpu().numpy(),
-                "label": taken.y.cpu().numpy(),
-                "clean_prediction": clean[chosen].cpu().numpy(),
-                "adversarial_prediction": predict(model, proposal, taken.y).cpu().numpy(),
-                "attack": np.array([name] * len(taken)),
-            }
-        )
-        missing -= len(taken)
-        if missing == 0:
-            break
-    if not parts:
-        return {}
-    return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
-
-
-def _checked_batches(model: nn.Module, split: Split, size: int, threat: ThreatModel) -> Iterator[Batch]:
+def checked_batches(model: nn.Module, split: Split, size: int, threat: ThreatModel) -> Iterator[Batch]:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     low, high = threat.bounds
     for batch in split.batches(size):
@@ -188,106 +272,3 @@ def _checked_batches(model: nn.Module, split: Split, size: int, threat: ThreatMo
         if len(batch) and int(batch.y.min()) < 0:
             raise UnmovedError(f"labels: expected 0 or more, came {int(batch.y.min())}")
         yield batch.to(device)
-
-
-def _rows(
-    batch: Batch, name: str, threat: ThreatModel, clean: Label, adversarial: Label, distance: torch.Tensor
-) -> pd.DataFrame:
-    table = pd.DataFrame(
-        {
-            "index": batch.index.cpu().numpy(),
-            "label": batch.y.cpu().numpy(),
-            "attack": name,
-            "eps": threat.radius,
-            "norm": threat.norm,
-            "clean_prediction": clean.cpu().numpy(),
-            "adversarial_prediction": adversarial.cpu().numpy(),
-            "distance": distance.cpu().numpy(),
-            "success": (adversarial != batch.y).cpu().numpy(),
-        }
-    )
-    return table[list(COLUMNS)]
-
-
-CURVE_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
-CURVE_SAMPLES = 500
-
-
-def evaluate_run(
-    run: Run,
-    *,
-    n: int | None = None,
-    weights: str = "best",
-    batch_size: int = 256,
-    device: str = "auto",
-    allow: Collection[str] = (),
-    progress: Progress | None = None,
-) -> pd.DataFrame:
-    """Judge a run on the test part of its data and save outcomes, eps curve and gallery in its folder.
-
-    Args:
-        run: a run folder.
-        n: judge this many test images, drawn by a fixed seed; by default what the recipe says, or all.
-        weights: ``"best"`` (highest validation robust accuracy) or ``"last"``.
-        allow: packages of strangers whose code may run.
-
-    Returns:
-        The outcomes table of `evaluate`.
-
-    Raises:
-        UnmovedError: as `evaluate`; weights that are missing or do not fit.
-    """
-    require_device(device)
-    began = time.monotonic()
-    built = config.Built(config.parse(run.recipe, str(run.path / "recipe.toml")), allow)
-    model = built.model()
-    run.load_weights(model, weights)
-    model.to(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # the same numbers, faster convolutions
-    count = n or built.recipe.evaluation.n
-    split = built.data.test if count is None else built.data.test.take(min(count, len(built.data.test)), seed=0)
-    steps = radii(built.threat)
-    batches = -(-len(split) // batch_size) * len(built.attacks)
-
-    def advance(done: int, before: int = 0) -> None:
-        if progress is not None:
-            progress(before + done, batches + len(steps))
-
-    table = evaluate(
-        model, split, built.attacks, built.threat, batch_size=batch_size, progress=lambda done, _: advance(done)
-    )
-    sweep = PGD(built.threat, steps=20, keep="best", seed=built.recipe.training.seed)
-    few = split.take(min(CURVE_SAMPLES, len(split)), seed=0)
-    curve_table = curve(
-        model,
-        few,
-        sweep,
-        built.threat,
-        steps,
-        batch_size=batch_size,
-        progress=lambda done, _: advance(done, before=batches),
-    )
-    name, shown = next(reversed(built.attacks.items()))
-    facts = {
-        "n": len(split),
-        "split": split.name,
-        "weights": weights,
-        "weights_sha256": weights_digest(run, weights),
-        "threat": {"norm": built.threat.norm, "eps": built.threat.radius},
-        "attacks": {name: repr(attack) for name, attack in built.attacks.items()},
-        "classes": list(built.data.test.classes),
-        "seconds": round(time.monotonic() - began, 1),
-    }
-    run.save_evaluation(table, curve_table, gallery(model, split, shown, built.threat, name=name), facts)
-    return table
-
-
-def radii(threat: ThreatModel) -> list[float]:
-    """Where the curve is measured: shares of eps; for linf nothing beyond the box of valid images."""
-    largest = threat.bounds[1] - threat.bounds[0] if threat.norm == "linf" else math.inf
-    return sorted({min(share * threat.radius, largest) for share in CURVE_SHARES})
-
-
-def weights_digest(run: Run, weights: str) -> str:
-    """The sha256 of a weights file: says which weights a verdict is about."""
-    return hashlib.sha256((run.path / f"{weights}.safetensors").read_bytes()).hexdigest()

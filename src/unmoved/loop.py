@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from unmoved import config, judge, outcomes
 from unmoved import precision as formats
 from unmoved.attacks import PGD
+from unmoved.built import Built
 from unmoved.defenses import Plain
 from unmoved.errors import UnmovedError, require_number
 from unmoved.optim import SGD, Constant
@@ -233,7 +234,7 @@ def train_recipe(
             return run
     # Everything a recipe can get wrong is found before a folder is made.
     formats.require_device(device)
-    built = config.Built(recipe, allow, loading)
+    built = Built(recipe, allow, loading)
     model = built.model()
     share = recipe.training.validation
     part = built.data.train

@@ -1,7 +1,8 @@
 """The outcomes table: one row per sample and attack, on disk as CSV, and what may be said from it.
 
 A sample counts as robust against an attack when its clean prediction is right and the attack did not succeed; success
-is a wrong prediction within eps (a minimum-norm attack may propose a point outside, which is then no success). The
+is a wrong prediction within eps (a minimum-norm attack may propose a point outside, which is then no success). ``by``
+says what broke the sample: a part of an ensemble, the attack itself, ``clean``, or ``none`` where it stands. The
 worst case is taken per sample, over all attacks: it is never above the accuracy under the strongest single attack.
 """
 
@@ -28,10 +29,12 @@ TYPES: dict[str, Any] = {
     "adversarial_prediction": np.int64,
     "distance": np.float64,
     "success": np.bool_,
+    "by": object,
 }
 COLUMNS = tuple(TYPES)
 EXPECTED = {np.int64: "an integer", object: "a name", np.float64: "a finite number", np.bool_: "True or False"}
 CLEAN, WORST = "clean", "worst case"
+ROBUST = "none"
 
 
 def write(table: pd.DataFrame, path: Path) -> None:
@@ -93,6 +96,12 @@ def checked(table: pd.DataFrame, source: str = "outcomes") -> pd.DataFrame:
             f"{source}: success must be 'prediction is wrong and distance <= eps'; came success={row['success']} with "
             f"label {row['label']}, prediction {row['adversarial_prediction']}, distance {row['distance']:g}, "
             f"eps {row['eps']:g} (sample {row['index']}, attack {row['attack']!r})"
+        )
+    if ((table["by"] != ROBUST) != table["success"]).any():
+        row = table[(table["by"] != ROBUST) != table["success"]].iloc[0]
+        raise UnmovedError(
+            f"{source}: by must be {ROBUST!r} where success is False and only there; came by={row['by']!r} with "
+            f"success={row['success']} (sample {row['index']}, attack {row['attack']!r})"
         )
     return table
 

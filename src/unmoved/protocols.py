@@ -9,7 +9,7 @@ Shapes: ``Image`` (B, C, H, W) float in [0, 1]; ``Label`` and ``Index`` (B,) int
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
@@ -44,6 +44,7 @@ class Batch:
         y: (B,) int64, labels.
         index: (B,) int64, a sample's identity for ever; 0..B-1 unless given. Keys all noise and per-sample memory.
         step: the optimizer step, set by the training loop; with ``index`` it keys the noise.
+        target: (B,) int64, the class that a targeted attack aims at; None where nobody aims.
 
     Raises:
         UnmovedError: images or labels of the wrong shape or type.
@@ -53,6 +54,7 @@ class Batch:
     y: Label
     index: Index = field(default=None)  # type: ignore[assignment]
     step: int = 0
+    target: Label | None = None
 
     def __post_init__(self) -> None:
         for name, value in (("x", self.x), ("y", self.y), ("index", self.index)):
@@ -75,17 +77,26 @@ class Batch:
                 f"Batch.index: expected int64 of shape {tuple(self.y.shape)}, "
                 f"came {self.index.dtype} {tuple(self.index.shape)}"
             )
+        if self.target is not None and (self.target.dtype != torch.int64 or self.target.shape != self.y.shape):
+            raise UnmovedError(
+                f"Batch.target: expected int64 classes of shape {tuple(self.y.shape)}, "
+                f"came {self.target.dtype} {tuple(self.target.shape)}"
+            )
 
     def __len__(self) -> int:
         return len(self.y)
 
     def to(self, device: torch.device | str) -> Batch:
         """The same samples on another device."""
-        return replace(self, x=self.x.to(device), y=self.y.to(device), index=self.index.to(device))
+        return self._map(lambda tensor: tensor.to(device))
 
     def take(self, which: Tensor) -> Batch:
         """The samples chosen by a mask or by positions; identities and step stay."""
-        return replace(self, x=self.x[which], y=self.y[which], index=self.index[which])
+        return self._map(lambda tensor: tensor[which])
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        target = None if self.target is None else change(self.target)
+        return replace(self, x=change(self.x), y=change(self.y), index=change(self.index), target=target)
 
 
 @runtime_checkable
@@ -93,6 +104,30 @@ class Attack(Protocol):
     """Proposes a perturbed image for each sample. Pure: nothing of the caller changes, not even its random state."""
 
     def __call__(self, model: nn.Module, batch: Batch) -> Image: ...
+
+
+@runtime_checkable
+class MinimumNormAttack(Protocol):
+    """An attack that seeks the nearest misclassified image and may leave the ball, which is then no success."""
+
+    minimum_norm: bool
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Image: ...
+
+
+@runtime_checkable
+class Ensemble(Protocol):
+    """Attacks that run in turn, each from the clean image, on the samples that those before it left robust."""
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Image: ...
+
+    def parts(self, num_classes: int) -> Mapping[str, Attack]:
+        """The attacks by name, in their order."""
+        ...
+
+    def notes(self, num_classes: int) -> list[str]:
+        """What was adapted to this many classes, in sentences; empty where nothing was."""
+        ...
 
 
 @runtime_checkable

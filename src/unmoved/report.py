@@ -18,7 +18,9 @@ from matplotlib.figure import Figure
 
 from unmoved import drawing, figures
 from unmoved.beside import beside
+from unmoved.breakdown import breakdown
 from unmoved.errors import UnmovedError
+from unmoved.opinion import DO_NOT_BELIEVE, LOOK_CLOSER
 from unmoved.outcomes import CLEAN, WORST
 from unmoved.verdicts import Verdict, verdicts
 
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 TITLES = {
     "summary": "Summary",
     "results": "Results",
+    "doctor": "Doctor",
+    "broken": "What broke it",
     "tradeoff": "Trade-off",
     "curve": "Accuracy against eps",
     "training": "Training",
@@ -36,6 +40,7 @@ TITLES = {
     "reading": "How to read this",
     "provenance": "Provenance",
 }
+WORDS = {"CLEAN": CLEAN, "WORST": WORST, "DO_NOT_BELIEVE": DO_NOT_BELIEVE, "LOOK_CLOSER": LOOK_CLOSER}
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +102,7 @@ def write(runs: Sequence[Run], path: Path, title: str, extra: Sequence[Section] 
     page = (
         _environment()
         .get_template("report.html.jinja")
-        .render(title=title, titles=titles, extra=extra, pictures=pictures, CLEAN=CLEAN, WORST=WORST, **_facts(judged))
+        .render(title=title, titles=titles, extra=extra, pictures=pictures, **WORDS, **_facts(judged))
     )
     _save(path, page, {folder / f"{stem}.svg": svg for stem, svg in files.items()})
     return path
@@ -109,7 +114,7 @@ def _beside(judged: Sequence[Verdict]) -> list[Section]:
     text = (
         "In brackets the difference to the base method on the same images and seeds, in points, with a 95 % interval "
         "over images; helps and hurts are said only where every seed agrees. Robust is the worst case over the attacks "
-        "here, an upper bound; a method that gains under weak attacks alone has not gained.",
+        "of the evaluation, an upper bound; a method that gains under weak attacks alone has not gained.",
     )
     return [Section("beside", "Beside the base method", text, table)] if len(table) else []
 
@@ -136,6 +141,7 @@ def _figures(judged: Sequence[Verdict]) -> dict[str, list[tuple[str, Figure]]]:
     names = [str(name) for name in evaluation.get("classes") or ()]
     curves = [verdict.curve for verdict in judged if verdict.curve is not None]
     return {
+        "broken": [("", breakdown(pd.concat([verdict.broken for verdict in judged])))],
         "tradeoff": [("", figures.tradeoff(pd.concat([verdict.by_seed for verdict in judged])))],
         "curve": [("", figures.robustness_curve(pd.concat(curves), norm=how.norm, eps=how.eps))] if curves else [],
         "training": [(v.name, figures.training_curves(v.metrics)) for v in judged if v.metrics is not None],
@@ -146,19 +152,40 @@ def _figures(judged: Sequence[Verdict]) -> dict[str, list[tuple[str, Figure]]]:
 
 def _facts(judged: Sequence[Verdict]) -> dict[str, Any]:
     """What the words and tables of the page are made from."""
-    ranked = sorted(judged, key=lambda verdict: -verdict.measures[WORST]["accuracy"])
-    top = ranked[0].measures[WORST]
-    lower = [verdict for verdict in ranked if verdict.measures[WORST]["accuracy"] < top["accuracy"]]
+    first = judged[0].runs[0]
+    settled = [verdict for verdict in judged if verdict.autoattack is not None]
+    pool = sorted(settled or judged, key=lambda verdict: -verdict.robust["accuracy"])
+    top = pool[0].robust
+    lower = [verdict for verdict in pool if verdict.robust["accuracy"] < top["accuracy"]]
+    bounded = [verdict for verdict in judged if verdict not in pool]
     return {
         "verdicts": judged,
-        "protocol": judged[0].runs[0].protocol,
-        "attacks": [name for name in judged[0].measures if name not in (CLEAN, WORST)],
-        "best": ranked[: len(ranked) - len(lower)],
+        "protocol": first.protocol,
+        "attacks": [] if first.evaluation is first.verdict else list(first.protocol.attacks),
+        "settled": settled,
+        "best": pool[: len(pool) - len(lower)],
         "second": lower[0] if lower else None,
-        "rivals": [verdict for verdict in lower if verdict.measures[WORST]["high"] >= top["low"]],
+        "rivals": [verdict for verdict in lower if verdict.robust["high"] >= top["low"]],
+        "bounded": bounded,  # by other attacks alone, while AutoAttack has judged some recipe
+        "open": [verdict for verdict in bounded if verdict.measures[WORST]["accuracy"] >= top["accuracy"]],
         "cleanest": max(judged, key=lambda verdict: verdict.measures[CLEAN]["accuracy"]),
         "several_seeds": any(len(verdict.runs) > 1 for verdict in judged),
+        "stale": [line for verdict in judged for run in verdict.runs for line in run.stale],
+        "notes": _notes(judged),
     }
+
+
+def _notes(judged: Sequence[Verdict]) -> list[str]:
+    """What an attack had to do otherwise than usual, and for which recipes, where not for all."""
+    told: dict[str, list[str]] = {}
+    for verdict in judged:
+        for run in verdict.runs:
+            both = [("", run.evaluation), ("AutoAttack: ", run.verdict or {})]
+            for who, facts in both[run.evaluation is run.verdict :]:
+                for note in facts.get("notes") or ():
+                    names = told.setdefault(f"{who}{note}", [])
+                    names += [] if verdict.name in names else [verdict.name]
+    return [note if len(names) == len(judged) else f"{', '.join(names)}: {note}" for note, names in told.items()]
 
 
 def _new_stem(words: str, taken: Mapping[str, str]) -> str:

@@ -141,31 +141,55 @@ class Run:
     # --- evaluation
 
     def save_evaluation(
-        self, table: pd.DataFrame, curve: pd.DataFrame, gallery: dict[str, np.ndarray], facts: dict[str, Any]
+        self,
+        table: pd.DataFrame,
+        facts: dict[str, Any],
+        *,
+        kind: str = "evaluation",
+        curve: pd.DataFrame | None = None,
+        gallery: dict[str, np.ndarray] | None = None,
     ) -> None:
-        """``evaluation.json`` comes last: an evaluation is there when it is."""
-        folder = self.path / "evaluation"
+        """Into the folder ``kind``; ``<kind>.json`` comes last: an evaluation is there when it is."""
+        folder = self.path / kind
         with suppress(NotADirectoryError):  # the writes below say it better
-            (folder / "evaluation.json").unlink(missing_ok=True)
+            (folder / f"{kind}.json").unlink(missing_ok=True)
         outcomes.write(table, folder / "outcomes.csv")
-        outcomes.write(curve, folder / "curve.csv")
-        buffer = io.BytesIO()
-        np.savez_compressed(buffer, **gallery)  # type: ignore[arg-type]
-        write_atomic(folder / "gallery.npz", buffer.getvalue())
-        write_atomic(folder / "evaluation.json", _json(facts))
+        if curve is not None:
+            outcomes.write(curve, folder / "curve.csv")
+        if gallery is not None:
+            buffer = io.BytesIO()
+            np.savez_compressed(buffer, **gallery)  # type: ignore[arg-type]
+            write_atomic(folder / "gallery.npz", buffer.getvalue())
+        write_atomic(folder / f"{kind}.json", _json(facts))
 
     @property
     def evaluation(self) -> dict[str, Any] | None:
         return self._read_json("evaluation/evaluation.json")
 
     @property
+    def verdict(self) -> dict[str, Any] | None:
+        """The facts of AutoAttack's verdict, or None."""
+        return self._read_json("verdict/verdict.json")
+
+    @property
+    def doctor(self) -> dict[str, Any] | None:
+        """What `unmoved doctor` found and about which weights, or None where nobody looked."""
+        return self._read_json("doctor.json")
+
+    @property
     def outcomes(self) -> pd.DataFrame | None:
-        path = self.path / "evaluation" / "outcomes.csv"
-        return outcomes.read(path) if path.exists() else None
+        return self._outcomes("evaluation/outcomes.csv")
+
+    @property
+    def verdict_outcomes(self) -> pd.DataFrame | None:
+        return self._outcomes("verdict/outcomes.csv")
 
     @property
     def curve(self) -> pd.DataFrame | None:
-        path = self.path / "evaluation" / "curve.csv"
+        return self._outcomes("evaluation/curve.csv")
+
+    def _outcomes(self, name: str) -> pd.DataFrame | None:
+        path = self.path / name
         return outcomes.read(path) if path.exists() else None
 
     @property

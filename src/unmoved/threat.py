@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -12,12 +13,40 @@ from unmoved.errors import UnmovedError, require_choice
 from unmoved.protocols import Batch, Image, PerSample
 from unmoved.schedule import Ramp, number, require_ramp
 
-NORMS = ("linf", "l2")
+NORMS = ("linf", "l2", "l1")
+_ORDER = {"linf": math.inf, "l2": 2.0, "l1": 1.0}
 
 
-def _flat_norm(v: Tensor) -> Tensor:
-    """The l2 norm of each sample, (B, 1, 1, 1)."""
-    return torch.linalg.vector_norm(v.flatten(1), dim=1).reshape(-1, *[1] * (v.ndim - 1))
+def _flat_norm(v: Tensor, order: float = 2.0) -> Tensor:
+    """The norm of each sample, (B, 1, 1, 1)."""
+    return torch.linalg.vector_norm(v.flatten(1), ord=order, dim=1).reshape(-1, *[1] * (v.ndim - 1))
+
+
+def _soft_threshold(size: Tensor, room: Tensor, eps: float | Tensor) -> Tensor:
+    """``s_i = clamp(size_i - t, 0, room_i)`` with the smallest t >= 0 for which ``sum_i s_i <= eps``, (B, d).
+
+    The sum falls piecewise linearly in t, so Newton's method is exact once it is on the root's piece. Where it has not
+    come there soon, every third turn halves the bracket instead.
+    """
+    goal = torch.as_tensor(eps, dtype=size.dtype, device=size.device).reshape(-1, 1)
+    t = below = torch.zeros_like(size[:, :1])
+    above = size.amax(1, keepdim=True)
+    for turn in range(1, 200):
+        left = size - t
+        kept = torch.minimum(left.clamp_min(0), room)
+        excess = kept.sum(1, keepdim=True) - goal
+        slope = left.eq_(kept).sum(1, keepdim=True)  # in place: as floats they add up faster than as bools
+        # What rounding of the sum and of t leaves in doubt; the last line below settles it.
+        doubt = 4 * torch.finfo(size.dtype).eps * (goal + slope * t)
+        done = torch.where(t == 0, excess <= doubt, excess.abs() <= doubt)
+        if done.all():
+            break
+        below, above = torch.where(excess > 0, t, below), torch.where(excess > 0, above, t)
+        newton = t + excess / slope.clamp_min(1)
+        safe = (slope > 0) & (newton >= below) & (newton <= above) & (turn < 8 or turn % 3 > 0)
+        t = torch.where(done, t, torch.where(safe, newton, (below + above) / 2))
+    total = kept.sum(1, keepdim=True)
+    return torch.where(total > goal, kept * (goal / total.clamp_min(1e-30)), kept)
 
 
 @dataclass(frozen=True)
@@ -25,7 +54,7 @@ class ThreatModel:
     """The ball ``{x' : ||x' - x||_norm <= eps}`` intersected with the box of valid images.
 
     Args:
-        norm: ``"linf"`` or ``"l2"``, over all pixels and channels of one image.
+        norm: ``"linf"``, ``"l2"`` or ``"l1"``, over all pixels and channels of one image.
         eps: the radius, on images in [0, 1].
         bounds: smallest and largest valid pixel value.
 
@@ -61,8 +90,8 @@ class ThreatModel:
     def start(self, batch: Batch, *, seed: int, stream: int = 0, radius: PerSample | None = None) -> Image:
         """A random point of the ball for each sample, keyed by (seed, stream, step, index): (B, C, H, W).
 
-        linf: uniform in the box of side 2 eps. l2: uniform in the ball (radius ~ U^(1/d)). Then clipped to valid
-        images. ``radius`` (B,) replaces eps sample by sample.
+        linf: uniform in the box of side 2 eps. l2 and l1: uniform in the ball (a normal or a Laplace direction, radius
+        ~ U^(1/d)). Then clipped to valid images. ``radius`` (B,) replaces eps sample by sample.
         """
         x, eps = batch.x, self._radii(radius, batch.x)
         shape = tuple(x.shape[1:])
@@ -70,9 +99,15 @@ class ThreatModel:
         if self.norm == "linf":
             delta = noise.uniform(batch.index, shape, stream=2 * stream, **key) * 2 - 1
         else:
-            direction = noise.normal(batch.index, shape, stream=2 * stream, **key)
+            if self.norm == "l2":
+                direction = noise.normal(batch.index, shape, stream=2 * stream, **key)
+            else:
+                # Laplace by its inverse distribution function, from the middles of the 2^24 cells of the draw.
+                centred = noise.uniform(batch.index, shape, stream=2 * stream, **key).double() * 2 - (1 - 2.0**-24)
+                direction = (-torch.log1p(-centred.abs()) * centred.sign()).float()
             share = noise.uniform(batch.index, (1,) * len(shape), stream=2 * stream + 1, **key)
-            delta = direction / _flat_norm(direction).clamp_min(1e-12) * share ** (1 / max(x[0].numel(), 1))
+            length = _flat_norm(direction, _ORDER[self.norm]).clamp_min(1e-12)
+            delta = direction / length * share ** (1 / max(x[0].numel(), 1))
         return self.project(x + eps * delta.to(x.dtype), x, radius)
 
     def _radii(self, radius: PerSample | None, x: Image) -> float | Tensor:
@@ -80,31 +115,51 @@ class ThreatModel:
         return self.radius if radius is None else radius.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
 
     def steepest(self, gradient: Tensor) -> Tensor:
-        """The unit step that raises the loss most to first order: sign(g) for linf, g / ||g||_2 for l2.
+        """The unit step that raises the loss most to first order.
 
-        A zero gradient gives a zero step.
+        linf: sign(g). l2: g / ||g||_2. l1: the sign of the entry of largest size, the first of them in (C, H, W) order
+        where several tie, zero elsewhere. A zero gradient gives a zero step.
         """
         if self.norm == "linf":
             return gradient.sign()
+        if self.norm == "l1":
+            flat = gradient.flatten(1)
+            top = flat.abs().argmax(1, keepdim=True)  # the first of equals, as torch documents
+            return torch.zeros_like(flat).scatter(1, top, flat.gather(1, top).sign()).reshape(gradient.shape)
         # Scaled first: the squares of a confident model's gradient (a margin of 60 makes 1e-26) vanish in float32.
         largest = gradient.flatten(1).abs().amax(1).reshape(-1, *[1] * (gradient.ndim - 1))
         scaled = gradient / torch.where(largest > 0, largest, 1.0)
         return scaled / torch.where(largest > 0, _flat_norm(scaled), 1.0)
 
     def project(self, x_adv: Image, x: Image, radius: PerSample | None = None) -> Image:
-        """The nearest point of the ball around ``x``, then clipped to valid images; ``radius`` as in `start`."""
+        """The nearest point of the ball around ``x``, then clipped to valid images; ``radius`` as in `start`.
+
+        l1: the nearest point of the ball cut by the box of valid images, which clipping would not give (Croce and
+        Hein 2021, "Mind the box", section 3).
+        """
         eps, delta = self._radii(radius, x), x_adv - x
         if self.norm == "linf":
             delta = delta.clamp(-eps, eps)  # type: ignore[arg-type]  # both tensors or both numbers
+        elif self.norm == "l1":
+            return self._into_l1(x, delta, eps)
         else:
             length = _flat_norm(delta)
             delta = torch.where(length > eps, delta * (eps / length.clamp_min(1e-30)), delta)
         return (x + delta).clamp(*self.bounds)
 
+    def _into_l1(self, x: Image, delta: Tensor, eps: float | Tensor) -> Image:
+        """``x + d``, d minimising ``||d - delta||_2`` over ``||d||_1 <= eps`` and valid images."""
+        low, high = self.bounds
+        room = torch.where(delta > 0, high - x, x - low).clamp_min(0)
+        size = _soft_threshold(delta.abs().flatten(1), room.flatten(1), eps).reshape(x.shape)
+        x_adv = (x + size * delta.sign()).clamp(low, high)
+        # Rounding adds up over pixels in this norm: where it went away from x, the next number towards x is taken.
+        return torch.where((x_adv - x).abs() > size, torch.nextafter(x_adv, x), x_adv)
+
     def distance(self, x_adv: Image, x: Image) -> PerSample:
         """``||x_adv - x||`` in the norm, (B,), computed in float64."""
         delta = (x_adv.double() - x.double()).flatten(1)
-        return torch.linalg.vector_norm(delta, ord=float("inf") if self.norm == "linf" else 2, dim=1)
+        return torch.linalg.vector_norm(delta, ord=_ORDER[self.norm], dim=1)
 
     @property
     def tolerance(self) -> float:

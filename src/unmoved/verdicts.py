@@ -1,7 +1,7 @@
 """Runs -> verdicts: the seeds of one recipe taken together, after a look whether all runs were judged alike.
 
 Accuracies are only comparable on the same data, in the same ball, under the same attacks; `verdicts` refuses anything
-else.
+else. What AutoAttack and the doctor say is added where it is about the same weights.
 """
 
 from __future__ import annotations
@@ -10,85 +10,19 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
 from unmoved import outcomes
 from unmoved.errors import UnmovedError
+from unmoved.judged import Judged, Protocol
+from unmoved.opinion import Opinion, opinion
+from unmoved.outcomes import CLEAN, WORST
 
 if TYPE_CHECKING:
     from unmoved.run import Run
-
-
-class Protocol(NamedTuple):
-    """How a run was judged: two runs are comparable when these agree."""
-
-    split: str
-    norm: str
-    eps: float
-    attacks: tuple[str, ...]
-    n: int
-
-
-@dataclass(frozen=True, eq=False)
-class Judged:
-    """An evaluated run, read from its folder once (a `Run` reads its files anew each time it is asked)."""
-
-    path: Path
-    name: str
-    seed: int
-    recipe: dict[str, Any]
-    provenance: dict[str, Any]
-    metrics: pd.DataFrame
-    outcomes: pd.DataFrame
-    curve: pd.DataFrame | None
-    gallery: dict[str, np.ndarray] | None
-    evaluation: dict[str, Any]
-
-    @classmethod
-    def of(cls, run: Run) -> Judged:
-        """Read a run.
-
-        Raises:
-            UnmovedError: it was not evaluated, or its outcomes do not hold the samples that its evaluation names.
-        """
-        evaluation, table = run.evaluation, run.outcomes
-        if evaluation is None or table is None:
-            raise UnmovedError(
-                f"{run.path}: expected an evaluated run, came none; run `unmoved evaluate {run.path}` first"
-            )
-        n = table["index"].nunique()
-        if evaluation.get("n", n) != n:
-            raise UnmovedError(
-                f"{run.path}: expected outcomes of {evaluation['n']} samples, came {n}; "
-                f"run `unmoved evaluate {run.path}` again"
-            )
-        gallery = run.gallery or {}
-        return cls(
-            path=run.path,
-            name=run.name,
-            seed=run.seed,
-            recipe=run.recipe,
-            provenance=run.provenance,
-            metrics=run.metrics,
-            outcomes=table,
-            curve=run.curve,
-            gallery=gallery if len(gallery.get("x", ())) else None,
-            evaluation=evaluation,
-        )
-
-    @cached_property
-    def protocol(self) -> Protocol:
-        return Protocol(
-            split=str(self.evaluation.get("split", "unknown")),
-            norm=str(self.outcomes["norm"].iloc[0]),
-            eps=float(self.outcomes["eps"].max()),
-            attacks=tuple(sorted(self.outcomes["attack"].unique())),
-            n=int(self.outcomes["index"].nunique()),
-        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,6 +37,55 @@ class Verdict:
         """By measure ("clean", each attack, "worst case"): the row of `outcomes.across_seeds`."""
         rows: list[dict[Any, Any]] = self._across(outcomes.summary).to_dict("records")
         return {row["measure"]: row for row in rows}
+
+    @cached_property
+    def settled(self) -> tuple[Judged, ...]:
+        """The runs that AutoAttack has judged."""
+        return tuple(run for run in self.runs if run.autoattack is not None)
+
+    @cached_property
+    def autoattack(self) -> dict[str, Any] | None:
+        """What AutoAttack leaves, as a row of `measures`; None where it has judged no seed."""
+        tables = [run.autoattack for run in self.settled if run.autoattack is not None]
+        rows: list[dict[Any, Any]] = outcomes.across_seeds(tables, worst).to_dict("records") if tables else []
+        return rows[0] if rows else None
+
+    @cached_property
+    def autoattack_by_seed(self) -> dict[int, dict[str, Any]]:
+        """What AutoAttack leaves of each seed that it judged, as rows of `outcomes.summary`."""
+        tables = {run.seed: run.autoattack for run in self.settled if run.autoattack is not None}
+        return {seed: dict(worst(table).to_dict("records")[0]) for seed, table in tables.items()}  # type: ignore[arg-type]
+
+    @property
+    def versions(self) -> str:
+        """Which versions of AutoAttack judged, where it was not the standard one: ``"rand"``."""
+        names = {str(name) for run in self.settled if run.autoattack is not None for name in run.autoattack["attack"]}
+        return "" if names <= {"autoattack"} else ", ".join(n.partition("-")[2] or "standard" for n in sorted(names))
+
+    @property
+    def robust(self) -> dict[str, Any]:
+        """AutoAttack's row where there is one, otherwise that of the worst case."""
+        return self.autoattack or self.measures[WORST]
+
+    @cached_property
+    def broken(self) -> pd.DataFrame:
+        """recipe, source, by, place, share, n: `Judged.broken`, in the mean over the seeds that AutoAttack judged.
+
+        In the mean over all seeds where it judged none.
+        """
+        runs = self.settled or self.runs
+        tables = pd.concat([run.broken for run in runs])
+        shares = tables.groupby("by").agg(place=("place", "min"), share=("share", "sum")).reset_index()
+        shares["share"] /= len(runs)
+        source = ", ".join(name for name in self.measures if name not in (CLEAN, WORST))
+        if self.settled:
+            source = "AutoAttack" + (f" {self.versions}" if self.versions else "")
+        return shares.sort_values("place").assign(recipe=self.name, source=source, n=self.robust["n"])
+
+    @cached_property
+    def opinion(self) -> Opinion:
+        """What the doctor says of all seeds together."""
+        return opinion(self.runs)
 
     @cached_property
     def by_seed(self) -> pd.DataFrame:
@@ -177,6 +160,12 @@ def verdicts(runs: Sequence[Run]) -> list[Verdict]:
         Verdict(name if names.count(name) == 1 else f"{name} [{members[0].path}]", tuple(members))
         for (name, _), members in groups.items()
     ]
+
+
+def worst(table: pd.DataFrame) -> pd.DataFrame:
+    """The row of `outcomes.summary` that says what stands against every attack."""
+    rows = outcomes.summary(table)
+    return rows[rows["measure"] == WORST]
 
 
 def _require_alike(runs: Sequence[Judged]) -> None:

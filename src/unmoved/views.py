@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -30,6 +31,12 @@ def logits(model: nn.Module, x: Image) -> Logits:
     return out.float() if out.dtype in (torch.float16, torch.bfloat16) else out
 
 
+def ranked_wrong(values: Logits, y: Label) -> Tensor:
+    """The wrong classes by falling value, (B, K - 1) int64."""
+    is_true = torch.zeros_like(values, dtype=torch.bool).scatter_(1, y[:, None], True)
+    return values.masked_fill(is_true, -torch.inf).sort(dim=1, descending=True, stable=True).indices[:, :-1]
+
+
 class Views:
     """The clean and the adversarial view of one batch.
 
@@ -51,18 +58,25 @@ class Views:
         self._clean: Logits | None = None
         self._constant: Logits | None = None
         self._adv: Logits | None = None
+        self._target: Label | None = batch.target
         self.y: Label = batch.y
         self.index: Index = batch.index
 
     @classmethod
     def of(
-        cls, *, y: Label, clean: Logits | None = None, adv: Logits | None = None, index: Index | None = None
+        cls,
+        *,
+        y: Label,
+        clean: Logits | None = None,
+        adv: Logits | None = None,
+        index: Index | None = None,
+        target: Label | None = None,
     ) -> Views:
         """Views of ready logits (B, K), for tests and for users' own loops."""
         views = cls.__new__(cls)
         views._model = views._batch = views._x_adv = views._base = None
         views._clean, views._constant, views._adv = clean, None, adv
-        views.y = y
+        views.y, views._target = y, target
         views.index = torch.arange(len(y), device=y.device) if index is None else index
         for name, value in (("clean", clean), ("adv", adv)):
             if value is not None and (value.ndim != 2 or len(value) != len(y)):
@@ -72,7 +86,7 @@ class Views:
     def at(self, x_adv: Image) -> Views:
         """The same batch with another adversarial image; the clean logits are computed once for all and constant."""
         views = Views(self.model, self.batch, x_adv)
-        views._base = self
+        views._base, views._target = self, self._target
         return views
 
     def take(self, which: Tensor) -> Views:
@@ -82,6 +96,13 @@ class Views:
         views._clean = None if self._clean is None else self._clean[which]
         views._constant = None if self._constant is None else self._constant[which]
         views._adv = None if self._adv is None else self._adv[which]
+        views._target = None if self._target is None else self._target[which]
+        return views
+
+    def aim(self, target: Label) -> Views:
+        """The same views with ``target`` (B,) as the class to aim at."""
+        views = copy.copy(self)
+        views._target = target
         return views
 
     @property
@@ -108,6 +129,13 @@ class Views:
         return self.batch.x
 
     @property
+    def target(self) -> Label:
+        """(B,) the class that is aimed at: the batch's, or the wrong class with the highest clean logit."""
+        if self._target is None:
+            self._target = ranked_wrong(self._constant_clean(), self.y)[:, 0]
+        return self._target
+
+    @property
     def clean(self) -> Logits:
         if self._clean is None:
             if self._base is not None:
@@ -121,7 +149,7 @@ class Views:
     def _constant_clean(self) -> Logits:
         """The clean logits without a graph; they do not take the graph from ``clean``, nor hand it on."""
         if self._constant is None:
-            if self._clean is not None or self._base is not None:
+            if self._clean is not None or self._base is not None or self._model is None:
                 self._constant = self.clean.detach()
             else:
                 with torch.no_grad():

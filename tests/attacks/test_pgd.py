@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from unmoved.attacks import APGD, FGSM, PGD, Friendly, Sensible
+from unmoved.attacks.ascent import attacking, gradient_at
+from unmoved.attacks.pace import MomentumPace
 from unmoved.errors import UnmovedError
 from unmoved.protocols import Batch
 from unmoved.schedule import Ramp, resolve
@@ -98,8 +100,6 @@ def test_best_includes_the_final_iterate_and_never_the_clean_image(trained):
 def test_kl_needs_its_start(trained):
     """T8: at the clean image the gradient of KL is rounding noise; from the gaussian start it is not."""
     model, batch = trained
-    from unmoved.attacks.ascent import attacking, gradient_at
-
     with attacking(model, batch, "eval") as views:
         _, at_clean, _ = gradient_at(views, batch.x, KL())
         start = PGD(LINF, loss=KL(), start="gaussian", steps=0)(model, batch)
@@ -228,30 +228,42 @@ def test_apgd_is_at_least_as_strong_as_pgd(trained):
         assert 0 < apgd <= pgd + 0.01
 
 
+def pace_of(samples, steps=100, compat=False):
+    x = torch.zeros(samples, 1, 1, 1)
+    return MomentumPace(ThreatModel("linf", 0.1), x, x, torch.zeros(samples), x, steps, compat)
+
+
 def test_apgd_checkpoints_are_the_papers():
     """T27: for 100 steps they fall after steps 22, 41, 57, 70, 80, 87, 93, 99 (counted from 1)."""
-    from unmoved.attacks.apgd import _like, _Pace
-
-    seen = []
-    gradient = torch.zeros(1, 1, 1, 1)
-    pace = _Pace(torch.zeros(1), gradient, 0.2, _like(gradient), 100)
+    seen, pace = [], pace_of(1)
     for step in range(100):
-        _, back = pace.observe(torch.zeros(1), gradient, step)
-        if back is not None:
+        before = pace.next_check
+        pace.observe(pace.x, torch.zeros(1), pace.x, step)
+        if pace.next_check != before:
             seen.append(step)
     assert seen == [21, 40, 56, 69, 79, 86, 92, 98]
 
 
 def test_apgd_halves_where_the_loss_stops_rising():
-    from unmoved.attacks.apgd import _like, _Pace
-
-    gradient = torch.zeros(2, 1, 1, 1)
-    pace = _Pace(torch.zeros(2), gradient, 0.2, _like(gradient), 100)
+    pace = pace_of(2)
     for step in range(22):  # the first sample rises at each step, the second never
-        _, back = pace.observe(torch.tensor([float(step + 1), 0.0]), gradient, step)
-    assert back is not None
-    assert back.tolist() == [False, True]
+        value = torch.tensor([float(step + 1), 0.0])
+        x_adv, _ = pace.observe(torch.full_like(pace.x, step + 1.0), value, pace.x, step)
+    assert x_adv.flatten().tolist() == [22.0, 0.0], "the second goes back to its best point, the first goes on"
     assert pace.step_size.flatten().tolist() == pytest.approx([0.2, 0.1])
+
+
+def test_apgd_compat_counts_the_first_rise_from_zero():
+    """T27: the authors' code compares the first loss with an empty slot: 17 rises of 22 suffice, 16 do not."""
+    halved = {}
+    for compat in (False, True):
+        pace = pace_of(1, compat=compat)
+        pace.last_value = torch.zeros(1) if compat else torch.tensor([9.0])
+        values = [5.0 + k for k in range(17)] + [1.0] * 5  # 16 rises after the first value
+        for step, value in enumerate(values):
+            pace.observe(pace.x, torch.tensor([value]), pace.x, step)
+        halved[compat] = bool(pace.halved)
+    assert halved == {False: True, True: False}
 
 
 def test_apgd_starts_on_the_surface():

@@ -2,134 +2,167 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from unmoved import noise
-from unmoved.attacks.ascent import Best, attacking, gradient_at, value_at
-from unmoved.errors import require_number
-from unmoved.protocols import Batch, Image, PerSample, Term
+from unmoved.attacks.ascent import Best, attacking, broken, gradient_at, like, value_at
+from unmoved.attacks.pace import MomentumPace, SparsePace
+from unmoved.attacks.rounds import Retired, in_rounds
+from unmoved.errors import UnmovedError, require_number
+from unmoved.protocols import Batch, Image, Term
 from unmoved.terms import CE
 from unmoved.threat import ThreatModel
 from unmoved.views import Views
 
+COMPACT_EVERY = 10  # steps between compactions on a device, where each one waits for the device
+
 
 @dataclass(frozen=True)
 class APGD:
-    """Auto-PGD (Croce and Hein 2020, algorithm 1).
+    """Auto-PGD (Croce and Hein 2020, algorithm 1; for l1, Croce and Hein 2021, algorithm 1).
 
     ``z = P(x + s g)``, ``x <- P(x + 0.75 (z - x) + 0.25 (x - x_old))`` with ``g`` the steepest direction, ``P`` the
     projection and ``s`` starting at 2 eps; at each checkpoint s is halved, and the iterate goes back to the best
     point, where the loss rose in less than 75 % of the steps or neither s nor the best loss changed since the last.
+    In l1 the step is sparse and its sparsity follows the best point found; there is no momentum.
 
     Args:
         threat: the ball.
         loss: the term to maximise.
         steps: number of gradient steps (100 in AutoAttack).
         restarts: independent starts; a success is final.
+        targets: aim in turn at this many wrong classes, by falling clean logit (9 in AutoAttack), with a loss that
+            reads ``views.target``; 0 for an untargeted loss.
+        until_broken: leave a sample as soon as it is misclassified, rather than go on to the highest loss.
+        draws: passes that each gradient is averaged over, for randomised models (20 in AutoAttack's ``rand``).
+        large_first: in l1, 30 % of the steps in the ball of 3 eps, 30 % in that of 2 eps, the rest in that of eps.
+        compat: count the rise of the first step from 0, as the authors' code does.
         seed: keys the starts.
 
     Raises:
         UnmovedError: a value outside its bounds.
 
-    Deviations: the first checkpoint counts the rise of the first step from the start's loss (the authors' code
-    compares it with an empty slot).
+    Deviations: the first checkpoint counts the rise of the first step from the start's loss (see ``compat``). Under
+    autocast a success is confirmed in float32, and the last tenth of the steps is taken in float32.
     """
 
     threat: ThreatModel
     loss: Term = CE("adv")
     steps: int = 100
     restarts: int = 1
+    targets: int = 0
+    until_broken: bool = False
+    draws: int = 1
+    large_first: bool = False
+    compat: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require_number("APGD.steps", self.steps, at_least=1)
-        require_number("APGD.restarts", self.restarts, at_least=1)
+        for name, least in (("steps", 1), ("restarts", 1), ("targets", 0), ("draws", 1)):
+            require_number(f"APGD.{name}", getattr(self, name), at_least=least)
+        if self.large_first and self.threat.norm != "l1":
+            raise UnmovedError(f"APGD.large_first: expected the norm l1, came {self.threat.norm}; leave it out")
 
     def __call__(self, model: nn.Module, batch: Batch) -> Image:
-        if self.threat.radius == 0:
+        if self.threat.radius == 0 or len(batch) == 0:
             return batch.x.detach().clone()
-        with attacking(model, batch, "eval") as views:
-            best = Best()
-            for restart in range(self.restarts):
-                self._climb(views, restart, best)
-            return best.x if best.x is not None else batch.x
+        with attacking(model, batch, "eval") as views, self._own_randomness():
+            return in_rounds(
+                views, self.restarts, self.targets, self._start, self._climb, until_broken=self.until_broken
+            )
 
-    def _start(self, batch: Batch, restart: int) -> Image:
+    def _own_randomness(self) -> Any:
+        """A randomised model draws from the global generator: its state is put back."""
+        return torch.random.fork_rng() if self.draws > 1 else nullcontext()
+
+    def _start(self, batch: Batch, stream: int) -> Image:
         """On the surface of the ball: noise divided by its own largest value (linf) or length (l2)."""
         shape = tuple(batch.x.shape[1:])
-        key = {"seed": self.seed, "step": batch.step, "stream": restart}
+        key = {"seed": self.seed, "step": batch.step, "stream": stream}
         if self.threat.norm == "linf":
             delta = noise.uniform(batch.index, shape, **key) * 2 - 1
-            delta = delta / delta.abs().amax(dim=tuple(range(1, delta.ndim)), keepdim=True).clamp_min(1e-12)
+            delta = delta / like(delta)(delta.flatten(1).abs().amax(dim=1)).clamp_min(1e-12)
         else:
-            delta = self.threat.steepest(noise.normal(batch.index, shape, **key))
+            delta = noise.normal(batch.index, shape, **key)
+            if (
+                self.threat.norm == "l1"
+            ):  # nearly every direction lies outside the ball: the projection is on its surface
+                return self._phases()[0][0].project(batch.x + delta.to(batch.x.dtype), batch.x)
+            delta = self.threat.steepest(delta)
         return self.threat.project(batch.x + self.threat.radius * delta.to(batch.x.dtype), batch.x)
 
-    def _climb(self, base: Views, restart: int, best: Best) -> None:
-        """Every iterate, the final one included, is offered to ``best``."""
-        x = base.x
-        x_adv = x_old = x_top = self._start(base.batch, restart)
-        value, gradient, logits = gradient_at(base, x_adv, self.loss)
-        best.offer(x_adv, value, logits, base.y)
-        pace = _Pace(value, gradient, 2 * self.threat.radius, _like(x), self.steps)
-        for step in range(self.steps):
-            move = pace.step_size * self.threat.steepest(gradient)
-            z = self.threat.project(x_adv + move, x)
-            share = 0.75 if step > 0 else 1.0
-            x_new = self.threat.project(x_adv + share * (z - x_adv) + (1 - share) * (x_adv - x_old), x)
-            x_old, x_adv = x_adv, x_new
-            if step == self.steps - 1:
-                best.offer(x_adv, *value_at(base, x_adv, self.loss), base.y)
-                return
-            value, gradient, logits = gradient_at(base, x_adv, self.loss)
-            best.offer(x_adv, value, logits, base.y)
-            higher, back = pace.observe(value, gradient, step)
-            x_top = torch.where(_like(x)(higher), x_adv, x_top)
-            if back is not None:
-                x_adv = torch.where(_like(x)(back), x_top, x_adv)
-                gradient = torch.where(_like(x)(back), pace.top_gradient, gradient)
+    def _phases(self) -> list[tuple[ThreatModel, int]]:
+        """The balls and how many steps are taken in each; the last is the threat model's own."""
+        if not self.large_first:
+            return [(self.threat, self.steps)]
+        first = math.ceil(0.3 * self.steps)
+        sizes = ((3.0, first), (2.0, first), (1.0, self.steps - 2 * first))
+        return [(replace(self.threat, eps=factor * self.threat.radius), steps) for factor, steps in sizes if steps > 0]
+
+    def _climb(self, base: Views, x_adv: Image, retired: Retired | None) -> Best:
+        *larger, (threat, steps) = self._phases()
+        for ball, some in larger:
+            found = self._climb_in(ball, some, base, ball.project(x_adv, base.x), None)
+            x_adv = found.top
+        return self._climb_in(threat, steps, base, threat.project(x_adv, base.x) if larger else x_adv, retired).best
+
+    def _climb_in(self, threat: ThreatModel, steps: int, base: Views, x_adv: Image, retired: Retired | None) -> _Ascent:
+        ascent = _Ascent(self, threat, steps, base, x_adv)
+        for step in range(steps):
+            finish = torch.is_autocast_enabled(x_adv.device.type) and step >= steps - max(steps // 10, 1)
+            with torch.autocast(x_adv.device.type, enabled=False) if finish else nullcontext():
+                ascent.step(step)
+            if retired is not None and (x_adv.device.type == "cpu" or step % COMPACT_EVERY == COMPACT_EVERY - 1):
+                ascent.drop(retired)
+            if len(ascent.position) == 0:
+                break
+        return ascent
 
 
-class _like:
-    """Shapes (B,) values so that they broadcast over images."""
+class _Ascent:
+    """The rows that are still climbed, and the best of all rows."""
 
-    def __init__(self, x: Tensor) -> None:
-        self.tail = [1] * (x.ndim - 1)
+    def __init__(self, attack: APGD, threat: ThreatModel, steps: int, base: Views, x_adv: Image) -> None:
+        self.attack, self.base, self.steps = attack, base, steps
+        self.position = torch.arange(len(x_adv), device=x_adv.device)
+        self.best = Best()
+        self.x_adv = x_adv
+        value, self.gradient, logits = gradient_at(base, x_adv, attack.loss, attack.draws)
+        self._offer(value, logits)
+        kind = SparsePace if threat.norm == "l1" else MomentumPace
+        self.pace = kind(threat, base.x, x_adv, value, self.gradient, steps, attack.compat)
 
-    def __call__(self, per_sample: Tensor) -> Tensor:
-        return per_sample.reshape(-1, *self.tail)
+    @property
+    def top(self) -> Image:
+        """The point of highest loss of each row, broken or not."""
+        return self.pace.top
 
+    def _offer(self, value: Tensor, logits: Tensor) -> None:
+        self.wrong = broken(self.base.model, self.x_adv, logits, self.base.y)
+        self.best.offer(self.x_adv, value, self.wrong, self.position)
 
-class _Pace:
-    """The step size of each sample, and when to halve it (section 3.1 of the paper)."""
+    def step(self, step: int) -> None:
+        """One step; every iterate, the final one included, is offered to the best."""
+        self.x_adv = self.pace.move(self.x_adv, self.gradient, step)
+        if step == self.steps - 1 and self.attack.draws == 1:
+            value, logits = value_at(self.base, self.x_adv, self.attack.loss)
+            self.pace.note(self.x_adv, value, self.gradient)
+            self._offer(value, logits)
+            return
+        value, self.gradient, logits = gradient_at(self.base, self.x_adv, self.attack.loss, self.attack.draws)
+        self._offer(value, logits)
+        self.x_adv, self.gradient = self.pace.observe(self.x_adv, value, self.gradient, step)
 
-    def __init__(self, value: PerSample, gradient: Tensor, step_size: float, like: _like, steps: int) -> None:
-        self.like = like
-        self.step_size = torch.full_like(like(value), step_size)
-        self.top_value, self.top_gradient = value.clone(), gradient.clone()
-        self.last_value, self.rises = value, torch.zeros_like(value)
-        self.checked_value, self.halved = value.clone(), torch.ones_like(value, dtype=torch.bool)
-        self.interval = max(int(0.22 * steps), 1)
-        self.shortest, self.shortening = max(int(0.06 * steps), 1), max(int(0.03 * steps), 1)
-        self.next_check = self.interval - 1
-
-    def observe(self, value: PerSample, gradient: Tensor, step: int) -> tuple[Tensor, Tensor | None]:
-        """Which samples reached a new best (B,), and which must go back to it (B,), None between checkpoints."""
-        self.rises = self.rises + (value > self.last_value)
-        self.last_value = value
-        higher = value > self.top_value
-        self.top_value = torch.where(higher, value, self.top_value)
-        self.top_gradient = torch.where(self.like(higher), gradient, self.top_gradient)
-        if step != self.next_check:
-            return higher, None
-        oscillates = self.rises <= 0.75 * self.interval
-        stuck = ~self.halved & (self.checked_value >= self.top_value)
-        self.halved = oscillates | stuck
-        self.step_size = torch.where(self.like(self.halved), self.step_size / 2, self.step_size)
-        self.checked_value, self.rises = self.top_value.clone(), torch.zeros_like(value)
-        self.interval = max(self.interval - self.shortening, self.shortest)
-        self.next_check += self.interval
-        return higher, self.halved
+    def drop(self, retired: Retired) -> None:
+        """Compute the rows that are done no more."""
+        keep = ~retired(self.best.wrong[self.position], self.position)
+        if not keep.all():
+            self.base, self.position = self.base.take(keep), self.position[keep]
+            self.x_adv, self.gradient = self.x_adv[keep], self.gradient[keep]
+            self.pace.take(keep)

@@ -9,8 +9,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from unmoved import views as seen
 from unmoved.errors import UnmovedError
-from unmoved.protocols import Batch, Image, Logits, PerSample, Term
+from unmoved.protocols import Batch, Image, Label, Logits, PerSample, Term
 from unmoved.views import Views
 from unmoved.weights import evaluating
 
@@ -29,15 +30,20 @@ def _usable(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.is_inference() else tensor.detach()
 
 
-def gradient_at(base: Views, x_adv: Image, loss: Term) -> tuple[PerSample, Tensor, Logits]:
+def gradient_at(base: Views, x_adv: Image, loss: Term, draws: int = 1) -> tuple[PerSample, Tensor, Logits]:
     """Loss (B,), its gradient over the input (B, C, H, W) and the logits (B, K) at ``x_adv``.
 
-    The loss is summed over the batch: a mean would push small gradients below what half precision holds. Parameter
-    gradients are neither computed nor touched.
+    All three are means over ``draws`` passes of a randomised model (expectation over transformation, Athalye et al.
+    2018). The loss is summed over the batch: a mean would push small gradients below what half precision holds.
+    Parameter gradients are neither computed nor touched.
 
     Raises:
         UnmovedError: the loss does not depend on the adversarial image.
     """
+    if draws > 1:
+        several = [gradient_at(base, x_adv, loss) for _ in range(draws)]
+        value, gradient, logits = (torch.stack(part).mean(0) for part in zip(*several, strict=True))
+        return value, gradient, logits
     x = x_adv.detach().requires_grad_(True)
     views = base.at(x)
     value = loss(views)
@@ -63,6 +69,15 @@ def _constant(loss: Term) -> UnmovedError:
     )
 
 
+def broken(model: nn.Module, x_adv: Image, logits: Logits, y: Label) -> Tensor:
+    """Which proposals are misclassified, (B,) bool; under autocast a success counts once float32 confirms it."""
+    wrong = logits.argmax(dim=1) != y
+    if torch.is_autocast_enabled(x_adv.device.type) and wrong.any():
+        with torch.no_grad(), torch.autocast(x_adv.device.type, enabled=False):
+            wrong[wrong.clone()] = seen.logits(model, x_adv[wrong]).argmax(dim=1) != y[wrong]
+    return wrong
+
+
 class Best:
     """The best proposal so far for each sample: misclassified ones first, then the highest loss.
 
@@ -72,12 +87,24 @@ class Best:
     def __init__(self) -> None:
         self.x: Image | None = None
 
-    def offer(self, x_adv: Image, value: PerSample, logits: Logits, y: Tensor) -> None:
-        wrong = logits.argmax(dim=1) != y
+    def offer(self, x_adv: Image, value: PerSample, wrong: Tensor, where: Tensor | None = None) -> None:
+        """``wrong`` (B,) says which proposals are misclassified, ``where`` whose they are (all, in order, if None)."""
         if self.x is None:
-            self.x, self.value, self.wrong = x_adv.detach().clone(), value.clone(), wrong
+            self.x, self.value, self.wrong = x_adv.detach().clone(), value.clone(), wrong.clone()
             return
-        better = (wrong & ~self.wrong) | ((wrong == self.wrong) & (value > self.value))
-        self.x[better] = x_adv.detach()[better]
-        self.value = torch.where(better, value, self.value)
-        self.wrong = self.wrong | wrong
+        where = torch.arange(len(self.x), device=self.x.device) if where is None else where
+        held, loss, was_wrong = self.x[where], self.value[where], self.wrong[where]
+        better = (wrong & ~was_wrong) | ((wrong == was_wrong) & (value > loss))
+        self.x[where] = torch.where(like(x_adv)(better), x_adv.detach(), held)
+        self.value[where] = torch.where(better, value, loss)
+        self.wrong[where] = was_wrong | wrong
+
+
+class like:
+    """Shapes (B,) values so that they broadcast over images."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.tail = [1] * (x.ndim - 1)
+
+    def __call__(self, per_sample: Tensor) -> Tensor:
+        return per_sample.reshape(-1, *self.tail)

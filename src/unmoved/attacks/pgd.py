@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from unmoved import noise
-from unmoved.attacks.ascent import MODES, Best, attacking, gradient_at, value_at
+from unmoved.attacks.ascent import MODES, Best, attacking, broken, gradient_at, value_at
 from unmoved.attacks.stopping import StoppingRule
 from unmoved.errors import UnmovedError, require_choice, require_number
-from unmoved.protocols import Batch, Image, Term
+from unmoved.protocols import Batch, Image, Logits, PerSample, Term
 from unmoved.schedule import Ramp, number, require_ramp
 from unmoved.terms import CE
 from unmoved.threat import ThreatModel
@@ -76,7 +76,7 @@ class PGD:
             best = Best()
             for restart in range(self.restarts):
                 x_adv = self._climb(views, restart)
-                best.offer(x_adv, *value_at(views, x_adv, self.loss), views.y)
+                self._offer(best, views, x_adv, *value_at(views, x_adv, self.loss))
             return best.x if best.x is not None else batch.x
 
     def _start(self, batch: Batch, restart: int) -> Image:
@@ -95,11 +95,15 @@ class PGD:
         for _ in range(self.steps):
             value, gradient, logits = gradient_at(base, x_adv, self.loss)
             if self.keep == "best":
-                best.offer(x_adv, value, logits, base.y)
+                self._offer(best, base, x_adv, value, logits)
             x_adv = self._step(x_adv, gradient, base.x)
         if self.keep == "best":
-            best.offer(x_adv, *value_at(base, x_adv, self.loss), base.y)
+            self._offer(best, base, x_adv, *value_at(base, x_adv, self.loss))
         return x_adv.detach() if best.x is None else best.x
+
+    @staticmethod
+    def _offer(best: Best, base: Views, x_adv: Image, value: PerSample, logits: Logits) -> None:
+        best.offer(x_adv, value, broken(base.model, x_adv, logits, base.y))
 
     def _step(self, x_adv: Image, gradient: Tensor, x: Image) -> Image:
         madry = 2.5 * self.threat.radius / self.steps

@@ -2,7 +2,7 @@
 
 from unmoved.terms.cross_entropy import CE
 from unmoved.terms.kl import KL, TRADES
-from unmoved.terms.margin import DLR, Margin
+from unmoved.terms.margin import DLR, Margin, TargetedDLR, TargetedMargin
 from unmoved.terms.mart import MART, BoostedCE, MisclassifiedKL
 from unmoved.terms.probscut import GlobalProbability
 from unmoved.terms.sum import Sum
@@ -24,4 +24,6 @@ __all__ = [
     "Margin",
     "MisclassifiedKL",
     "Sum",
+    "TargetedDLR",
+    "TargetedMargin",
 ]

@@ -65,3 +65,38 @@ class DLR:
             raise UnmovedError(f"DLR needs at least 3 classes, came {z.shape[1]}; use Margin() or CE()")
         top = z.topk(3, dim=1).values
         return margin(z, views.y) / (top[:, 0] - top[:, 2] + 1e-12)
+
+
+@dataclass(frozen=True)
+class TargetedMargin:
+    """Margin of the target's logit over the true one: ``z_t - z_y``, with t = ``views.target``.
+
+    Positive where the target beats the true class; the other classes do not count. Unless the attack or the batch
+    names a target, it is the wrong class with the highest clean logit.
+    """
+
+    def __call__(self, views: Views) -> PerSample:
+        return _toward(views)
+
+
+@dataclass(frozen=True)
+class TargetedDLR:
+    """Targeted difference of logits ratio: ``-(z_y - z_t) / (z_(1) - (z_(3) + z_(4)) / 2 + 1e-12)``.
+
+    Croce and Hein 2020, eq. (7); z_(k) is the k-th largest logit, t = ``views.target`` as in `TargetedMargin`.
+
+    Raises:
+        UnmovedError: fewer than four classes.
+    """
+
+    def __call__(self, views: Views) -> PerSample:
+        z = views.adv
+        if z.shape[1] < 4:
+            raise UnmovedError(f"TargetedDLR needs at least 4 classes, came {z.shape[1]}; use TargetedMargin()")
+        top = z.topk(4, dim=1).values
+        return _toward(views) / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
+
+
+def _toward(views: Views) -> PerSample:
+    z = views.adv
+    return (z.gather(1, views.target[:, None]) - z.gather(1, views.y[:, None])).squeeze(1)

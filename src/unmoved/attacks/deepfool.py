@@ -1,0 +1,110 @@
+"""DeepFool: step after step to the nearest boundary of the linearised model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from unmoved.attacks.ascent import like
+from unmoved.attacks.fmn import Nearest, crossed, searching
+from unmoved.attacks.hyperplanes import dual_length, length
+from unmoved.errors import UnmovedError, require_number
+from unmoved.protocols import Batch, Image, PerSample
+from unmoved.threat import ThreatModel
+from unmoved.views import Views, ranked_wrong
+
+
+@dataclass(frozen=True)
+class DeepFool:
+    """DeepFool (Moosavi-Dezfooli et al. 2016, algorithm 2; eqs. (10) and (11) for linf).
+
+    With ``f_k = z_k - z_y`` and ``w_k = grad_x' f_k`` for the candidate classes k, the nearest boundary of the
+    linearised model is ``l = argmin_k |f_k| / ||w_k||_q``, 1/p + 1/q = 1, and the step there
+    ``r = |f_l| / ||w_l||_q steepest(w_l)``. The point tried is ``x + (1 + overshoot) sum r``; a sample stops at the
+    first that is misclassified.
+
+    The threat model's eps is not used: that point is proposed, wherever it is, and the clean image where none is
+    found. A misclassified image is returned as it is.
+
+    Args:
+        threat: norm (linf or l2) and bounds.
+        steps: at most this many steps (50 in the paper).
+        overshoot: share by which the boundary is crossed (0.02 in the paper).
+        candidates: wrong classes with the highest clean logits that are considered (9 in the authors' code); each
+            costs a backward pass a step.
+
+    Raises:
+        UnmovedError: norm l1, or a value outside its bounds.
+
+    Deviations: points are clipped to valid images at each step. A step is at least as long as rounding asks for
+    (the authors add 1e-4 to each). "Misclassified" asks for a margin above rounding.
+    """
+
+    threat: ThreatModel
+    steps: int = 50
+    overshoot: float = 0.02
+    candidates: int = 10
+
+    minimum_norm = True
+
+    def __post_init__(self) -> None:
+        require_number("DeepFool.steps", self.steps, at_least=1)
+        require_number("DeepFool.overshoot", self.overshoot, at_least=0)
+        require_number("DeepFool.candidates", self.candidates, at_least=1)
+        if self.threat.norm not in ("linf", "l2"):
+            raise UnmovedError(
+                f"DeepFool: expected norm linf or l2, came {self.threat.norm}: its l1 step moves one pixel, which the "
+                "box of valid images stops; use FMN"
+            )
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Image:
+        with searching(model, batch) as views:
+            nearest = Nearest(views, self.threat.norm)
+            if len(nearest.open):
+                self._walk(nearest)
+            return nearest.x
+
+    def _walk(self, nearest: Nearest) -> None:
+        views, position = nearest.views, nearest.open
+        total, classes = torch.zeros_like(views.x), None
+        low, high = self.threat.bounds
+        for _ in range(self.steps):
+            x_adv = views.x + (1 + self.overshoot) * total
+            step, wrong, classes = self._linearised(views, x_adv, classes)
+            nearest.offer(position, x_adv, wrong, views.x)
+            go = torch.nonzero(~wrong).flatten()
+            if len(go) == 0:
+                return
+            views, position, total, classes = views.take(go), position[go], total[go] + step[go], classes[go]
+            # What lies outside the box is forgotten, so that a pixel can turn back at once.
+            tried = (views.x + (1 + self.overshoot) * total).clamp(low, high)
+            total = (tried - views.x) / (1 + self.overshoot)
+        x_adv = views.x + (1 + self.overshoot) * total
+        with torch.no_grad():
+            nearest.offer(position, x_adv, crossed(views.at(x_adv).adv, views.y), views.x)
+
+    def _linearised(self, views: Views, x_adv: Image, classes: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """The step to the nearest linear boundary, who is misclassified already (B,), and the candidates (B, k)."""
+        x = x_adv.detach().requires_grad_(True)
+        z = views.at(x).adv
+        if not z.requires_grad:
+            raise UnmovedError("DeepFool: expected a model that is differentiable in its input; use SPSA for others")
+        if classes is None:
+            classes = ranked_wrong(z.detach(), views.y)[:, : self.candidates]
+        gap = z.gather(1, classes) - z.gather(1, views.y[:, None])
+        shortest: PerSample = torch.full_like(gap[:, 0].detach(), torch.inf)
+        nearest_normal = torch.zeros_like(x_adv)
+        for k in range(gap.shape[1]):
+            (normal,) = torch.autograd.grad(gap[:, k].sum(), x, retain_graph=k + 1 < gap.shape[1])
+            size = dual_length(normal.flatten(1), self.threat.norm)
+            away = torch.where(size > 0, gap[:, k].detach().abs() / size, torch.inf)
+            nearer = away < shortest
+            shortest = torch.where(nearer, away, shortest)
+            nearest_normal = torch.where(like(x)(nearer), normal, nearest_normal)
+        # Two units in the last place of every pixel.
+        rounding = length(torch.full_like(x_adv, 2 * torch.finfo(x.dtype).eps).flatten(1), self.threat.norm)
+        reach = torch.where(shortest.isinf(), 0.0, torch.maximum(shortest, rounding.to(shortest.dtype)))
+        step = like(x)(reach.to(x.dtype)) * self.threat.steepest(nearest_normal)
+        return step, crossed(z.detach(), views.y), classes

@@ -1,0 +1,117 @@
+"""The shortest way from a point of a box to a hyperplane, in linf, l2 or l1: one equation in one number per row."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from unmoved.errors import require_choice
+from unmoved.protocols import PerSample
+
+DUAL = {"linf": "l1", "l2": "l2", "l1": "linf"}
+
+
+def to_hyperplane(
+    z: Tensor, w: Tensor, excess: PerSample, norm: str, bounds: tuple[float, float] = (0.0, 1.0)
+) -> Tensor:
+    """The smallest step s that carries z onto a hyperplane within a box: min ||s|| s.t. <w, z + s> = b, z + s in it.
+
+    Each entry goes towards the plane, by at most the room that the box leaves: by ``min(t, room_i)`` in linf and by
+    ``min(t |w_i|, room_i)`` in l2, with t the root of ``sum_i |w_i| |s_i| = |<w, z> - b|``; l1 moves the entries of
+    largest |w_i| first. Croce and Hein 2020, section 3.1, with neither sorting nor a tolerance: exact up to rounding.
+
+    Args:
+        z: (B, d), points in the box.
+        w: (B, d), normals; an entry that is zero is not moved.
+        excess: (B,), <w, z> - b, which near the plane is known more exactly than b.
+        norm: ``"linf"``, ``"l2"`` or ``"l1"``.
+        bounds: the box, the same in each entry.
+
+    Returns:
+        (B, d): the step; the one to the corner nearest to the plane where no point of the box is on it.
+
+    Raises:
+        UnmovedError: an unknown norm.
+    """
+    require_choice("norm", norm, DUAL)
+    low, high = bounds
+    # On a CPU masks of bool and torch.where cost ten times what arithmetic does, hence the signs and 0/1 numbers.
+    sign = w.sign().mul_(-excess.sign()[:, None])
+    room = (sign + 1).mul_((high - low) / 2)
+    room = room.addcmul_(sign, z if low == 0 else z - low, value=-1).clamp_min_(0)
+    size = w.abs()
+    top = size.amax(dim=1)
+    top = torch.where(top > 0, top, 1.0)
+    size.div_(top[:, None])  # or the squares of a confident model's gradient vanish
+    needed = excess.abs() / top
+    if norm == "l1":
+        step = _largest_first(size, room, needed)
+    elif norm == "l2":
+        t = _root(size * size, room / size.clamp_min(1e-30), needed)
+        step = torch.minimum(size.mul_(t[:, None]), room, out=room)
+    else:
+        step = torch.minimum(room, _root(size, room, needed)[:, None], out=room)
+    return step.mul_(sign)
+
+
+def length(v: Tensor, norm: str) -> PerSample:
+    """||v|| of each row, (B, d) -> (B,); ten times as fast as `torch.linalg.vector_norm` in linf on a CPU."""
+    size = v.abs()
+    if norm == "l1":
+        return size.sum(dim=1)
+    top = size.amax(dim=1)
+    if norm == "linf":
+        return top
+    top = torch.where(top > 0, top, 1.0)
+    return torch.linalg.vector_norm(size.div_(top[:, None]), dim=1) * top
+
+
+def dual_length(w: Tensor, norm: str) -> PerSample:
+    """||w|| of each row in the dual norm, (B, d) -> (B,): a plane at excess e is |e| / dual_length away."""
+    return length(w, DUAL[norm])
+
+
+def _root(slopes: Tensor, ends: Tensor, needed: PerSample) -> PerSample:
+    """The smallest t with ``sum_i slopes_i min(t, ends_i) = needed``, beyond all ends where there is none.
+
+    Newton's method from the left: the sum is concave and piecewise linear, so no step goes too far, each one leaves
+    a piece for good, and the one in the root's piece is exact.
+    """
+    t, last = torch.zeros_like(needed), torch.full_like(needed, torch.inf)
+    work = torch.empty_like(ends)
+    while True:
+        slope = torch.gt(ends, t[:, None], out=work).mul_(slopes).sum(dim=1)
+        falls = slope < last  # not so for a row that is not a number
+        if not falls.any():
+            return t
+        missing = needed - torch.minimum(ends, t[:, None], out=work).mul_(slopes).sum(dim=1)
+        ahead = t + missing / slope.clamp_min(torch.finfo(t.dtype).tiny)
+        t = torch.where(falls & (missing > 0), ahead, t).clamp_max(1e30)
+        last = slope
+
+
+def _largest_first(size: Tensor, room: Tensor, needed: PerSample) -> Tensor:
+    """The amounts a_i in [0, room_i] of smallest sum with ``sum_i size_i a_i = needed``: a fractional knapsack.
+
+    A quickselect of all rows at once. The entries larger than ``high`` do not suffice, those larger than ``low`` do;
+    the next threshold is the mean size of the entries between, weighted by room, until they are all of one size.
+    """
+    tiny = torch.finfo(size.dtype).tiny
+    work = torch.empty_like(size)
+    low, high = torch.full_like(needed, -1.0), torch.full_like(needed, torch.inf)
+    few_room, few = torch.zeros_like(needed), torch.zeros_like(needed)
+    many_room, many = room.sum(dim=1), torch.mul(size, room, out=work).sum(dim=1)
+    searching = many > needed
+    while searching.any():
+        threshold = (many - few) / (many_room - few_room).clamp_min(tiny)
+        some_room = torch.gt(size, threshold[:, None], out=work).mul_(room).sum(dim=1)
+        some = work.mul_(size).sum(dim=1)
+        # Both sums: next to large entries tiny ones change the room alone.
+        searching = searching & ((some > few) | (some_room > few_room)) & ((some < many) | (some_room < many_room))
+        up, down = searching & (some < needed), searching & (some >= needed)
+        low, high = torch.where(down, threshold, low), torch.where(up, threshold, high)
+        many, many_room = torch.where(down, some, many), torch.where(down, some_room, many_room)
+        few, few_room = torch.where(up, some, few), torch.where(up, some_room, few_room)
+    share = ((needed - few) / (many - few).clamp_min(tiny)).clamp(0, 1)
+    amount = torch.gt(size, low[:, None]).to(size.dtype).sub_(torch.gt(size, high[:, None], out=work))
+    return amount.mul_(share[:, None]).add_(work).mul_(room)

@@ -1,0 +1,140 @@
+"""Random search over square windows: needs the logits alone, so that no masked gradient stops it."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from unmoved.attacks.ascent import Best, attacking, broken, value_at
+from unmoved.attacks.windows import Draws, Flips, Tiles, mosaic, stripes
+from unmoved.errors import UnmovedError, require_number
+from unmoved.protocols import Batch, Image, PerSample, Term
+from unmoved.terms import Margin
+from unmoved.threat import ThreatModel
+from unmoved.views import Views
+
+# After each of these iterations the share of the image that a window covers is halved.
+HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
+SCHEDULED = 10_000
+# Iterations whose random numbers are drawn at once; broken samples leave the computation between them.
+BLOCK = 25
+
+
+@dataclass(frozen=True)
+class Square:
+    """The Square attack (Andriushchenko et al. 2020, algorithms 1-3): random search, without any gradient.
+
+    Each proposal changes one window of side ``sqrt(p h w)`` (in l2 and l1 it moves mass between two) and is kept where
+    the loss rises or the sample becomes misclassified; a misclassified sample is done. ``p`` is halved after 10, 50,
+    200, 500, 1000, 2000, 4000, 6000 and 8000 iterations.
+
+    Args:
+        threat: the ball.
+        queries: images that the model sees for each sample and restart at most, the start included.
+        p: share of the image that the first windows cover.
+        restarts: independent searches; a success is final.
+        loss: the term of the adversarial view to maximise; the margin, as in AutoAttack.
+        rescale_schedule: whether the schedule of ``p`` is stretched from 10000 iterations to ``queries``.
+        seed: keys the proposals.
+
+    Raises:
+        UnmovedError: a value outside its bounds; images that are not (B, C, H, W).
+
+    Deviations: each sample has windows and signs of its own (the authors' code shares them within a batch). A window
+    may reach the last row and column, as in the paper (the code never moves them). The code asks once more than
+    ``queries``. A proposal that changes no pixel is not computed, since a deterministic model would repeat itself, but
+    counts as a query. A rise within the rounding of the loss is none.
+    """
+
+    threat: ThreatModel
+    queries: int = 5000
+    p: float = 0.8
+    restarts: int = 1
+    loss: Term = Margin()
+    rescale_schedule: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require_number("Square.queries", self.queries, at_least=1)
+        require_number("Square.p", self.p, above=0, at_most=1)
+        require_number("Square.restarts", self.restarts, at_least=1)
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Image:
+        if batch.x.ndim != 4:
+            raise UnmovedError(f"Square: expected images (B, C, H, W), came {tuple(batch.x.shape)}; windows need both")
+        if self.threat.radius == 0:
+            return batch.x.detach().clone()
+        with attacking(model, batch, "eval") as views, torch.no_grad():
+            best, rest = Best(), torch.arange(len(batch), device=batch.x.device)
+            for restart in range(self.restarts):
+                best.offer(*self._search(views if restart == 0 else views.take(rest), restart), rest)
+                rest = torch.nonzero(~best.wrong).flatten()
+                if len(rest) == 0:
+                    break
+            return best.x if best.x is not None else batch.x
+
+    def _search(self, base: Views, restart: int) -> tuple[Image, PerSample, Tensor]:
+        """The best images (B, C, H, W), their losses (B,) and which are misclassified (B,)."""
+        start, kind = (stripes, Flips) if self.threat.norm == "linf" else (mosaic, Tiles)
+        stream = restart << 32
+        x_best = start(self.threat, base.batch, self.seed, stream)
+        value, logits = value_at(base, x_best, self.loss)
+        wrong = broken(base.model, x_best, logits, base.y)
+        rows = torch.arange(len(wrong), device=wrong.device)
+        part = base
+        for first, length, side in self._blocks(*x_best.shape[2:]):
+            left = torch.nonzero(~wrong).flatten()
+            if len(left) == 0:
+                break
+            if len(left) < len(rows):
+                rows, part = left, base.take(left)
+            propose = kind(self.threat, part.batch, Draws(side, length, self.seed, stream + 1 + first))
+            x_best[rows], value[rows], wrong[rows] = self._block(part, propose, length, x_best[rows], value[rows])
+        return x_best, value, wrong
+
+    def _block(
+        self, base: Views, propose: Flips | Tiles, length: int, x_best: Image, value: PerSample
+    ) -> tuple[Image, PerSample, Tensor]:
+        """Some iterations over samples that are not misclassified; ``x_best`` and ``value`` are written to."""
+        wrong, layout = torch.zeros_like(value, dtype=torch.bool), _layout(base.model)
+        for turn in range(length):
+            rows, x_new = propose(x_best, turn, ~wrong)
+            if len(rows) == 0:
+                continue
+            part = base if len(rows) == len(wrong) else base.take(rows)
+            x_new = x_new.contiguous(memory_format=layout)
+            new, logits = value_at(part, x_new, self.loss)
+            lost = broken(base.model, x_new, logits, part.y)
+            old = value.index_select(0, rows)
+            kept = torch.nonzero(lost | (new - old > 32 * torch.finfo(new.dtype).eps * old.abs())).flatten()
+            where = rows.index_select(0, kept)
+            for held, found in ((x_best, x_new), (value, new), (wrong, lost)):
+                held.index_copy_(0, where, found.index_select(0, kept))
+        return x_best, value, wrong
+
+    def _blocks(self, height: int, width: int) -> Iterator[tuple[int, int, int]]:
+        """(first iteration, number of iterations, side of the window), the side constant within a block."""
+        for halvings, stretch in itertools.groupby(range(self.queries - 1), self._halvings):
+            side = round(math.sqrt(self.p / 2**halvings * height * width))
+            # A tile has two halves and a middle.
+            side = max(side, 1) if self.threat.norm == "linf" else max(side + (side % 2 == 0), 3)
+            iterations = list(stretch)
+            for first in range(0, len(iterations), BLOCK):
+                block = iterations[first : first + BLOCK]
+                yield block[0], len(block), min(side, height, width)
+
+    def _halvings(self, iteration: int) -> int:
+        scheduled = int(iteration / self.queries * SCHEDULED) if self.rescale_schedule else iteration
+        return sum(scheduled > threshold for threshold in HALVINGS)
+
+
+def _layout(model: nn.Module) -> torch.memory_format:
+    """That of the model's convolutions: images that come in it need not be turned around by the first of them."""
+    turned = torch.channels_last
+    kernels = (p for p in model.parameters() if p.ndim == 4 and not p.is_contiguous())
+    return turned if any(p.is_contiguous(memory_format=turned) for p in kernels) else torch.contiguous_format

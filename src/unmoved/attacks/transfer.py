@@ -1,0 +1,61 @@
+"""What fools another model, proposed to this one."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from unmoved.attacks.pgd import PGD
+from unmoved.errors import UnmovedError
+from unmoved.protocols import Attack, Batch, Image
+from unmoved.threat import ThreatModel
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """An attack on a source model, its result proposed as it is (Szegedy et al. 2014; Papernot et al. 2016).
+
+    ``x' = attack(source, x)``. The attacked model is not asked anything, so what its gradients hide does not matter:
+    where a transferred attack succeeds more often than one on the model itself, the latter is too weak.
+
+    Args:
+        threat: the ball; it replaces the threat model of ``attack`` wherever that has one.
+        source: the model that is attacked instead; left as it is found.
+        attack: any attack; ``None`` is `PGD` with 50 steps that keeps its best point.
+
+    Raises:
+        UnmovedError: a source that is no ``nn.Module``; a source and images on different devices.
+    """
+
+    threat: ThreatModel
+    source: nn.Module = field(repr=False)
+    attack: Attack | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.source, nn.Module):
+            raise UnmovedError(f"Transfer.source: expected an nn.Module, came {type(self.source).__name__}")
+
+    @property
+    def minimum_norm(self) -> bool:
+        """Whether it may leave the ball: as the attack that it runs."""
+        return bool(getattr(self.attack, "minimum_norm", False))
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Image:
+        for tensor in (*self.source.parameters(), *self.source.buffers()):
+            if tensor.device != batch.x.device:
+                raise UnmovedError(
+                    f"Transfer.source: expected a model on {batch.x.device}, where the images are, came one on "
+                    f'{tensor.device}; move it with source.to("{batch.x.device}")'
+                )
+        return self._attack()(self.source, batch)
+
+    def _attack(self) -> Attack:
+        if self.attack is None:
+            return PGD(self.threat, steps=50, keep="best")
+        attack: Any = self.attack
+        if dataclasses.is_dataclass(attack) and any(part.name == "threat" for part in dataclasses.fields(attack)):
+            attack = dataclasses.replace(attack, threat=self.threat)  # type: ignore[type-var]
+        return attack

@@ -1,0 +1,87 @@
+"""Recipes -> objects: model, data, phases, attacks."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter
+from torch import nn
+
+from unmoved import components, config, data
+from unmoved.attacks import APGD, PGD
+from unmoved.errors import UnmovedError
+from unmoved.protocols import Attack, Method
+from unmoved.schedule import Phases
+from unmoved.terms import Sum
+from unmoved.threat import ThreatModel
+
+
+class Built:
+    """The objects of a recipe: model, data, phases and the rest of what the loop and the judge are handed.
+
+    Raises:
+        UnmovedError: whatever a component refuses, before training starts.
+    """
+
+    def __init__(self, recipe: config.Recipe, allow: Collection[str] = (), progress: Any = None) -> None:
+        self.recipe, self._allow = recipe, tuple(allow)
+        seed = recipe.training.seed
+        self.threat = ThreatModel(recipe.threat.norm, recipe.threat.eps)
+        self.data: data.DataSet = self._build("data", recipe.data, progress=progress)
+        if not isinstance(self.data, data.DataSet):
+            came = type(self.data).__name__
+            raise UnmovedError(f"data.use: expected a function that returns a DataSet, came {came}")
+        self.shape, self.num_classes = self.data.train.shape, self.data.train.num_classes
+        self.given = {"threat": self.threat, "seed": seed, "num_classes": self.num_classes, "shape": self.shape}
+        self._terms: dict[str, Any] = {}
+        self.phases = Phases(*((start, self._method(tables)) for start, tables in recipe.stretches()))
+        self.optimizer = self._build("optimizer", recipe.optimizer)
+        self.schedule = self._build("schedule", recipe.schedule)
+        self.augment = data.augmentation(recipe.training.augment)
+        self.check: Attack = (
+            PGD(self.threat, steps=10, keep="best", seed=seed)
+            if recipe.validation is None
+            else self._build("attacks", recipe.validation, **self.given)
+        )
+        self.attacks: dict[str, Attack] = {
+            name: self._build("attacks", table, **self.given) for name, table in recipe.evaluation.attacks.items()
+        } or {"pgd": PGD(self.threat, steps=20, keep="best", seed=seed), "apgd": APGD(self.threat, seed=seed)}
+
+    def attack(self, name: str) -> Attack:
+        """The attack of this name with its default settings, on the recipe's threat model."""
+        table = TypeAdapter(components.AttackTable).validate_python(name)
+        found: Attack = self._build("attacks", table, **self.given)
+        return found
+
+    def _build(self, kind: str, table: Any, **given: Any) -> Any:
+        try:
+            return components.build(kind, table, self._allow, **given)
+        except UnmovedError as error:
+            raise UnmovedError(f"recipe {self.recipe.name}: {error}") from error
+
+    def model(self) -> nn.Module:
+        """A new model, its weights drawn by the recipe's seed; the caller's random state is left alone."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.recipe.training.seed)
+            model = self._build("models", self.recipe.model, **self.given)
+        if not isinstance(model, nn.Module):
+            raise UnmovedError(f"model.use: expected a function that returns an nn.Module, came {type(model).__name__}")
+        return model
+
+    def _method(self, tables: dict[str, Any]) -> Method:
+        stretch = config.Stretch.model_validate(tables)
+        pairs = [(components.ramp(term.weight), self._term(term)) for term in stretch.objective.values()]
+        return Method(
+            attack=None if stretch.attack is None else self._build("attacks", stretch.attack, **self.given),
+            objective=Sum(*pairs),
+            defense=self._build("defenses", stretch.defense),
+        )
+
+    def _term(self, table: Any) -> Any:
+        """The same table in two phases is one object: a term that learns goes on learning."""
+        key = repr(table.model_copy(update={"weight": None}))
+        if key not in self._terms:
+            self._terms[key] = self._build("terms", table, **self.given)
+        return self._terms[key]

@@ -1,0 +1,264 @@
+"""From a run folder to its verdict: which attacks, on how many images, and what is kept of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import math
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from importlib import metadata
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from unmoved import components, config, judge
+from unmoved.attacks import PGD, AutoAttack, Quick
+from unmoved.built import Built
+from unmoved.disk import write_atomic
+from unmoved.errors import UnmovedError, did_you_mean
+from unmoved.journal import Journal
+from unmoved.precision import require_device
+from unmoved.protocols import Attack, Batch, Ensemble, Image, Split
+from unmoved.run import Run
+from unmoved.threat import ThreatModel
+
+
+def curve(
+    model: nn.Module,
+    split: Split,
+    attack: Attack,
+    threat: ThreatModel,
+    eps: Sequence[float],
+    *,
+    name: str = "pgd",
+    batch_size: int = 128,
+    workers: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> pd.DataFrame:
+    """Outcomes of one attack at several radii, the attack's own threat model replaced at each.
+
+    Raises:
+        UnmovedError: an attack that is no dataclass with a ``threat`` field.
+    """
+    fields: set[str] = {f.name for f in dataclasses.fields(attack)} if dataclasses.is_dataclass(attack) else set()
+    if "threat" not in fields:
+        raise UnmovedError(f"curve: expected an attack with a threat field, came {attack!r}")
+    tables = []
+    for done, radius in enumerate(eps):
+        ball = dataclasses.replace(threat, eps=radius)
+        ours = dataclasses.replace(attack, threat=ball)  # type: ignore[type-var]
+        tables.append(judge.evaluate(model, split, {name: ours}, ball, batch_size=batch_size, workers=workers))
+        if progress is not None:
+            progress(done + 1, len(eps))
+    return pd.concat(tables, ignore_index=True)
+
+
+def gallery(
+    model: nn.Module, split: Split, attack: Attack, threat: ThreatModel, count: int = 8, name: str = "attack"
+) -> dict[str, np.ndarray]:
+    """The first samples that the model gets right, with what the attack made of them, as arrays for `unmoved.run`."""
+    parts: list[dict[str, np.ndarray]] = []
+    missing = count
+    for batch in judge.checked_batches(model, split, 4 * count, threat):
+        clean = judge.predict(model, batch.x, batch.y)
+        chosen = torch.nonzero(clean == batch.y).flatten()[:missing]
+        if len(chosen) == 0:
+            continue
+        taken = batch.take(chosen)
+        proposal = judge.propose(model, attack, taken, threat, name)
+        parts.append(
+            {
+                "x": taken.x.cpu().numpy(),
+                "x_adv": proposal.cpu().numpy(),
+                "label": taken.y.cpu().numpy(),
+                "clean_prediction": clean[chosen].cpu().numpy(),
+                "adversarial_prediction": judge.predict(model, proposal, taken.y).cpu().numpy(),
+                "attack": np.array([name] * len(taken)),
+            }
+        )
+        missing -= len(taken)
+        if missing == 0:
+            break
+    if not parts:
+        return {}
+    return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+
+
+CURVE_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
+CURVE_SAMPLES = 500
+VERDICTS = ("standard", "rand")
+
+
+def evaluate_run(
+    run: Run,
+    *,
+    attacks: str = "recipe",
+    n: int | None = None,
+    weights: str = "best",
+    batch_size: int = 128,
+    workers: int = 0,
+    precision: str = "auto",
+    device: str = "auto",
+    save_adversarial: bool = False,
+    allow: Collection[str] = (),
+    progress: Callable[[float, str], None] | None = None,
+) -> dict[str, pd.DataFrame]:
+    """Judge a run on the test part of its data and save what came out in its folder.
+
+    AutoAttack's outcomes go to the folder ``verdict``; those of all other attacks to ``evaluation``, with an eps curve
+    and a gallery. Interrupted, the same call goes on with the samples that are not decided yet.
+
+    Args:
+        run: a run folder.
+        attacks: ``"recipe"`` (what the recipe says), ``"quick"``, ``"standard"`` or ``"rand"`` (AutoAttack), or an
+            attack by name, with its default settings; several with commas between.
+        n: judge this many test images, drawn by a fixed seed; by default what the recipe says, or all.
+        weights: ``"best"`` (highest validation robust accuracy) or ``"last"``.
+        workers: threads that attack at a time on a CPU; 0 for as many as torch uses.
+        precision: of the search alone; every success is judged in float32.
+        save_adversarial: also keep the successful images, as ``adversarial/*.npz`` beside the outcomes.
+        allow: packages of strangers whose code may run.
+        progress: called with (share of the work, what is known so far).
+
+    Returns:
+        Folder name -> the outcomes table of `judge.evaluate`.
+
+    Raises:
+        UnmovedError: as `judge.evaluate`; an unknown name; weights that are missing or do not fit.
+    """
+    require_device(device)
+    built = Built(config.parse(run.recipe, str(run.path / "recipe.toml")), allow)
+    model = built.model()
+    run.load_weights(model, weights)
+    model.to(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # the same numbers, faster convolutions
+    count = n or built.recipe.evaluation.n
+    split = built.data.test if count is None else built.data.test.take(min(count, len(built.data.test)), seed=0)
+    tables: dict[str, pd.DataFrame] = {}
+    kinds = _chosen(attacks, built)
+    for number, (kind, chosen) in enumerate(kinds.items()):
+        began = time.monotonic()
+        folder = run.path / kind
+        steps = radii(built.threat) if kind == "evaluation" else []
+        most = 0.8 if steps else 1.0  # of the work is attacks, the rest is the curve
+
+        def tell(share: float, words: str, number: int = number) -> None:
+            if progress is not None:
+                progress((number + share) / len(kinds), words)
+
+        def follow(done: float, total: float, words: str, tell: Any = tell, most: float = most) -> None:
+            tell(most * done / total, words)
+
+        journal = Journal(folder / "journal.jsonl", _question(run, weights, chosen, built.threat, split, precision))
+        tables[kind] = table = judge.evaluate(
+            model,
+            split,
+            chosen,
+            built.threat,
+            batch_size=batch_size,
+            precision=precision,
+            workers=workers,
+            journal=journal,
+            keep=_keeper(folder / "adversarial") if save_adversarial else None,
+            progress=follow,
+        )
+        facts = {
+            "n": len(split),
+            "split": split.name,
+            "weights": weights,
+            "weights_sha256": weights_digest(run, weights),
+            "threat": {"norm": built.threat.norm, "eps": built.threat.radius},
+            "attacks": {name: repr(attack) for name, attack in chosen.items()},
+            "notes": [note for attack in chosen.values() for note in _notes(attack, split.num_classes)],
+            "classes": list(built.data.test.classes),
+        }
+        extra: dict[str, Any] = {}
+        if kind == "evaluation":
+            extra["curve"] = curve(
+                model,
+                split.take(min(CURVE_SAMPLES, len(split)), seed=0),
+                PGD(built.threat, steps=20, keep="best", seed=built.recipe.training.seed),
+                built.threat,
+                steps,
+                batch_size=batch_size,
+                workers=workers,
+                progress=lambda done, total: tell(0.8 + 0.2 * done / total, "accuracy against eps"),
+            )
+            name, shown = next(reversed(chosen.items()))
+            extra["gallery"] = gallery(model, split, shown, built.threat, name=name)
+        facts["seconds"] = round(time.monotonic() - began, 1)
+        run.save_evaluation(table, facts, kind=kind, **extra)
+        journal.close()
+    return tables
+
+
+def _chosen(names: str, built: Built) -> dict[str, dict[str, Attack]]:
+    """Folder -> attacks, from a list of names with commas."""
+    chosen: dict[str, dict[str, Attack]] = {}
+    known = components.KINDS["attacks"]
+    for name in dict.fromkeys(part.strip() for part in names.split(",")):
+        if name == "recipe":
+            found: dict[str, Attack] = dict(built.attacks)
+        elif name == "quick":
+            found = {"quick": Quick(built.threat, seed=built.recipe.training.seed)}
+        elif name in VERDICTS:
+            label = "autoattack" if name == "standard" else f"autoattack-{name}"
+            found = {label: AutoAttack(built.threat, version=name, seed=built.recipe.training.seed)}
+        elif name in known:
+            found = {name: built.attack(name)}
+        else:
+            names_known = ["recipe", "quick", *VERDICTS, *known]
+            raise UnmovedError(
+                f"--attacks: expected names of {', '.join(names_known)}, came {name!r}{did_you_mean(name, names_known)}"
+            )
+        chosen.setdefault("verdict" if name in VERDICTS else "evaluation", {}).update(found)
+    return chosen
+
+
+def _notes(attack: Attack, num_classes: int) -> list[str]:
+    return attack.notes(num_classes) if isinstance(attack, Ensemble) else []
+
+
+def _question(
+    run: Run, weights: str, attacks: Mapping[str, Attack], threat: ThreatModel, split: Any, precision: str
+) -> dict[str, Any]:
+    """What answers in a journal are answers to: anything that could change one of them."""
+    return {
+        "weights": weights_digest(run, weights),
+        "attacks": {name: repr(attack) for name, attack in attacks.items()},
+        "threat": repr(threat),
+        "samples": hashlib.sha256(split.index.cpu().numpy().tobytes()).hexdigest(),
+        "precision": precision,
+        "versions": [metadata.version("unmoved"), torch.__version__],
+    }
+
+
+def _keeper(folder: Any) -> judge.Keep:
+    """Saves the successful images of each chunk: index, label, x_adv."""
+
+    def keep(part: str, batch: Batch, proposal: Image, success: np.ndarray) -> None:
+        if not success.any():
+            return
+        won = torch.from_numpy(success).to(proposal.device)
+        arrays: dict[str, Tensor] = {"index": batch.index[won], "label": batch.y[won], "x_adv": proposal[won]}
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **{name: tensor.cpu().numpy() for name, tensor in arrays.items()})  # type: ignore[arg-type]
+        write_atomic(folder / f"{part}-{int(batch.index[0]):08d}.npz", buffer.getvalue())
+
+    return keep
+
+
+def radii(threat: ThreatModel) -> list[float]:
+    """Where the curve is measured: shares of eps; for linf nothing beyond the box of valid images."""
+    largest = threat.bounds[1] - threat.bounds[0] if threat.norm == "linf" else math.inf
+    return sorted({min(share * threat.radius, largest) for share in CURVE_SHARES})
+
+
+def weights_digest(run: Run, weights: str) -> str:
+    """The sha256 of a weights file: says which weights a verdict is about."""
+    return hashlib.sha256((run.path / f"{weights}.safetensors").read_bytes()).hexdigest()

@@ -1,0 +1,90 @@
+"""Answers of a long evaluation, written as they come: an interruption costs the chunk at work and no more."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from unmoved.disk import append, write_atomic
+from unmoved.errors import UnmovedError
+
+Answers = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+class Journal:
+    """One line per finished chunk of samples, in a file that belongs to one question.
+
+    Args:
+        path: the file; made when the first answers come.
+        question: what is asked (weights, attacks, data, versions). Answers to another question are thrown away.
+
+    Raises:
+        UnmovedError: a file that cannot be read or written.
+    """
+
+    def __init__(self, path: Path, question: dict[str, Any]) -> None:
+        self.path = path
+        self._head = json.dumps({"question": question}, sort_keys=True)
+        self._answers: dict[tuple[str, str], list[Answers]] = {}
+        self._load()
+
+    def _load(self) -> None:
+        try:
+            lines = self.path.read_text().split("\n")
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        except (OSError, UnicodeDecodeError) as error:
+            raise UnmovedError(
+                f"{self.path}: cannot be read ({error}); delete it to start the evaluation anew"
+            ) from error
+        if lines[0] != self._head:
+            self.path.unlink(missing_ok=True)
+            return
+        whole = [self._head]
+        for line in lines[1:-1]:  # what follows the last line end was torn by the interruption
+            try:
+                entry = json.loads(line)
+                answers = (
+                    np.array(entry["position"], dtype=np.int64),
+                    np.array(entry["prediction"], dtype=np.int64),
+                    np.array(entry["distance"], dtype=np.float64),
+                )
+                if len({len(part) for part in answers}) != 1:
+                    raise ValueError("lengths differ")
+                key = (str(entry["attack"]), str(entry["part"]))
+            except (ValueError, KeyError, TypeError):
+                break  # a bad line: it and what follows are computed again
+            self._answers.setdefault(key, []).append(answers)
+            whole.append(line)
+        if whole != lines[:-1] or lines[-1]:
+            write_atomic(self.path, ("\n".join(whole) + "\n").encode())
+
+    def read(self, attack: str, part: str) -> Answers:
+        """(positions, predictions, distances) of the samples that this part of this attack was run on."""
+        found = self._answers.get((attack, part), [])
+        empty = np.zeros(0, dtype=np.int64)
+        if not found:
+            return empty, empty, np.zeros(0)
+        position, prediction, distance = (np.concatenate(column) for column in zip(*found, strict=True))
+        return position, prediction, distance
+
+    def add(self, attack: str, part: str, position: np.ndarray, prediction: np.ndarray, distance: np.ndarray) -> None:
+        """Write a chunk's answers; they are on disk when this returns."""
+        line = json.dumps(
+            {
+                "attack": attack,
+                "part": part,
+                "position": position.tolist(),
+                "prediction": prediction.tolist(),
+                "distance": distance.tolist(),
+            }
+        )
+        head = "" if self.path.exists() else self._head + "\n"
+        append(self.path, (head + line + "\n").encode())
+
+    def close(self) -> None:
+        """The evaluation is saved: the journal has done its work."""
+        self.path.unlink(missing_ok=True)

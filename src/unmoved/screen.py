@@ -1,0 +1,110 @@
+"""What people see on the screen: progress, summaries, and the same as plain lines where a program reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+console = Console()
+
+Advance = Callable[[float], None]
+
+
+@contextmanager
+def bars() -> Iterator[Callable[[str, float], Advance]]:
+    """Progress bars on a terminal, each made with (label, total); nothing where lines are read by a program."""
+    if not console.is_terminal:
+        yield lambda label, total: lambda done: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+
+        def add(label: str, total: float) -> Advance:
+            task = progress.add_task(label, total=total)
+            return lambda done: progress.update(task, completed=done)
+
+        yield add
+
+
+@contextmanager
+def follow() -> Iterator[Callable[[float, str], None]]:
+    """One bar that says what is known so far; where lines are read by a program, one line per part of the work."""
+    if console.is_terminal:
+        columns = (BarColumn(), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+        with Progress(*columns, console=console, transient=True) as progress:
+            task = progress.add_task("attacking", total=1)
+            yield lambda share, words: progress.update(task, completed=share, description=words)
+        return
+    last = ""
+
+    def line(share: float, words: str) -> None:
+        nonlocal last
+        if last and words.split(":")[0] != last.split(":")[0]:
+            console.print(last, highlight=False, soft_wrap=True)
+        last = words
+
+    yield line
+    if last:
+        console.print(last, highlight=False, soft_wrap=True)
+
+
+def tensorboard_log(out: Path) -> Callable[[dict[str, Any]], None]:
+    """What writes a record of the log as scalars, one point an epoch.
+
+    Raises:
+        UnmovedError: tensorboard is not installed.
+    """
+    from unmoved.errors import UnmovedError
+
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UnmovedError("--tensorboard needs the extra: pip install 'unmoved[tensorboard]'") from error
+    writer = SummaryWriter(str(out / "tensorboard"))
+
+    def log(record: dict[str, Any]) -> None:
+        for name, value in (record | {f"parts/{part}": mean for part, mean in record["parts"].items()}).items():
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                writer.add_scalar(name, value, record["epoch"])
+        writer.flush()
+
+    return log
+
+
+def say_epoch(record: dict[str, Any], epochs: int) -> None:
+    words = f"epoch {record['epoch']}/{epochs}: loss {record['loss']:.4f}"
+    if "validation_robust" in record:
+        words += f", validation clean {record['validation_clean']:.1%}, robust {record['validation_robust']:.1%}"
+    console.print(words + f", {record['seconds']:.0f} s", highlight=False)
+
+
+def epochs_done(job: Any) -> int:
+    try:
+        return len((Path(job.path) / "metrics.jsonl").read_text().splitlines())
+    except OSError:
+        return 0
+
+
+def print_summary(tables: dict[str, Any]) -> None:
+    from unmoved import outcomes
+
+    view = Table(title="accuracy in %; under attack it is an upper bound", title_justify="left")
+    view.add_column("recipe", no_wrap=True)
+    summaries = {name: outcomes.summary(table) for name, table in tables.items() if table is not None}
+    measures = list(dict.fromkeys(measure for summary in summaries.values() for measure in summary["measure"]))
+    for measure in measures:
+        view.add_column(measure, justify="right")
+    view.add_column("95 % interval", justify="right", no_wrap=True)
+    view.add_column("n", justify="right")
+    for name, summary in summaries.items():
+        rows = summary.set_index("measure")
+        cells = [f"{100 * rows.accuracy[m]:.1f}" if m in rows.index else "" for m in measures]
+        worst = rows.loc[outcomes.WORST]
+        view.add_row(name, *cells, f"{100 * worst.low:.1f} - {100 * worst.high:.1f}", f"{worst['n']:.0f}")
+    (console if console.is_terminal else Console(width=1000)).print(view)  # nothing is cut off in a file
