@@ -30,9 +30,10 @@ def outcomes_of(right_clean, right_attacked):
     )
 
 
-def verdict(name, tables, base=None):
+def verdict(name, tables, base=None, autoattack=None):
+    recipe, facts, judged = {"base": base} if base else {}, {"split": "t"}, autoattack or {}
     runs = tuple(
-        Judged(None, name, seed, {"base": base} if base else {}, {}, pd.DataFrame(), table, None, None, {"split": "t"})
+        Judged(None, name, seed, recipe, {}, pd.DataFrame(), table, None, None, facts, judged.get(seed))
         for seed, table in tables.items()
     )
     return Verdict(name, runs)
@@ -91,3 +92,24 @@ def test_words_and_rows():
     assert table.loc["better", "robust"].startswith("100.0 (+50.0 [")
     assert set(table["n"]) == {300}
     assert beside([base, stranger]).empty
+
+
+def test_autoattack_is_compared_where_it_has_judged_both():
+    full, half = np.ones(300, bool), np.arange(300) % 2 == 0
+    weak = {0: outcomes_of(full, full), 1: outcomes_of(full, full)}  # an attack that finds nothing
+    strong = {seed: outcomes_of(full, half).assign(attack="autoattack") for seed in (0, 1)}
+    base = verdict("base", {0: outcomes_of(full, half), 1: outcomes_of(full, half)}, autoattack=strong)
+    few = {1: strong[1][strong[1]["index"] < 100]}
+    one = verdict("one", weak, base="base", autoattack=few)
+    none = verdict("none", weak, base="base")
+    table = beside([base, one, none]).set_index("recipe")
+    assert list(table.columns).index("AutoAttack") == list(table.columns).index("robust") + 1
+    assert table.loc["one", "AutoAttack"] == "50.0 (+0.0 [+0.0, +0.0]), n = 100, 1 of 2 seeds"
+    said = "clean: no difference shown; robust: helps; AutoAttack: no difference shown"
+    assert table.loc["one", "in words"] == said  # the gain was over a weak attack
+    assert table.loc["none", "AutoAttack"] == "-"
+    rand = {seed: rows.assign(attack="autoattack-rand") for seed, rows in strong.items()}
+    other = verdict("other", weak, base="base", autoattack=rand)
+    assert "AutoAttack" not in beside([base, other, none]).columns  # another version is no comparison
+    alone = [verdict("base", strong, autoattack=strong), verdict("a", strong, base="base", autoattack=strong)]
+    assert "AutoAttack" not in beside(alone).columns  # it is the robust column already

@@ -128,7 +128,9 @@ def test_captions_state_n_and_axes_are_named_with_units(name: str) -> None:
     assert "(%)" in axes.get_xlabel() + axes.get_ylabel()
 
 
-@pytest.mark.parametrize("room", ["outcomes", "drawing", "figures", "breakdown", "verdicts", "judged", "opinion", "report"])
+@pytest.mark.parametrize(
+    "room", ["outcomes", "drawing", "figures", "breakdown", "verdicts", "judged", "opinion", "report"]
+)
 def test_pictures_of_tables_need_neither_torch_nor_pyplot(room: str) -> None:
     source = (Path(figures.__file__).parent / f"{room}.py").read_text(encoding="utf-8")
     imported = [

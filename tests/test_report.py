@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from unmoved import outcomes, report
 from unmoved.errors import UnmovedError
 from unmoved.report import Section
+from unmoved.run import Run
 from unmoved.verdicts import verdicts
 
 SAMPLES = 60
@@ -36,6 +37,9 @@ class FakeRun:
     curve: pd.DataFrame | None
     gallery: dict[str, np.ndarray] | None
     evaluation: dict[str, Any] | None
+    verdict: dict[str, Any] | None = None
+    verdict_outcomes: pd.DataFrame | None = None
+    doctor: dict[str, Any] | None = None
 
 
 def attacked(right_clean: int, right_attacked: int, attack: str, eps: float) -> pd.DataFrame:
@@ -91,6 +95,26 @@ def bare(name: str = "digits/at", seed: int = 0, clean: int = 57, robust: int = 
     return replace(make(name, seed, clean, robust), curve=None, gallery=None, metrics=pd.DataFrame())
 
 
+def settled(run: Any, robust: int, most: int = SAMPLES, attack: str = "autoattack") -> Any:
+    """The run with a verdict by AutoAttack, on the first ``most`` samples, of which so many stand."""
+    table = attacked(int((run.outcomes["attack"] == "pgd").sum()), robust, attack, 0.1)
+    clean = run.outcomes[run.outcomes["attack"] == "square"].sort_values("index").reset_index(drop=True)
+    table["clean_prediction"] = clean["clean_prediction"]
+    wrong = table["clean_prediction"] != table["label"]
+    table["by"] = np.where(wrong, "clean", np.where(table["success"], "apgd-t", "none"))
+    facts = {"n": most, "attacks": {attack: f"AutoAttack({attack})"}, "notes": ["3 classes leave 2 targets"]}
+    sha = run.evaluation.get("weights_sha256")
+    return replace(run, verdict={**facts, "weights_sha256": sha}, verdict_outcomes=table[table["index"] < most])
+
+
+def finding(grade: str, check: str = "masking", measured: str = "97 % zeros") -> dict[str, str]:
+    return {"check": check, "grade": grade, "measured": measured, "why": "no slope", "do": "attack the logits"}
+
+
+def seen_by_doctor(run: Any, *findings: dict[str, str], sentence: str = "") -> Any:
+    return replace(run, doctor={"n": 50, "sentence": sentence, "findings": list(findings)})
+
+
 class Page(HTMLParser):
     """Ids, links, tags and words of a page, and every attribute that could fetch something."""
 
@@ -138,12 +162,23 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_page_has_its_sections_and_every_link_leads_somewhere(written: Path) -> None:
     seen = Page(written.read_text(encoding="utf-8"))
-    assert {"summary", "results", "tradeoff", "curve", "training", "gallery", "classes", "provenance"} <= set(seen.ids)
+    assert {
+        "summary",
+        "results",
+        "doctor",
+        "broken",
+        "tradeoff",
+        "curve",
+        "training",
+        "gallery",
+        "classes",
+        "provenance",
+    } <= set(seen.ids)
     assert len(seen.ids) == len(set(seen.ids))
     assert {link[1:] for link in seen.links if link.startswith("#")} == set(report.TITLES)
     files = {link for link in seen.links if not link.startswith("#")}
     assert files == {f"my%20report-figures/{file.name}" for file in (written.parent / "my report-figures").iterdir()}
-    assert {link.rpartition("/")[2] for link in files} == {"tradeoff.svg", "curve.svg"} | {
+    assert {link.rpartition("/")[2] for link in files} == {"broken.svg", "tradeoff.svg", "curve.svg"} | {
         f"{part}-digits-{name}.svg" for part in ("training", "gallery", "classes") for name in ("plain", "at")
     }
     assert {"main", "nav", "header", "footer", "details"} <= set(seen.tags)
@@ -162,7 +197,7 @@ def test_nothing_is_fetched_and_no_script_runs(written: Path) -> None:
 def test_pictures_have_words_and_headers_have_scopes(written: Path) -> None:
     seen = Page(written.read_text(encoding="utf-8"))
     pictures = [a for a in seen.attributes if a["tag"] == "svg"]
-    assert len(pictures) == 8
+    assert len(pictures) == 9
     assert all(a["role"] == "img" and len(a["aria-label"]) > 20 for a in pictures)
     assert all(a.get("scope") in ("row", "col") for a in seen.attributes if a["tag"] == "th")
 
@@ -222,7 +257,7 @@ def test_a_run_with_outcomes_alone_still_gives_a_page(tmp_path: Path) -> None:
     assert "best:" not in words  # it is not a race of one
     for sentence in ("No run has a curve", "No run was trained here", "No run kept images"):
         assert sentence in words
-    assert sum(tag == "svg" for tag in seen.tags) == 2
+    assert sum(tag == "svg" for tag in seen.tags) == 3
 
 
 def test_a_gallery_without_images_is_no_gallery(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,14 +294,14 @@ def test_other_rooms_may_add_sections(tmp_path: Path) -> None:
     figure.add_subplot().plot([1, 2])
     figure.set_label("Two points, n = 2.")
     table = pd.DataFrame({"check": ["masking"], "value": [0.123456], "n": [2]})
-    section = Section("doctor", "Doctor", ["a < b", Markup("<b>bold</b>")], table, [figure])
+    section = Section("masking", "Masking", ["a < b", Markup("<b>bold</b>")], table, [figure])
     seen = page([bare()], tmp_path / "r.html", extra=[section])
-    assert "doctor" in seen.ids
-    assert "#doctor" in seen.links
+    assert "masking" in seen.ids
+    assert "#masking" in seen.links
     assert [link for link in seen.links if link.startswith("#")][-2:] == ["#reading", "#provenance"]
-    assert "Doctor a < b bold check value n masking 0.1235 2 " in seen.said
+    assert "Masking a < b bold check value n masking 0.1235 2 " in seen.said
     assert "Two points, n = 2." in seen.said
-    assert (tmp_path / "r-figures" / "doctor.svg").exists()
+    assert (tmp_path / "r-figures" / "masking.svg").exists()
     for name in ("summary", "Doctor Who", ""):
         with pytest.raises(UnmovedError, match="section id"):
             report.write([bare()], tmp_path / "r.html", "x", extra=[replace(section, id=name)])
@@ -300,6 +335,154 @@ def test_eps_is_written_as_people_write_it(eps: float, text: str) -> None:
 )
 def test_durations_are_written_as_people_write_them(seconds: float, text: str) -> None:
     assert report._duration(seconds) == text
+
+
+# --- AutoAttack and the doctor
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Words alone: no figure is drawn."""
+    monkeypatch.setattr(report, "_figures", lambda judged: {name: [] for name in report.TITLES})
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_summary_speaks_of_autoattack_where_it_has_judged(tmp_path: Path) -> None:
+    a, b, c = bare("a", robust=33), bare("b", robust=30), bare("c", robust=2)
+    low, high = outcomes.wilson(12, 40)
+    words = page([settled(a, 12, 40), b, c], tmp_path / "r.html").said
+    assert (
+        "a holds best: it still classifies 30.0\xa0% of the images correctly under AutoAttack (n\xa0=\xa040," in words
+    )
+    assert f"95\xa0% interval {100 * low:.1f} to {100 * high:.1f}). Without" in words
+    assert "(pgd, square) alone leave 55.0\xa0% of 60 images: an upper bound." in words
+    assert "has not judged b : an upper bound of 50.0\xa0% leaves open whether it is better." in words
+    assert f"a best 95.0 30.0 {100 * low:.1f} to {100 * high:.1f} n = 40 55.0 " in words
+    assert "b 95.0 not judged 50.0" in words
+    assert "AutoAttack for 1 of the 3 recipes" in words
+    assert "a: AutoAttack: 3 classes leave 2 targets" in words
+    # judged, it leads although its upper bound is lower
+    both = page([settled(a, 12, 40), settled(b, 20, 40), c], tmp_path / "r.html").said
+    assert "b holds best: it still classifies 50.0\xa0%" in both
+    assert "The interval of a overlaps with it: 40 images" in both
+    assert "AutoAttack has not judged c , whose upper bound is lower: 3.3\xa0%." in both
+
+
+@pytest.mark.usefixtures("quick")
+def test_without_autoattack_the_figure_is_called_an_upper_bound(tmp_path: Path) -> None:
+    words = page([bare()], tmp_path / "r.html").said
+    assert ", an upper bound: AutoAttack has not judged it." in words
+    assert "quick" not in words
+    run = bare()
+    run.outcomes["attack"] = run.outcomes["attack"].replace("square", "quick")
+    run.evaluation["notes"] = ["3 classes leave 2 targets"]
+    words = page([run], tmp_path / "r.html").said
+    assert "quick is our own cheap ensemble; its figure is an upper bound." in words
+    assert "AutoAttack" not in words.replace("AutoAttack has not judged it", "")
+    assert "Adaptations of the attacks: 3 classes leave 2 targets" in words
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_run_that_only_autoattack_has_judged_is_reported_from_its_verdict(tmp_path: Path) -> None:
+    run = replace(settled(make(), 12, 40), evaluation=None, outcomes=None)
+    words = page([run], tmp_path / "r.html").said
+    assert "digits/at still classifies 30.0\xa0% of the images correctly under AutoAttack" in words
+    assert "The attacks of the evaluation" not in words
+    assert "n\xa0=\xa040 images" in words
+    (verdict,) = verdicts([run])
+    assert verdict.curve is None  # of an evaluation that is not there: nobody knows of which weights
+    assert verdict.gallery is None
+    assert verdict.broken["source"].unique().tolist() == ["AutoAttack"]
+
+
+@pytest.mark.usefixtures("quick")
+def test_words_about_other_weights_are_not_shown(tmp_path: Path) -> None:
+    run = seen_by_doctor(settled(bare(), 12), finding("do not believe"), sentence="Do not believe this number: x.")
+    run.evaluation["weights_sha256"] = "new"
+    words = page([run], tmp_path / "r.html").said
+    assert "AutoAttack has not judged it" in words
+    assert "Do not believe" not in words
+    assert "runs/digits-at-0: AutoAttack's verdict is about other weights than the evaluation" in words
+    assert "`unmoved evaluate runs/digits-at-0 --attacks standard` renews it" in words
+    assert "runs/digits-at-0: the doctor's opinion is about other weights than the evaluation" in words
+    assert "Nobody looked: unmoved doctor runs/digits-at-0 does." in words
+    for file in (run.verdict, run.doctor):
+        file["weights_sha256"] = "new"
+    again = page([run], tmp_path / "r.html").said
+    assert "other weights" not in again
+    assert "Do not believe this number: x." in again
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_doctors_objection_stands_beside_the_number(tmp_path: Path) -> None:
+    sentence = "Do not believe this number: masking."
+    grave = seen_by_doctor(make("digits/at", 1, 57, 30), finding("do not believe"), finding("note"), sentence=sentence)
+    fine = seen_by_doctor(bare("digits/at", 0), finding("note", measured="1 of 40"))
+    other = seen_by_doctor(bare("b", robust=3), finding("look closer"), sentence="Look closer at this number: masking.")
+    words = page([fine, replace(grave, curve=None, gallery=None), other], tmp_path / "r.html").said
+    assert f"judged it; but the doctor objects: seed 1: {sentence} Without an attack" in words
+    assert (
+        f"! \xa050.0 \xb1\xa00.0 seed 1: {sentence} 37.7 to" in words
+    )  # in the cell of the number, before the interval
+    assert words.count(sentence) == 3  # the summary, the table, the doctor's section
+    assert "do not believe seed 1" in words
+    assert "look closer masking measured 97 % zeros why no slope what to do attack the logits" in words
+    assert "note masking measured seed 0: 1 of 40 seed 1: 97 % zeros why" in words  # alike but for the measure
+    assert words.index("do not believe masking measured") < words.index("note masking measured")
+    # a recipe that does not lead is marked where it is named, and the page does not open with it
+    runs = [seen_by_doctor(bare("a", robust=50)), replace(grave, name="b", curve=None, gallery=None)]
+    words = page(runs, tmp_path / "r.html").said
+    assert "the doctor objects:" not in words
+    assert "The next is ! \xa0 b with 50.0\xa0%" in words
+    assert "Nothing objects. Looked at n\xa0=\xa050" in words
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("spoil", ["findings", "grade", "measured"])
+def test_a_doctors_file_that_cannot_be_read_is_refused(spoil: str, tmp_path: Path) -> None:
+    run = seen_by_doctor(bare(), finding("note"))
+    if spoil == "findings":
+        run.doctor["findings"] = "none"
+    else:
+        run.doctor["findings"][0][spoil] = 3
+    with pytest.raises(UnmovedError, match=r"doctor\.json: expected findings with .* run `unmoved doctor"):
+        report.write([run], tmp_path / "r.html", "x")
+
+
+def test_the_doctors_file_is_read_from_the_run_folder(tmp_path: Path) -> None:
+    assert Run(tmp_path).doctor is None
+    (tmp_path / "doctor.json").write_text('{"n": 50, "sentence": "", "findings": []}')
+    assert Run(tmp_path).doctor == {"n": 50, "sentence": "", "findings": []}
+    (tmp_path / "doctor.json").write_text('{"n": 50')
+    with pytest.raises(UnmovedError, match=r"doctor\.json: not valid JSON"):
+        _ = Run(tmp_path).doctor
+
+
+def test_a_verdict_of_other_samples_than_it_says_is_refused() -> None:
+    run = settled(bare(), 12, 40)
+    run.verdict["n"] = 41
+    with pytest.raises(UnmovedError, match=r"outcomes of 41 samples, came 40"):
+        verdicts([run])
+
+
+def test_what_broke_it_counts_each_sample_once_for_the_first_attack() -> None:
+    (verdict,) = verdicts([bare(clean=57, robust=30)])
+    shares = verdict.broken.set_index("by")["share"] * SAMPLES
+    assert list(shares.index) == ["pgd", "square", "none"]  # pgd came first; the fakes are blind to `clean`
+    np.testing.assert_allclose(shares, [27, 3, 30])
+    assert verdict.broken["source"].iloc[0] == "pgd, square"
+    # two seeds, one of them judged by AutoAttack: its verdict alone
+    (verdict,) = verdicts([settled(bare(clean=57), 12, 40), bare(seed=1)])
+    shares = verdict.broken.set_index("by")["share"] * 40
+    np.testing.assert_allclose(shares[["apgd-t", "none"]], [28, 12])
+    assert set(verdict.broken["n"]) == {40}
+    assert verdict.autoattack is not None
+    assert verdict.autoattack["seeds"] == 1
+    assert verdict.autoattack_by_seed.keys() == {0}
+    assert verdict.versions == ""
+    (randomised,) = verdicts([settled(bare(), 12, attack="autoattack-rand")])
+    assert randomised.versions == "rand"
+    assert set(randomised.broken["source"]) == {"AutoAttack rand"}
 
 
 # --- which runs may stand in one page
@@ -422,8 +605,8 @@ def test_the_page_stands_in_a_browser(browser: Any, written: Path, width: int) -
     assert rows.nth(1).locator("th .tag").inner_text() == "best"
     assert rows.nth(0).locator("td").nth(1).inner_text() == "5.0"
     pictures = tab.locator("figure svg")
-    assert pictures.count() == 8
-    for k in range(8):
+    assert pictures.count() == 9
+    for k in range(9):
         pictures.nth(k).scroll_into_view_if_needed()
         box = pictures.nth(k).bounding_box()
         assert box["width"] > 250
@@ -438,6 +621,34 @@ def test_the_page_stands_in_a_browser(browser: Any, written: Path, width: int) -
     assert tab.locator("#classes h2").bounding_box()["y"] < 800
     assert [url for url in requests if not url.startswith("data:")] == [written.as_uri()]
     assert complaints == []
+    context.close()
+
+
+@pytest.mark.browser
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("width", [1200, 390])
+def test_the_mark_stands_beside_the_number(browser: Any, tmp_path: Path, width: int) -> None:
+    sentence = "Do not believe this number: masking."
+    run = seen_by_doctor(settled(bare(), 12, 40), finding("do not believe"), sentence=sentence)
+    file = report.write([run, bare("b")], tmp_path / "r.html", "x")
+    context = browser.new_context(viewport={"width": width, "height": 800})
+    tab = context.new_page()
+    tab.goto(file.as_uri())
+    rows = tab.locator("#results table").first.locator("tbody tr")
+    cell = rows.nth(0).locator("td").nth(1)
+    assert cell.inner_text().split()[:2] == ["!", "30.0"]
+    assert cell.get_by_text(sentence).is_visible()
+    cell.scroll_into_view_if_needed()
+    mark, words, box = (place.bounding_box() for place in (cell.locator(".mark"), cell.locator(".objection"), cell))
+    for inner in (mark, words):
+        assert box["x"] <= inner["x"] < inner["x"] + inner["width"] <= box["x"] + box["width"] + 1
+        assert 0 <= inner["x"] < inner["x"] + inner["width"] <= width
+    assert cell.locator(".objection").evaluate("place => place.scrollWidth <= place.clientWidth")
+    assert rows.nth(1).locator(".mark, .objection").count() == 0
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    cell.locator(".mark").click()
+    assert tab.locator("#doctor h2").bounding_box()["y"] < 800
+    assert tab.locator("#doctor .grave").get_by_text("97 % zeros").is_visible()
     context.close()
 
 

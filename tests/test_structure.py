@@ -19,19 +19,19 @@ PACKAGE = ROOT / "src" / "unmoved"
 # A room may import those of earlier ranks, never one of its own rank or a later one.
 RANKS = (
     ("errors",),
-    ("disk", "screen"),
+    ("disk",),
     ("protocols",),
     ("noise", "schedule"),
     ("views", "threat", "weights", "precision", "outcomes", "provenance", "drawing", "journal", "workers", "opinion"),
     ("terms", "figures", "breakdown", "judged"),
     ("attacks", "defenses", "data", "models", "optim", "verdicts"),
-    ("components", "beside"),
+    ("components", "beside", "checks"),
     ("config", "run"),
     ("built",),
     ("analyses", "judge", "report", "state"),
-    ("checks",),
-    ("loop", "doctor", "evaluation"),
-    ("compare", "testing"),
+    ("loop", "doctor"),
+    ("evaluation",),
+    ("compare", "testing", "screen"),
     ("cli",),
 )
 RANK = {room: number for number, rooms in enumerate(RANKS) for room in rooms}

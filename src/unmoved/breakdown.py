@@ -37,7 +37,7 @@ def breakdown(table: pd.DataFrame) -> Figure:
     recipes = list(dict.fromkeys(table["recipe"]))
     rows = 100 * table.pivot(index="recipe", columns="by", values="share").fillna(0).loc[recipes, parts]
     heads = [
-        textwrap.wrap(f"{recipe} ({some['source'].iloc[0]}, {count(some['n'])})", 62)
+        textwrap.wrap(f"{recipe} ({some['source'].iloc[0]}, {count(some['n'])})", 52)
         for recipe, some in table.groupby("recipe", sort=False)
     ]
     tallest = max(map(len, heads))

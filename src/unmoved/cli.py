@@ -130,11 +130,31 @@ def evaluate(
 
 
 @app.command()
+def doctor(
+    run: RunPath,
+    n: Annotated[int, typer.Option("--n", min=1, help="Test images to look at.")] = 100,
+    allow: Allow = [],  # noqa: B006
+    device: Device = "auto",
+) -> None:
+    """Is the verdict on an evaluated run to be believed? Signs of masked gradients and of attacks that failed."""
+    from unmoved import evaluation
+    from unmoved import run as runs
+
+    with screen.follow() as advance:
+        answer = evaluation.examine_run(runs.Run.open(run), n=n, allow=allow, device=device, progress=advance)
+    screen.print_findings(answer)
+    console.print(f"saved: {run / 'doctor.json'}", soft_wrap=True)
+
+
+@app.command()
 def compare(
     recipes: Annotated[list[Path], typer.Argument(metavar="RECIPE...", help="Recipes to train, judge and compare.")],
     seeds: Annotated[str, typer.Option(help="Seeds, such as 0 or 0,1,2.")] = "0",
     out: Annotated[Path, typer.Option(help="Folder for the runs and the report.")] = Path("runs/compare"),
     workers: Annotated[int | None, typer.Option(min=1, help="Processes at a time; one a core by default.")] = None,
+    attacks: Annotated[str, typer.Option(help="What judges every run; as in 'unmoved evaluate'.")] = "recipe",
+    finalists: Annotated[int, typer.Option(min=0, help="AutoAttack standard judges this many of the best runs.")] = 0,
+    final_n: Annotated[int | None, typer.Option(min=1, help="... on this many test images; all by default.")] = None,
     overrides: Overrides = [],  # noqa: B006
     allow: Allow = [],  # noqa: B006
 ) -> None:
@@ -152,7 +172,7 @@ def compare(
     parsed = [config.read(path, overrides) for path in recipes]
     count = workers or os.cpu_count() or 1
     threads = max(1, (os.cpu_count() or 1) // min(count, len(parsed) * len(numbers)))
-    jobs = grid.jobs_of(parsed, numbers, out, allow, threads)
+    jobs = grid.jobs_of(parsed, numbers, out, allow, threads, attacks)
     with screen.bars() as add:
         advance = add(f"{len(jobs)} runs", sum(job.epochs for job in jobs))
 
@@ -160,6 +180,10 @@ def compare(
             console.print(f"failed: {job.label}" if error else f"done: {job.label}")
 
         runs = grid.compare(jobs, workers=count, on_done=done, poll=lambda: advance(sum(map(screen.epochs_done, jobs))))
+    if finalists:
+        with screen.follow() as follow:
+            best = grid.finals(runs, finalists, final_n, allow=allow, progress=follow)
+        screen.print_summary({run.name: run.verdict_outcomes for run in best})
     path = reports.write(runs, out / "report.html", title=f"{len(parsed)} recipes, {len(numbers)} seed(s)")
     screen.print_summary(
         {f"{run.name} seed {run.seed}" if len(numbers) > 1 else run.name: run.outcomes for run in runs}

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from unmoved import config
+from unmoved import config, outcomes
 from unmoved.errors import UnmovedError
 from unmoved.evaluation import evaluate_run, weights_digest
 from unmoved.loop import train_recipe
@@ -28,6 +28,7 @@ class Job:
     path: str
     allow: tuple[str, ...] = ()
     threads: int = 1
+    attacks: str = "recipe"
 
     @property
     def label(self) -> str:
@@ -39,7 +40,12 @@ class Job:
 
 
 def jobs_of(
-    recipes: Sequence[config.Recipe], seeds: Sequence[int], out: Path, allow: Collection[str], threads: int
+    recipes: Sequence[config.Recipe],
+    seeds: Sequence[int],
+    out: Path,
+    allow: Collection[str],
+    threads: int,
+    attacks: str = "recipe",
 ) -> list[Job]:
     """The grid, one folder ``out/<recipe name>/seed<k>`` each.
 
@@ -61,7 +67,7 @@ def jobs_of(
             tables = recipe.tables()
             tables["training"] = {**tables["training"], "seed": seed}
             folder = out / name / f"seed{seed}"
-            jobs.append(Job(tables, str(folder), tuple(allow), threads))
+            jobs.append(Job(tables, str(folder), tuple(allow), threads, attacks))
     return jobs
 
 
@@ -71,8 +77,8 @@ def work(job: Job) -> str:
         torch.set_num_threads(job.threads)
     run = train_recipe(config.parse(job.tables), job.path, resume=True, allow=job.allow)
     done = run.evaluation
-    if done is None or done.get("weights_sha256") != weights_digest(run, "best"):
-        evaluate_run(run, allow=job.allow)
+    if done is None or (done.get("weights_sha256"), done.get("asked")) != (weights_digest(run, "best"), job.attacks):
+        evaluate_run(run, attacks=job.attacks, allow=job.allow)
     return job.path
 
 
@@ -120,6 +126,33 @@ def compare(
             f"what is missing:{lines}"
         )
     return [Run.open(job.path) for job in jobs]
+
+
+def finals(
+    runs: Sequence[Run],
+    count: int,
+    n: int | None,
+    *,
+    allow: Collection[str] = (),
+    progress: Callable[[float, str], None] | None = None,
+) -> list[Run]:
+    """AutoAttack standard on ``n`` test images of the ``count`` best runs by worst case, which it returns."""
+    ranked = sorted(runs, key=lambda run: -_worst(run))[:count]
+    for number, run in enumerate(ranked):
+
+        def tell(share: float, words: str, number: int = number, name: str = run.name) -> None:
+            if progress is not None:
+                progress((number + share) / len(ranked), f"{name} {words}")
+
+        done = run.verdict or {}
+        if (done.get("weights_sha256"), done.get("n")) != (weights_digest(run, "best"), n):
+            evaluate_run(run, attacks="standard", n=n, allow=allow, progress=tell)
+    return ranked
+
+
+def _worst(run: Run) -> float:
+    table = run.outcomes
+    return 0.0 if table is None else float(outcomes.by_sample(table)[outcomes.WORST].mean())
 
 
 def _words(error: BaseException) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
+import json
 import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -16,7 +17,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from unmoved import components, config, judge
+from unmoved import components, config, doctor, judge
 from unmoved.attacks import PGD, AutoAttack, Quick
 from unmoved.built import Built
 from unmoved.disk import write_atomic
@@ -131,12 +132,7 @@ def evaluate_run(
     Raises:
         UnmovedError: as `judge.evaluate`; an unknown name; weights that are missing or do not fit.
     """
-    require_device(device)
-    built = Built(config.parse(run.recipe, str(run.path / "recipe.toml")), allow)
-    model = built.model()
-    run.load_weights(model, weights)
-    model.to(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # the same numbers, faster convolutions
+    built, model = opened(run, weights, device, allow)
     count = n or built.recipe.evaluation.n
     split = built.data.test if count is None else built.data.test.take(min(count, len(built.data.test)), seed=0)
     tables: dict[str, pd.DataFrame] = {}
@@ -173,6 +169,7 @@ def evaluate_run(
             "weights": weights,
             "weights_sha256": weights_digest(run, weights),
             "threat": {"norm": built.threat.norm, "eps": built.threat.radius},
+            "asked": attacks,
             "attacks": {name: repr(attack) for name, attack in chosen.items()},
             "notes": [note for attack in chosen.values() for note in _notes(attack, split.num_classes)],
             "classes": list(built.data.test.classes),
@@ -195,6 +192,61 @@ def evaluate_run(
         run.save_evaluation(table, facts, kind=kind, **extra)
         journal.close()
     return tables
+
+
+def opened(run: Run, weights: str, device: str, allow: Collection[str]) -> tuple[Built, nn.Module]:
+    """A run's objects and its model with these weights, in evaluation mode on the device."""
+    require_device(device)
+    built = Built(config.parse(run.recipe, str(run.path / "recipe.toml")), allow)
+    model = built.model()
+    run.load_weights(model, weights)
+    model.to(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # the same numbers, faster convolutions
+    return built, model.eval()
+
+
+def examine_run(
+    run: Run,
+    *,
+    n: int = 100,
+    device: str = "auto",
+    allow: Collection[str] = (),
+    progress: Callable[[float, str], None] | None = None,
+) -> dict[str, Any]:
+    """Ask the doctor about an evaluated run and save the answer as ``doctor.json`` in its folder.
+
+    The doctor reads the evaluation, or AutoAttack's verdict where there is no other, and looks at ``n`` test images.
+
+    Returns:
+        What was saved: weights_sha256, n, sentence, and findings (check, grade, measured, why, do).
+
+    Raises:
+        UnmovedError: a run that was not evaluated; as `unmoved.doctor.examine`.
+    """
+    kind = "evaluation" if run.evaluation is not None else "verdict"
+    facts, table = (run.evaluation, run.outcomes) if kind == "evaluation" else (run.verdict, run.verdict_outcomes)
+    if facts is None or table is None:
+        raise UnmovedError(f"{run.path}: expected an evaluated run, came none; run `unmoved evaluate {run.path}` first")
+    built, model = opened(run, str(facts["weights"]), device, allow)
+    split = built.data.test.select(torch.from_numpy(np.isin(built.data.test.index.cpu().numpy(), table["index"])))
+    findings = doctor.examine(
+        model,
+        split,
+        built.threat,
+        outcomes=table,
+        attacks=facts["attacks"],
+        n=min(n, len(split)),
+        seed=built.recipe.training.seed,
+        progress=None if progress is None else lambda done, total, words: progress(done / total, f"doctor: {words}"),
+    )
+    answer = {
+        "weights_sha256": facts["weights_sha256"],
+        "n": min(n, len(split)),
+        "sentence": doctor.verdict(findings),
+        "findings": [dataclasses.asdict(finding) for finding in findings],
+    }
+    write_atomic(run.path / "doctor.json", (json.dumps(answer, indent=2) + "\n").encode())
+    return answer
 
 
 def _chosen(names: str, built: Built) -> dict[str, dict[str, Attack]]:

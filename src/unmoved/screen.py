@@ -108,3 +108,17 @@ def print_summary(tables: dict[str, Any]) -> None:
         worst = rows.loc[outcomes.WORST]
         view.add_row(name, *cells, f"{100 * worst.low:.1f} - {100 * worst.high:.1f}", f"{worst['n']:.0f}")
     (console if console.is_terminal else Console(width=1000)).print(view)  # nothing is cut off in a file
+
+
+def print_findings(answer: dict[str, Any]) -> None:
+    """What the doctor found, the gravest first."""
+    if not answer["findings"]:
+        console.print(f"the doctor found nothing to object to (n = {answer['n']})", highlight=False)
+    for finding in answer["findings"]:
+        console.print(
+            f"[{finding['grade']}] {finding['check']}: {finding['measured']}\n"
+            f"    why it matters: {finding['why']}\n    what to do: {finding['do']}",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )

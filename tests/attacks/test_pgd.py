@@ -11,6 +11,7 @@ from torch import nn
 from unmoved.attacks import APGD, FGSM, PGD, Friendly, Sensible
 from unmoved.attacks.ascent import attacking, gradient_at
 from unmoved.attacks.pace import MomentumPace
+from unmoved.attacks.rounds import Round
 from unmoved.errors import UnmovedError
 from unmoved.protocols import Batch
 from unmoved.schedule import Ramp, resolve
@@ -269,7 +270,7 @@ def test_apgd_compat_counts_the_first_rise_from_zero():
 def test_apgd_starts_on_the_surface():
     batch = Batch(torch.full((4, 1, 3, 3), 0.5), torch.zeros(4, dtype=torch.long))
     for threat in (LINF, ThreatModel("l2", 0.4)):
-        start = APGD(threat)._start(batch, 0)
+        start = APGD(threat)._start(batch, Round(0))
         assert torch.allclose(
             threat.distance(start, batch.x), torch.full((4,), threat.eps, dtype=torch.float64), atol=1e-6
         )

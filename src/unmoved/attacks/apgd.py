@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from unmoved import noise
 from unmoved.attacks.ascent import Best, attacking, broken, gradient_at, like, value_at
 from unmoved.attacks.pace import MomentumPace, SparsePace
-from unmoved.attacks.rounds import Retired, in_rounds
+from unmoved.attacks.rounds import Retired, Round, in_rounds
 from unmoved.errors import UnmovedError, require_number
 from unmoved.protocols import Batch, Image, Term
 from unmoved.terms import CE
@@ -81,10 +81,10 @@ class APGD:
         """A randomised model draws from the global generator: its state is put back."""
         return torch.random.fork_rng() if self.draws > 1 else nullcontext()
 
-    def _start(self, batch: Batch, stream: int) -> Image:
+    def _start(self, batch: Batch, each: Round) -> Image:
         """On the surface of the ball: noise divided by its own largest value (linf) or length (l2)."""
         shape = tuple(batch.x.shape[1:])
-        key = {"seed": self.seed, "step": batch.step, "stream": stream}
+        key = {"seed": self.seed, "step": batch.step, "stream": each.stream}
         if self.threat.norm == "linf":
             delta = noise.uniform(batch.index, shape, **key) * 2 - 1
             delta = delta / like(delta)(delta.flatten(1).abs().amax(dim=1)).clamp_min(1e-12)

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from unmoved import noise
 from unmoved.attacks.ascent import Best, like
-from unmoved.attacks.fmn import crossed, searching
+from unmoved.attacks.fmn import searching
 from unmoved.attacks.hyperplanes import dual_length, length, to_hyperplane
 from unmoved.attacks.rounds import Retired, Round, in_rounds
 from unmoved.errors import UnmovedError, require_number
-from unmoved.protocols import Batch, Image, Label, PerSample
+from unmoved.protocols import Batch, Image, Label, Logits, PerSample
+from unmoved.terms.margin import margin
 from unmoved.threat import ThreatModel
 from unmoved.views import Views
 
@@ -28,11 +29,11 @@ class FAB:
     is the nearest so far, and ``x' <- x + beta (x' - x)``.
 
     Proposed is the nearest misclassified point found, wherever it is, and the clean image where none was found or
-    where that is misclassified itself. Of eps depend the random starts alone and, with ``until_broken``, the end.
+    where that is misclassified itself. eps only sizes the random starts and says what ``until_broken`` calls broken.
 
     Args:
         threat: norm (linf, l2 or l1), eps and bounds.
-        steps: a gradient pass and another one each (100 in AutoAttack).
+        steps: each takes a gradient pass and a pass that judges the new point (100 in AutoAttack).
         restarts: independent starts: the clean image, then random points eps / 2 away.
         targeted: k is a given class, round after round (FAB-T); if not, k is the class whose boundary is nearest in
             the linearised model, at the price of a backward pass for each wrong class.
@@ -86,12 +87,12 @@ class FAB:
                 )
             return x_adv
 
-    def _start(self, batch: Batch, stream: int) -> Image:
+    def _start(self, batch: Batch, each: Round) -> Image:
         """The clean image in a round's first restart, then a random point at distance eps / 2, clipped."""
-        if stream in {Round(0, rank).stream for rank in (None, *range(self.targets))}:
+        if each.restart == 0:
             return batch.x
         draw = noise.uniform if self.threat.norm == "linf" else noise.normal
-        delta = draw(batch.index, tuple(batch.x.shape[1:]), seed=self.seed, step=batch.step, stream=stream)
+        delta = draw(batch.index, tuple(batch.x.shape[1:]), seed=self.seed, step=batch.step, stream=each.stream)
         delta = delta * 2 - 1 if self.threat.norm == "linf" else delta
         size = length(delta.flatten(1), self.threat.norm).clamp_min(1e-12)
         move = like(delta)(self.threat.radius / 2 / size) * delta
@@ -104,13 +105,13 @@ class FAB:
         for _ in range(self.steps):
             x_adv = self._step(base.x, x_adv, *self._plane(base, x_adv))
             with torch.no_grad():
-                wrong = crossed(base.at(x_adv).adv, base.y)
+                wrong, back = _sides(base.at(x_adv).adv, base.y)
             delta = x_adv - base.x
             away = length(delta.flatten(1), self.threat.norm)
             better = torch.nonzero(wrong & (away < distance[position])).flatten()
             distance[position[better]] = away[better]
             nearest[position[better]] = x_adv[better]
-            x_adv = x_adv - like(delta)((1 - self.beta) * wrong.to(delta.dtype)) * delta
+            x_adv = x_adv - like(delta)((1 - self.beta) * back.to(delta.dtype)) * delta
             if retired is not None:
                 keep = torch.nonzero(~retired(distance[position] <= self.threat.radius, position)).flatten()
                 if len(keep) == 0:
@@ -118,8 +119,7 @@ class FAB:
                 if len(keep) < len(position):
                     base, position, x_adv = base.take(keep), position[keep], x_adv[keep]
         broken, best = distance <= self.threat.radius, Best()
-        # Of two rounds that broke a sample the first is kept, as if the second had never been run.
-        best.offer(nearest, torch.where(broken & self.until_broken, 0.0, -distance), broken)
+        best.offer(nearest, -distance, broken)
         return best
 
     def _plane(self, base: Views, x_adv: Image) -> tuple[PerSample, Tensor]:
@@ -156,6 +156,16 @@ class FAB:
         alpha = (from_here / (from_here + from_home)).clamp_max(self.alpha_max)[:, None]
         mixed = torch.add(here, d1, alpha=self.eta).lerp_(torch.add(home, d2, alpha=self.eta), alpha)
         return mixed.clamp_(*bounds).reshape(x.shape)
+
+
+def _sides(logits: Logits, y: Label) -> tuple[Tensor, Tensor]:
+    """Who is misclassified by more than rounding, and who is that or on the boundary: two (B,) bool.
+
+    A point on the boundary goes back like one beyond it: there the way to the boundary is 0, so it would stay for good.
+    """
+    lead = margin(logits, y)
+    rounding = 8 * torch.finfo(logits.dtype).eps * logits.abs().amax(dim=1)  # as in `crossed`
+    return lead > rounding, lead >= -rounding
 
 
 def _wrong_classes(y: Label, num_classes: int) -> Tensor:

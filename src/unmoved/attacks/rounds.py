@@ -53,7 +53,7 @@ class Retired:
         return position >= self.first[owner]
 
 
-Start = Callable[[Batch, int], Image]
+Start = Callable[[Batch, Round], Image]
 Climb = Callable[[Views, Image, Retired | None], Best]
 
 
@@ -62,20 +62,21 @@ def in_rounds(base: Views, restarts: int, targets: int, start: Start, climb: Cli
 
     Args:
         base: the views of the batch.
-        start: (batch, stream) -> first iterates.
+        start: (batch, round) -> first iterates.
         climb: (views, first iterates, which rows may stop) -> the best of each row.
         until_broken: a sample is left as soon as a round broke it.
     """
     left = torch.arange(len(base.y), device=base.y.device)
     full = ROWS if left.device.type == "cpu" else ROWS_ON_DEVICE
-    order = ranked_wrong(base.clean.detach(), base.y) if targets else None
+    with torch.no_grad():
+        order = ranked_wrong(base.clean, base.y) if targets else None
     waiting = rounds_of(restarts, targets, 0 if order is None else order.shape[1] + 1)
     best = Best()
     while waiting and len(left):
         together = max(1, full // len(left))
         now, waiting = waiting[:together], waiting[together:]
         few = base.take(left)
-        x_start = torch.cat([start(few.batch, each.stream) for each in now])
+        x_start = torch.cat([start(few.batch, each) for each in now])
         rows = few if len(now) == 1 else few.take(torch.arange(len(left), device=left.device).repeat(len(now)))
         if order is not None:
             rows = rows.aim(torch.cat([order[left, each.rank] for each in now]))
@@ -84,7 +85,9 @@ def in_rounds(base: Views, restarts: int, targets: int, start: Start, climb: Cli
         for k in range(len(now)):
             part = slice(k * len(left), (k + 1) * len(left))
             if found.x is not None:
-                best.offer(found.x[part], found.value[part], found.wrong[part], left)
+                # Of two rounds that broke a sample the first is kept, as if the second had never been run.
+                settled = found.wrong[part] & until_broken
+                best.offer(found.x[part], found.value[part].masked_fill(settled, 0.0), found.wrong[part], left)
         if until_broken:
             left = left[~best.wrong[left]]
     return best.x if best.x is not None else base.x

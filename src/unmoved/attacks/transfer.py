@@ -10,7 +10,7 @@ from torch import nn
 
 from unmoved.attacks.pgd import PGD
 from unmoved.errors import UnmovedError
-from unmoved.protocols import Attack, Batch, Image
+from unmoved.protocols import Attack, Batch, Image, MinimumNormAttack
 from unmoved.threat import ThreatModel
 
 
@@ -41,7 +41,7 @@ class Transfer:
     @property
     def minimum_norm(self) -> bool:
         """Whether it may leave the ball: as the attack that it runs."""
-        return bool(getattr(self.attack, "minimum_norm", False))
+        return isinstance(self.attack, MinimumNormAttack) and self.attack.minimum_norm
 
     def __call__(self, model: nn.Module, batch: Batch) -> Image:
         for tensor in (*self.source.parameters(), *self.source.buffers()):
