@@ -117,7 +117,7 @@ def test_few_classes_are_adapted_to_and_said(classes: int, words: list[str]) -> 
 
 
 def test_quick_is_never_called_autoattack(run: Path) -> None:
-    said = unmoved("evaluate", run, "--attacks", "quick", "--n", 20).fine()
+    said = unmoved("evaluate", run, "--attacks", "quick", "--n", 20, "--no-doctor").fine()
     assert "quick" in said.out
     assert "autoattack" not in said.out.lower()
     assert not (run / "verdict").exists()
@@ -147,7 +147,7 @@ def test_workers_and_batches_change_nothing(run: Path) -> None:
 
 
 def test_killed_verdicts_go_on_and_end_in_the_same_bits(nursery: Nursery, run: Path, tmp_path: Path) -> None:
-    command = ["--attacks", "quick,fab", "--n", 100, "--batch-size", 4]
+    command = ["--attacks", "quick,fab", "--n", 100, "--batch-size", 4, "--no-doctor"]
     uncut = Path(shutil.copytree(run, tmp_path / "uncut"))
     assert nursery.run("evaluate", uncut, *command) == 0
     moments, kills, lines = random.Random(0), 0, [0]
@@ -194,11 +194,11 @@ def test_what_is_in_the_journal_is_not_computed_again(run: Path, tmp_path: Path)
 
 
 def test_other_weights_are_another_question(run: Path) -> None:
-    unmoved("evaluate", run, "--attacks", "square", "--n", 10).fine()
+    unmoved("evaluate", run, "--attacks", "square", "--n", 10, "--no-doctor").fine()
     folder = run / "evaluation"
     Journal(folder / "journal.jsonl", {"old": 1}).add("square", "square", *(np.zeros(1, dtype=int),) * 2, np.zeros(1))
     before = (folder / "outcomes.csv").read_bytes()
-    unmoved("evaluate", run, "--attacks", "square", "--n", 10).fine()
+    unmoved("evaluate", run, "--attacks", "square", "--n", 10, "--no-doctor").fine()
     assert (folder / "outcomes.csv").read_bytes() == before
     assert not (folder / "journal.jsonl").exists()
 
@@ -247,7 +247,7 @@ def test_memory_does_not_grow_with_the_data(run: Path) -> None:
 
 
 def test_the_images_that_broke_it_are_kept_when_asked(run: Path) -> None:
-    unmoved("evaluate", run, "--attacks", "standard", "--n", 24, "--save-adversarial").fine()
+    unmoved("evaluate", run, "--attacks", "standard", "--n", 24, "--save-adversarial", "--no-doctor").fine()
     table = outcomes.read(run / "verdict" / "outcomes.csv").set_index("index")
     model, _ = model_of(run)
     found = 0
@@ -261,7 +261,7 @@ def test_the_images_that_broke_it_are_kept_when_asked(run: Path) -> None:
 
 
 def test_several_names_at_once_and_unknown_ones(run: Path) -> None:
-    unmoved("evaluate", run, "--attacks", "pgd, quick,standard", "--n", 12).fine()
+    unmoved("evaluate", run, "--attacks", "pgd, quick,standard", "--n", 12, "--no-doctor").fine()
     opened = Run.open(run)
     assert set(opened.outcomes["attack"]) == {"pgd", "quick"}
     assert set(opened.verdict_outcomes["attack"]) == {"autoattack"}
@@ -272,8 +272,15 @@ def test_several_names_at_once_and_unknown_ones(run: Path) -> None:
 def test_no_attack_by_name_is_called_autoattack_but_the_two_versions(run: Path) -> None:
     built = Built(read(run / "recipe.toml"))
     for name in ("recipe", "quick", "pgd", "apgd", "fab", "square"):
-        (chosen,) = evaluation._chosen(name, built).values()
+        (chosen,) = evaluation._chosen(name, built, ()).values()
         assert not any("auto" in label for label in chosen)
+
+
+def test_a_transfer_from_another_run(run: Path, trained: Path, tmp_path: Path) -> None:
+    unmoved("evaluate", run, "--attacks", f"transfer:{trained}, square", "--n", 20, "--no-doctor").fine()
+    assert set(Run.open(run).outcomes["attack"]) == {"transfer", "square"}
+    message = unmoved("evaluate", run, "--attacks", f"transfer:{tmp_path / 'nowhere'}").mistake()
+    assert "found none" in message
 
 
 def test_weights_that_are_missing(run: Path) -> None:

@@ -99,6 +99,9 @@ def evaluate(
     save_adversarial: Annotated[
         bool, typer.Option("--save-adversarial", help="Also keep the images that broke the model.")
     ] = False,
+    ask_doctor: Annotated[
+        bool, typer.Option("--doctor/--no-doctor", help="Ask the doctor too whether to believe it.")
+    ] = True,
     allow: Allow = [],  # noqa: B006
     device: Device = "auto",
 ) -> None:
@@ -126,6 +129,10 @@ def evaluate(
         for note in (getattr(opened, kind) or {}).get("notes", []):
             console.print(f"note: {note}", soft_wrap=True)
         console.print(f"saved: {run / kind}", soft_wrap=True)
+    if ask_doctor:
+        with screen.follow() as advance:
+            answer = evaluation.examine_run(opened, allow=allow, device=device, progress=advance)
+        console.print(f"doctor: {answer['sentence'] or 'no objection'}", highlight=False, soft_wrap=True)
     console.print(f"next: unmoved report {run}", soft_wrap=True)
 
 

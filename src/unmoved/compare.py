@@ -15,9 +15,11 @@ import torch
 
 from unmoved import config, outcomes
 from unmoved.errors import UnmovedError
-from unmoved.evaluation import evaluate_run, weights_digest
+from unmoved.evaluation import evaluate_run, examine_run, weights_digest
 from unmoved.loop import train_recipe
 from unmoved.run import Run
+
+DOCTOR_SAMPLES = 32  # enough to see masked gradients; `unmoved doctor RUN` looks at more
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,8 @@ def work(job: Job) -> str:
     done = run.evaluation
     if done is None or (done.get("weights_sha256"), done.get("asked")) != (weights_digest(run, "best"), job.attacks):
         evaluate_run(run, attacks=job.attacks, allow=job.allow)
+    if (run.doctor or {}).get("weights_sha256") != weights_digest(run, "best"):
+        examine_run(run, n=DOCTOR_SAMPLES, allow=job.allow)
     return job.path
 
 

@@ -96,7 +96,12 @@ def _exported(namespace: Any) -> dict[str, Factory]:
 
 KINDS: dict[str, dict[str, Factory]] = {
     "terms": {name: term for name, term in _exported(terms).items() if name != "sum"},
-    "attacks": {n: a for n, a in _exported(attacks).items() if "threat" in inspect.signature(a).parameters},
+    "attacks": {
+        name: attack
+        for name, attack in _exported(attacks).items()
+        # An attack that needs another model cannot be written in a recipe; `unmoved evaluate` can name it.
+        if "threat" in inspect.signature(attack).parameters and "source" not in inspect.signature(attack).parameters
+    },
     "stops": {n: a for n, a in _exported(attacks).items() if hasattr(a, "undo") and a is not attacks.StoppingRule},
     "defenses": _exported(defenses),
     "models": {n: f for n, f in _exported(models).items() if "num_classes" in inspect.signature(f).parameters},

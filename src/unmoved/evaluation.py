@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from unmoved import components, config, doctor, judge
-from unmoved.attacks import PGD, AutoAttack, Quick
+from unmoved.attacks import PGD, AutoAttack, Quick, Transfer
 from unmoved.built import Built
 from unmoved.disk import write_atomic
 from unmoved.errors import UnmovedError, did_you_mean
@@ -116,8 +117,8 @@ def evaluate_run(
 
     Args:
         run: a run folder.
-        attacks: ``"recipe"`` (what the recipe says), ``"quick"``, ``"standard"`` or ``"rand"`` (AutoAttack), or an
-            attack by name, with its default settings; several with commas between.
+        attacks: ``"recipe"`` (what the recipe says), ``"quick"``, ``"standard"`` or ``"rand"`` (AutoAttack), an attack
+            by name, with its default settings, or ``"transfer:RUN"``; several with commas between.
         n: judge this many test images, drawn by a fixed seed; by default what the recipe says, or all.
         weights: ``"best"`` (highest validation robust accuracy) or ``"last"``.
         workers: threads that attack at a time on a CPU; 0 for as many as torch uses.
@@ -136,7 +137,7 @@ def evaluate_run(
     count = n or built.recipe.evaluation.n
     split = built.data.test if count is None else built.data.test.take(min(count, len(built.data.test)), seed=0)
     tables: dict[str, pd.DataFrame] = {}
-    kinds = _chosen(attacks, built)
+    kinds = _chosen(attacks, built, allow)
     for number, (kind, chosen) in enumerate(kinds.items()):
         began = time.monotonic()
         folder = run.path / kind
@@ -150,7 +151,7 @@ def evaluate_run(
         def follow(done: float, total: float, words: str, tell: Any = tell, most: float = most) -> None:
             tell(most * done / total, words)
 
-        journal = Journal(folder / "journal.jsonl", _question(run, weights, chosen, built.threat, split, precision))
+        journal = Journal(folder / "journal.jsonl", _question(run, weights, attacks, chosen, split, precision))
         tables[kind] = table = judge.evaluate(
             model,
             split,
@@ -249,7 +250,7 @@ def examine_run(
     return answer
 
 
-def _chosen(names: str, built: Built) -> dict[str, dict[str, Attack]]:
+def _chosen(names: str, built: Built, allow: Collection[str]) -> dict[str, dict[str, Attack]]:
     """Folder -> attacks, from a list of names with commas."""
     chosen: dict[str, dict[str, Attack]] = {}
     known = components.KINDS["attacks"]
@@ -261,10 +262,12 @@ def _chosen(names: str, built: Built) -> dict[str, dict[str, Attack]]:
         elif name in VERDICTS:
             label = "autoattack" if name == "standard" else f"autoattack-{name}"
             found = {label: AutoAttack(built.threat, version=name, seed=built.recipe.training.seed)}
+        elif name.startswith("transfer:"):
+            found = {"transfer": _transfer(Path(name.removeprefix("transfer:")), built, allow)}
         elif name in known:
             found = {name: built.attack(name)}
         else:
-            names_known = ["recipe", "quick", *VERDICTS, *known]
+            names_known = ["recipe", "quick", *VERDICTS, *known, "transfer:RUN"]
             raise UnmovedError(
                 f"--attacks: expected names of {', '.join(names_known)}, came {name!r}{did_you_mean(name, names_known)}"
             )
@@ -272,18 +275,29 @@ def _chosen(names: str, built: Built) -> dict[str, dict[str, Attack]]:
     return chosen
 
 
+def _transfer(path: Path, built: Built, allow: Collection[str]) -> Transfer:
+    """What fools another run's model, which must see images of the same shape and classes."""
+    source, model = opened(Run.open(path), "best", "auto", allow)
+    if (source.shape, source.num_classes) != (built.shape, built.num_classes):
+        raise UnmovedError(
+            f"transfer: expected a run on {built.num_classes} classes of images {built.shape}, came {path} with "
+            f"{source.num_classes} classes of images {source.shape}"
+        )
+    return Transfer(built.threat, source=model)
+
+
 def _notes(attack: Attack, num_classes: int) -> list[str]:
     return attack.notes(num_classes) if isinstance(attack, Ensemble) else []
 
 
 def _question(
-    run: Run, weights: str, attacks: Mapping[str, Attack], threat: ThreatModel, split: Any, precision: str
+    run: Run, weights: str, asked: str, attacks: Mapping[str, Attack], split: Any, precision: str
 ) -> dict[str, Any]:
     """What answers in a journal are answers to: anything that could change one of them."""
     return {
         "weights": weights_digest(run, weights),
         "attacks": {name: repr(attack) for name, attack in attacks.items()},
-        "threat": repr(threat),
+        "asked": asked,
         "samples": hashlib.sha256(split.index.cpu().numpy().tobytes()).hexdigest(),
         "precision": precision,
         "versions": [metadata.version("unmoved"), torch.__version__],

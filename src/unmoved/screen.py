@@ -50,7 +50,7 @@ def follow() -> Iterator[Callable[[float, str], None]]:
         last = words
 
     yield line
-    if last:
+    if last and ":" in last and not last.startswith("doctor"):
         console.print(last, highlight=False, soft_wrap=True)
 
 

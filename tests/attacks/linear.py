@@ -1,4 +1,4 @@
-"""Linear models in float64, whose nearest misclassified point is known: in closed form, or by scipy where the box binds."""
+"""Linear models in float64 whose nearest misclassified point is known, in closed form or by scipy."""
 
 from __future__ import annotations
 

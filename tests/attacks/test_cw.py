@@ -25,15 +25,16 @@ def wrong(model, batch, x):
 
 def test_sits_the_exam():
     check_attack(
-        lambda t: CW(t, steps=40, search_steps=5, lr=0.05, initial_const=0.01), norm="l2", minimum_norm=True, reach=0.05
+        lambda t: CW(t, steps=60, search_steps=5, lr=0.008, initial_const=0.1), norm="l2", minimum_norm=True, reach=0.05
     )
 
 
 @pytest.mark.parametrize("num_classes", [2, 6])
 def test_on_a_linear_model_the_nearest_point_is_known(num_classes):
+    """At a learning rate below the distances, so that Adam's first steps do not carry the image far beyond."""
     model, batch = linear(num_classes, n=16)
     best = nearest(model, batch, "l2")
-    x_adv = CW(BALL, steps=150)(model, batch)
+    x_adv = CW(BALL, steps=150, lr=0.002, search_steps=7, initial_const=0.01)(model, batch)
     assert wrong(model, batch, x_adv).all()
     ratio = distance(x_adv, batch, "l2") / best
     assert (ratio >= 1 - 1e-9).all()
@@ -44,7 +45,7 @@ def test_on_a_linear_model_the_nearest_point_is_known(num_classes):
 def test_pixels_on_the_faces_of_the_box_move_as_scipy_moves_them():
     model, batch = on_faces()
     best = nearest_in_the_box(model, batch, "l2")
-    x_adv = CW(BALL, steps=600, search_steps=8, initial_const=0.01)(model, batch)
+    x_adv = CW(BALL, steps=500, search_steps=6, initial_const=0.1)(model, batch)
     assert wrong(model, batch, x_adv).all()
     ratio = distance(x_adv, batch, "l2") / best
     assert (ratio >= 1 - 1e-6).all()
@@ -72,7 +73,7 @@ def test_every_sample_has_its_own_search():
     model, batch = linear(2, n=6)
     scale = torch.tensor([1.0, 8.0, 1.0, 0.2, 4.0, 1.0], dtype=torch.float64)
     batch = Batch((0.5 + scale[:, None, None, None] * (batch.x - 0.5)).clamp(0, 1), batch.y)
-    attack = CW(BALL, steps=100, search_steps=6)
+    attack = CW(BALL, steps=60, search_steps=5)
     whole = attack(model, batch)
     alone = torch.cat([attack(model, batch.take(i)) for i in torch.arange(6).split(1)])
     assert torch.equal(whole, alone)
@@ -80,16 +81,16 @@ def test_every_sample_has_its_own_search():
     handle = model.register_forward_hook(lambda module, inputs, out: sizes.append(len(inputs[0])))
     attack(model, batch)
     handle.remove()
-    assert set(sizes) >= {6, 3} or len(set(sizes)) > 2  # samples leave one by one
+    assert len(set(sizes)) > 3  # samples leave one by one
 
 
 def test_confidence_is_a_margin():
     model, batch = linear(3, n=8)
-    for kappa in (0.0, 0.5):
+    for kappa in (0.0, 3.0):
         x_adv = CW(BALL, steps=150, confidence=kappa, initial_const=0.1)(model, batch)
         lead = margin(model(x_adv), batch.y)
         assert (lead >= kappa).all()
-        assert (lead < kappa + 0.1).all()
+        assert (lead < kappa + 0.2).all()
 
 
 def test_on_a_network_it_is_near_fmn(trained):

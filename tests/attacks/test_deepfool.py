@@ -66,7 +66,7 @@ def by_hand(model, x, y, norm, steps, overshoot):
         ways = []
         for k in order:
             (w,) = torch.autograd.grad(z[k] - z[y], leaf, retain_graph=True)
-            f = float((z[k] - z[y]).abs())
+            f = float((z[k] - z[y]).detach().abs())
             ways.append((f / float(w.norm() if norm == "l2" else w.abs().sum()), w))
         away, w = min(ways, key=lambda way: way[0])
         total = total + away * (w / w.norm() if norm == "l2" else w.sign())
@@ -119,7 +119,7 @@ def test_refuses_what_it_cannot():
 
     with pytest.raises(UnmovedError, match="differentiable in its input"):
         DeepFool(BALLS["l2"])(Cut(), batch)
-    with pytest.raises(UnmovedError, match="DeepFool: expected norm linf or l2, came l1.*use FMN"):
+    with pytest.raises(UnmovedError, match=r"DeepFool: expected norm linf or l2, came l1.*use FMN"):
         DeepFool(ThreatModel("l1", 1.0))
 
 

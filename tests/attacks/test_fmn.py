@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from linear import deaf, distance, linear, nearest, nearest_in_the_box, on_faces
+from torch import nn
 
 from unmoved.attacks import PGD
 from unmoved.attacks.fmn import FMN, Nearest, annealed, crossed, searching
@@ -67,7 +68,7 @@ def test_what_pgd_breaks_fmn_finds_nearby(trained, norm):
         broken = wrong(model, batch, PGD(ThreatModel(norm, eps), steps=40, keep="best")(model, batch)) & right
         assert broken.sum() > 20
         # The rest have a nearer boundary to a class that is not the best wrong one.
-        assert (away[broken] <= 1.02 * eps).float().mean() > 0.9
+        assert (away[broken] <= 1.02 * eps).float().mean() > 0.85
         assert away[broken].max() < 1.4 * eps
 
 
@@ -116,8 +117,28 @@ def test_only_right_samples_are_computed_once_a_step(trained):
     assert sizes == [256] + [right] * 8
 
 
+@pytest.mark.parametrize("norm", NORMS)
+def test_comes_back_from_a_first_point_that_is_far(norm):
+    """Saturated logits: the slope at the clean image promises a boundary many times as far as it is."""
+    model, batch = linear(2)
+
+    class Saturated(nn.Module):
+        def forward(self, x):
+            z = model(x)
+            return torch.tanh(15 * (z - z.mean(dim=1, keepdim=True)))
+
+    best = nearest(model, batch, norm)
+    x_adv = FMN(BALLS[norm], steps=30)(Saturated(), batch)
+    assert wrong(model, batch, x_adv).all()
+    assert (distance(x_adv, batch, norm) / best).max() < 1.05
+
+
 def test_the_nearest_point_is_kept():
     model, batch = linear(2, n=3)
+    with searching(model, Batch(batch.x, torch.tensor([1, 0, 1]))) as views:
+        lost = views.clean.argmax(1) != views.y
+        assert lost.any()
+        assert torch.equal(Nearest(views, "l2").distance == 0, lost)
     with searching(model, batch) as views:
         kept = Nearest(views, "l2")
         far, near = batch.x + 0.1, batch.x + 0.05

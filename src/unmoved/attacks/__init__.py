@@ -1,23 +1,35 @@
 """What an attacker may try: each attack proposes one image per sample and leaves the caller as it found it."""
 
 from unmoved.attacks.apgd import APGD
+from unmoved.attacks.cw import CW
+from unmoved.attacks.deepfool import DeepFool
 from unmoved.attacks.ensembles import AutoAttack, Quick
 from unmoved.attacks.fab import FAB
+from unmoved.attacks.fmn import FMN
+from unmoved.attacks.hard_label import HopSkipJump
 from unmoved.attacks.iaat import IAAT
 from unmoved.attacks.pgd import FGSM, PGD
+from unmoved.attacks.spsa import SPSA
 from unmoved.attacks.square import Square
 from unmoved.attacks.stopping import Friendly, Sensible, StoppingRule
+from unmoved.attacks.transfer import Transfer
 
 __all__ = [
     "APGD",
+    "CW",
     "FAB",
     "FGSM",
+    "FMN",
     "IAAT",
     "PGD",
+    "SPSA",
     "AutoAttack",
+    "DeepFool",
     "Friendly",
+    "HopSkipJump",
     "Quick",
     "Sensible",
     "Square",
     "StoppingRule",
+    "Transfer",
 ]

@@ -35,7 +35,7 @@ class CW:
         steps: Adam steps for each c (10000 in the paper, 1000 in the authors' later code).
         search_steps: values of c tried (9 in the authors' code).
         confidence: margin in logits that a success must have (kappa).
-        lr: learning rate of Adam.
+        lr: learning rate of Adam; far smaller distances than its first steps are not found exactly.
         initial_const: the first c (1e-3 in the authors' code).
 
     Raises:

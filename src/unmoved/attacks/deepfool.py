@@ -99,8 +99,8 @@ class DeepFool:
         for k in range(gap.shape[1]):
             (normal,) = torch.autograd.grad(gap[:, k].sum(), x, retain_graph=k + 1 < gap.shape[1])
             size = dual_length(normal.flatten(1), self.threat.norm)
-            away = torch.where(size > 0, gap[:, k].detach().abs() / size, torch.inf)
-            nearer = away < shortest
+            away = gap[:, k].detach().abs() / size
+            nearer = away < shortest  # false where there is no slope: then away is inf or nan
             shortest = torch.where(nearer, away, shortest)
             nearest_normal = torch.where(like(x)(nearer), normal, nearest_normal)
         # Two units in the last place of every pixel.

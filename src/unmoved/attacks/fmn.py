@@ -83,7 +83,8 @@ class FMN:
     along half a cosine, to alpha / 100 and 0.001.
 
     The threat model's eps is not used: the nearest point is proposed, wherever it is, and the clean image where
-    none is found. A misclassified image is returned as it is.
+    none is found. A misclassified image is returned as it is. One boundary is followed, that of the best wrong class
+    on the way; `FAB` tries several and takes many times as long.
 
     Args:
         threat: norm (linf, l2 or l1) and bounds.

@@ -182,7 +182,10 @@ class HopSkipJump:
 
     def _step_clear(self, nearest: Nearest) -> None:
         """A little further out, where another batch size cannot round the decision away."""
-        views, position = nearest.views, nearest.open
+        found = torch.nonzero(nearest.distance[nearest.open].isfinite()).flatten()
+        if len(found) == 0:
+            return
+        views, position = nearest.views.take(found), nearest.open[found]
         low, high = self.threat.bounds
         x_adv = nearest.x[position]
         further = (x_adv + 1e-4 * (x_adv - views.x)).clamp(low, high)

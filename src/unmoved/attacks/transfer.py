@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
+import hashlib
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from unmoved.attacks.pgd import PGD
@@ -31,12 +33,21 @@ class Transfer:
     """
 
     threat: ThreatModel
-    source: nn.Module = field(repr=False)
+    source: nn.Module
     attack: Attack | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.source, nn.Module):
             raise UnmovedError(f"Transfer.source: expected an nn.Module, came {type(self.source).__name__}")
+
+    def __repr__(self) -> str:
+        """Names the source by its weights, so that a verdict on record is not taken for that of another source."""
+        digest = hashlib.sha256()
+        for name, tensor in self.source.state_dict().items():
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
+        source = f"<{type(self.source).__name__} {digest.hexdigest()[:12]}>"
+        return f"Transfer(threat={self.threat!r}, source={source}, attack={self.attack!r})"
 
     @property
     def minimum_norm(self) -> bool:
