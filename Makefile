@@ -1,8 +1,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
+RUN ?= runs/bench
 DEMO := standard at trades mart trades_awp at_sam probscut_trades drsl sensible at_apd
 
-.PHONY: help demo digits test check bench clean
+.PHONY: help demo digits test check bench bench-verdict clean
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -22,8 +23,15 @@ demo: .venv/installed ## train, attack and compare on scikit-learn's digits; end
 digits: .venv/installed ## the demo's comparison with three seeds: runs/digits/report.html
 	$(BIN)/unmoved compare $(DEMO:%=recipes/digits/%.toml) --seeds 0,1,2 --out runs/digits
 
-bench: .venv/installed ## what each method adds to a training step, as ratios within one run
+bench: bench-verdict ## speeds as ratios within one run: training steps, and verdicts against an equal-budget peer
 	$(BIN)/python benchmarks/steps.py
+
+bench-verdict: .venv/installed $(RUN) ## verdicts alone; RUN=runs/mine for a run of yours, AUTOATTACK=path for the reference
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps torchattacks requests idna urllib3 certifi charset-normalizer tqdm
+	$(BIN)/python benchmarks/verdict.py speed $(RUN)
+
+runs/bench: | .venv/installed
+	$(BIN)/unmoved train recipes/digits/trades.toml --out runs/bench
 
 test: .venv/installed-dev ## the whole suite
 	$(BIN)/python -m pytest

@@ -110,7 +110,7 @@ def test_a_second_call_does_nothing_new(compared: Path, tmp_path: Path, monkeypa
     # Only what is missing is done: one evaluation; and one that judged other weights than the best.
     (runs[0] / "evaluation" / "evaluation.json").unlink()
     (runs[1] / "last.safetensors").write_bytes((runs[0] / "last.safetensors").read_bytes())
-    unmoved("evaluate", runs[1], "--weights", "last", "--n", "10").fine()
+    unmoved("evaluate", runs[1], "--weights", "last", "--n", "10").fine()  # the doctor, too, looked at other weights
     before = files(out)
     unmoved(*command).fine()
     after = files(out)
@@ -119,7 +119,7 @@ def test_a_second_call_does_nothing_new(compared: Path, tmp_path: Path, monkeypa
         for k in (0, 1)
         for name in ("outcomes.csv", "curve.csv", "gallery.npz", "evaluation.json")
         if k or name != "evaluation.json"
-    }
+    } | {f"{runs[1].relative_to(out).as_posix()}/doctor.json"}
     assert (runs[0] / "evaluation" / "evaluation.json").exists()
     assert Run.open(runs[1]).evaluation["n"] == 30
 

@@ -21,7 +21,7 @@ from unmoved import evaluate, evaluation, outcomes
 from unmoved.attacks import APGD, FAB, PGD, AutoAttack, Quick, Square
 from unmoved.built import Built
 from unmoved.config import read
-from unmoved.data import digits
+from unmoved.data import ArraySplit, digits
 from unmoved.errors import UnmovedError
 from unmoved.journal import Journal
 from unmoved.protocols import Batch
@@ -129,6 +129,31 @@ def test_the_quick_ensemble_never_leaves_less_than_its_parts(run: Path) -> None:
     quick = evaluate(model, split, {"quick": Quick(THREAT)}, THREAT)
     pgd = evaluate(model, split, {"pgd": PGD(THREAT, steps=40, keep="best")}, THREAT)
     assert quick["success"].sum() >= pgd["success"].sum()
+
+
+@pytest.mark.parametrize(("classes", "norm"), [(2, "linf"), (3, "l2"), (5, "l1"), (5, "linf")])
+def test_on_a_linear_model_the_verdict_is_the_analytic_one(classes: int, norm: str) -> None:
+    """A sample stands exactly where every other class lies farther than eps: ``margin_k > eps ||w_y - w_k||_dual``."""
+    draw = torch.Generator().manual_seed(1)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(36, classes))
+    weight = torch.randn(classes, 36, generator=draw)
+    with torch.no_grad():
+        model[1].weight.copy_(weight)
+        model[1].bias.copy_(-weight.sum(1) / 2)  # grey lies on every boundary
+    spread = 0.01 if norm == "l1" else 0.05  # far from black and white, also where one pixel moves: only the ball binds
+    x = 0.5 + spread * torch.randn(60, 1, 6, 6, generator=draw)
+    y = model(x).argmax(1)
+    order = {"linf": 1, "l2": 2, "l1": float("inf")}[norm]
+    gap = (model(x).gather(1, y[:, None]) - model(x)).detach()
+    reach = torch.linalg.vector_norm(weight[y][:, None] - weight[None], ord=order, dim=2).clamp_min(1e-9)
+    nearest = (gap / reach).masked_fill(torch.nn.functional.one_hot(y, classes).bool(), torch.inf).amin(1)
+    eps = float(nearest.median())
+    clear = (nearest / eps - 1).abs() > 0.01
+    split = ArraySplit.of(x, y, classes=[str(k) for k in range(classes)], layout="NCHW")
+    ball = ThreatModel(norm, eps)
+    for attack in (AutoAttack(ball), Quick(ball)):
+        table = evaluate(model, split, {"a": attack}, ball).sort_values("index")
+        assert (torch.tensor(table["success"].tolist()) == (nearest < eps))[clear].all()
 
 
 # --- the same verdict for any number of workers, batches, orders

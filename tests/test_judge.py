@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from unmoved import evaluate, evaluation, outcomes, train
+from unmoved import evaluate, outcomes, train
 from unmoved.attacks import APGD, FGSM, PGD
 from unmoved.data import ArraySplit, digits
 from unmoved.errors import UnmovedError
@@ -168,7 +168,7 @@ def test_robust_accuracy_falls_with_eps_steps_and_restarts(model: nn.Module, nor
             assert not (strong & ~weak).any()
         assert verdicts[0].sum() > verdicts[-1].sum()
     radii = [0.0, unit / 2, unit, 2 * unit, 4 * unit]
-    table = evaluation.curve(model, TEST, PGD(ball, steps=5, keep="best"), ball, radii)
+    table = exhibits.curve(model, TEST, PGD(ball, steps=5, keep="best"), ball, radii)
     falling = outcomes.curve_summary(table)["accuracy"].tolist()
     assert falling == sorted(falling, reverse=True)
     assert falling[0] > falling[-1] + 0.5
@@ -208,7 +208,7 @@ def test_modes_weights_gradients_and_random_state_are_left_alone(model: nn.Modul
     modes, state = [m.training for m in model.modules()], torch.random.get_rng_state()
     with pytest.raises(UnmovedError):
         evaluate(model, TEST, {"a": PGD(THREAT, steps=2), "b": lambda m, b: b.x + 1}, THREAT)
-    evaluation.gallery(model, TEST, PGD(THREAT, steps=2), THREAT)
+    exhibits.gallery(model, TEST, PGD(THREAT, steps=2), THREAT)
     assert [m.training for m in model.modules()] == modes
     assert torch.equal(state, torch.random.get_rng_state())
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
@@ -276,7 +276,7 @@ def test_a_proposal_may_still_carry_a_graph(model: nn.Module) -> None:
         return batch.x.clone().requires_grad_(True) * 1.0
 
     evaluate(model, TEST.take(20), {"a": graph}, THREAT)
-    assert len(evaluation.gallery(model, TEST.take(20), graph, THREAT)["x"]) == 8
+    assert len(exhibits.gallery(model, TEST.take(20), graph, THREAT)["x"]) == 8
 
 
 def test_rounding_at_the_border_is_no_crime(model: nn.Module) -> None:
@@ -343,7 +343,7 @@ def test_settings_that_cannot_be(model: nn.Module) -> None:
     with pytest.raises(UnmovedError, match="precision: unknown value 'half'"):
         evaluate(model, TEST, {"a": attack}, THREAT, precision="half")
     with pytest.raises(UnmovedError, match="expected an attack with a threat field"):
-        evaluation.curve(model, TEST, lambda m, b: b.x, THREAT, [0.1])
+        exhibits.curve(model, TEST, lambda m, b: b.x, THREAT, [0.1])
 
 
 def test_the_search_may_be_in_bf16_the_verdict_is_not(model: nn.Module) -> None:
@@ -361,7 +361,7 @@ def test_the_search_may_be_in_bf16_the_verdict_is_not(model: nn.Module) -> None:
 
 def test_the_gallery_shows_what_the_model_got_right(model: nn.Module) -> None:
     attack = PGD(THREAT, steps=3)
-    shown = evaluation.gallery(model, TEST, attack, THREAT, count=5, name="pgd")
+    shown = exhibits.gallery(model, TEST, attack, THREAT, count=5, name="pgd")
     assert {len(part) for part in shown.values()} == {5}
     assert (shown["label"] == shown["clean_prediction"]).all()
     assert np.abs(shown["x_adv"] - shown["x"]).max() <= 0.1 + 1e-6
@@ -369,10 +369,10 @@ def test_the_gallery_shows_what_the_model_got_right(model: nn.Module) -> None:
         again = model.eval()(torch.from_numpy(shown["x_adv"])).argmax(dim=1)
     assert (again.numpy() == shown["adversarial_prediction"]).all()
     wrong = Batches((replace(whole(TEST), y=(model(whole(TEST).x).argmax(dim=1) + 1) % 10),))
-    assert evaluation.gallery(model, wrong, attack, THREAT) == {}
+    assert exhibits.gallery(model, wrong, attack, THREAT) == {}
 
 
 def test_radii_of_the_curve_stay_in_the_box_for_linf_alone() -> None:
-    assert evaluation.radii(ThreatModel("linf", 0.8)) == pytest.approx([0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
-    assert evaluation.radii(ThreatModel("l2", 2.0)) == [0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0]
-    assert evaluation.radii(ThreatModel("linf", 0.0)) == [0.0]
+    assert exhibits.radii(ThreatModel("linf", 0.8)) == pytest.approx([0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    assert exhibits.radii(ThreatModel("l2", 2.0)) == [0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0]
+    assert exhibits.radii(ThreatModel("linf", 0.0)) == [0.0]

@@ -29,7 +29,7 @@ RANKS = (
     ("config", "run"),
     ("built",),
     ("analyses", "judge", "report", "state"),
-    ("loop", "doctor"),
+    ("loop", "doctor", "exhibits"),
     ("evaluation",),
     ("compare", "testing", "screen"),
     ("cli",),

@@ -6,9 +6,8 @@ import dataclasses
 import hashlib
 import io
 import json
-import math
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,80 +17,16 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from unmoved import components, config, doctor, judge
+from unmoved import components, config, doctor, exhibits, judge
 from unmoved.attacks import PGD, AutoAttack, Quick, Transfer
 from unmoved.built import Built
 from unmoved.disk import write_atomic
 from unmoved.errors import UnmovedError, did_you_mean
 from unmoved.journal import Journal
 from unmoved.precision import require_device
-from unmoved.protocols import Attack, Batch, Ensemble, Image, Split
+from unmoved.protocols import Attack, Batch, Ensemble, Image
 from unmoved.run import Run
-from unmoved.threat import ThreatModel
 
-
-def curve(
-    model: nn.Module,
-    split: Split,
-    attack: Attack,
-    threat: ThreatModel,
-    eps: Sequence[float],
-    *,
-    name: str = "pgd",
-    batch_size: int = 128,
-    workers: int = 1,
-    progress: Callable[[int, int], None] | None = None,
-) -> pd.DataFrame:
-    """Outcomes of one attack at several radii, the attack's own threat model replaced at each.
-
-    Raises:
-        UnmovedError: an attack that is no dataclass with a ``threat`` field.
-    """
-    fields: set[str] = {f.name for f in dataclasses.fields(attack)} if dataclasses.is_dataclass(attack) else set()
-    if "threat" not in fields:
-        raise UnmovedError(f"curve: expected an attack with a threat field, came {attack!r}")
-    tables = []
-    for done, radius in enumerate(eps):
-        ball = dataclasses.replace(threat, eps=radius)
-        ours = dataclasses.replace(attack, threat=ball)  # type: ignore[type-var]
-        tables.append(judge.evaluate(model, split, {name: ours}, ball, batch_size=batch_size, workers=workers))
-        if progress is not None:
-            progress(done + 1, len(eps))
-    return pd.concat(tables, ignore_index=True)
-
-
-def gallery(
-    model: nn.Module, split: Split, attack: Attack, threat: ThreatModel, count: int = 8, name: str = "attack"
-) -> dict[str, np.ndarray]:
-    """The first samples that the model gets right, with what the attack made of them, as arrays for `unmoved.run`."""
-    parts: list[dict[str, np.ndarray]] = []
-    missing = count
-    for batch in judge.checked_batches(model, split, 4 * count, threat):
-        clean = judge.predict(model, batch.x, batch.y)
-        chosen = torch.nonzero(clean == batch.y).flatten()[:missing]
-        if len(chosen) == 0:
-            continue
-        taken = batch.take(chosen)
-        proposal = judge.propose(model, attack, taken, threat, name)
-        parts.append(
-            {
-                "x": taken.x.cpu().numpy(),
-                "x_adv": proposal.cpu().numpy(),
-                "label": taken.y.cpu().numpy(),
-                "clean_prediction": clean[chosen].cpu().numpy(),
-                "adversarial_prediction": judge.predict(model, proposal, taken.y).cpu().numpy(),
-                "attack": np.array([name] * len(taken)),
-            }
-        )
-        missing -= len(taken)
-        if missing == 0:
-            break
-    if not parts:
-        return {}
-    return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
-
-
-CURVE_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 CURVE_SAMPLES = 500
 VERDICTS = ("standard", "rand")
 
@@ -141,7 +76,7 @@ def evaluate_run(
     for number, (kind, chosen) in enumerate(kinds.items()):
         began = time.monotonic()
         folder = run.path / kind
-        steps = radii(built.threat) if kind == "evaluation" else []
+        steps = exhibits.radii(built.threat) if kind == "evaluation" else []
         most = 0.8 if steps else 1.0  # of the work is attacks, the rest is the curve
 
         def tell(share: float, words: str, number: int = number) -> None:
@@ -177,7 +112,7 @@ def evaluate_run(
         }
         extra: dict[str, Any] = {}
         if kind == "evaluation":
-            extra["curve"] = curve(
+            extra["curve"] = exhibits.curve(
                 model,
                 split.take(min(CURVE_SAMPLES, len(split)), seed=0),
                 PGD(built.threat, steps=20, keep="best", seed=built.recipe.training.seed),
@@ -188,7 +123,7 @@ def evaluate_run(
                 progress=lambda done, total: tell(0.8 + 0.2 * done / total, "accuracy against eps"),
             )
             name, shown = next(reversed(chosen.items()))
-            extra["gallery"] = gallery(model, split, shown, built.threat, name=name)
+            extra["gallery"] = exhibits.gallery(model, split, shown, built.threat, name=name)
         facts["seconds"] = round(time.monotonic() - began, 1)
         run.save_evaluation(table, facts, kind=kind, **extra)
         journal.close()
@@ -317,12 +252,6 @@ def _keeper(folder: Any) -> judge.Keep:
         write_atomic(folder / f"{part}-{int(batch.index[0]):08d}.npz", buffer.getvalue())
 
     return keep
-
-
-def radii(threat: ThreatModel) -> list[float]:
-    """Where the curve is measured: shares of eps; for linf nothing beyond the box of valid images."""
-    largest = threat.bounds[1] - threat.bounds[0] if threat.norm == "linf" else math.inf
-    return sorted({min(share * threat.radius, largest) for share in CURVE_SHARES})
 
 
 def weights_digest(run: Run, weights: str) -> str:

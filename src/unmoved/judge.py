@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -228,12 +227,14 @@ def propose(
         raise UnmovedError(f"attack {name!r}: expected images of {batch.x.dtype}, came {proposal.dtype}")
     # A minimum-norm attack may leave the ball, which is then no success; nobody may leave the valid images.
     leaves = isinstance(attack, MinimumNormAttack) and attack.minimum_norm
-    (dataclasses.replace(threat, eps=_widest(threat)) if leaves else threat).check(proposal, batch.x, name)
+    (_whole_box(threat, batch) if leaves else threat).check(proposal, batch.x, name)
     return proposal.detach()
 
 
-def _widest(threat: ThreatModel) -> float:
-    return threat.bounds[1] - threat.bounds[0] if threat.norm == "linf" else math.inf
+def _whole_box(threat: ThreatModel, batch: Batch) -> ThreatModel:
+    """A ball in which every valid image lies."""
+    pixels = 1 if threat.norm == "linf" else batch.x[0].numel()
+    return dataclasses.replace(threat, eps=pixels * (threat.bounds[1] - threat.bounds[0]))
 
 
 def predict(model: nn.Module, x: Image, y: Label, draws: int = 1) -> Label:

@@ -100,7 +100,7 @@ class Quick:
     """
 
     threat: ThreatModel
-    reach: float = 1.2
+    reach: float = 1.25
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -143,7 +143,7 @@ class Near:
     threat: ThreatModel
     scout: Attack
     attacks: tuple[Attack, ...]
-    reach: float = 1.2
+    reach: float = 1.25
 
     def __call__(self, model: nn.Module, batch: Batch) -> Image:
         x_adv = batch.x.detach().clone()
