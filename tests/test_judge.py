@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from unmoved import evaluate, outcomes, train
+from unmoved import evaluate, exhibits, outcomes, train
 from unmoved.attacks import APGD, FGSM, PGD
 from unmoved.data import ArraySplit, digits
 from unmoved.errors import UnmovedError
