@@ -13,14 +13,12 @@ from torch import Tensor, nn
 from unmoved import noise
 from unmoved.attacks.ascent import Best, attacking, broken, gradient_at, like, value_at
 from unmoved.attacks.pace import MomentumPace, SparsePace
-from unmoved.attacks.rounds import Retired, Round, in_rounds
+from unmoved.attacks.rounds import Retired, Round, compacts, in_rounds
 from unmoved.errors import UnmovedError, require_number
 from unmoved.protocols import Batch, Image, Term
 from unmoved.terms import CE
 from unmoved.threat import ThreatModel
 from unmoved.views import Views
-
-COMPACT_EVERY = 10  # steps between compactions on a device, where each one waits for the device
 
 
 @dataclass(frozen=True)
@@ -118,10 +116,11 @@ class APGD:
             finish = torch.is_autocast_enabled(x_adv.device.type) and step >= steps - max(steps // 10, 1)
             with torch.autocast(x_adv.device.type, enabled=False) if finish else nullcontext():
                 ascent.step(step)
-            if retired is not None and (x_adv.device.type == "cpu" or step % COMPACT_EVERY == COMPACT_EVERY - 1):
+            if retired is not None and compacts(x_adv.device, step):
                 ascent.drop(retired)
             if len(ascent.position) == 0:
                 break
+        ascent.confirm()
         return ascent
 
 
@@ -129,7 +128,8 @@ class _Ascent:
     """The rows that are still climbed, and the best of all rows."""
 
     def __init__(self, attack: APGD, threat: ThreatModel, steps: int, base: Views, x_adv: Image) -> None:
-        self.attack, self.base, self.steps = attack, base, steps
+        self.attack, self.base, self.whole, self.steps = attack, base, base, steps
+        self.sure = torch.zeros_like(base.y, dtype=torch.bool)
         self.position = torch.arange(len(x_adv), device=x_adv.device)
         self.best = Best()
         self.x_adv = x_adv
@@ -144,8 +144,7 @@ class _Ascent:
         return self.pace.top
 
     def _offer(self, value: Tensor, logits: Tensor) -> None:
-        self.wrong = broken(self.base.model, self.x_adv, logits, self.base.y)
-        self.best.offer(self.x_adv, value, self.wrong, self.position)
+        self.best.offer(self.x_adv, value, logits.argmax(dim=1) != self.base.y, self.position)
 
     def step(self, step: int) -> None:
         """One step; every iterate, the final one included, is offered to the best."""
@@ -159,8 +158,18 @@ class _Ascent:
         self._offer(value, logits)
         self.x_adv, self.gradient = self.pace.observe(self.x_adv, value, self.gradient, step)
 
+    def confirm(self) -> None:
+        """Under autocast: a success counts once float32 says so too. Not asked at each step: it waits for a device."""
+        if not torch.is_autocast_enabled(self.x_adv.device.type) or self.best.x is None:
+            return
+        rows = torch.nonzero(self.best.wrong & ~self.sure).flatten()
+        if len(rows):
+            self.best.wrong[rows] = broken(self.whole.model, self.best.x[rows], None, self.whole.y[rows])
+            self.sure = self.best.wrong.clone()
+
     def drop(self, retired: Retired) -> None:
         """Compute the rows that are done no more."""
+        self.confirm()
         keep = ~retired(self.best.wrong[self.position], self.position)
         if not keep.all():
             self.base, self.position = self.base.take(keep), self.position[keep]

@@ -69,9 +69,12 @@ def _constant(loss: Term) -> UnmovedError:
     )
 
 
-def broken(model: nn.Module, x_adv: Image, logits: Logits, y: Label) -> Tensor:
-    """Which proposals are misclassified, (B,) bool; under autocast a success counts once float32 confirms it."""
-    wrong = logits.argmax(dim=1) != y
+def broken(model: nn.Module, x_adv: Image, logits: Logits | None, y: Label) -> Tensor:
+    """Which proposals are misclassified, (B,) bool; under autocast a success counts once float32 confirms it.
+
+    Without logits, the model is asked about every proposal.
+    """
+    wrong = torch.ones_like(y, dtype=torch.bool) if logits is None else logits.argmax(dim=1) != y
     if torch.is_autocast_enabled(x_adv.device.type) and wrong.any():
         with torch.no_grad(), torch.autocast(x_adv.device.type, enabled=False):
             wrong[wrong.clone()] = seen.logits(model, x_adv[wrong]).argmax(dim=1) != y[wrong]

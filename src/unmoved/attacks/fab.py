@@ -11,7 +11,7 @@ from unmoved import noise
 from unmoved.attacks.ascent import Best, like
 from unmoved.attacks.fmn import searching
 from unmoved.attacks.hyperplanes import dual_length, length, to_hyperplane
-from unmoved.attacks.rounds import Retired, Round, in_rounds
+from unmoved.attacks.rounds import Retired, Round, compacts, in_rounds
 from unmoved.errors import UnmovedError, require_number
 from unmoved.protocols import Batch, Image, Label, Logits, PerSample
 from unmoved.terms.margin import margin
@@ -102,17 +102,17 @@ class FAB:
         """The nearest misclassified point of each row; a row is a sample with a target and a start."""
         nearest, position = base.x.clone(), torch.arange(len(x_adv), device=x_adv.device)
         distance = torch.full((len(x_adv),), torch.inf, dtype=x_adv.dtype, device=x_adv.device)
-        for _ in range(self.steps):
+        for step in range(self.steps):
             x_adv = self._step(base.x, x_adv, *self._plane(base, x_adv))
             with torch.no_grad():
                 wrong, back = _sides(base.at(x_adv).adv, base.y)
             delta = x_adv - base.x
             away = length(delta.flatten(1), self.threat.norm)
-            better = torch.nonzero(wrong & (away < distance[position])).flatten()
-            distance[position[better]] = away[better]
-            nearest[position[better]] = x_adv[better]
+            better = wrong & (away < distance[position])
+            distance[position] = torch.where(better, away, distance[position])
+            nearest[position] = torch.where(like(x_adv)(better), x_adv, nearest[position])
             x_adv = x_adv - like(delta)((1 - self.beta) * back.to(delta.dtype)) * delta
-            if retired is not None:
+            if retired is not None and compacts(x_adv.device, step):
                 keep = torch.nonzero(~retired(distance[position] <= self.threat.radius, position)).flatten()
                 if len(keep) == 0:
                     break

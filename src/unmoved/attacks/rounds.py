@@ -14,6 +14,12 @@ from unmoved.views import Views, ranked_wrong
 
 ROWS = 128  # a pass of a small network is fastest, image for image, at about this size on a CPU
 ROWS_ON_DEVICE = 1024
+COMPACT_EVERY = 10  # steps between compactions on a device, where each one waits for the device
+
+
+def compacts(device: torch.device, step: int) -> bool:
+    """Whether rows that are done are left out after this step."""
+    return device.type == "cpu" or step % COMPACT_EVERY == COMPACT_EVERY - 1
 
 
 @dataclass(frozen=True)
