@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -191,11 +192,15 @@ def compare(
         with screen.follow() as follow:
             best = grid.finals(runs, finalists, final_n, allow=allow, progress=follow)
         screen.print_summary({run.name: run.verdict_outcomes for run in best})
-    path = reports.write(runs, out / "report.html", title=f"{len(parsed)} recipes, {len(numbers)} seed(s)")
+    path = reports.write(runs, out / "report.html", title=f"{_count(parsed, 'recipe')}, {_count(numbers, 'seed')}")
     screen.print_summary(
         {f"{run.name} seed {run.seed}" if len(numbers) > 1 else run.name: run.outcomes for run in runs}
     )
     console.print(f"report: {path}", soft_wrap=True)
+
+
+def _count(things: Sequence[object], name: str) -> str:
+    return f"{len(things)} {name}{'s' if len(things) != 1 else ''}"
 
 
 @app.command()

@@ -110,10 +110,10 @@ class Quick:
         ball, seed = self.threat, self.seed
         loss = TargetedMargin() if num_classes < 4 else TargetedDLR()
         return {
-            "apgd-ce": APGD(ball, steps=20, until_broken=True, seed=seed),
+            "apgd-ce": APGD(ball, steps=15, until_broken=True, seed=seed),
             "near": Near(
                 ball,
-                FAB(ball, steps=10, targets=3, seed=seed),
+                FAB(ball, steps=6, targets=2, seed=seed),
                 (
                     APGD(ball, loss, steps=50, targets=4, until_broken=True, seed=seed),
                     FAB(ball, targets=2, until_broken=True, seed=seed),
