@@ -20,11 +20,7 @@ def write_atomic(path: Path, data: bytes) -> None:
     # Not tempfile: its files are readable by their owner alone, and the final one would stay so.
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        _write(temporary, "xb", data)
         os.replace(temporary, path)
     except OSError as error:
         raise _unwritten(path, error) from error
@@ -40,13 +36,17 @@ def append(path: Path, data: bytes) -> None:
         UnmovedError: as `write_atomic`.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "ab") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        _write(path, "ab", data)
     except OSError as error:
         raise _unwritten(path, error) from error
+
+
+def _write(path: Path, mode: str, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, mode) as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _unwritten(path: Path, error: OSError) -> UnmovedError:

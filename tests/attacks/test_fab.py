@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+from unmoved.attacks.boundary import searching
 from unmoved.attacks.fab import FAB
-from unmoved.attacks.fmn import searching
 from unmoved.attacks.hyperplanes import dual_length, length, to_hyperplane
 from unmoved.attacks.rounds import Round
 from unmoved.errors import UnmovedError

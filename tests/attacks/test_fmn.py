@@ -8,7 +8,8 @@ from linear import deaf, distance, linear, nearest, nearest_in_the_box, on_faces
 from torch import nn
 
 from unmoved.attacks import PGD
-from unmoved.attacks.fmn import FMN, Nearest, annealed, crossed, searching
+from unmoved.attacks.boundary import Nearest, crossed, searching
+from unmoved.attacks.fmn import FMN, annealed
 from unmoved.errors import UnmovedError
 from unmoved.protocols import Batch, MinimumNormAttack
 from unmoved.testing import check_attack

@@ -8,7 +8,7 @@ from linear import deaf, distance, linear, nearest, nearest_in_the_box, on_faces
 from torch import nn
 from torch.nn import functional
 
-from unmoved.attacks.fmn import searching
+from unmoved.attacks.boundary import searching
 from unmoved.attacks.hard_label import HopSkipJump
 from unmoved.errors import UnmovedError
 from unmoved.protocols import Batch

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from unmoved.attacks.ascent import gradient_at, like
-from unmoved.attacks.fmn import MARGIN, Nearest, crossed, searching
+from unmoved.attacks.boundary import MARGIN, Nearest, crossed, searching
 from unmoved.errors import UnmovedError, require_number
 from unmoved.protocols import Batch, Image, PerSample
 from unmoved.threat import ThreatModel

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from unmoved.attacks.ascent import like
-from unmoved.attacks.fmn import Nearest, crossed, searching
+from unmoved.attacks.boundary import Nearest, crossed, searching
 from unmoved.attacks.hyperplanes import dual_length, length
 from unmoved.errors import UnmovedError, require_number
 from unmoved.protocols import Batch, Image, PerSample

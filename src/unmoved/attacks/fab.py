@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from unmoved import noise
 from unmoved.attacks.ascent import Best, like
-from unmoved.attacks.fmn import searching
+from unmoved.attacks.boundary import rounding, searching
 from unmoved.attacks.hyperplanes import dual_length, length, to_hyperplane
 from unmoved.attacks.rounds import Retired, Round, compacts, in_rounds
 from unmoved.errors import UnmovedError, require_number
@@ -164,8 +164,7 @@ def _sides(logits: Logits, y: Label) -> tuple[Tensor, Tensor]:
     A point on the boundary goes back like one beyond it: there the way to the boundary is 0, so it would stay for good.
     """
     lead = margin(logits, y)
-    rounding = 8 * torch.finfo(logits.dtype).eps * logits.abs().amax(dim=1)  # as in `crossed`
-    return lead > rounding, lead >= -rounding
+    return lead > rounding(logits), lead >= -rounding(logits)
 
 
 def _wrong_classes(y: Label, num_classes: int) -> Tensor:

@@ -1,69 +1,19 @@
-"""Fast minimum-norm attack, and what every minimum-norm attack needs: the nearest misclassified point so far."""
+"""Fast minimum-norm attack: a ball that shrinks and grows until it touches the decision boundary."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from unmoved.attacks.ascent import attacking, gradient_at, like
+from unmoved.attacks.ascent import gradient_at, like
+from unmoved.attacks.boundary import MARGIN, Nearest, crossed, searching
 from unmoved.attacks.hyperplanes import dual_length, length
 from unmoved.errors import require_number
-from unmoved.protocols import Batch, Image, Label, Logits, PerSample
-from unmoved.terms import Margin
-from unmoved.terms.margin import margin
+from unmoved.protocols import Batch, Image, PerSample
 from unmoved.threat import ThreatModel
-from unmoved.views import Views
-
-MARGIN = Margin()
-
-
-@contextmanager
-def searching(model: nn.Module, batch: Batch) -> Iterator[Views]:
-    """`attacking` in evaluation mode and outside autocast: a boundary found in bf16 is not the one that is judged."""
-    with torch.autocast(batch.x.device.type, enabled=False), attacking(model, batch, "eval") as views:
-        yield views
-
-
-def crossed(logits: Logits, y: Label) -> Tensor:
-    """(B,) bool: misclassified by more than what another batch size may round away."""
-    rounding = 8 * torch.finfo(logits.dtype).eps * logits.abs().amax(dim=1)
-    return margin(logits, y) > rounding
-
-
-class Nearest:
-    """The nearest misclassified point found so far for each sample; the clean image where there is none.
-
-    Attributes:
-        x: (B, C, H, W) those points.
-        distance: (B,) how far they are; inf where there is none, 0 where the clean image is misclassified.
-        open: (n,) int64, positions of the samples to attack: those that the model gets right.
-        views: the views of these samples.
-    """
-
-    def __init__(self, views: Views, norm: str) -> None:
-        with torch.no_grad():
-            wrong = views.at(views.x).adv.argmax(dim=1) != views.y
-        self.x, self.norm = views.x.clone(), norm
-        self.distance = torch.full(wrong.shape, math.inf, dtype=self.x.dtype, device=self.x.device)
-        self.distance[wrong] = 0
-        self.open = torch.nonzero(~wrong).flatten()
-        self.views = views.take(self.open)
-
-    def offer(self, position: Tensor, x_adv: Image, wrong: Tensor, x: Image) -> None:
-        """Keep the points ``x_adv`` (n, C, H, W) that are misclassified and nearer to ``x`` than those before.
-
-        Args:
-            position: (n,) int64, which samples of the batch they belong to; each at most once.
-        """
-        away = length((x_adv - x).flatten(1), self.norm)
-        better = wrong & (away < self.distance[position])
-        self.distance[position] = torch.where(better, away, self.distance[position])
-        self.x[position] = torch.where(like(x)(better), x_adv, self.x[position])
 
 
 def annealed(start: float, stop: float, share: float) -> float:

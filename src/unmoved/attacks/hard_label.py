@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from unmoved import noise
 from unmoved.attacks.ascent import like
-from unmoved.attacks.fmn import Nearest, searching
+from unmoved.attacks.boundary import Nearest, searching
 from unmoved.attacks.hyperplanes import length
 from unmoved.errors import UnmovedError, require_number
 from unmoved.protocols import Batch, Image

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from unmoved.attacks.ascent import Best, attacking, broken, value_at
+from unmoved.attacks.ascent import Best, broken, value_at
+from unmoved.attacks.boundary import searching
 from unmoved.attacks.windows import Draws, Flips, Tiles, mosaic, stripes
 from unmoved.errors import UnmovedError, require_number
 from unmoved.protocols import Batch, Image, PerSample, Term
@@ -69,7 +70,7 @@ class Square:
             raise UnmovedError(f"Square: expected images (B, C, H, W), came {tuple(batch.x.shape)}; windows need both")
         if self.threat.radius == 0:
             return batch.x.detach().clone()
-        with attacking(model, batch, "eval") as views, torch.no_grad():
+        with searching(model, batch) as views, torch.no_grad():
             best, rest = Best(), torch.arange(len(batch), device=batch.x.device)
             for restart in range(self.restarts):
                 best.offer(*self._search(views if restart == 0 else views.take(rest), restart), rest)
