@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from unmoved.attacks import APGD, AutoAttack
-from unmoved.attacks.ascent import Best, broken
+from unmoved.attacks.ascent import Best, attacking, broken
 from unmoved.protocols import Batch
 from unmoved.terms import TargetedMargin
 from unmoved.threat import ThreatModel
@@ -33,6 +33,13 @@ def test_a_success_in_bf16_alone_is_none():
         assert not broken(model, x, logits, y).any()
         assert not broken(model, x, None, y).any()
     assert not broken(model, x, model(x), y).any()
+
+
+def test_a_climb_in_bf16_ends_with_successes_of_float32_alone():
+    model, y = Rounds(), torch.ones(3, dtype=torch.long)
+    batch, attack = Batch(torch.full((3, 1, 2, 2), 0.5), y), APGD(ThreatModel("linf", 0.1), steps=3)
+    with torch.autocast("cpu", dtype=torch.bfloat16), attacking(model, batch, "eval") as views:
+        assert not attack._climb(views, batch.x, None).wrong.any()
 
 
 @pytest.mark.parametrize("until_broken", [False, True])

@@ -229,9 +229,9 @@ def test_apgd_is_at_least_as_strong_as_pgd(trained):
         assert 0 < apgd <= pgd + 0.01
 
 
-def pace_of(samples, steps=100, compat=False):
+def pace_of(samples, steps=100, compat=False, first=0.0):
     x = torch.zeros(samples, 1, 1, 1)
-    return MomentumPace(ThreatModel("linf", 0.1), x, x, torch.zeros(samples), x, steps, compat)
+    return MomentumPace(ThreatModel("linf", 0.1), x, x, torch.full((samples,), first), x, steps, compat)
 
 
 def test_apgd_checkpoints_are_the_papers():
@@ -258,8 +258,7 @@ def test_apgd_compat_counts_the_first_rise_from_zero():
     """T27: the authors' code compares the first loss with an empty slot: 17 rises of 22 suffice, 16 do not."""
     halved = {}
     for compat in (False, True):
-        pace = pace_of(1, compat=compat)
-        pace.last_value = torch.zeros(1) if compat else torch.tensor([9.0])
+        pace = pace_of(1, compat=compat, first=9.0)
         values = [5.0 + k for k in range(17)] + [1.0] * 5  # 16 rises after the first value
         for step, value in enumerate(values):
             pace.observe(pace.x, torch.tensor([value]), pace.x, step)
