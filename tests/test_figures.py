@@ -15,8 +15,8 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from unmoved import drawing, figures
-from unmoved.breakdown import breakdown
 from unmoved.errors import UnmovedError
+from unmoved.figures import breakdown
 
 
 def tradeoff_table(names: tuple[str, ...] = ("digits/plain", "digits/at"), seeds: int = 1) -> pd.DataFrame:
@@ -93,7 +93,7 @@ def drawn(name: str) -> Figure:
 
 
 def words(figure: Figure) -> list[str]:
-    root = ElementTree.fromstring(figures.to_svg(figure))
+    root = ElementTree.fromstring(drawing.to_svg(figure))
     return ["".join(element.itertext()).strip() for element in root.iter("{http://www.w3.org/2000/svg}text")]
 
 
@@ -104,13 +104,13 @@ def words(figure: Figure) -> list[str]:
 def test_the_same_table_gives_the_same_bytes_whatever_the_users_style(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    svg = figures.to_svg(drawn(name))
-    assert svg == figures.to_svg(drawn(name))
+    svg = drawing.to_svg(drawn(name))
+    assert svg == drawing.to_svg(drawn(name))
     assert "<metadata" not in svg
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1")
     with matplotlib.rc_context({"font.size": 31, "xtick.direction": "in", "svg.hashsalt": "other"}):
         before = dict(matplotlib.rcParams)
-        assert svg == figures.to_svg(DRAW[name]())
+        assert svg == drawing.to_svg(DRAW[name]())
         assert dict(matplotlib.rcParams) == before  # and the user's style is left as it was
 
 
@@ -361,7 +361,7 @@ def test_a_gallery_of_nothing_or_of_unequal_lengths_is_refused() -> None:
 
 
 def test_names_are_text_not_markup_nor_formulas() -> None:
-    svg = figures.to_svg(figures.tradeoff(tradeoff_table(("<script>alert(1)</script>", "a$b$ & c_d"))))
+    svg = drawing.to_svg(figures.tradeoff(tradeoff_table(("<script>alert(1)</script>", "a$b$ & c_d"))))
     assert "<script" not in svg
     root = ElementTree.fromstring(svg)
     texts = {element.text for element in root.iter("{http://www.w3.org/2000/svg}text")}
@@ -370,14 +370,14 @@ def test_names_are_text_not_markup_nor_formulas() -> None:
 
 def test_save_writes_svg_only(tmp_path: Path) -> None:
     figure = drawn("per_class")
-    figures.save(figure, tmp_path / "f.svg")
-    assert (tmp_path / "f.svg").read_text(encoding="utf-8") == figures.to_svg(figure)
+    drawing.save(figure, tmp_path / "f.svg")
+    assert (tmp_path / "f.svg").read_text(encoding="utf-8") == drawing.to_svg(figure)
     with pytest.raises(UnmovedError, match=r"ending in \.svg"):
-        figures.save(figure, tmp_path / "f.png")
+        drawing.save(figure, tmp_path / "f.png")
 
 
 def test_on_a_page_ids_are_the_figures_own_and_references_follow() -> None:
-    svg = figures.to_svg(drawn("robustness_curve"))
+    svg = drawing.to_svg(drawn("robustness_curve"))
     root = ElementTree.fromstring(drawing.to_html(svg, "curve", 'accuracy "falls" <so>'))
     assert root.tag == "svg"  # no namespace: an element of an HTML page
     assert root.get("aria-label") == 'accuracy "falls" <so>'
@@ -392,7 +392,7 @@ def test_on_a_page_ids_are_the_figures_own_and_references_follow() -> None:
 
 
 def test_on_a_page_our_colours_are_the_pages_own() -> None:
-    html = drawing.to_html(figures.to_svg(drawn("tradeoff")), "t", "t")
+    html = drawing.to_html(drawing.to_svg(drawn("tradeoff")), "t", "t")
     assert not {c for c in (drawing.INK, drawing.GRID, drawing.PAPER, *drawing.COLOURS[:2]) if c in html}
     assert {"var(--ink)", "var(--grid)", "var(--paper)", "var(--c0)", "var(--c1)"} <= {
         v for v in ("var(--ink)", "var(--grid)", "var(--paper)", "var(--c0)", "var(--c1)") if v in html

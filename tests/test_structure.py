@@ -23,7 +23,7 @@ RANKS = (
     ("protocols",),
     ("noise", "schedule"),
     ("views", "threat", "weights", "precision", "outcomes", "provenance", "drawing", "journal", "workers", "opinion"),
-    ("terms", "figures", "breakdown", "judged"),
+    ("terms", "figures", "judged"),
     ("attacks", "defenses", "data", "models", "optim", "verdicts"),
     ("components", "beside", "checks"),
     ("config", "run"),

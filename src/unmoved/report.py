@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 
 from unmoved import drawing, figures
 from unmoved.beside import beside
-from unmoved.breakdown import breakdown
 from unmoved.errors import UnmovedError
+from unmoved.figures import breakdown
 from unmoved.opinion import DO_NOT_BELIEVE, LOOK_CLOSER
 from unmoved.outcomes import CLEAN, WORST
 from unmoved.verdicts import Verdict, verdicts

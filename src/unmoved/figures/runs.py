@@ -14,8 +14,6 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from unmoved.drawing import COLOURS, INK, PAPER, bar, canvas, count, finished, look, place_names, require_columns, style
-from unmoved.drawing import save as save
-from unmoved.drawing import to_svg as to_svg
 from unmoved.errors import UnmovedError
 from unmoved.outcomes import CLEAN, WORST
 
