@@ -15,6 +15,7 @@ from road import RECIPE, recipe, unmoved
 from unmoved import compare as grid
 from unmoved import config
 from unmoved.errors import UnmovedError
+from unmoved.jobs import Job, jobs_of
 from unmoved.run import Run
 
 
@@ -24,7 +25,7 @@ class Inline:
     def __init__(self, *arguments: object, **settings: object) -> None:
         pass
 
-    def submit(self, act: Callable[[grid.Job], str], job: grid.Job) -> Future[str]:
+    def submit(self, act: Callable[[Job], str], job: Job) -> Future[str]:
         future: Future[str] = Future()
         try:
             if job.label.startswith("killed"):
@@ -157,9 +158,9 @@ def test_failures_are_named_and_stop_nobody_else(
 # --- the grid itself
 
 
-def jobs(tmp_path: Path, names: list[str], seeds: list[int]) -> list[grid.Job]:
+def jobs(tmp_path: Path, names: list[str], seeds: list[int]) -> list[Job]:
     parsed = [config.read(recipe(tmp_path), [f"name={name}"]) for name in names]
-    return grid.jobs_of(parsed, seeds, tmp_path / "out", ("lab",), threads=2)
+    return jobs_of(parsed, seeds, tmp_path / "out", ("lab",), threads=2)
 
 
 def test_jobs_are_recipes_times_seeds(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ RANKS = (
     ("built",),
     ("analyses", "judge", "report", "state"),
     ("loop", "doctor", "exhibits"),
-    ("evaluation",),
+    ("evaluation", "jobs"),
     ("compare", "testing", "screen"),
     ("cli",),
 )

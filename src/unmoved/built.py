@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection
 from typing import Any
 
@@ -33,6 +34,10 @@ class Built:
         if not isinstance(self.data, data.DataSet):
             came = type(self.data).__name__
             raise UnmovedError(f"data.use: expected a function that returns a DataSet, came {came}")
+        part = recipe.training.part
+        if part is not None:
+            train = self.data.train.part(part.number, part.of, part.permutation)
+            self.data = dataclasses.replace(self.data, train=train)
         self.shape, self.num_classes = self.data.train.shape, self.data.train.num_classes
         self.given = {"threat": self.threat, "seed": seed, "num_classes": self.num_classes, "shape": self.shape}
         self._terms: dict[str, Any] = {}

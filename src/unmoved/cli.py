@@ -163,6 +163,14 @@ def compare(
     attacks: Annotated[str, typer.Option(help="What judges every run; as in 'unmoved evaluate'.")] = "recipe",
     finalists: Annotated[int, typer.Option(min=0, help="AutoAttack standard judges this many of the best runs.")] = 0,
     final_n: Annotated[int | None, typer.Option(min=1, help="... on this many test images; all by default.")] = None,
+    sweep: Annotated[
+        list[str],
+        typer.Option("--sweep", metavar="A.B=V1,V2,...", help="Each recipe at each value. Repeats: all combinations."),
+    ] = [],  # noqa: B006
+    splits: Annotated[
+        int, typer.Option(help="Train on each of this many disjoint parts of the data, for 'analyze bias-variance'.")
+    ] = 0,
+    permutations: Annotated[int, typer.Option(help="... after each of this many permutations of it.")] = 1,
     overrides: Overrides = [],  # noqa: B006
     allow: Allow = [],  # noqa: B006
 ) -> None:
@@ -170,21 +178,24 @@ def compare(
     import os
 
     from unmoved import compare as grid
-    from unmoved import config, errors
+    from unmoved import errors
+    from unmoved import jobs as plans
     from unmoved import report as reports
 
     try:
         numbers = [int(seed) for seed in seeds.split(",")]
     except ValueError:
         raise errors.UnmovedError(f"--seeds: expected whole numbers such as 0,1,2, came {seeds!r}") from None
-    parsed = [config.read(path, overrides) for path in recipes]
+    parsed = plans.read(recipes, overrides, sweep)
     count = workers or os.cpu_count() or 1
-    threads = max(1, (os.cpu_count() or 1) // min(count, len(parsed) * len(numbers)))
-    jobs = grid.jobs_of(parsed, numbers, out, allow, threads, attacks)
+    runs_each = splits * permutations if splits else len(numbers)
+    threads = max(1, (os.cpu_count() or 1) // min(count, len(parsed) * runs_each))
+    runs_words = f"{splits} parts, {permutations} permutation(s)" if splits else _count(numbers, "seed")
+    jobs = plans.jobs_of(parsed, numbers, out, allow, threads, attacks, splits=splits, permutations=permutations)
     with screen.bars() as add:
         advance = add(f"{len(jobs)} runs", sum(job.epochs for job in jobs))
 
-        def done(job: grid.Job, error: str | None) -> None:
+        def done(job: plans.Job, error: str | None) -> None:
             console.print(f"failed: {job.label}" if error else f"done: {job.label}")
 
         runs = grid.compare(jobs, workers=count, on_done=done, poll=lambda: advance(sum(map(screen.epochs_done, jobs))))
@@ -192,10 +203,8 @@ def compare(
         with screen.follow() as follow:
             best = grid.finals(runs, finalists, final_n, allow=allow, progress=follow)
         screen.print_summary({run.name: run.verdict_outcomes for run in best})
-    path = reports.write(runs, out / "report.html", title=f"{_count(parsed, 'recipe')}, {_count(numbers, 'seed')}")
-    screen.print_summary(
-        {f"{run.name} seed {run.seed}" if len(numbers) > 1 else run.name: run.outcomes for run in runs}
-    )
+    path = reports.write(runs, out / "report.html", title=f"{_count(parsed, 'recipe')}, {runs_words}")
+    screen.print_summary({f"{run.name} seed {run.seed}" if runs_each > 1 else run.name: run.outcomes for run in runs})
     console.print(f"report: {path}", soft_wrap=True)
 
 

@@ -7,70 +7,17 @@ import os
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 
 from unmoved import config, outcomes
 from unmoved.errors import UnmovedError
 from unmoved.evaluation import evaluate_run, examine_run, weights_digest
+from unmoved.jobs import Job
 from unmoved.loop import train_recipe
 from unmoved.run import Run
 
 DOCTOR_SAMPLES = 32  # enough to see masked gradients; `unmoved doctor RUN` looks at more
-
-
-@dataclass(frozen=True)
-class Job:
-    """One recipe with one seed, and the folder it goes to."""
-
-    tables: dict[str, Any]
-    path: str
-    allow: tuple[str, ...] = ()
-    threads: int = 1
-    attacks: str = "recipe"
-
-    @property
-    def label(self) -> str:
-        return f"{self.tables['name']} seed {self.tables['training']['seed']}"
-
-    @property
-    def epochs(self) -> int:
-        return int(self.tables["training"]["epochs"])
-
-
-def jobs_of(
-    recipes: Sequence[config.Recipe],
-    seeds: Sequence[int],
-    out: Path,
-    allow: Collection[str],
-    threads: int,
-    attacks: str = "recipe",
-) -> list[Job]:
-    """The grid, one folder ``out/<recipe name>/seed<k>`` each.
-
-    Raises:
-        UnmovedError: two recipes of one name, or a seed twice: they would write into one folder.
-    """
-    names = [recipe.name.replace("/", "-") for recipe in recipes]
-    for recipe, name in zip(recipes, names, strict=True):
-        if names.count(name) > 1:
-            raise UnmovedError(
-                f"compare: expected recipes of different names, came {recipe.name!r} twice; set name=... in one"
-            )
-    for seed in seeds:
-        if list(seeds).count(seed) > 1:
-            raise UnmovedError(f"compare: expected different seeds, came {seed} twice")
-    jobs = []
-    for recipe, name in zip(recipes, names, strict=True):
-        for seed in seeds:
-            tables = recipe.tables()
-            tables["training"] = {**tables["training"], "seed": seed}
-            folder = out / name / f"seed{seed}"
-            jobs.append(Job(tables, str(folder), tuple(allow), threads, attacks))
-    return jobs
 
 
 def work(job: Job) -> str:

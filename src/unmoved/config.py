@@ -39,6 +39,27 @@ class Threat(Settings):
         return self
 
 
+class Part(Settings):
+    """One of ``of`` disjoint parts of equal size of the training data, after a permutation by its number."""
+
+    of: int = Field(ge=2)
+    number: int = Field(ge=0)
+    permutation: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _exists(self) -> Part:
+        if self.number >= self.of:
+            raise ValueError(f"expected a part 0..{self.of - 1}, came {self.number}")
+        return self
+
+
+class Swept(Settings):
+    """What a sweep has set: the recipe it started from, and its values by key."""
+
+    method: str
+    values: dict[str, str]
+
+
 class Training(Settings):
     """How long and on what."""
 
@@ -46,6 +67,7 @@ class Training(Settings):
     batch_size: int = Field(128, ge=1)
     seed: int = Field(0, ge=0)
     validation: Number = Field(0.1, ge=0, description="held out of the training data: a share, or a count above 1")
+    part: Part | None = None
     augment: str = "none"
     precision: str = "auto"
 
@@ -111,6 +133,7 @@ class Recipe(Stretch):
 
     name: str = "recipe"
     base: str | None = Field(None, description="the name of the recipe that the report sets this one beside")
+    swept: Swept | None = Field(None, description="set by `unmoved compare --sweep`")
     data: DataTable
     model: ModelTable
     threat: Threat
@@ -143,7 +166,7 @@ class Recipe(Stretch):
 
     def tables(self) -> dict[str, Any]:
         """The fully resolved recipe as plain data; what `unmoved show` prints."""
-        order = ("name", "base", "data", "model", "threat", "training", "optimizer", "schedule")
+        order = ("name", "base", "swept", "data", "model", "threat", "training", "optimizer", "schedule")
         tables = _without_none(self.model_dump(by_alias=True))
         return {
             key: tables[key]

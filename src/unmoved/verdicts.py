@@ -186,4 +186,7 @@ def _require_alike(runs: Sequence[Judged]) -> None:
 
 
 def _without_seeds(value: Any) -> Any:
-    return {k: _without_seeds(v) for k, v in value.items() if k != "seed"} if isinstance(value, Mapping) else value
+    """A recipe without what tells its runs apart: seeds, and which part of the training data."""
+    if not isinstance(value, Mapping):
+        return value
+    return {k: _without_seeds(v) for k, v in value.items() if k not in ("seed", "number", "permutation")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,11 +36,11 @@ def require_path(name: str, path: str | os.PathLike[str]) -> Path:
     return found
 
 
-def require_whole(name: str, value: int, *, at_least: int) -> None:
-    """Raise `UnmovedError` unless ``value`` is an integer of at least ``at_least``."""
+def require_whole(name: str, value: int, *, at_least: int, at_most: float = math.inf) -> None:
+    """Raise `UnmovedError` unless ``value`` is an integer of at least ``at_least``, at most ``at_most``."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise UnmovedError(f"{name}: expected a whole number, came {value!r}")
-    require_number(name, value, at_least=at_least)
+    require_number(name, value, at_least=at_least, at_most=at_most)
 
 
 def require_flag(name: str, value: bool) -> None:

@@ -123,6 +123,22 @@ class ArraySplit:
         where = positions.to(self.images.device)
         return replace(self, images=self.images[where], labels=self.labels[where], index=self.index[where])
 
+    def part(self, number: int, of: int, permutation: int = 0) -> ArraySplit:
+        """Part ``number`` (0..of-1) of ``of`` disjoint parts of equal size, cut after a permutation by its number.
+
+        What does not divide evenly is left out. Parts of one permutation share no sample; of two permutations they do.
+
+        Raises:
+            UnmovedError: a number outside 0..of-1, or fewer samples than parts.
+        """
+        require_whole(f"{self.name}: number of parts", of, at_least=1)
+        require_whole(f"{self.name}: part", number, at_least=0, at_most=of - 1)
+        if of > len(self):
+            raise UnmovedError(f"{self.name}: expected at most {len(self)} parts, as many as samples, came {of}")
+        size = len(self) // of
+        order = torch.randperm(len(self), generator=seeded(permutation))
+        return self.select(order[number * size : (number + 1) * size])
+
     def to(self, device: torch.device | str) -> ArraySplit:
         """The split on a device; no copy where it is there already."""
         moved = {name: getattr(self, name).to(device) for name in ("images", "labels", "index")}
