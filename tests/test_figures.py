@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from unmoved import drawing, figures
 from unmoved.errors import UnmovedError
-from unmoved.figures import breakdown
+from unmoved.figures import breakdown, runs
 
 
 def tradeoff_table(names: tuple[str, ...] = ("digits/plain", "digits/at"), seeds: int = 1) -> pd.DataFrame:
@@ -128,11 +128,16 @@ def test_captions_state_n_and_axes_are_named_with_units(name: str) -> None:
     assert "(%)" in axes.get_xlabel() + axes.get_ylabel()
 
 
-@pytest.mark.parametrize(
-    "room", ["outcomes", "drawing", "figures", "breakdown", "verdicts", "judged", "opinion", "report"]
-)
-def test_pictures_of_tables_need_neither_torch_nor_pyplot(room: str) -> None:
-    source = (Path(figures.__file__).parent / f"{room}.py").read_text(encoding="utf-8")
+PICTURES = Path(figures.__file__).parent
+ROOMS = [*PICTURES.glob("*.py")] + [
+    PICTURES.parent / f"{room}.py"
+    for room in ("outcomes", "drawing", "verdicts", "judged", "opinion", "pages", "report")
+]
+
+
+@pytest.mark.parametrize("path", ROOMS, ids=lambda path: path.stem)
+def test_pictures_of_tables_need_neither_torch_nor_pyplot(path: Path) -> None:
+    source = path.read_text(encoding="utf-8")
     imported = [
         alias.name for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import) for alias in node.names
     ]
@@ -172,7 +177,7 @@ def test_series_differ_in_colour_and_without_colour() -> None:
     assert len({look["color"] for look in looks[:7]}) == 7
     okabe_ito = {"#000000", "#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7", drawing.INK}
     assert set(drawing.COLOURS) <= okabe_ito
-    clean, worst = figures.MEASURES.values()
+    clean, worst = runs.MEASURES.values()
     assert clean["marker"] != worst["marker"]
     assert clean["linestyle"] != worst["linestyle"]
     assert abs(luminance(clean["color"]) - luminance(worst["color"])) > 0.03

@@ -14,9 +14,9 @@ import pytest
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from unmoved import outcomes, report
+from unmoved import outcomes, pages, report
 from unmoved.errors import UnmovedError
-from unmoved.report import Section
+from unmoved.pages import Section
 from unmoved.run import Run
 from unmoved.verdicts import verdicts
 
@@ -319,7 +319,7 @@ def test_figure_files_of_like_names_do_not_overwrite_each_other(tmp_path: Path) 
     [(8 / 255, "8/255"), (0.3, "0.3"), (0.2, "0.2"), (0.5, "0.5"), (1 / 3, "85/255"), (0.12345678, "0.1235")],
 )
 def test_eps_is_written_as_people_write_it(eps: float, text: str) -> None:
-    assert report._eps(eps) == text
+    assert pages._eps(eps) == text
 
 
 @pytest.mark.parametrize(
@@ -334,7 +334,7 @@ def test_eps_is_written_as_people_write_it(eps: float, text: str) -> None:
     ],
 )
 def test_durations_are_written_as_people_write_them(seconds: float, text: str) -> None:
-    assert report._duration(seconds) == text
+    assert pages._duration(seconds) == text
 
 
 # --- AutoAttack and the doctor

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jinja2
 import pandas as pd
-from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from unmoved import drawing, figures
+from unmoved import figures, pages
 from unmoved.beside import beside
 from unmoved.errors import UnmovedError
 from unmoved.figures import breakdown
 from unmoved.opinion import DO_NOT_BELIEVE, LOOK_CLOSER
 from unmoved.outcomes import CLEAN, WORST
+from unmoved.pages import Section
 from unmoved.verdicts import Verdict, verdicts
 
 if TYPE_CHECKING:
@@ -43,35 +38,6 @@ TITLES = {
 WORDS = {"CLEAN": CLEAN, "WORST": WORST, "DO_NOT_BELIEVE": DO_NOT_BELIEVE, "LOOK_CLOSER": LOOK_CLOSER}
 
 
-@dataclass(frozen=True, eq=False)
-class Section:
-    """A further section of the page, from another room.
-
-    Attributes:
-        id: its anchor: small letters, digits and hyphens.
-        title: its heading.
-        text: paragraphs; escaped, unless they are `markupsafe.Markup`.
-        table: shown as it is, floats with four digits.
-        figures: each captioned by its label: ``figure.set_label("what it shows, with the n")``.
-    """
-
-    id: str
-    title: str
-    text: Sequence[str] = ()
-    table: pd.DataFrame | None = None
-    figures: Sequence[Figure] = ()
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A figure as the page needs it: its words and its drawing."""
-
-    title: str
-    caption: str
-    file: str
-    svg: Markup
-
-
 def write(runs: Sequence[Run], path: Path, title: str, extra: Sequence[Section] = ()) -> Path:
     """Write the page to ``path`` and its figures to ``<stem>-figures/`` beside it; return ``path``.
 
@@ -88,24 +54,9 @@ def write(runs: Sequence[Run], path: Path, title: str, extra: Sequence[Section] 
         titles[section.id] = section.title
     titles |= {name: titles.pop(name) for name in ("reading", "provenance")}  # these stay last
     drawn = _figures(judged) | {section.id: [("", figure) for figure in section.figures] for section in extra}
-    folder = path.with_name(f"{path.stem}-figures")
-    files: dict[str, str] = {}
-    pictures: dict[str, list[Picture]] = {}
-    for section_id, titled in drawn.items():
-        pictures[section_id] = []
-        for name, figure in titled:
-            stem = _new_stem(f"{section_id} {name}", files)
-            files[stem] = svg = drawing.to_svg(figure)
-            caption = str(figure.get_label()) or section_id
-            html = Markup(drawing.to_html(svg, stem, f"{name}: {caption}" if name else caption))
-            pictures[section_id].append(Picture(name, caption, f"{folder.name}/{stem}.svg", html))
-    page = (
-        _environment()
-        .get_template("report.html.jinja")
-        .render(title=title, titles=titles, extra=extra, pictures=pictures, **WORDS, **_facts(judged))
+    return pages.write(
+        path, "report.html.jinja", drawn, title=title, titles=titles, extra=extra, **WORDS, **_facts(judged)
     )
-    _save(path, page, {folder / f"{stem}.svg": svg for stem, svg in files.items()})
-    return path
 
 
 def _beside(judged: Sequence[Verdict]) -> list[Section]:
@@ -117,22 +68,6 @@ def _beside(judged: Sequence[Verdict]) -> list[Section]:
         "of the evaluation, an upper bound; a method that gains under weak attacks alone has not gained.",
     )
     return [Section("beside", "Beside the base method", text, table)] if len(table) else []
-
-
-def _save(path: Path, page: str, files: Mapping[Path, str]) -> None:
-    """The figures, then the page, which appears whole or not at all."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for file, svg in files.items():
-            file.parent.mkdir(exist_ok=True)
-            file.write_text(svg, encoding="utf-8")
-        unfinished.write_text(page, encoding="utf-8")
-        unfinished.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            unfinished.unlink()
-        raise UnmovedError(f"report: could not write {path}: {error.strerror}; choose another --out") from error
 
 
 def _figures(judged: Sequence[Verdict]) -> dict[str, list[tuple[str, Figure]]]:
@@ -186,54 +121,3 @@ def _notes(judged: Sequence[Verdict]) -> list[str]:
                     names = told.setdefault(f"{who}{note}", [])
                     names += [] if verdict.name in names else [verdict.name]
     return [note if len(names) == len(judged) else f"{', '.join(names)}: {note}" for note, names in told.items()]
-
-
-def _new_stem(words: str, taken: Mapping[str, str]) -> str:
-    """A file name's stem of letters, digits and hyphens that is not taken."""
-    stem = re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
-    return next(name for k in range(len(taken) + 1) if (name := f"{stem}-{k + 1}" if k else stem) not in taken)
-
-
-def _flat(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """("a.b", text) for every leaf of a nested dict."""
-    if isinstance(value, Mapping):
-        for name, part in value.items():
-            yield from _flat(part, f"{key}.{name}" if key else str(name))
-    else:
-        yield key, value if isinstance(value, str) else json.dumps(value, default=str)
-
-
-def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("unmoved"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"percent": _percent, "eps": _eps, "duration": _duration, "cell": _cell, "flat": _flat}
-    return environment
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f}"
-
-
-def _eps(eps: float) -> str:
-    """``8/255`` where eps is no short decimal but a whole number of 255ths, otherwise four digits."""
-    whole = round(eps * 255)
-    is_short = float(f"{eps:.4g}") == eps
-    return f"{whole}/255" if not is_short and abs(eps * 255 - whole) < 1e-6 else f"{eps:.4g}"
-
-
-def _duration(seconds: float) -> str:
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s" if whole >= 10 else f"{seconds:.1f} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-
-
-def _cell(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
