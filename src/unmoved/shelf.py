@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -18,8 +17,8 @@ from unmoved.errors import UnmovedError
 class Shelf:
     """A folder of tables. A table belongs to one question; another question, even by a digit, has another table.
 
-    A file's first line is its question and its last the number of rows, so that a file which was torn, or put there by
-    somebody else, is not mistaken for an answer.
+    A file holds its question, its table and the digest of both: one that was torn or changed is not mistaken for an
+    answer, its table is made again.
 
     Args:
         folder: made when the first table comes.
@@ -38,34 +37,31 @@ class Shelf:
             name: the file's name begins with it.
             question: whatever could change one value of the table, as JSON.
         """
-        head = "# " + json.dumps(question, sort_keys=True)
-        path = self.folder / f"{name}-{hashlib.sha256(head.encode()).hexdigest()[:16]}.csv"
-        found = _read(path, head)
+        asked = json.dumps(question, sort_keys=True)
+        path = self.folder / f"{name}-{hashlib.sha256(asked.encode()).hexdigest()[:16]}.json"
+        found = _read(path, asked)
         if found is None:
-            write_atomic(path, _text(make(), head).encode())
-            found = _read(path, head)
+            write_atomic(path, _text(make(), asked).encode())
+            found = _read(path, asked)
         if found is None:
             raise UnmovedError(
-                f"{path}: what was written cannot be read again; see whether something else writes there"
+                f"{path}: what was written cannot be read again; does something else write there?"
             )
         return found
 
 
-def _text(table: pd.DataFrame, head: str) -> str:
-    return f"{head}\n{table.to_csv(index=False)}# {len(table)} rows\n"
+# JSON rather than CSV: Python writes and reads its floats to the last bit.
+def _text(table: pd.DataFrame, asked: str) -> str:
+    body = json.dumps({"question": asked, "table": table.to_dict("list")})
+    return f"{body}\n{hashlib.sha256(body.encode()).hexdigest()}\n"
 
 
-def _read(path: Path, head: str) -> pd.DataFrame | None:
+def _read(path: Path, asked: str) -> pd.DataFrame | None:
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
+        body, digest, end = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, ValueError):
         return None
-    first, _, rest = text.partition("\n")
-    body, _, last = rest.removesuffix("\n").rpartition("\n")
-    if first != head or not last.startswith("# "):
+    if end or digest != hashlib.sha256(body.encode()).hexdigest():
         return None
-    try:
-        table = pd.read_csv(io.StringIO(body), float_precision="round_trip")
-    except (ValueError, pd.errors.ParserError):
-        return None
-    return table if last == f"# {len(table)} rows" else None
+    kept = json.loads(body)
+    return pd.DataFrame(kept["table"]) if kept["question"] == asked else None
