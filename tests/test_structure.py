@@ -31,6 +31,7 @@ RANKS = (
     ("analyses", "judge", "report", "state"),
     ("loop", "doctor", "exhibits"),
     ("evaluation", "jobs"),
+    ("studies",),
     ("compare", "testing", "screen"),
     ("cli",),
 )

@@ -10,7 +10,7 @@ from concurrent.futures.process import BrokenProcessPool
 
 import torch
 
-from unmoved import config, outcomes
+from unmoved import config, outcomes, studies
 from unmoved.errors import UnmovedError
 from unmoved.evaluation import evaluate_run, examine_run, weights_digest
 from unmoved.jobs import Job
@@ -30,6 +30,10 @@ def work(job: Job) -> str:
         evaluate_run(run, attacks=job.attacks, allow=job.allow)
     if (run.doctor or {}).get("weights_sha256") != weights_digest(run, "best"):
         examine_run(run, n=DOCTOR_SAMPLES, allow=job.allow)
+    if job.analyze:
+        (subject,) = studies.subjects([run], job.analysis_n, allow=job.allow)
+        for name in job.analyze:
+            studies.prepare(name, subject)
     return job.path
 
 

@@ -22,6 +22,8 @@ class Job:
     allow: tuple[str, ...] = ()
     threads: int = 1
     attacks: str = "recipe"
+    analyze: tuple[str, ...] = ()
+    analysis_n: int | None = None
 
     @property
     def label(self) -> str:

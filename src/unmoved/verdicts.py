@@ -146,7 +146,7 @@ def verdicts(runs: Sequence[Run]) -> list[Verdict]:
     _require_alike(read)
     groups: dict[tuple[str, str], list[Judged]] = {}
     for run in read:
-        recipe = json.dumps(_without_seeds(run.recipe), sort_keys=True, default=str)
+        recipe = json.dumps(without_seeds(run.recipe), sort_keys=True, default=str)
         groups.setdefault((run.name, recipe), []).append(run)
     for (name, _), members in groups.items():
         seeds, paths = [run.seed for run in members], ", ".join(str(run.path) for run in members)
@@ -185,8 +185,8 @@ def _require_alike(runs: Sequence[Judged]) -> None:
             )
 
 
-def _without_seeds(value: Any) -> Any:
+def without_seeds(value: Any) -> Any:
     """A recipe without what tells its runs apart: seeds, and which part of the training data."""
     if not isinstance(value, Mapping):
         return value
-    return {k: _without_seeds(v) for k, v in value.items() if k not in ("seed", "number", "permutation")}
+    return {k: without_seeds(v) for k, v in value.items() if k not in ("seed", "number", "permutation")}

@@ -1,5 +1,33 @@
-"""Why is it robust, and at what price: plain functions on tensors."""
+"""Why is it robust, and at what price: plain functions on tensors and models; `unmoved analyze` uses them on runs."""
 
-from unmoved.analyses import bias_variance
+from unmoved.analyses import (
+    association,
+    bias_variance,
+    bias_variance_verdict,
+    committee,
+    corruption,
+    flatness,
+    hessian,
+    pareto,
+    pareto_verdict,
+    risks,
+    softmax,
+    surface,
+    target_probability,
+)
 
-__all__ = ["bias_variance"]
+__all__ = [
+    "association",
+    "bias_variance",
+    "bias_variance_verdict",
+    "committee",
+    "corruption",
+    "flatness",
+    "hessian",
+    "pareto",
+    "pareto_verdict",
+    "risks",
+    "softmax",
+    "surface",
+    "target_probability",
+]

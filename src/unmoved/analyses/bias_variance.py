@@ -6,16 +6,22 @@ identities stay exact, since an attacked model is just another random function.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from unmoved.analyses.resampling import bootstrap_means, interval
 from unmoved.errors import UnmovedError, require_choice
 from unmoved.protocols import Label
 
 CORRECTIONS = ("plug-in", "k/(k-1)", "jackknife")
+LOSSES = ("squared error", "KL")
+MEASURES = ("risk", "bias", "variance")
 
 
 @dataclass(frozen=True)
@@ -39,12 +45,8 @@ def decompose_mse(p: Tensor, y: Label) -> Decomposition:
     Raises:
         UnmovedError: fewer than two models, shapes that do not fit, or values that are no probabilities.
     """
-    p = _checked(p, y)
-    k, mean = len(p), p.mean(dim=0)
-    target = F.one_hot(y, p.shape[2]).to(p.dtype)
-    risk = float(((p - target) ** 2).sum(dim=2).mean())
-    variance = k / (k - 1) * float(((p - mean) ** 2).sum(dim=2).mean())
-    return Decomposition(risk, risk - variance, variance)
+    risk, variance = _squared_error(checked(p, y), y)
+    return _means(risk, _corrected(variance, len(p)))
 
 
 def decompose_kl(p: Tensor, y: Label, correction: str = "plug-in") -> Decomposition:
@@ -61,27 +63,143 @@ def decompose_kl(p: Tensor, y: Label, correction: str = "plug-in") -> Decomposit
         UnmovedError: as `decompose_mse`; an unknown correction; a probability of zero.
     """
     require_choice("correction", correction, CORRECTIONS)
-    p = _checked(p, y)
+    risk, variances = _cross_entropy(checked(p, y), y)
+    return _means(risk, variances[correction])
+
+
+def table(
+    p: Tensor,
+    y: Label,
+    classes: bool = True,
+    *,
+    losses: Sequence[str] = LOSSES,
+    bootstraps: int = 1000,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Both decompositions under each correction, overall and per class, with intervals over the test images.
+
+    The squared error stands as ``"plug-in"`` (``V_plug = mean_k ||p_k - pbar||^2``, whose bias is exactly
+    ``||pbar - e||^2``) and ``"k/(k-1)"``, which the jackknife over models equals exactly; KL also as ``"jackknife"``.
+    Each row has ``risk = bias + variance``. Everything is a mean of contributions of single images, so the rows of the
+    classes weighted by n give the overall row. The intervals are 95 % percentile intervals of a bootstrap over the
+    images (of a class, in its row) for the models at hand; how much other splits would change, `merge` says.
+
+    Args:
+        p: (k, N, K) probabilities of k models; for the adversarial risk, of the images attacked against each model
+            itself, or one perturbation shown to all (shared), or one made against `committee.joint` (joint).
+        y: (N,) int64 labels.
+        classes: also one row for each class that occurs.
+        losses: ``"squared error"`` and ``"KL"``, or one of them (KL needs positive probabilities).
+        bootstraps: draws of the images; 0 gives NaN for the intervals.
+        seed: of the draws; the same for tables that are compared.
+
+    Returns:
+        loss, correction, class (-1 for all), k, n, and risk, bias, variance, each also as _low and _high.
+
+    Raises:
+        UnmovedError: as `decompose_mse`, and for KL as `decompose_kl`; an unknown loss.
+    """
+    for loss in losses:
+        require_choice("loss", loss, LOSSES)
+    p, k = checked(p, y).cpu(), len(p)
+    y = y.cpu()
+    kinds: list[tuple[str, str, Tensor, Tensor]] = []
+    if "squared error" in losses:
+        risk, plug_in = _squared_error(p, y)
+        kinds += [(LOSSES[0], CORRECTIONS[0], risk, plug_in), (LOSSES[0], CORRECTIONS[1], risk, _corrected(plug_in, k))]
+    if "KL" in losses:
+        risk, variances = _cross_entropy(p, y)
+        kinds += [(LOSSES[1], name, risk, variances[name]) for name in CORRECTIONS]
+    values = torch.stack([part for *_, risk, variance in kinds for part in (risk, variance)], dim=1).numpy()
+    rows = []
+    for label in [-1, *(y.unique().tolist() if classes else [])]:
+        some = values if label == -1 else values[(y == label).numpy()]
+        draws = np.concatenate([some.mean(axis=0)[None], bootstrap_means(some, bootstraps, seed)])
+        for place, (loss, correction, *_) in enumerate(kinds):
+            r, v = draws[:, 2 * place], draws[:, 2 * place + 1]
+            row = {"loss": loss, "correction": correction, "class": label, "k": k, "n": len(some)}
+            for name, series in zip(MEASURES, (r, r - v, v), strict=True):
+                low, high = interval(series[1:])
+                row |= {name: series[0], f"{name}_low": float(low), f"{name}_high": float(high)}
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def merge(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """The mean over permutations: each table comes from another split of the training set into k disjoint parts.
+
+    Rows are matched by every column that is no result (loss, correction, class, k, and what was added to them, such as
+    the training eps). ``_low`` and ``_high`` are the means of the permutations' ends: the permutations share the test
+    images, so the interval of the mean is about that wide at most. ``_std`` is the spread over permutations (divisor
+    one less than their number; NaN for one): what another split would change.
+
+    Returns:
+        The columns of `table`, then permutations, risk_std, bias_std, variance_std.
+
+    Raises:
+        UnmovedError: no table, or a row that not every table has exactly once.
+    """
+    if not tables:
+        raise UnmovedError("merge: expected the table of at least one permutation, came none")
+    results = [f"{name}{end}" for name in MEASURES for end in ("", "_low", "_high")]
+    keys = [name for name in tables[0].columns if name not in (*results, "n")]
+    for one in tables:
+        if list(one.columns) != list(tables[0].columns) or not set(results) <= set(one.columns):
+            raise UnmovedError(
+                f"merge: expected tables of the same columns, as `table` makes them, came {list(one.columns)} beside "
+                f"{list(tables[0].columns)}"
+            )
+    whole = pd.concat([one.assign(permutations=number) for number, one in enumerate(tables)], ignore_index=True)
+    groups = whole.groupby(keys, sort=False, dropna=False)
+    times = groups["permutations"].transform("size"), groups["permutations"].transform("nunique")
+    odd = whole[(times[0] != len(tables)) | (times[1] != len(tables))]
+    if len(odd):
+        raise UnmovedError(
+            f"merge: expected each row once in each of {len(tables)} tables, but not so {odd[keys].iloc[0].to_dict()}; "
+            "decompose all permutations alike"
+        )
+    merged = groups.agg({"n": "min", **dict.fromkeys(results, "mean")})
+    merged["permutations"] = groups.size()
+    for name in MEASURES:
+        merged[f"{name}_std"] = groups[name].std()
+    return merged.reset_index()
+
+
+def _means(risk: Tensor, variance: Tensor) -> Decomposition:
+    whole, part = float(risk.mean()), float(variance.mean())
+    return Decomposition(whole, whole - part, part)
+
+
+def _corrected(variance: Tensor, k: int) -> Tensor:
+    return k / (k - 1) * variance
+
+
+def _squared_error(p: Tensor, y: Label) -> tuple[Tensor, Tensor]:
+    """Risk and plug-in variance of each image, (N,) each."""
+    target = F.one_hot(y, p.shape[2]).to(p.dtype)
+    risk = ((p - target) ** 2).sum(dim=2).mean(dim=0)
+    return risk, ((p - p.mean(dim=0)) ** 2).sum(dim=2).mean(dim=0)
+
+
+def _cross_entropy(p: Tensor, y: Label) -> tuple[Tensor, dict[str, Tensor]]:
+    """Risk of each image, (N,), and its variance under each correction."""
     if not (p > 0).all():
         raise UnmovedError("decompose_kl: expected positive probabilities, came 0; compute them in float64 from logits")
-    log_p = p.log()
-    k = len(p)
-    risk = float(-log_p.gather(2, y.expand(k, -1)[:, :, None]).mean())
-    variance = _minus_log_z(log_p)
-    if correction == "k/(k-1)":
-        variance *= k / (k - 1)
-    elif correction == "jackknife":
-        left_out = [_minus_log_z(torch.cat([log_p[:i], log_p[i + 1 :]])) for i in range(k)]
-        variance = k * variance - (k - 1) * sum(left_out) / k
-    return Decomposition(risk, risk - variance, variance)
+    log_p, k = p.log(), len(p)
+    risk = -log_p.gather(2, y.expand(k, -1)[:, :, None]).squeeze(2).mean(dim=0)
+    total = log_p.sum(dim=0)
+    plug_in = _minus_log_z(total / k)
+    left_out = _minus_log_z((total - log_p) / (k - 1))  # row i: without model i
+    jackknife = k * plug_in - (k - 1) * left_out.mean(dim=0)
+    return risk, dict(zip(CORRECTIONS, (plug_in, _corrected(plug_in, k), jackknife), strict=True))
 
 
-def _minus_log_z(log_p: Tensor) -> float:
-    """``mean_x -log sum_c exp(mean_k log p_{k,c})``: zero for one model."""
-    return float(-torch.logsumexp(log_p.mean(dim=0), dim=1).mean())
+def _minus_log_z(mean_log_p: Tensor) -> Tensor:
+    """``-log sum_c exp(mean_k log p_{k,c})`` over the last axis: zero for one model."""
+    return -torch.logsumexp(mean_log_p, dim=-1)
 
 
-def _checked(p: Tensor, y: Label) -> Tensor:
+def checked(p: Tensor, y: Label) -> Tensor:
     if p.ndim != 3 or y.ndim != 1 or p.shape[1] != len(y):
         raise UnmovedError(
             f"decompose: expected p (k, N, K) and y (N,), came p {tuple(p.shape)} and y {tuple(y.shape)}"

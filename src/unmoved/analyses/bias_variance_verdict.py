@@ -1,0 +1,127 @@
+"""Is it the bias? The claims of Yu et al. 2021 (arXiv 2103.09947) on a table of decompositions, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from scipy.stats import norm, rankdata, t
+
+from unmoved.analyses.bias_variance import MEASURES
+from unmoved.analyses.resampling import LEVEL, interval
+from unmoved.errors import UnmovedError
+
+RISES, DOMINATES, UNIMODAL = "the bias rises", "the bias dominates the variance", "the variance is unimodal"
+DRAWS = 2000
+
+
+def verdict(table: pd.DataFrame, by: Sequence[str] = (), *, seed: int = 0) -> pd.DataFrame:
+    """``"confirmed"``, ``"refuted"`` or ``"undecided"`` for three claims about the training eps.
+
+    The claims are the paper's findings, the rules our own choice [S]. An interval lies below another where its upper
+    end is below the other's lower one. The rows of different eps are treated as independent although they share the
+    test images, which is cautious. Where there are P > 1 permutations, each half h of an interval becomes
+    ``sqrt(h^2 + (t std)^2 / P)`` with Student's t of P - 1; with one, nothing is said of other splits.
+
+    - The bias rises: refuted where the bias of a larger eps lies below that of a smaller one; confirmed where it does
+      not, that of the largest eps lies above that of the smallest, and Spearman's correlation of eps and bias is above
+      zero with its whole 95 % interval (bias redrawn 2000 times, normal with its interval); value: that correlation.
+    - The bias dominates: confirmed where it lies above the variance at every eps, refuted where it lies below at one;
+      value: the smallest bias / risk.
+    - The variance is unimodal: refuted where it lies, at some eps, below that of one smaller and one larger eps;
+      confirmed where it is not and, at an eps between, it lies above both the first and the last; undecided too where
+      it only rises or falls, since the peak may be outside; value: the eps of the largest variance.
+
+    The first and the last need three eps. Every plug-in variance is low, so read the corrected rows. The models saw n/k
+    samples each, so all holds for training sets of that size.
+
+    Args:
+        table: rows of `table` or `merge`, one below the other, with the column train_eps; rows of classes are left out.
+        by: columns to be judged apart besides loss and correction; "eval_eps" and "mode" are added where present.
+        seed: of the redrawn biases.
+
+    Returns:
+        loss, correction, the columns of ``by``, claim, verdict, value, words.
+
+    Raises:
+        UnmovedError: a missing column, no overall row, or two rows of one train_eps.
+    """
+    wanted = ["loss", "correction", "class", "train_eps", *(f"{m}{e}" for m in MEASURES for e in ("", "_low", "_high"))]
+    missing = [name for name in (*wanted, *by) if name not in table.columns]
+    if missing or not (table["class"] == -1).any():
+        came = f"none of {', '.join(missing)}" if missing else "no row of class -1"
+        raise UnmovedError(f"verdict: expected decompositions with {', '.join((*wanted, *by))}, came {came}")
+    by = [*by, *(name for name in ("eval_eps", "mode") if name in table.columns and name not in by)]
+    keys, rows = ["loss", "correction", *by], []
+    for key, some in table[table["class"] == -1].groupby(keys, sort=False, dropna=False):
+        if some["train_eps"].duplicated().any():
+            twice = some.loc[some["train_eps"].duplicated(), "train_eps"].iloc[0]
+            raise UnmovedError(
+                f"verdict: expected one row a training eps for {dict(zip(keys, key, strict=True))}, came several of "
+                f"{twice:g}; merge permutations first, and name in `by` what else differs"
+            )
+        some = some.sort_values("train_eps")
+        for claim, judge in ((RISES, _rises), (DOMINATES, _dominates), (UNIMODAL, _unimodal)):
+            word, value, words = judge(some, seed)
+            rows.append((*key, claim, word, value, f"{claim}: {word}; {words}"))
+    return pd.DataFrame(rows, columns=[*keys, "claim", "verdict", "value", "words"])
+
+
+def _ends(rows: pd.DataFrame, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Middle, low and high, widened by what the permutations say."""
+    middle, low, high = (rows[f"{name}{end}"].to_numpy(float) for end in ("", "_low", "_high"))
+    if f"{name}_std" not in rows:
+        return middle, low, high
+    count = rows["permutations"].to_numpy(float)
+    share = t.ppf((1 + LEVEL) / 2, np.maximum(count - 1, 1)) * rows[f"{name}_std"].to_numpy(float) / np.sqrt(count)
+    share = np.where(count > 1, share, 0.0)
+    return middle, middle - np.hypot(middle - low, share), middle + np.hypot(high - middle, share)
+
+
+def _rises(rows: pd.DataFrame, seed: int) -> tuple[str, float, str]:
+    middle, low, high = _ends(rows, "bias")
+    if len(rows) < 3:
+        return "undecided", float("nan"), f"three training eps are needed, here are {len(rows)}"
+    error = (high - low) / (2 * norm.ppf((1 + LEVEL) / 2))
+    drawn = middle + error * np.random.default_rng(seed).standard_normal((DRAWS, len(middle)))
+    rho = float(_spearman(middle[None])[0])
+    least, most = (float(end) for end in interval(_spearman(drawn)))
+    words = f"Spearman's correlation with the training eps is {rho:.2f} [{least:.2f}, {most:.2f}]"
+    if any(high[j] < low[i] for i in range(len(low)) for j in range(i, len(low))):
+        return "refuted", rho, words + ", and a larger eps has a clearly smaller bias"
+    if least > 0 and low[-1] > high[0]:
+        return "confirmed", rho, words + ", and the largest eps has a clearly larger bias than the smallest"
+    return "undecided", rho, words
+
+
+def _spearman(values: np.ndarray) -> np.ndarray:
+    """Rank correlation of each row with its order, zero where all are equal."""
+    ranks = rankdata(values, axis=1)
+    ranks = ranks - ranks.mean(axis=1, keepdims=True)
+    order = np.arange(values.shape[1]) - (values.shape[1] - 1) / 2
+    length = np.sqrt((ranks**2).sum(axis=1) * (order**2).sum())
+    return np.divide(ranks @ order, length, out=np.zeros(len(values)), where=length > 0)
+
+
+def _dominates(rows: pd.DataFrame, _: int) -> tuple[str, float, str]:
+    (bias, low, high), (_variance, least, most) = _ends(rows, "bias"), _ends(rows, "variance")
+    value = float((bias / rows["risk"].to_numpy(float)).min())
+    words = f"its smallest share of the risk is {value:.2f}"
+    if (low > most).all():
+        return "confirmed", value, words
+    return ("refuted" if (high < least).any() else "undecided"), value, words
+
+
+def _unimodal(rows: pd.DataFrame, _: int) -> tuple[str, float, str]:
+    middle, low, high = _ends(rows, "variance")
+    peak = float(rows["train_eps"].iloc[int(np.argmax(middle))])
+    words = f"it is largest at a training eps of {peak:g}"
+    inside = range(1, len(low) - 1)
+    if len(rows) < 3:
+        return "undecided", peak, f"three training eps are needed, here are {len(rows)}"
+    if any(high[j] < min(low[:j].max(), low[j + 1 :].max()) for j in inside):
+        return "refuted", peak, words + ", with a clear valley between two higher places"
+    if any(low[j] > max(high[0], high[-1]) for j in inside):
+        return "confirmed", peak, words + ", clearly above both ends"
+    return "undecided", peak, words + "; no clear peak inside the measured range"

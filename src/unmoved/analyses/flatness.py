@@ -1,0 +1,178 @@
+"""What a corruption sweep says: means with intervals, theory beside them, and whether flat goes with robust."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy.stats import rankdata
+from scipy.stats import t as student
+
+from unmoved.analyses.corruption import ADVERSARIAL, RANDOM, expected_ratio
+from unmoved.errors import UnmovedError, require_number
+
+LOSS, ACCURACY = "loss", "accuracy"
+MEASURED = ("draw", "steps", "loss", "accuracy", "loss_change", "accuracy_change", "linear_change", "first_order")
+CONTROLLED, FIRST_ORDER = ("controlled", "controlled_low", "controlled_high"), ("first_order", "first_order_expected")
+DERIVED = ("draws", "mean", "low", "high", *CONTROLLED, *FIRST_ORDER, "observed_ratio")
+CONFIRMED, REFUTED, UNDECIDED = "confirmed", "refuted", "undecided"
+LEAST_RUNS = 6
+
+
+def summarise(table: pd.DataFrame) -> pd.DataFrame:
+    """One row per measure, kind, scope and eps: the mean change over the draws and its 95 % interval.
+
+    ``low, high = mean -+ t_{0.975, draws - 1} std / sqrt(draws)``: how sure the mean over corruptions of this model is
+    (images and weights are held). Columns of the table that are no measurement are kept as keys, so that sweeps with a
+    run, a seed or a view beside them may stand one below the other.
+
+    Args:
+        table: from `corruption.sweep`, one or several.
+
+    Returns:
+        measure ("loss": I_ave or I_max; "accuracy"), the keys (kind, scope, p, n, k, eps, eps_relative, clean_loss,
+        clean_accuracy, images and the caller's own), draws, mean, low, high (NaN for fewer than two draws); and, where
+        measure is "loss" and kind is "random": controlled, controlled_low, controlled_high (``mean DL(r) - r.g``, the
+        same expectation as I_ave since E[r] = 0, without the noise of the slope, which hides the curvature at small
+        eps; our own choice), first_order (mean of ``|r.g| / (eps ||g||_q)`` over the draws), first_order_expected
+        (`expected_ratio` of k, for p = 2 without n, otherwise NaN), observed_ratio (``mean |DL(r)| / I_max``; NaN
+        without an adversarial row, or with I_max = 0).
+
+    Raises:
+        UnmovedError: a column is missing, or there is no row.
+    """
+    needed = [*MEASURED, "kind", "scope", "p", "n", "k", "eps"]
+    _require_columns(table, needed, "summarise")
+    keys = [name for name in table.columns if name not in MEASURED]
+    table = table.assign(size=table["loss_change"].abs(), controlled=table["loss_change"] - table["linear_change"])
+    groups = table.groupby(keys, sort=False, dropna=False)
+    loss, accuracy = (_means(groups[f"{measure}_change"]).assign(measure=measure) for measure in (LOSS, ACCURACY))
+    controlled = _means(groups["controlled"])
+    of_draws = groups[["first_order", "size"]].mean().reset_index(drop=True)
+    random, others = loss["kind"] == RANDOM, [name for name in keys if name != "kind"]
+    top = loss[~random].set_index(others)["mean"]
+    worst = loss[others].merge(top.rename("top").reset_index(), "left", others)["top"].to_numpy(float)
+    closed = random & (loss["p"] == 2) & loss["n"].isna()
+    for name, column in zip(CONTROLLED, ("mean", "low", "high"), strict=True):
+        loss[name] = controlled[column].where(random)
+    loss["first_order"] = of_draws["first_order"].where(random)
+    loss["first_order_expected"] = loss["k"].map(expected_ratio).where(closed)
+    loss["observed_ratio"] = (of_draws["size"] / np.where(worst > 0, worst, np.nan)).where(random)
+    whole = pd.concat([loss, accuracy], ignore_index=True)
+    return whole[["measure", *(name for name in whole.columns if name != "measure")]]
+
+
+def _means(groups: Any) -> pd.DataFrame:
+    """The keys, draws, mean, low and high of each group, by Student's t."""
+    found = groups.agg(draws="size", mean="mean", spread="std").reset_index()
+    half = student.ppf(0.975, found["draws"] - 1) * found.pop("spread") / np.sqrt(found["draws"])
+    return found.assign(low=found["mean"] - half, high=found["mean"] + half)
+
+
+def indicators(summary: pd.DataFrame, eps_relative: float, *, scope: str = "global") -> pd.DataFrame:
+    """I_max and I_ave at one relative eps, one row per run (and whatever else the caller's own keys tell apart).
+
+    I_ave is the controlled mean of `summarise`.
+
+    Args:
+        summary: from `summarise`, with adversarial and random rows at this eps.
+
+    Returns:
+        The keys but for kind, with columns i_max and i_ave.
+
+    Raises:
+        UnmovedError: nothing was measured there.
+    """
+    _require_columns(summary, ["measure", "kind", "scope", "eps_relative", "mean", "controlled"], "indicators")
+    rows = summary[(summary["measure"] == LOSS) & (summary["scope"] == scope)]
+    rows = rows[np.isclose(rows["eps_relative"].to_numpy(float), eps_relative, rtol=1e-6)]
+    if set(rows["kind"]) != {RANDOM, ADVERSARIAL}:
+        known = sorted({float(f"{value:.6g}") for value in summary["eps_relative"]})
+        raise UnmovedError(
+            f"indicators: expected random and adversarial rows of scope {scope!r} at eps_relative {eps_relative:g}, "
+            f"came {sorted(set(rows['kind']))}; there are scopes {sorted(set(summary['scope']))} and eps {known}"
+        )
+    keys = [name for name in rows.columns if name not in (*DERIVED, "kind", "measure")]
+    rows = rows.assign(eps_relative=float(eps_relative))  # rounding would tell two sweeps of one eps apart
+    worst = rows[rows["kind"] == ADVERSARIAL].rename(columns={"mean": "i_max"})[[*keys, "i_max"]]
+    mean = rows[rows["kind"] == RANDOM].rename(columns={"controlled": "i_ave"})[[*keys, "i_ave"]]
+    return worst.merge(mean, "inner", keys)
+
+
+def verdict(table: pd.DataFrame, *, resamples: int = 2000, seed: int = 0) -> pd.DataFrame:
+    """Does flatness under corruption go with robustness and with accuracy? Spearman's rho over runs, and a word.
+
+    The claim is that runs whose loss changes less are more accurate: rho between an indicator and an accuracy below 0.
+    The rule: "confirmed" where the whole 95 % interval of rho lies below 0, "refuted" where it lies above 0, otherwise
+    "undecided", and always so with fewer than 6 runs (there the interval errs too often) or where one side does not
+    vary. The interval is a percentile bootstrap over runs (resamples without a rho are left out), which takes the
+    runs for independent: seeds of one recipe are less than that. The rule is our own choice. A correlation over
+    recipes is no cause.
+
+    Args:
+        table: one row per run: name, i_max, i_ave (at one relative eps, see `indicators`), clean_accuracy,
+            robust_accuracy (shares).
+
+    Returns:
+        indicator ("I_max", "I_ave"), accuracy ("robust", "clean"), rho, low, high (NaN where undefined), runs, verdict,
+        sentence.
+
+    Raises:
+        UnmovedError: a column is missing or not finite, no row, or fewer than 100 resamples.
+    """
+    sides = {"I_max": "i_max", "I_ave": "i_ave"}, {"robust": "robust_accuracy", "clean": "clean_accuracy"}
+    _require_columns(table, ["name", *sides[0].values(), *sides[1].values()], "verdict")
+    require_number("verdict: resamples", resamples, at_least=100)
+    for column in (*sides[0].values(), *sides[1].values()):
+        if not np.isfinite(table[column].to_numpy(float)).all():
+            raise UnmovedError(f"verdict: expected finite numbers in {column!r}, came {table[column].tolist()}")
+    rows = []
+    for indicator, first in sides[0].items():
+        for accuracy, second in sides[1].items():
+            rho, low, high = _spearman(table[first], table[second], resamples, seed)
+            decided = len(table) >= LEAST_RUNS
+            word = CONFIRMED if decided and high < 0 else REFUTED if decided and low > 0 else UNDECIDED
+            known = {"rho": rho, "low": low, "high": high, "runs": len(table), "verdict": word}
+            said = _sentence(indicator, accuracy, rho, low, high, len(table), word)
+            rows.append({"indicator": indicator, "accuracy": accuracy, **known, "sentence": said})
+    return pd.DataFrame(rows)
+
+
+def _sentence(indicator: str, accuracy: str, rho: float, low: float, high: float, runs: int, word: str) -> str:
+    claim = f"Flatness under corruption goes with {accuracy} accuracy: {word}"
+    if math.isnan(rho):
+        return f"{claim} ({indicator} or {accuracy} accuracy does not vary over {runs} runs)."
+    found = f"Spearman's rho of {indicator} and {accuracy} accuracy {rho:+.2f}"
+    found += "" if math.isnan(low) else f", 95 % interval {low:+.2f} to {high:+.2f}"
+    few = f"; fewer than {LEAST_RUNS} decide nothing" if runs < LEAST_RUNS else ""
+    return f"{claim} ({found}, {runs} runs{few})."
+
+
+def _spearman(x: Any, y: Any, resamples: int, seed: int) -> tuple[float, float, float]:
+    """rho, and the 2.5 and 97.5 percentiles of rho over resamples of the pairs."""
+    pairs = np.stack([np.asarray(x, dtype=float), np.asarray(y, dtype=float)])
+    which = np.random.default_rng(seed).integers(pairs.shape[1], size=(resamples, pairs.shape[1]))
+    rho = float(_rank_correlation(pairs[:, None, :])[0])
+    drawn = _rank_correlation(pairs[:, which])
+    drawn = drawn[np.isfinite(drawn)]
+    if math.isnan(rho) or not len(drawn):
+        return rho, math.nan, math.nan
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return rho, float(low), float(high)
+
+
+def _rank_correlation(pairs: np.ndarray) -> np.ndarray:
+    """(2, R, m) -> (R,) Pearson's correlation of ranks; NaN where a side is constant."""
+    ranks = rankdata(pairs, axis=2)
+    ranks = ranks - ranks.mean(axis=2, keepdims=True)
+    scale = np.sqrt((ranks**2).sum(axis=2).prod(axis=0))
+    return np.where(scale > 0, ranks.prod(axis=0).sum(axis=1) / np.where(scale > 0, scale, 1), np.nan)
+
+
+def _require_columns(table: pd.DataFrame, columns: list[str], what: str) -> None:
+    missing = [name for name in columns if name not in table.columns]
+    if missing or table.empty:
+        came = f"none of {', '.join(missing)}" if missing else "no row"
+        raise UnmovedError(f"{what}: expected a table with {', '.join(columns)}, came {came}")

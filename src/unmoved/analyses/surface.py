@@ -1,0 +1,131 @@
+"""The risk around the weights, along the worst direction that an attack found and along a random one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from unmoved.analyses.corruption import direction, worst_change
+from unmoved.analyses.risks import Point, Risk
+from unmoved.errors import UnmovedError, require_number
+from unmoved.weights import perturbed
+
+WORST, RANDOM = "worst", "random"
+Direction = Sequence[Tensor]
+
+
+def worst_and_random(
+    risk: Risk, eps: float, *, steps: int = 10, draw: int = 0, seed: int = 0
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Two orthogonal directions of l2 norm 1: the corruption that `worst_change` finds at eps, and a random one.
+
+    ``v <- v - (u.v) u``, then ``v / ||v||``. Where no step of the attack raised the risk, u is its gradient.
+
+    Raises:
+        UnmovedError: an eps of 0; fewer than two parameters; a risk without a gradient there; as `worst_change`.
+    """
+    require_number("eps", eps, above=0)
+    if sum(t.numel() for t in risk.parameters) < 2:
+        raise UnmovedError("surface: expected at least two parameters for two directions, came one")
+    worst = worst_change(risk, eps, steps=steps, seed=seed).corruption
+    if not any(part.any() for part in worst):
+        with risk.held():
+            worst = risk.at(gradient=True).gradient or worst
+        if not any(part.any() for part in worst):
+            raise UnmovedError("surface: expected a direction in which the risk rises, came none; use a larger eps")
+    u = _unit([part.double() for part in worst])
+    v = [part.double() for part in direction(risk, draw, seed=seed)]
+    for _ in range(2):  # once more for what rounding left
+        along = sum(float((a * b).sum()) for a, b in zip(u, v, strict=True))
+        v = _unit([b - along * a for a, b in zip(u, v, strict=True)])
+    first, second = ([part.to(t.dtype) for part, t in zip(parts, risk.parameters, strict=True)] for parts in (u, v))
+    return first, second
+
+
+def line(
+    risk: Risk, eps: float, *, points: int = 21, reach: float = 1.0, steps: int = 10, draw: int = 0, seed: int = 0
+) -> pd.DataFrame:
+    """The risk on two lines through w: ``L(w + a eps u)`` for a in [-reach, reach], u worst or random, ``||u|| = 1``.
+
+    Args:
+        eps: radius at which the worst direction is sought (p = 2), and the unit of a.
+        points: on each line, an odd number, so that w is one of them; its pass is shared.
+
+    Returns:
+        direction ("worst", "random"), a, eps, loss, accuracy, scope, images.
+
+    Raises:
+        UnmovedError: as `worst_and_random`; points that are no odd number above 1, or a reach of 0.
+    """
+    grid = _grid(points, reach)
+    both = worst_and_random(risk, eps, steps=steps, draw=draw, seed=seed)
+    with risk.held():
+        clean = risk.at()
+        found = [
+            {"direction": name, "a": a} | _columns(risk, eps, clean if a == 0 else _along(risk, [u], [a * eps]))
+            for name, u in zip((WORST, RANDOM), both, strict=True)
+            for a in grid
+        ]
+    return pd.DataFrame(found)
+
+
+def plane(
+    risk: Risk, eps: float, *, points: int = 15, reach: float = 1.0, steps: int = 10, draw: int = 0, seed: int = 0
+) -> pd.DataFrame:
+    """The risk on a square around w, ``L(w + a eps u + b eps v)``, u the worst direction and v a random one.
+
+    u and v are orthogonal and of length 1, so distances in the picture are distances of weights; ``points^2`` passes.
+
+    Args:
+        eps, points, reach, steps, draw, seed: as `line`.
+
+    Returns:
+        a (along the worst direction), b (along the random one), eps, loss, accuracy, scope, images.
+
+    Raises:
+        UnmovedError: as `line`.
+    """
+    grid = _grid(points, reach)
+    u, v = worst_and_random(risk, eps, steps=steps, draw=draw, seed=seed)
+    with risk.held():
+        found = [
+            {"a": a, "b": b} | _columns(risk, eps, _along(risk, [u, v], [a * eps, b * eps])) for a in grid for b in grid
+        ]
+    return pd.DataFrame(found)
+
+
+def _along(risk: Risk, directions: Sequence[Direction], lengths: Sequence[float]) -> Point:
+    corruption = [
+        sum((length * part for length, part in zip(lengths, parts, strict=True)), torch.zeros_like(parts[0]))
+        for parts in zip(*directions, strict=True)
+    ]
+    with perturbed(risk.parameters, corruption):
+        return risk.at()
+
+
+def _columns(risk: Risk, eps: float, point: Point) -> dict[str, object]:
+    return {
+        "eps": float(eps),
+        "loss": point.loss,
+        "accuracy": point.accuracy,
+        "scope": risk.scope,
+        "images": risk.images,
+    }
+
+
+def _grid(points: int, reach: float) -> list[float]:
+    require_number("reach", reach, above=0)
+    require_number("points", points, at_least=3)
+    if points % 2 == 0:
+        raise UnmovedError(f"points: expected an odd number, so that the weights themselves are one, came {points}")
+    half = points // 2
+    return [reach * k / half for k in range(-half, half + 1)]
+
+
+def _unit(parts: Sequence[Tensor]) -> list[Tensor]:
+    length = math.sqrt(math.fsum(float((part * part).sum()) for part in parts))
+    return [part / length for part in parts]

@@ -1,0 +1,129 @@
+"""Commands about one run: train, evaluate, doctor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from unmoved import screen
+from unmoved.cli.options import Allow, Device, Overrides, RecipePath, RunPath, app, console
+
+
+@app.command()
+def train(
+    recipe: RecipePath,
+    out: Annotated[Path, typer.Option("--out", help="The run folder to make.")],
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where the folder stands; start if it is empty, end if it is done.")
+    ] = False,
+    overrides: Overrides = [],  # noqa: B006 - typer's way to say 'none'
+    allow: Allow = [],  # noqa: B006
+    device: Device = "auto",
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also log to RUN/tensorboard.")] = False,
+) -> None:
+    """Train one recipe into a run folder."""
+    from unmoved import config, loop
+
+    parsed = config.read(recipe, overrides)
+    epochs = parsed.training.epochs
+    log = screen.tensorboard_log(out) if tensorboard else None
+    with screen.bars() as add:
+        loading: list[screen.Advance] = []
+        advance = add(parsed.name, epochs)
+
+        def read(done: int, total: int) -> None:
+            if not loading:
+                loading.append(add("reading images", total))
+            loading[0](done)
+
+        def progress(record: dict[str, Any]) -> None:
+            if "share" in record:
+                advance(record["epoch"] + record["share"])
+                return
+            screen.say_epoch(record, epochs)
+            if log is not None:
+                log(record)
+
+        run = loop.train_recipe(
+            parsed,
+            out,
+            resume=resume,
+            allow=allow,
+            device=device,
+            progress=progress,
+            loading=read,
+        )
+    console.print(f"trained: {run.path}\nnext: unmoved evaluate {run.path}", soft_wrap=True)
+
+
+@app.command()
+def evaluate(
+    run: RunPath,
+    n: Annotated[
+        int | None, typer.Option("--n", min=1, help="Test images to judge; all unless the recipe says.")
+    ] = None,
+    attacks: Annotated[
+        str, typer.Option(help="recipe, quick, standard or rand (AutoAttack), or attacks by name; commas between.")
+    ] = "recipe",
+    weights: Annotated[str, typer.Option(help="best (by validation robust accuracy) or last.")] = "best",
+    batch_size: Annotated[int, typer.Option(min=1, help="Images a pass; the verdict does not depend on it.")] = 128,
+    precision: Annotated[
+        str, typer.Option(help="Of the search: float32, bf16 or auto. Verdicts are float32.")
+    ] = "auto",
+    save_adversarial: Annotated[
+        bool, typer.Option("--save-adversarial", help="Also keep the images that broke the model.")
+    ] = False,
+    ask_doctor: Annotated[
+        bool, typer.Option("--doctor/--no-doctor", help="Ask the doctor too whether to believe it.")
+    ] = True,
+    allow: Allow = [],  # noqa: B006
+    device: Device = "auto",
+) -> None:
+    """Attack a trained run and judge it on the test part of its data."""
+    from unmoved import errors, evaluation
+    from unmoved import run as runs
+
+    errors.require_choice("--weights", weights, ("best", "last"))
+    opened = runs.Run.open(run)
+    with screen.follow() as advance:
+        tables = evaluation.evaluate_run(
+            opened,
+            attacks=attacks,
+            n=n,
+            weights=weights,
+            batch_size=batch_size,
+            precision=precision,
+            device=device,
+            save_adversarial=save_adversarial,
+            allow=allow,
+            progress=advance,
+        )
+    for kind, table in tables.items():
+        screen.print_summary({opened.name: table})
+        for note in (getattr(opened, kind) or {}).get("notes", []):
+            console.print(f"note: {note}", soft_wrap=True)
+        console.print(f"saved: {run / kind}", soft_wrap=True)
+    if ask_doctor:
+        with screen.follow() as advance:
+            answer = evaluation.examine_run(opened, allow=allow, device=device, progress=advance)
+        console.print(f"doctor: {answer['sentence'] or 'no objection'}", highlight=False, soft_wrap=True)
+    console.print(f"next: unmoved report {run}", soft_wrap=True)
+
+
+@app.command()
+def doctor(
+    run: RunPath,
+    n: Annotated[int, typer.Option("--n", min=1, help="Test images to look at.")] = 100,
+    allow: Allow = [],  # noqa: B006
+    device: Device = "auto",
+) -> None:
+    """Is the verdict on an evaluated run to be believed? Signs of masked gradients and of attacks that failed."""
+    from unmoved import evaluation
+    from unmoved import run as runs
+
+    with screen.follow() as advance:
+        answer = evaluation.examine_run(runs.Run.open(run), n=n, allow=allow, device=device, progress=advance)
+    screen.print_findings(answer)
+    console.print(f"saved: {run / 'doctor.json'}", soft_wrap=True)

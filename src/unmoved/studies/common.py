@@ -1,0 +1,198 @@
+"""What every study of runs needs: runs that may be set beside each other, their models, and where its results go."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import nn
+
+from unmoved import pages
+from unmoved.built import Built
+from unmoved.data import ArraySplit
+from unmoved.disk import write_atomic
+from unmoved.errors import UnmovedError
+from unmoved.evaluation import opened, weights_digest
+from unmoved.judged import Judged
+from unmoved.outcomes import CLEAN, WORST, by_sample
+from unmoved.pages import Section
+from unmoved.run import Run
+from unmoved.shelf import Shelf
+
+Progress = Callable[[float, str], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A run under study: its model on the device, and the images that it is studied on.
+
+    Attributes:
+        name: the recipe's name, with what tells its runs apart where several of one recipe are studied.
+        question: what a table made from this model and these images depends on; see `unmoved.shelf`.
+        shelf: where its tables are kept, in the run's own folder.
+    """
+
+    name: str
+    run: Run
+    built: Built
+    model: nn.Module
+    split: ArraySplit
+    question: dict[str, Any]
+
+    @property
+    def shelf(self) -> Shelf:
+        return Shelf(self.run.path / "analysis")
+
+    @property
+    def training_eps(self) -> float:
+        """The radius of the attack that the last phase trained with; 0 where it trained on clean images."""
+        attack = self.built.phases.at(self.built.recipe.training.epochs, self.built.recipe.training.epochs).attack
+        threat = getattr(attack, "threat", None)
+        return 0.0 if threat is None else float(threat.radius)
+
+
+@dataclass(frozen=True, eq=False)
+class Study:
+    """What came out: tables by name (one observation a row), sentences, and the sections of a page.
+
+    Attributes:
+        settings: everything that was chosen, for whoever repeats it.
+    """
+
+    name: str
+    title: str
+    tables: Mapping[str, pd.DataFrame]
+    verdict: Sequence[str]
+    sections: Sequence[Section]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def write(self, out: Path) -> Path:
+        """Save ``out/<name>/``: a CSV file per table, verdict.json, index.html with its figures; return the page.
+
+        Raises:
+            UnmovedError: a folder that cannot be written.
+        """
+        folder = out / self.name
+        for name, table in self.tables.items():
+            write_atomic(folder / f"{name}.csv", table.to_csv(index=False).encode())
+        facts = {"verdict": list(self.verdict), "settings": dict(self.settings), "versions": _versions()}
+        write_atomic(folder / "verdict.json", (json.dumps(facts, indent=2) + "\n").encode())
+        return pages.write_sections(folder / "index.html", self.title, self.sections, lead=" ".join(self.verdict[:1]))
+
+
+def subjects(
+    runs: Sequence[Run],
+    n: int | None,
+    *,
+    least: int = 1,
+    weights: str = "best",
+    device: str = "auto",
+    allow: Collection[str] = (),
+    same_threat: bool = True,
+) -> list[Subject]:
+    """Runs that may be studied together, each with the same n test images (all, where there are fewer).
+
+    Raises:
+        UnmovedError: fewer than ``least`` runs; one run twice; runs on other data, classes or (where it matters) in
+            other balls; a run without weights.
+    """
+    if len(runs) < least:
+        raise UnmovedError(f"expected at least {least} runs, came {len(runs)}; train more (unmoved compare)")
+    paths = [run.path.resolve() for run in runs]
+    for path in paths:
+        if paths.count(path) > 1:
+            raise UnmovedError(f"expected each run once, came {path} twice")
+    found: list[Subject] = []
+    for run, name in zip(runs, names_of(runs), strict=True):
+        built, model = opened(run, weights, device, allow)
+        split = built.data.test if n is None else built.data.test.take(min(n, len(built.data.test)), seed=0)
+        if found:
+            _require_alike(found[0], run, built, split, same_threat)
+        question = {"weights": weights_digest(run, weights), "images": _digest(split), **_versions()}
+        found.append(Subject(name, run, built, model, split, question))
+    return found
+
+
+def names_of(runs: Sequence[Run]) -> list[str]:
+    """The recipes' names; with seed or part where one recipe has several runs."""
+    plain = [run.name for run in runs]
+    return [
+        name if plain.count(name) == 1 else f"{name} seed {run.seed}" for name, run in zip(plain, runs, strict=True)
+    ]
+
+
+def _require_alike(first: Subject, run: Run, built: Built, split: ArraySplit, same_threat: bool) -> None:
+    theirs, ours = first.built, built
+    same_images = len(split) == len(first.split) and torch.equal(split.images, first.split.images)
+    if theirs.data.classes != ours.data.classes or theirs.shape != ours.shape or not same_images:
+        raise UnmovedError(
+            f"expected runs on the same data, came {first.run.path} with {len(theirs.data.classes)} classes of images "
+            f"{theirs.shape} and {run.path} with {len(ours.data.classes)} of {ours.shape}"
+            + ("" if same_images else ", whose test images differ")
+            + "; study each data set apart"
+        )
+    if not torch.equal(split.labels, first.split.labels):
+        raise UnmovedError(f"expected runs on the same labels, came others in {run.path} than in {first.run.path}")
+    if same_threat and theirs.threat != ours.threat:
+        raise UnmovedError(
+            f"expected runs in one ball, came {theirs.threat!r} in {first.run.path} and {ours.threat!r} in {run.path}; "
+            "study each ball apart"
+        )
+
+
+def accuracies(found: Sequence[Subject]) -> tuple[dict[str, tuple[float, float]], str] | None:
+    """By name (clean, robust) accuracy of the evaluations that all runs have alike, and what judged them; or None.
+
+    AutoAttack's verdicts where every run has one on as many images, otherwise the worst case of the evaluations.
+    """
+    judged = answers(found)
+    if judged is None:
+        return None
+    tables, source = judged
+    return {name: (float(t[CLEAN].mean()), float(t[WORST].mean())) for name, t in tables.items()}, source
+
+
+def answers(found: Sequence[Subject]) -> tuple[dict[str, pd.DataFrame], str] | None:
+    """By name `outcomes.by_sample` of what judged all runs on the same images, and its name; None where nothing did."""
+    read = [Judged.of(subject.run) if _evaluated(subject.run) else None for subject in found]
+    verdicts = [None if one is None else one.autoattack for one in read]
+    evaluations = [None if one is None else one.outcomes for one in read]
+    for tables in (verdicts, evaluations):
+        whole = [table for table in tables if table is not None]
+        asked = {(tuple(sorted(set(t["attack"]))), tuple(sorted(set(t["index"])))) for t in whole}
+        if len(whole) == len(found) and len(asked) == 1:
+            source = "AutoAttack" if tables is verdicts else ", ".join(next(iter(asked))[0])
+            samples = [by_sample(table).sort_values("index", ignore_index=True) for table in whole]
+            return {subject.name: table for subject, table in zip(found, samples, strict=True)}, source
+    return None
+
+
+def _evaluated(run: Run) -> bool:
+    return run.evaluation is not None or run.verdict is not None
+
+
+def _digest(split: ArraySplit) -> str:
+    told = hashlib.sha256()
+    for tensor in (split.images, split.labels, split.index):
+        told.update(tensor.cpu().numpy().tobytes())
+    return told.hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    return {"unmoved": metadata.version("unmoved"), "torch": torch.__version__}
+
+
+def part_of(progress: Progress, k: int, of: int) -> Progress:
+    """The progress of the k-th of several equal parts."""
+    return lambda share, words: progress((k + share) / of, words)
+
+
+def told(share: float, words: str) -> None:
+    """Progress that nobody asked for."""
