@@ -383,6 +383,14 @@ def test_a_randomised_model_meets_the_same_noise_everywhere():
     assert everything(net) == before
 
 
+def test_layers_of_one_shape_have_directions_of_their_own():
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    batch = Batch(torch.rand(3, 4), torch.zeros(3, dtype=torch.long))
+    one, other = (direction(ModelRisk(net, [batch], scope=f"{k}.weight"), 0)[0] for k in range(2))
+    assert one.shape == other.shape
+    assert not (one == other).any()
+
+
 def test_layers_are_the_tensors_of_more_than_one_dimension():
     net = network()
     assert layers(net) == ["0.weight", "5.weight"]

@@ -192,11 +192,17 @@ def study(
                 [
                     f"{len(groups[0].members)} models on disjoint parts of the training data each; cross-entropy, "
                     "variance corrected by k/(k-1). The estimates are about training sets of that size.",
-                    *sentences,
+                    *([] if claims is not None else sentences),
                 ],
-                overall[["method", "train_eps", "eval_eps", "mode", "risk", "bias", "variance"]],
+                _claims(claims),
                 drawn,
-            )
+            ),
+            Section(
+                "bias-variance-numbers",
+                "Bias and variance in numbers",
+                ["Overall, in nats; decompositions.csv has every loss, correction and class, with intervals."],
+                overall[["method", "train_eps", "eval_eps", "mode", "risk", "bias", "variance"]],
+            ),
         ],
         {
             "n": len(y),
@@ -206,6 +212,13 @@ def study(
             "attack": f"PGD, {STEPS} steps of 3 eps / {STEPS}, from the clean image",
         },
     )
+
+
+def _claims(claims: pd.DataFrame | None) -> pd.DataFrame | None:
+    if claims is None:
+        return None
+    rows = claims[(claims["loss"] == SHOWN[0]) & (claims["correction"] == SHOWN[1])]
+    return rows[["method", "eval_eps", "mode", "claim", "verdict", "value"]]
 
 
 def _families(groups: Sequence[Group]) -> dict[str, str]:

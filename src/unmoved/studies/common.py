@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,7 @@ class Study:
     """What came out: tables by name (one observation a row), sentences, and the sections of a page.
 
     Attributes:
-        settings: everything that was chosen, for whoever repeats it.
+        settings: everything that was chosen, for whoever repeats it; n and runs at least.
     """
 
     name: str
@@ -71,7 +71,7 @@ class Study:
     tables: Mapping[str, pd.DataFrame]
     verdict: Sequence[str]
     sections: Sequence[Section]
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any]
 
     def write(self, out: Path) -> Path:
         """Save ``out/<name>/``: a CSV file per table, verdict.json, index.html with its figures; return the page.
@@ -84,7 +84,8 @@ class Study:
             write_atomic(folder / f"{name}.csv", table.to_csv(index=False).encode())
         facts = {"verdict": list(self.verdict), "settings": dict(self.settings), "versions": _versions()}
         write_atomic(folder / "verdict.json", (json.dumps(facts, indent=2) + "\n").encode())
-        return pages.write_sections(folder / "index.html", self.title, self.sections, lead=" ".join(self.verdict[:1]))
+        lead = f"{_count(len(self.settings['runs']), 'run')}, n = {self.settings['n']} test images"
+        return pages.write_sections(folder / "index.html", self.title, self.sections, lead=lead)
 
 
 def subjects(
@@ -121,8 +122,11 @@ def subjects(
 
 
 def names_of(runs: Sequence[Run]) -> list[str]:
-    """The recipes' names; with seed or part where one recipe has several runs."""
+    """The recipes' names, without a folder that all share; with the seed where one recipe has several runs."""
     plain = [run.name for run in runs]
+    folders = {name.partition("/")[0] for name in plain if "/" in name}
+    if len(plain) > 1 and len(folders) == 1 and all("/" in name for name in plain):
+        plain = [name.partition("/")[2] for name in plain]
     return [
         name if plain.count(name) == 1 else f"{name} seed {run.seed}" for name, run in zip(plain, runs, strict=True)
     ]
@@ -172,6 +176,10 @@ def answers(found: Sequence[Subject]) -> tuple[dict[str, pd.DataFrame], str] | N
             samples = [by_sample(table).sort_values("index", ignore_index=True) for table in whole]
             return {subject.name: table for subject, table in zip(found, samples, strict=True)}, source
     return None
+
+
+def _count(number: int, name: str) -> str:
+    return f"{number} {name}{'s' if number != 1 else ''}"
 
 
 def _evaluated(run: Run) -> bool:

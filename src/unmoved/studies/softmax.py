@@ -79,7 +79,7 @@ def study(found: Sequence[Subject], progress: Progress = told) -> Study:
                     f"Robust accuracies across runs are those of {source}.",
                     *sentences,
                 ],
-                pd.DataFrame([vars(claim) for claim in claims])[["claim", "word"]],
+                None,
                 drawn,
             )
         ],
