@@ -285,3 +285,12 @@ def test_long_names_go_to_a_legend_and_bars_are_optional() -> None:
     assert "bars" not in " ".join(words(figure))
     with pytest.raises(UnmovedError, match="i_max above 0"):
         figures.flatness(runs_table().assign(i_max=0.0))
+
+
+@pytest.mark.parametrize("factor", [1.001, 1.05, 1.6, 2.0, 3.0, 40.0])
+def test_a_log_axis_has_plain_numbers_on_every_range(factor: float) -> None:
+    figure = figures.flatness(runs_table(2).assign(i_max=[0.7, 0.7 * factor]))
+    (axes,) = figure.axes
+    low, high = axes.get_xlim()
+    assert sum(low <= tick <= high for tick in axes.get_xticks()) >= 2
+    assert not [text for text in words(figure) if "$" in text]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -100,6 +101,8 @@ def analyze(
         str | None, typer.Option(help="bias-variance: radii to attack with, such as 0,0.1,0.3; 0 and the recipes' eps.")
     ] = None,
     modes: Annotated[str, typer.Option(help="bias-variance: own, shared, joint; commas between.")] = "own",
+    norm: Annotated[str, typer.Option(help="corruption: l2 or linf, the ball of the weights.")] = "l2",
+    top: Annotated[int | None, typer.Option(min=1, help="corruption: corrupt at most this many weights.")] = None,
     with_hessian: Annotated[
         bool, typer.Option("--hessian", help="corruption: also trace and top eigenvalue (unmoved[hessian]).")
     ] = False,
@@ -117,7 +120,8 @@ def analyze(
     if what == "bias-variance":
         settings = {"eps": _numbers("--eps", eps), "modes": [mode.strip() for mode in modes.split(",")]}
     elif what == "corruption":
-        settings = {"with_hessian": with_hessian}
+        errors.require_choice("--norm", norm, ("l2", "linf"))
+        settings = {"with_hessian": with_hessian, "p": 2 if norm == "l2" else math.inf, "top": top}
     opened = [folders.Run.open(run) for run in runs]
     found = studies.subjects(opened, n, weights=weights, device=device, allow=allow)
     with screen.follow() as advance:

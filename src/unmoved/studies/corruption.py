@@ -26,7 +26,9 @@ DRAWS, STEPS = 20, 10
 LEGIBLE = 6  # runs that one figure of curves can hold
 
 
-def measure(subject: Subject, *, deep: bool = False, progress: Progress = told) -> dict[str, pd.DataFrame]:
+def measure(
+    subject: Subject, *, deep: bool = False, p: float = 2, top: int | None = None, progress: Progress = told
+) -> dict[str, pd.DataFrame]:
     """The sweeps of one run over `GRID`, clean and adversarial; ``deep`` adds layers, lines and the surface."""
     attack = PGD(subject.built.threat, steps=20, keep="best")
     batches = list(subject.split.batches(250))
@@ -47,11 +49,11 @@ def measure(subject: Subject, *, deep: bool = False, progress: Progress = told) 
     for k, (view, scope) in enumerate([*((view, "global") for view in VIEWS), *scopes]):
         grid = GRID if scope == "global" else (HEADLINE,)
         question = subject.question | {"view": view, "scope": scope, "grid": grid, "draws": DRAWS, "steps": STEPS}
-        question |= {"attack": repr(attack) if view != "clean" else None}
+        question |= {"attack": repr(attack) if view != "clean" else None, "p": str(p), "top": top}
         made[f"{view} {scope}"] = subject.shelf.table(
             "corruption",
             question,
-            partial(_sweep, risk, view, scope, grid),
+            partial(_sweep, risk, view, scope, grid, p, top),
         )
         progress((k + 1) / parts, f"corruption: {subject.name}")
     sweeps = pd.concat(made.values(), ignore_index=True)
@@ -78,11 +80,22 @@ def curvature(subject: Subject) -> pd.DataFrame:
 
 
 def study(
-    found: Sequence[Subject], *, deep: bool = True, with_hessian: bool = False, progress: Progress = told
+    found: Sequence[Subject],
+    *,
+    deep: bool = True,
+    with_hessian: bool = False,
+    p: float = 2,
+    top: int | None = None,
+    progress: Progress = told,
 ) -> Study:
-    """Indicators over a grid, per run and across runs; with ``deep`` also by layer and as a surface."""
+    """Indicators over a grid, per run and across runs; with ``deep`` also by layer and as a surface.
+
+    Args:
+        p: 2 or inf, the norm of a corruption; eps is a share of the weights' l2 norm for both.
+        top: corrupt at most this many weights of a scope; all by default.
+    """
     every = {
-        subject.name: measure(subject, deep=deep, progress=part_of(progress, k, len(found)))
+        subject.name: measure(subject, deep=deep, p=p, top=top, progress=part_of(progress, k, len(found)))
         for k, subject in enumerate(found)
     }
     sweep = _joined({name: tables["sweep"] for name, tables in every.items()})
@@ -174,12 +187,18 @@ def study(
             "eps_relative": GRID,
             "draws": DRAWS,
             "steps": STEPS,
+            "p": str(p),
+            "top": top,
         },
     )
 
 
-def _sweep(risk: Callable[[str, str], ModelRisk], view: str, scope: str, grid: Sequence[float]) -> pd.DataFrame:
-    return corruption.sweep(risk(view, scope), grid, draws=DRAWS, steps=STEPS).assign(view=view)
+def _sweep(
+    risk: Callable[[str, str], ModelRisk], view: str, scope: str, grid: Sequence[float], p: float, top: int | None
+) -> pd.DataFrame:
+    at = risk(view, scope)
+    n = None if top is None else min(top, sum(t.numel() for t in at.parameters))
+    return corruption.sweep(at, grid, p=p, n=n, draws=DRAWS, steps=STEPS).assign(view=view)
 
 
 def _joined(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
