@@ -28,11 +28,15 @@ digits: .venv/installed ## the demo's comparison with three seeds: runs/digits/r
 study: .venv/installed ## what docs/analyses says of MNIST: 17 small models, four analyses; MNIST=folder
 	$(BIN)/unmoved compare recipes/mnist/study_at.toml --sweep attack.eps.to=0,0.1,0.2,0.3 --splits 2 --attacks quick --set data.path=$(MNIST) --out runs/study/eps
 	$(BIN)/unmoved compare $(STUDY:%=recipes/mnist/%.toml) --attacks quick --set data.path=$(MNIST) --set training.epochs=3 --set model.width=8 --set evaluation.n=1000 --set 'training.part={of=2,number=0}' --out runs/study/methods
-	for what in softmax corruption tradeoff; do $(BIN)/unmoved analyze $$what $$(dirname runs/study/*/*/*/recipe.toml) --out runs/study/analysis || exit 1; done
+	for what in softmax 'corruption --no-deep' tradeoff; do $(BIN)/unmoved analyze $$what $$(dirname runs/study/*/*/*/recipe.toml) --out runs/study/analysis || exit 1; done
+	$(BIN)/unmoved analyze corruption runs/study/methods/mnist-at/seed0 --out runs/study/analysis-of-at
 	$(BIN)/unmoved analyze bias-variance $$(dirname runs/study/eps/*/*/recipe.toml) --eps 0,0.1,0.2,0.3 --modes own,shared,joint --out runs/study/analysis
 
-bench: bench-verdict ## speeds as ratios within one run: training steps, and verdicts against an equal-budget peer
+bench: bench-verdict ## speeds: steps against a plain reference, what methods add, verdicts against a peer, analyses
+	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/steps.py
+	$(BIN)/python benchmarks/corruption.py
+	$(BIN)/python benchmarks/softmax.py
 
 bench-verdict: .venv/installed $(RUN) ## verdicts alone; RUN=runs/mine for a run of yours, AUTOATTACK=path for the reference
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps torchattacks requests idna urllib3 certifi charset-normalizer tqdm

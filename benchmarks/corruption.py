@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import time
 from pathlib import Path
 
@@ -51,20 +52,23 @@ def main() -> None:
     risk = ModelRisk(model.to(options.device), [batch], batch_size=options.batch_size)
     grid = np.geomspace(1e-3, 1e-1, options.grid).tolist()
     corruption.sweep(risk, grid[:1], draws=1, steps=1)  # the first passes are slower
-    begin = time.perf_counter()
+    begin, processor = time.perf_counter(), time.process_time()
     table = corruption.sweep(risk, grid, draws=options.draws, steps=options.steps)
-    seconds = time.perf_counter() - begin
+    seconds, processor = time.perf_counter() - begin, time.process_time() - processor
     forward = 1 + options.grid * (options.draws + options.steps)
     backward = 1 + options.grid * max(options.steps - 1, 0)
     rate = options.images * forward / seconds
     verdict = "" if seconds <= options.bar else "  MISSED"
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else math.nan
     print(f"{seconds:.1f} s (bar {options.bar:g} s){verdict}; {rate:.0f} images/s forward")
+    print(f"{processor:.1f} s of processor time, load {load:.1f}: on a busy machine the first number says little")
     print(f"{forward} passes over {options.images} images, {backward} of them with a gradient")
     facts = {"hardware": hardware(), "torch": torch.__version__, "device": str(risk.parameters[0].device)}
     print(json.dumps(facts, indent=2))
     settings = {name: getattr(options, name) for name in ("images", "grid", "draws", "steps", "batch_size")}
     summary = flatness.summarise(table).to_dict("list")
-    result = {**facts, **settings, "seconds": seconds, "images_per_second": rate, "summary": summary}
+    times = {"seconds": seconds, "processor_seconds": processor, "load": load, "images_per_second": rate}
+    result = {**facts, **settings, **times, "summary": summary}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=2) + "\n")
 

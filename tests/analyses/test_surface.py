@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import nn
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 
 from unmoved import Batch
 from unmoved.analyses.risks import FunctionRisk, ModelRisk
-from unmoved.analyses.surface import line, plane, worst_and_random
+from unmoved.analyses.surface import axes, line, plane, worst_and_random
 from unmoved.errors import UnmovedError
 
 
@@ -65,6 +66,7 @@ def test_the_plane_is_the_quadratic_and_its_axes_are_the_lines():
     for name, axis, other in (("worst", "a", "b"), ("random", "b", "a")):
         expected = lines[lines["direction"] == name]["loss"]
         np.testing.assert_allclose(table[table[other] == 0].sort_values(axis)["loss"], expected)
+    pd.testing.assert_frame_equal(axes(table)[list(lines.columns)], lines, check_exact=False)
 
 
 def test_where_every_step_lowers_the_risk_the_gradient_is_the_direction():

@@ -98,6 +98,13 @@ def plane(
     return pd.DataFrame(found)
 
 
+def axes(plane: pd.DataFrame) -> pd.DataFrame:
+    """The two lines that lie in a `plane`, in the form of `line`: its rows with b = 0 and with a = 0."""
+    worst, random = plane[plane["b"] == 0], plane[plane["a"] == 0]
+    lines = pd.concat([worst.assign(direction=WORST), random.assign(direction=RANDOM, a=random["b"])])
+    return lines.drop(columns="b").reset_index(drop=True)
+
+
 def _along(risk: Risk, directions: Sequence[Direction], lengths: Sequence[float]) -> Point:
     corruption = [
         sum((length * part for length, part in zip(lengths, parts, strict=True)), torch.zeros_like(parts[0]))

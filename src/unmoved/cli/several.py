@@ -103,6 +103,7 @@ def analyze(
     modes: Annotated[str, typer.Option(help="bias-variance: own, shared, joint; commas between.")] = "own",
     norm: Annotated[str, typer.Option(help="corruption: l2 or linf, the ball of the weights.")] = "l2",
     top: Annotated[int | None, typer.Option(min=1, help="corruption: corrupt at most this many weights.")] = None,
+    deep: Annotated[bool, typer.Option("--deep/--no-deep", help="corruption: also layers and loss surfaces.")] = True,
     with_hessian: Annotated[
         bool, typer.Option("--hessian", help="corruption: also trace and top eigenvalue (unmoved[hessian]).")
     ] = False,
@@ -121,7 +122,7 @@ def analyze(
         settings = {"eps": _numbers("--eps", eps), "modes": [mode.strip() for mode in modes.split(",")]}
     elif what == "corruption":
         errors.require_choice("--norm", norm, ("l2", "linf"))
-        settings = {"with_hessian": with_hessian, "p": 2 if norm == "l2" else math.inf, "top": top}
+        settings = {"deep": deep, "with_hessian": with_hessian, "p": 2 if norm == "l2" else math.inf, "top": top}
     opened = [folders.Run.open(run) for run in runs]
     found = studies.subjects(opened, n, weights=weights, device=device, allow=allow)
     with screen.follow() as advance:

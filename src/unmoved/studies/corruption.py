@@ -45,7 +45,7 @@ def measure(
         return ModelRisk(subject.model, attacked, scope=scope)
 
     scopes = [("clean", scope) for scope in layers(subject.model)] if deep else []
-    parts = len(VIEWS) + len(scopes) + 2 * deep
+    parts = len(VIEWS) + len(scopes) + deep
     for k, (view, scope) in enumerate([*((view, "global") for view in VIEWS), *scopes]):
         grid = GRID if scope == "global" else (HEADLINE,)
         question = subject.question | {"view": view, "scope": scope, "grid": grid, "draws": DRAWS, "steps": STEPS}
@@ -62,13 +62,10 @@ def measure(
         whole = ModelRisk(subject.model, batches)
         size = math.sqrt(sum(float((p.detach().double() ** 2).sum()) for p in whole.parameters))
         question = subject.question | {"view": "clean", "eps": HEADLINE, "steps": STEPS}
-        found["lines"] = subject.shelf.table(
-            "lines", question, lambda: surface.line(whole, HEADLINE * size, steps=STEPS)
-        )
-        progress(1 - 1 / parts, f"loss surface: {subject.name}")
         found["plane"] = subject.shelf.table(
-            "plane", question, lambda: surface.plane(whole, HEADLINE * size, points=11, steps=STEPS)
+            "plane", question, lambda: surface.plane(whole, HEADLINE * size, steps=STEPS)
         )
+        found["lines"] = surface.axes(found["plane"])  # no pass of their own
         progress(1.0, f"loss surface: {subject.name}")
     return found
 
