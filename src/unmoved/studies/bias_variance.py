@@ -28,6 +28,7 @@ MODES = ("own", "shared", "joint")
 STEPS = 20
 CHUNK = 250
 SHOWN = ("KL", "k/(k-1)")
+SAME = "as trained"
 
 
 @dataclass(frozen=True)
@@ -159,22 +160,25 @@ def study(
     family = merged.assign(method=merged["method"].map(_families(groups)))
     sizes = family.groupby("method")["train_eps"].nunique()
     swept = family[family["method"].isin(sizes[sizes > 2].index)]
-    claims = verdict(swept, by=["method"]) if len(swept) else None
-    sentences = []
+    same = _attacked_as_trained(swept, modes)
+    judged = [verdict(swept, by=["method"])] if len(swept) else []
+    judged += [verdict(same.drop(columns="eval_eps"), by=["method"]).assign(eval_eps=SAME)] if len(same) else []
+    claims = pd.concat(judged, ignore_index=True) if judged else None
+    sentences = ["Three training eps of one recipe are needed to say how bias and variance move with it."]
+    drawn = []
     if claims is not None:
         shown = claims[(claims["loss"] == SHOWN[0]) & (claims["correction"] == SHOWN[1])]
-        sentences = [
-            f"{row.method}, attacked with eps {row.eval_eps:g} ({row.mode}): {row.words}." for row in shown.itertuples()
-        ]
-    else:
-        sentences = ["Three training eps of one recipe are needed to say how bias and variance move with it."]
-    drawn = []
+        shown = shown[shown["eval_eps"] == SAME] if len(same) else shown
+        sentences = [f"{row.method}, eps {row.eval_eps} ({row.mode}): {row.words}." for row in shown.itertuples()]
+    for _, rows in same.groupby(["method"], sort=False):
+        drawn.append(figure(rows.drop(columns="eval_eps"), loss=SHOWN[0], correction=SHOWN[1], panel="mode"))
     for _, rows in (swept if len(swept) else family).groupby(["method", "mode"], sort=False):
         if rows["train_eps"].nunique() > 1:
             drawn.append(figure(rows, loss=SHOWN[0], correction=SHOWN[1]))
-    last = merged[merged["eval_eps"] == radii[-1]].groupby(["method", "train_eps", "mode"], sort=False)
-    for _, rows in list(last)[-1:]:
-        drawn.append(bias_variance_by_class(rows, found[0].built.data.classes, loss=SHOWN[0], correction=SHOWN[1]))
+    last = merged[(merged["eval_eps"] == radii[-1]) & (merged["mode"] == modes[0])]
+    last = last[last["train_eps"] == last["train_eps"].max()]
+    last = last[last["method"] == last["method"].iloc[0]]
+    drawn.append(bias_variance_by_class(last, found[0].built.data.classes, loss=SHOWN[0], correction=SHOWN[1]))
     overall = merged[(merged["class"] == -1) & (merged["loss"] == SHOWN[0]) & (merged["correction"] == SHOWN[1])]
     return Study(
         "bias-variance",
@@ -194,7 +198,7 @@ def study(
                     "variance corrected by k/(k-1). The estimates are about training sets of that size.",
                     *([] if claims is not None else sentences),
                 ],
-                _claims(claims),
+                _claims(claims, modes[0]),
                 drawn,
             ),
             Section(
@@ -214,10 +218,20 @@ def study(
     )
 
 
-def _claims(claims: pd.DataFrame | None) -> pd.DataFrame | None:
+def _attacked_as_trained(swept: pd.DataFrame, modes: Sequence[str]) -> pd.DataFrame:
+    """The rows whose evaluation eps is the training eps, by mode (at 0 all modes are one), of three eps and more."""
+    rows = swept[swept["eval_eps"] == swept["train_eps"]]
+    every = [rows[(rows["mode"] == mode) | (rows["eval_eps"] == 0)].assign(mode=mode) for mode in modes]
+    whole = pd.concat(every, ignore_index=True)
+    count = whole.groupby(["method", "mode"])["train_eps"].transform("nunique")
+    return whole[count > 2]
+
+
+def _claims(claims: pd.DataFrame | None, mode: str) -> pd.DataFrame | None:
     if claims is None:
         return None
     rows = claims[(claims["loss"] == SHOWN[0]) & (claims["correction"] == SHOWN[1])]
+    rows = rows[(rows["eval_eps"] == SAME) | (rows["mode"] == mode)]  # claims.csv has them all
     return rows[["method", "eval_eps", "mode", "claim", "verdict", "value"]]
 
 
