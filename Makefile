@@ -5,7 +5,7 @@ MNIST ?= data/mnist
 STUDY := drsl standard at trades mart probscut_trades drsl_at sensible at_apd
 DEMO := standard at trades mart trades_awp at_sam probscut_trades drsl sensible at_apd
 
-.PHONY: help demo digits study test check bench bench-verdict clean
+.PHONY: help demo digits study test slow check bench bench-verdict clean
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -47,6 +47,9 @@ runs/bench: | .venv/installed
 
 test: .venv/installed-dev ## the whole suite
 	$(BIN)/python -m pytest
+
+slow: .venv/installed-dev ## what takes minutes: real processes, killed at many moments
+	$(BIN)/python -m pytest -m slow tests/slow
 
 check: .venv/installed-dev ## lint, formatting, types, then the suite
 	$(BIN)/ruff check .

@@ -15,7 +15,7 @@ from pathlib import Path
 NURSERY = """
 import json, os, sys
 import lightning_fabric, torch
-from unmoved import cli, evaluation, loop
+from unmoved import cli, compare, evaluation, loop, studies, training
 from unmoved.built import Built
 from unmoved.config import read
 torch.set_num_threads(1)
@@ -54,17 +54,25 @@ class Nursery:
         assert self.process.stdout is not None
         return self.process.stdout.readline().strip()
 
-    def run(self, *arguments: object, kill_after: float | None = None) -> int:
-        """The exit code; minus nine where the process was killed before it ended."""
+    def start(self, *arguments: object) -> int:
+        """The process that does it, one at a time; `wait` for its end."""
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(list(map(str, arguments))) + "\n")
         self.process.stdin.flush()
-        child = int(self._line())
+        return int(self._line())
+
+    def wait(self) -> int:
+        """The exit code; minus nine where the process was killed before it ended."""
+        return int(self._line())
+
+    def run(self, *arguments: object, kill_after: float | None = None) -> int:
+        """Start and wait, with a kill in between where one is asked for."""
+        child = self.start(*arguments)
         if kill_after is not None:
             time.sleep(kill_after)
             with contextlib.suppress(ProcessLookupError):  # it has ended by itself
                 os.kill(child, signal.SIGKILL)
-        return int(self._line())
+        return self.wait()
 
     def close(self) -> None:
         assert self.process.stdin is not None

@@ -257,6 +257,8 @@ def test_spoilt_runs_are_named(
         (run / file).unlink()
     else:
         (run / file).write_bytes(content)
+        if file == "trainer.pt":
+            (run / "trainer.previous.pt").write_bytes(content)
     before = digests(run)
     arguments = {
         "evaluate": ["evaluate", run],
@@ -275,6 +277,8 @@ def test_torn_files_are_refused_wherever_they_are_torn(ours: tuple[Path, Path], 
     path, run = ours
     whole = (run / file).read_bytes()
     (run / file).write_bytes(whole[: int(share * len(whole))])
+    if file == "trainer.pt":
+        (run / "trainer.previous.pt").write_bytes(whole[: int(share * len(whole))])
     said = unmoved("train", path, "--out", run, "--resume") if file == "trainer.pt" else unmoved("evaluate", run)
     assert str(run / file) in said.mistake()
 

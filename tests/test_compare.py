@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import re
 import shutil
+import signal
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
@@ -13,7 +16,7 @@ import pytest
 from road import RECIPE, recipe, unmoved
 
 from unmoved import compare as grid
-from unmoved import config
+from unmoved import config, pool
 from unmoved.errors import UnmovedError
 from unmoved.jobs import Job, jobs_of
 from unmoved.run import Run
@@ -41,7 +44,7 @@ class Inline:
 
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Jobs are done in this process, which keeps its one thread."""
-    monkeypatch.setattr(grid, "ProcessPoolExecutor", Inline)
+    monkeypatch.setattr(pool, "ProcessPoolExecutor", Inline)
     monkeypatch.setattr("torch.set_num_threads", lambda count: None)
 
 
@@ -153,6 +156,29 @@ def test_failures_are_named_and_stop_nobody_else(
     after = files(out)
     assert {key: after[key] for key in before} == before
     assert Run.open(out / "new" / "seed0").evaluation["n"] == 30
+
+
+def test_a_run_whose_process_is_killed_goes_on_in_another_one_and_ends_in_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, killed = recipe(tmp_path), []
+    change = ["training.epochs=30", "training.validation=0"]
+    made = jobs_of([config.read(path, change)], [0, 1], tmp_path / "out", (), threads=1)
+    first = Path(made[0].path)
+
+    def kill() -> None:
+        if not killed and (first / "trainer.previous.pt").exists():
+            killed.extend(child.pid for child in multiprocessing.active_children())
+            os.kill(killed[0], signal.SIGKILL)
+
+    ended: list[tuple[str, str | None]] = []
+    runs = grid.compare(made, workers=1, on_done=lambda job, error: ended.append((job.path, error)), poll=kill)
+    assert len(killed) == 1
+    # Its second chance comes after the others.
+    assert ended == [(made[1].path, None), (made[0].path, None)]
+    assert [run.evaluation["n"] for run in runs] == [30, 30]
+    unmoved("train", first / "recipe.toml", "--out", tmp_path / "alone").fine()
+    assert (first / "last.safetensors").read_bytes() == (tmp_path / "alone" / "last.safetensors").read_bytes()
 
 
 # --- the grid itself

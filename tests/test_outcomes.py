@@ -128,7 +128,7 @@ def change(column: str, row: int, value: object) -> Callable[[pd.DataFrame], pd.
         (change("label", 2, "cat"), "'label', row 3: expected an integer, came 'cat'"),
         (change("label", 2, 1.5), "expected an integer, came 1.5"),
         (change("eps", 0, math.nan), "'eps', row 1: expected a finite number"),
-        (change("distance", 0, math.inf), "expected a finite number, came inf"),
+        (change("distance", 0, math.inf), "expected a finite number >= 0, came inf"),
         (change("success", 0, "maybe"), "'success', row 1: expected True or False, came 'maybe'"),
         (change("success", 0, 1), "expected True or False, came 1"),
         (change("attack", 0, ""), "expected a name"),

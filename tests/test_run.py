@@ -57,7 +57,8 @@ def two_runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_the_same_recipe_gives_the_same_files_byte_for_byte(two_runs: tuple[Path, Path]) -> None:
     one, two = two_runs
     names = {path.name for path in one.iterdir()}
-    expected = {"recipe.toml", "provenance.json", "metrics.jsonl", "best.safetensors", "last.safetensors", "trainer.pt"}
+    expected = {"recipe.toml", "provenance.json", "metrics.jsonl", "best.safetensors", "last.safetensors"}
+    expected |= {"trainer.pt", "trainer.previous.pt"}
     assert names == expected == {path.name for path in two.iterdir()}
     for name in ("recipe.toml", "best.safetensors", "last.safetensors"):
         assert (one / name).read_bytes() == (two / name).read_bytes(), name
@@ -190,7 +191,7 @@ def test_a_trainer_state_of_something_else_is_named(tmp_path: Path, state: Any) 
 def test_a_trainer_state_of_another_model_is_named(tmp_path: Path) -> None:
     run = new_run(tmp_path / "run")
     train(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), run)
-    with pytest.raises(UnmovedError, match=r"trainer\.pt: .*delete it to train this run from its start"):
+    with pytest.raises(UnmovedError, match=r"delete trainer\.pt and trainer\.previous\.pt to train this run"):
         train(nn.Sequential(nn.Flatten(), nn.Linear(64, 5), nn.Linear(5, 10)), run, epochs=3)
 
 

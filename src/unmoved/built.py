@@ -70,7 +70,13 @@ class Built:
         """A new model, its weights drawn by the recipe's seed; the caller's random state is left alone."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.recipe.training.seed)
-            model = self._build("models", self.recipe.model, **self.given)
+            try:
+                model = self._build("models", self.recipe.model, **self.given)
+            except (RuntimeError, MemoryError, OverflowError) as error:  # torch's words for what is too large
+                raise UnmovedError(
+                    f"recipe {self.recipe.name}: model.use = {self.recipe.model.use!r} cannot be made with these "
+                    f"settings: {str(error)[:300]}; make it smaller"
+                ) from error
         if not isinstance(model, nn.Module):
             raise UnmovedError(f"model.use: expected a function that returns an nn.Module, came {type(model).__name__}")
         return model

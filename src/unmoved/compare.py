@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
+import sys
 from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
+from typing import Any
 
 import torch
 
-from unmoved import config, outcomes, studies
+from unmoved import config, outcomes, pool, studies
 from unmoved.errors import UnmovedError
 from unmoved.evaluation import evaluate_run, examine_run, weights_digest
 from unmoved.jobs import Job
-from unmoved.loop import train_recipe
 from unmoved.run import Run
+from unmoved.training import train_recipe
 
 DOCTOR_SAMPLES = 32  # enough to see masked gradients; `unmoved doctor RUN` looks at more
 
@@ -24,7 +24,7 @@ def work(job: Job) -> str:
     """Train and judge one job in this process, going on where it stands; returns the run's folder."""
     if job.threads:
         torch.set_num_threads(job.threads)
-    run = train_recipe(config.parse(job.tables), job.path, resume=True, allow=job.allow)
+    run = train_recipe(config.parse(job.tables), job.path, resume=True, allow=job.allow, progress=_say_notes)
     done = run.evaluation
     if done is None or (done.get("weights_sha256"), done.get("asked")) != (weights_digest(run, "best"), job.attacks):
         evaluate_run(run, attacks=job.attacks, allow=job.allow)
@@ -46,6 +46,8 @@ def compare(
 ) -> list[Run]:
     """Run the grid in a pool of processes and return the finished runs; one failure does not stop the others.
 
+    A run whose process dies is gone on with in another one, once.
+
     Args:
         workers: processes; by default one a core, at most one a job.
         on_done: called with each job and its error message, or None.
@@ -56,24 +58,13 @@ def compare(
     """
     count = max(1, min(workers or os.cpu_count() or 1, len(jobs)))
     failures: dict[str, str] = {}
-    pool = ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"))
-    try:
-        waiting = {pool.submit(work, job): job for job in jobs}
-        while waiting:
-            try:
-                for future in as_completed(list(waiting), timeout=0.3):
-                    job = waiting.pop(future)
-                    error = future.exception()
-                    if error is not None:
-                        failures[job.label] = _words(error)
-                    if on_done is not None:
-                        on_done(job, failures.get(job.label))
-            except TimeoutError:
-                pass
-            if poll is not None:
-                poll()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    with closing(pool.each(work, jobs, count, poll)) as ended:
+        for number, error in ended:
+            label = jobs[number].label
+            if error is not None:
+                failures[label] = _words(error)
+            if on_done is not None:
+                on_done(jobs[number], failures.get(label))
     if failures:
         lines = "".join(f"\n  {label}: {message}" for label, message in failures.items())
         raise UnmovedError(
@@ -110,7 +101,12 @@ def _worst(run: Run) -> float:
     return 0.0 if table is None else float(outcomes.by_sample(table)[outcomes.WORST].mean())
 
 
+def _say_notes(record: dict[str, Any]) -> None:
+    if "note" in record:
+        sys.stderr.write(f"note: {record['note']}\n")
+
+
 def _words(error: BaseException) -> str:
-    if isinstance(error, BrokenProcessPool):
-        return "its process was ended from outside (out of memory, or killed)"
+    if isinstance(error, pool.ProcessDied):
+        return f"its process was ended from outside (out of memory, or killed), {pool.DEATHS} times"
     return str(error) if isinstance(error, UnmovedError) else f"{type(error).__name__}: {error}"

@@ -8,14 +8,24 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
 import sys
 import types
 import typing
 from collections.abc import Callable, Collection, Mapping
-from fractions import Fraction
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, Union
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, create_model, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StrictBool,
+    Tag,
+    create_model,
+    model_validator,
+)
 
 from unmoved import attacks, data, defenses, models, optim, protocols, terms
 from unmoved.errors import UnmovedError, did_you_mean
@@ -25,12 +35,24 @@ from unmoved.threat import ThreatModel
 
 
 def parse_number(value: Any) -> Any:
-    """``"8/255"`` as a float; anything else as it is."""
+    """``"8/255"`` as a float; any other number as it is."""
     if isinstance(value, str):
+        # Not fractions.Fraction: "1e999999999" keeps it busy for ever.
+        top, slash, bottom = value.replace(" ", "").partition("/")
         try:
-            return float(Fraction(value.replace(" ", "")))
+            number = float(top) / float(bottom) if slash else float(top)
         except (ValueError, ZeroDivisionError):
-            raise ValueError(f'expected a number or a fraction such as "8/255", came {value!r}') from None
+            number = math.nan
+        if not math.isfinite(number) or slash and math.isinf(float(bottom)):
+            raise ValueError(f'expected a number or a fraction such as "8/255", came {value!r:.80}')
+        return number
+    return _no_truth_value(value)
+
+
+def _no_truth_value(value: Any) -> Any:
+    """Python counts true as 1; a recipe that says so means something else."""
+    if isinstance(value, bool):
+        raise ValueError(f"expected a number, came {str(value).lower()}")
     return value
 
 
@@ -53,6 +75,7 @@ class Settings(BaseModel):
 
 
 Number = Annotated[float, BeforeValidator(parse_number), Field(json_schema_extra={"examples": ["8/255"]})]
+Whole = Annotated[int, BeforeValidator(_no_truth_value)]
 
 
 class RampTable(Settings):
@@ -115,8 +138,9 @@ INJECTED = {"threat", "num_classes", "shape", "progress"}
 
 def _field_type(hint: Any) -> Any:
     """The type of a recipe key for a parameter's annotation."""
-    if hint is float:
-        return Number
+    plain = {float: Number, int: Whole, bool: StrictBool}
+    if hint in plain:
+        return plain[hint]
     if hint in _NESTED:
         return _NESTED[hint]
     if typing.get_origin(hint) in (Union, types.UnionType):
@@ -148,7 +172,7 @@ def _settings(kind: str, name: str, factory: Factory) -> type[Settings]:
     if "threat" in signature.parameters:
         fields["eps"] = (NumberOrRamp | None, None)
     if kind == "attacks" and "seed" in signature.parameters:
-        fields["seed"] = (int | None, None)
+        fields["seed"] = (Whole | None, None)
     doc = (inspect.getdoc(factory) or "").split("\n\n")[0]
     return create_model(f"{name}_settings", __base__=Settings, __doc__=doc, **fields)
 
@@ -166,7 +190,7 @@ def _table(kind: str) -> Any:
         if isinstance(value, BaseModel):
             return value
         if not isinstance(value, Mapping) or not isinstance(value.get("use"), str):
-            raise ValueError(f'expected a table with use = "...", came {value!r}')
+            raise ValueError(f'expected a table with use = "...", came {value!r:.200}')
         use = value["use"]
         if ":" not in use and use not in known:
             raise ValueError(f"unknown name {use!r}" + did_you_mean(use, known))

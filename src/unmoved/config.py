@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,9 +22,12 @@ from unmoved.components import (
     ScheduleTable,
     Settings,
     TermTable,
+    Whole,
 )
 from unmoved.errors import UnmovedError, did_you_mean
+from unmoved.outcomes import CLEAN, WORST
 from unmoved.precision import PRECISIONS
+from unmoved.reading import LONGEST, require_plain, toml
 from unmoved.threat import ThreatModel
 
 
@@ -42,9 +46,9 @@ class Threat(Settings):
 class Part(Settings):
     """One of ``of`` disjoint parts of equal size of the training data, after a permutation by its number."""
 
-    of: int = Field(ge=2)
-    number: int = Field(ge=0)
-    permutation: int = Field(0, ge=0)
+    of: Whole = Field(ge=2)
+    number: Whole = Field(ge=0)
+    permutation: Whole = Field(0, ge=0)
 
     @model_validator(mode="after")
     def _exists(self) -> Part:
@@ -63,10 +67,12 @@ class Swept(Settings):
 class Training(Settings):
     """How long and on what."""
 
-    epochs: int = Field(30, ge=1)
-    batch_size: int = Field(128, ge=1)
-    seed: int = Field(0, ge=0)
-    validation: Number = Field(0.1, ge=0, description="held out of the training data: a share, or a count above 1")
+    epochs: Whole = Field(30, ge=1)
+    batch_size: Whole = Field(128, ge=1)
+    seed: Whole = Field(0, ge=0)
+    validation: Number = Field(
+        0.1, ge=0, allow_inf_nan=False, description="held out of the training data: a share, or a count above 1"
+    )
     part: Part | None = None
     augment: str = "none"
     precision: str = "auto"
@@ -88,7 +94,7 @@ class Training(Settings):
 class Phase(Settings):
     """What changes from an epoch on; the changes add up from phase to phase."""
 
-    from_epoch: int = Field(ge=1)
+    from_epoch: Whole = Field(ge=1)
     attack: dict[str, Any] | None = None
     objective: dict[str, dict[str, Any]] | None = None
     defense: dict[str, Any] | None = None
@@ -102,8 +108,18 @@ class Phase(Settings):
 class Evaluation(Settings):
     """What ``unmoved evaluate`` runs; by default PGD with 20 steps and APGD with 100."""
 
-    n: int | None = Field(None, ge=1)
+    n: Whole | None = Field(None, ge=1)
     attacks: dict[str, AttackTable] = {}
+
+    @field_validator("attacks")
+    @classmethod
+    def _names_may_name_files(cls, attacks: dict[str, Any]) -> dict[str, Any]:
+        for name in attacks:
+            if not re.fullmatch(r"\w[\w .+=-]{0,99}", name):
+                raise ValueError(f"expected names of at most 100 letters, digits and -+=._, came {name!r:.200}")
+            if name in (CLEAN, WORST):
+                raise ValueError(f"{name!r} is a measure's name; call the attack otherwise")
+        return attacks
 
 
 class Stretch(Settings):
@@ -143,6 +159,15 @@ class Recipe(Stretch):
     phases: list[Phase] = []
     validation: AttackTable | None = None
     evaluation: Evaluation = Evaluation()
+
+    @field_validator("name")
+    @classmethod
+    def _may_name_a_folder(cls, name: str) -> str:
+        if not name.isprintable() or len(name) > 500 or "\\" in name or not name.strip("./ "):
+            raise ValueError(
+                f"expected at most 500 printable characters, not dots alone, no backslash; came {name!r:.250}"
+            )
+        return name
 
     @model_validator(mode="after")
     def _phases_are_methods(self) -> Recipe:
@@ -202,14 +227,14 @@ def read(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = Path(path)
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        with path.open(encoding="utf-8") as file:
+            text = file.read(LONGEST + 1)
     except FileNotFoundError:
         here = [str(p) for p in sorted(Path("recipes").glob("*/*.toml"))]
         raise UnmovedError(f"recipe {path}: no such file" + did_you_mean(str(path), here)) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UnmovedError(f"recipe {path}: cannot be read: {error}") from error
-    except tomllib.TOMLDecodeError as error:
-        raise UnmovedError(f"recipe {path}: not valid TOML: {error}") from error
+    tables = toml(text, f"recipe {path}")
     tables.setdefault("name", f"{path.parent.name}/{path.stem}")
     for override in overrides:
         _override(tables, override)
@@ -222,6 +247,7 @@ def parse(tables: Mapping[str, Any], where: str = "recipe") -> Recipe:
     Raises:
         UnmovedError: as `read`.
     """
+    require_plain(tables, where)
     try:
         return Recipe.model_validate(tables)
     except ValidationError as error:
@@ -234,14 +260,16 @@ def _override(tables: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise UnmovedError(f"--set {override!r}: expected key=value, such as training.epochs=5")
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        value = toml(f"value = {text}", f"--set {override!r:.200}")["value"]
+    except UnmovedError as error:
+        if not isinstance(error.__cause__, tomllib.TOMLDecodeError):
+            raise
         value = text
     *parents, last = key.split(".")
     target: Any = tables
     for part in parents:
         if isinstance(target, list):
-            if not part.isdigit() or int(part) >= len(target):
+            if not part.isdecimal() or int(part) >= len(target):
                 raise UnmovedError(f"--set {override!r}: expected an index below {len(target)}, came {part!r}")
             target = target[int(part)]
         else:
@@ -266,6 +294,6 @@ def _messages(error: ValidationError) -> list[str]:
         message = mistake["msg"].removeprefix("Value error, ")
         line = f"{key}: {message}" if key and not message.startswith(f"{key}.") else message
         if mistake["type"] not in ("value_error", "missing") and not isinstance(mistake["input"], dict):
-            line += f", came {mistake['input']!r}"
+            line += f", came {mistake['input']!r:.200}"
         lines.append(line)
     return list(dict.fromkeys(lines))

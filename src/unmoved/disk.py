@@ -5,14 +5,21 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
+import time
 import uuid
 from pathlib import Path
 
 from unmoved.errors import UnmovedError
 
+_TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{32}\.tmp")
 
-def write_atomic(path: Path, data: bytes) -> None:
+
+def write_atomic(path: Path, data: bytes, *, previous: Path | None = None) -> None:
     """Replace the file as a whole: a crash leaves the old one or the new one, never a part.
+
+    Args:
+        previous: the old file takes this name. A crash between the two renames leaves it alone, as ``previous``.
 
     Raises:
         UnmovedError: a full disk, or a folder that cannot be made or written.
@@ -21,9 +28,11 @@ def write_atomic(path: Path, data: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         _write(temporary, "xb", data)
+        if previous is not None and path.exists():
+            os.replace(path, previous)
         os.replace(temporary, path)
     except OSError as error:
-        raise _unwritten(path, error) from error
+        raise unwritten(path, error) from error
     finally:
         with contextlib.suppress(OSError):  # after os.replace it is gone already
             temporary.unlink()
@@ -38,7 +47,21 @@ def append(path: Path, data: bytes) -> None:
     try:
         _write(path, "ab", data)
     except OSError as error:
-        raise _unwritten(path, error) from error
+        raise unwritten(path, error) from error
+
+
+def remove_leftovers(folder: Path, *, older_than: float = 0.0, spare: str = "") -> None:
+    """Remove what killed processes left half written in a folder: the temporary files of `write_atomic`, no others.
+
+    Args:
+        older_than: seconds; leave younger ones, where somebody else may be writing.
+        spare: leave those of the file of this name.
+    """
+    for path in folder.glob(".*.tmp"):
+        match = _TEMPORARY.fullmatch(path.name)
+        with contextlib.suppress(OSError):  # somebody else has removed it, or it may not be removed: it harms nobody
+            if match and match[1] != spare and time.time() - path.stat().st_mtime >= older_than:
+                path.unlink()
 
 
 def _write(path: Path, mode: str, data: bytes) -> None:
@@ -49,7 +72,8 @@ def _write(path: Path, mode: str, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _unwritten(path: Path, error: OSError) -> UnmovedError:
+def unwritten(path: Path, error: OSError) -> UnmovedError:
+    """What to say where a file could not be written."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     what = "the disk is full" if full else str(error.strerror or error)
     return UnmovedError(

@@ -66,67 +66,70 @@ def evaluate_run(
         Folder name -> the outcomes table of `judge.evaluate`.
 
     Raises:
-        UnmovedError: as `judge.evaluate`; an unknown name; weights that are missing or do not fit.
+        UnmovedError: as `judge.evaluate`; an unknown name; weights that are missing or do not fit; a run that another
+            process trains or evaluates.
     """
-    built, model = opened(run, weights, device, allow)
-    count = n or built.recipe.evaluation.n
-    split = built.data.test if count is None else built.data.test.take(min(count, len(built.data.test)), seed=0)
-    tables: dict[str, pd.DataFrame] = {}
-    kinds = _chosen(attacks, built, allow)
-    for number, (kind, chosen) in enumerate(kinds.items()):
-        began = time.monotonic()
-        folder = run.path / kind
-        steps = exhibits.radii(built.threat) if kind == "evaluation" else []
-        most = 0.8 if steps else 1.0  # of the work is attacks, the rest is the curve
+    Run.open(run.path)  # before the lock, which would make a missing folder
+    with run.alone():
+        built, model = opened(run, weights, device, allow)
+        count = n or built.recipe.evaluation.n
+        split = built.data.test if count is None else built.data.test.take(min(count, len(built.data.test)), seed=0)
+        tables: dict[str, pd.DataFrame] = {}
+        kinds = _chosen(attacks, built, allow)
+        for number, (kind, chosen) in enumerate(kinds.items()):
+            began = time.monotonic()
+            folder = run.path / kind
+            steps = exhibits.radii(built.threat) if kind == "evaluation" else []
+            most = 0.8 if steps else 1.0  # of the work is attacks, the rest is the curve
 
-        def tell(share: float, words: str, number: int = number) -> None:
-            if progress is not None:
-                progress((number + share) / len(kinds), words)
+            def tell(share: float, words: str, number: int = number) -> None:
+                if progress is not None:
+                    progress((number + share) / len(kinds), words)
 
-        def follow(done: float, total: float, words: str, tell: Any = tell, most: float = most) -> None:
-            tell(most * done / total, words)
+            def follow(done: float, total: float, words: str, tell: Any = tell, most: float = most) -> None:
+                tell(most * done / total, words)
 
-        journal = Journal(folder / "journal.jsonl", _question(run, weights, attacks, chosen, split, precision))
-        tables[kind] = table = judge.evaluate(
-            model,
-            split,
-            chosen,
-            built.threat,
-            batch_size=batch_size,
-            precision=precision,
-            workers=workers,
-            journal=journal,
-            keep=_keeper(folder / "adversarial") if save_adversarial else None,
-            progress=follow,
-        )
-        facts = {
-            "n": len(split),
-            "split": split.name,
-            "weights": weights,
-            "weights_sha256": weights_digest(run, weights),
-            "threat": {"norm": built.threat.norm, "eps": built.threat.radius},
-            "asked": attacks,
-            "attacks": {name: repr(attack) for name, attack in chosen.items()},
-            "notes": [note for attack in chosen.values() for note in _notes(attack, split.num_classes)],
-            "classes": list(built.data.test.classes),
-        }
-        extra: dict[str, Any] = {}
-        if kind == "evaluation":
-            extra["curve"] = exhibits.curve(
+            journal = Journal(folder / "journal.jsonl", _question(run, weights, attacks, chosen, split, precision))
+            tables[kind] = table = judge.evaluate(
                 model,
-                split.take(min(CURVE_SAMPLES, len(split)), seed=0),
-                PGD(built.threat, steps=20, keep="best", seed=built.recipe.training.seed),
+                split,
+                chosen,
                 built.threat,
-                steps,
                 batch_size=batch_size,
+                precision=precision,
                 workers=workers,
-                progress=lambda done, total: tell(0.8 + 0.2 * done / total, "accuracy against eps"),
+                journal=journal,
+                keep=_keeper(folder / "adversarial") if save_adversarial else None,
+                progress=follow,
             )
-            name, shown = next(reversed(chosen.items()))
-            extra["gallery"] = exhibits.gallery(model, split, shown, built.threat, name=name)
-        facts["seconds"] = round(time.monotonic() - began, 1)
-        run.save_evaluation(table, facts, kind=kind, **extra)
-        journal.close()
+            facts = {
+                "n": len(split),
+                "split": split.name,
+                "weights": weights,
+                "weights_sha256": weights_digest(run, weights),
+                "threat": {"norm": built.threat.norm, "eps": built.threat.radius},
+                "asked": attacks,
+                "attacks": {name: repr(attack) for name, attack in chosen.items()},
+                "notes": [note for attack in chosen.values() for note in _notes(attack, split.num_classes)],
+                "classes": list(built.data.test.classes),
+            }
+            extra: dict[str, Any] = {}
+            if kind == "evaluation":
+                extra["curve"] = exhibits.curve(
+                    model,
+                    split.take(min(CURVE_SAMPLES, len(split)), seed=0),
+                    PGD(built.threat, steps=20, keep="best", seed=built.recipe.training.seed),
+                    built.threat,
+                    steps,
+                    batch_size=batch_size,
+                    workers=workers,
+                    progress=lambda done, total: tell(0.8 + 0.2 * done / total, "accuracy against eps"),
+                )
+                name, shown = next(reversed(chosen.items()))
+                extra["gallery"] = exhibits.gallery(model, split, shown, built.threat, name=name)
+            facts["seconds"] = round(time.monotonic() - began, 1)
+            run.save_evaluation(table, facts, kind=kind, **extra)
+            journal.close()
     return tables
 
 

@@ -47,15 +47,9 @@ class Journal:
         for line in lines[1:-1]:  # what follows the last line end was torn by the interruption
             try:
                 entry = json.loads(line)
-                answers = (
-                    np.array(entry["position"], dtype=np.int64),
-                    np.array(entry["prediction"], dtype=np.int64),
-                    np.array(entry["distance"], dtype=np.float64),
-                )
-                if len({len(part) for part in answers}) != 1:
-                    raise ValueError("lengths differ")
+                answers = _answers(entry)
                 key = (str(entry["attack"]), str(entry["part"]))
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
                 break  # a bad line: it and what follows are computed again
             self._answers.setdefault(key, []).append(answers)
             whole.append(line)
@@ -88,3 +82,17 @@ class Journal:
     def close(self) -> None:
         """The evaluation is saved: the journal has done its work."""
         self.path.unlink(missing_ok=True)
+
+
+def _answers(entry: dict[str, Any]) -> Answers:
+    """(positions, predictions, distances) of a line; ValueError where they are nothing that `Journal.add` wrote."""
+    names = ("position", "prediction", "distance")
+    position, prediction, distance = (np.array(entry[name]) for name in names)
+    whole = position.dtype == prediction.dtype == np.int64 and distance.dtype == np.float64
+    if not whole or not position.shape == prediction.shape == distance.shape == (len(position),):
+        raise ValueError("expected as many positions, predictions and distances")
+    if len(set(position.tolist())) < len(position) or min(position.min(), prediction.min()) < 0:
+        raise ValueError("expected different positions, and predictions of 0 or more")
+    if not (np.isfinite(distance) & (distance >= 0)).all():
+        raise ValueError("expected distances of 0 or more")
+    return position, prediction, distance

@@ -83,7 +83,7 @@ def evaluate(
                 sheet.begin()
                 met = max(int(sheet.open.sum()), 1)
                 if journal is not None:
-                    sheet.enter(part, *journal.read(name, part))
+                    sheet.enter(part, *sheet.awaited(*journal.read(name, part)))
                 # The same chunks after an interruption, so that not even rounding differs.
                 size = max(1, min(batch_size, -(-met // pool.count)))
                 chunks = _chunks(model, split, sheet.waiting, size, threat)
@@ -148,6 +148,14 @@ class _Sheet:
 
     def success(self, prediction: np.ndarray, label: np.ndarray, distance: np.ndarray) -> np.ndarray:
         return (prediction != label) & (distance <= self.threat.radius + self.threat.tolerance)
+
+    def awaited(
+        self, position: np.ndarray, prediction: np.ndarray, distance: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of a journal's answers those about samples that are waiting: nobody asked for others."""
+        mine = position < len(self.open)
+        mine[mine] = self.waiting[position[mine]] & (prediction[mine] < self.clean.num_classes)
+        return position[mine], prediction[mine], distance[mine]
 
     def enter(self, part: str, position: np.ndarray, prediction: np.ndarray, distance: np.ndarray) -> None:
         self._asked[position] = True

@@ -62,7 +62,11 @@ class Judged:
         Raises:
             UnmovedError: it was not evaluated, or its outcomes do not hold the samples that its evaluation names.
         """
-        evaluation, verdict, doctor = run.evaluation, run.verdict, run.doctor
+        evaluation, verdict, doctor, metrics = run.evaluation, run.verdict, run.doctor, run.metrics
+        for facts in (evaluation, verdict):
+            if facts is not None:
+                _require_facts(run, facts)
+        _require_log(run, metrics)
         table, autoattack, stale = run.outcomes if evaluation is not None else None, None, []
         judged = (verdict if table is None else evaluation) or {}
         if verdict is not None and verdict.get("weights_sha256") != judged.get("weights_sha256"):
@@ -85,13 +89,15 @@ class Judged:
                 f"{run.path}: expected an evaluated run, came none; run `unmoved evaluate {run.path}` first"
             )
         _require_whole(run, evaluation, table)
+        if len(gallery.get("x", ())):
+            _require_images(run, gallery)
         return cls(
             path=run.path,
             name=run.name,
             seed=run.seed,
             recipe=run.recipe,
             provenance=run.provenance,
-            metrics=run.metrics,
+            metrics=metrics,
             outcomes=table,
             curve=curve,
             gallery=gallery if len(gallery.get("x", ())) else None,
@@ -150,3 +156,48 @@ def _require_whole(run: Run, facts: Mapping[str, Any], table: pd.DataFrame) -> N
         raise UnmovedError(
             f"{run.path}: expected outcomes of {facts['n']} samples, came {n}; run `unmoved evaluate {run.path}` again"
         )
+
+
+def _require_facts(run: Run, facts: Mapping[str, Any]) -> None:
+    """Raise `UnmovedError` unless what an evaluation says of itself has the types that it is written with."""
+    texts, whole = (str,), (int,)
+    kinds: dict[str, tuple[type, ...]] = {"n": whole, "split": texts, "weights": texts, "weights_sha256": texts}
+    kinds |= {"attacks": (dict, list), "notes": (list,), "classes": (list,)}
+    for name, kind in kinds.items():
+        value = facts.get(name)
+        good = value is None or isinstance(value, kind) and not isinstance(value, bool)
+        if not good or isinstance(value, list) and not all(isinstance(part, str) for part in value):
+            raise UnmovedError(
+                f"{run.path}: an evaluation's {name!r} is {str(value)[:80]!r}, which was not written by unmoved; "
+                f"run `unmoved evaluate {run.path}` again"
+            )
+        if name in ("n", "attacks") and name in facts and value is None:
+            raise UnmovedError(
+                f"{run.path}: an evaluation's {name!r} is empty; run `unmoved evaluate {run.path}` again"
+            )
+
+
+def _require_log(run: Run, metrics: pd.DataFrame) -> None:
+    """Raise `UnmovedError` unless the training log holds numbers where its curves are drawn from."""
+    drawn = ("train_accuracy", "validation_clean", "validation_robust", "validation_n")
+    names = ["epoch", "seconds", *(name for name in drawn if name in metrics)] if len(metrics) else []
+    bad = [name for name in names if name not in metrics or not pd.api.types.is_numeric_dtype(metrics[name])]
+    if bad:
+        raise UnmovedError(f"{run.path / 'metrics.jsonl'}: expected a number {bad[0]!r} in every line; train again")
+
+
+def _require_images(run: Run, gallery: Mapping[str, np.ndarray]) -> None:
+    """Raise `UnmovedError` unless a gallery holds pairs of images (M, C, H, W) and their labels (M,)."""
+    empty = np.zeros(0)
+    x, x_adv = gallery["x"], gallery.get("x_adv", empty)
+    good = x.ndim == 4 and x.size > 0 and x.shape == x_adv.shape and {x.dtype.kind, x_adv.dtype.kind} == {"f"}
+    for name in ("label", "clean_prediction", "adversarial_prediction"):
+        values = gallery.get(name, empty)
+        good = good and values.dtype.kind in "iu" and values.shape == (len(x),)
+    if (
+        not good
+        or gallery.get("attack", empty).shape != (len(x),)
+        or not np.isfinite(x).all()
+        or not np.isfinite(x_adv).all()
+    ):
+        raise UnmovedError(f"{run.path}: its gallery holds no images; run `unmoved evaluate {run.path}` again")

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
 from time import monotonic
 from typing import Any
 
@@ -15,21 +13,20 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from unmoved import config, judge, outcomes
+from unmoved import judge, outcomes
 from unmoved import precision as formats
 from unmoved.attacks import PGD
-from unmoved.built import Built
 from unmoved.defenses import Plain
 from unmoved.errors import UnmovedError, require_number
 from unmoved.optim import SGD, Constant
 from unmoved.protocols import Attack, Batch, Method, Split, StatefulAttack
+from unmoved.rehearsal import rehearse
 from unmoved.run import Run
 from unmoved.schedule import Phases
 from unmoved.state import Means, TrainerState
-from unmoved.terms.sum import Sum, as_sum, snake_case, stateful
+from unmoved.terms.sum import as_sum, snake_case, stateful
 from unmoved.threat import ThreatModel
 from unmoved.views import Views
-from unmoved.weights import evaluating
 
 
 @dataclass(frozen=True)
@@ -136,10 +133,12 @@ def train(
         augment: (batch, seed) -> batch.
         seed: of shuffling, augmentation and the model's own randomness; the caller's random state is left alone.
         run: where to save after each epoch; if it holds a saved state, training goes on from there.
-        progress: called with the latest record after each step (``{"epoch", "share"}``) and epoch.
+        progress: called with the latest record after each step (``{"epoch", "share"}``) and epoch; and with
+            ``{"note"}``, a sentence, where something damaged was found in ``run`` and mended.
 
     Raises:
-        UnmovedError: a value outside its bounds, a loss that is not finite (naming the step; what was saved stays).
+        UnmovedError: a value outside its bounds, a loss that is not finite (naming the step; what was saved stays); a
+            ``run`` that another process trains or evaluates, or whose saved states are all damaged.
     """
     from lightning_fabric import Fabric  # seconds to import, and only training needs it
 
@@ -164,10 +163,13 @@ def train(
     opt = optimizer(groups)
     scheduler = schedule(opt, per_epoch * epochs, per_epoch)
     wrapped, wrapped_opt = fabric.setup(model, opt)
-    _rehearse(model, phases, next(iter(split.batches(2))).to(fabric.device))
+    rehearse(model, phases, next(iter(split.batches(2))).to(fabric.device))
     state = TrainerState(model, opt, scheduler, terms, _unique(m.attack for _, m in phases.phases), run)
-    state.restore()
-    with torch.random.fork_rng([fabric.device] if fabric.device.type == "cuda" else []):
+    with (
+        nullcontext() if run is None else run.alone(),
+        torch.random.fork_rng([fabric.device] if fabric.device.type == "cuda" else []),
+    ):
+        state.restore(lambda words: None if progress is None else progress({"note": words}))
         for epoch in range(len(state.log), epochs):
             torch.manual_seed(_mix(seed, epoch))
             model.train()
@@ -201,84 +203,6 @@ def train(
             if progress is not None:
                 progress(state.log[-1])
     return state.log
-
-
-def train_recipe(
-    recipe: config.Recipe,
-    out: Path | str,
-    *,
-    resume: bool = False,
-    allow: Collection[str] = (),
-    device: str = "auto",
-    progress: Callable[[dict[str, Any]], None] | None = None,
-    loading: Callable[[int, int], None] | None = None,
-) -> Run:
-    """Train a recipe into a run folder; with ``resume`` go on where the folder stands, or start it.
-
-    ``progress`` is that of `train`; ``loading`` is called with (done, total) images where decoding takes a while.
-
-    Raises:
-        UnmovedError: a folder that holds a run (without ``resume``) or a run of another recipe; as `train`.
-    """
-    tables = recipe.tables()
-    run = Run.open(out) if resume and (Path(out) / "recipe.toml").exists() else None
-    if run is not None:
-        if run.recipe != tables:
-            keys = sorted(key for key in {*tables, *run.recipe} if tables.get(key) != run.recipe.get(key))
-            raise UnmovedError(
-                f"{out} holds a run of another recipe (it differs in: {', '.join(keys)}); choose another --out, "
-                f"or pass {Path(out) / 'recipe.toml'} to go on with that one"
-            )
-        saved = run.load_state()
-        if saved is not None and len(saved["log"]) >= recipe.training.epochs:
-            return run
-    # Everything a recipe can get wrong is found before a folder is made.
-    formats.require_device(device)
-    built = Built(recipe, allow, loading)
-    model = built.model()
-    share = recipe.training.validation
-    part = built.data.train
-    train_part, validation = part.hold_out(share if share < 1 else int(share), seed=0) if share else (part, None)
-    _rehearse(model, built.phases, next(iter(train_part.batches(2))))
-    run = run or Run.create(out, tables)
-    train(
-        model,
-        built.phases,
-        train_part,
-        validation=validation,
-        check=built.check,
-        threat=built.threat,
-        epochs=recipe.training.epochs,
-        batch_size=recipe.training.batch_size,
-        optimizer=built.optimizer,
-        schedule=built.schedule,
-        augment=built.augment,
-        precision=recipe.training.precision,
-        seed=recipe.training.seed,
-        device=device,
-        run=run,
-        progress=progress,
-    )
-    return run
-
-
-def _rehearse(model: nn.Module, phases: Phases, batch: Batch) -> None:
-    """Each phase's objective and defense on two samples and a copy: what they refuse, they refuse before training."""
-    twin = copy.deepcopy(model)
-    for start, _ in phases.phases:
-        method = phases.at(start, start + 1)
-        objective = as_sum(copy.deepcopy(method.objective))
-        learned = [p for term in stateful(objective) for p in term.parameters()]
-
-        def backward(objective: Sum = objective) -> Tensor:
-            loss = objective(Views(twin, batch, batch.x)).mean()
-            loss.backward()
-            return loss.detach()
-
-        # A frozen value remembers nothing, so that trying it is harmless; a stranger's function might not be.
-        defense = method.defense if dataclasses.is_dataclass(method.defense) else Plain()
-        with evaluating(twin), torch.random.fork_rng(devices=[]):
-            defense(twin, torch.optim.SGD([*twin.parameters(), *learned], lr=0.0), backward)
 
 
 def _stopped(

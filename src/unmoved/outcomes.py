@@ -8,6 +8,7 @@ worst case is taken per sample, over all attacks: it is never above the accuracy
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,9 @@ TYPES: dict[str, Any] = {
     "by": object,
 }
 COLUMNS = tuple(TYPES)
-EXPECTED = {np.int64: "an integer", object: "a name", np.float64: "a finite number", np.bool_: "True or False"}
+EXPECTED = {np.int64: "an integer", object: "a name", np.float64: "a finite number >= 0", np.bool_: "True or False"}
+EXACT = 2**53  # up to here whole numbers survive a float, in which pandas may hold them
+MOST_HEADER = 1000  # bytes
 CLEAN, WORST = "clean", "worst case"
 ROBUST = "none"
 
@@ -58,7 +61,15 @@ def read(path: Path) -> pd.DataFrame:
         whole = path.read_bytes()
         if not whole.endswith(b"\n"):
             raise UnmovedError(f"{path}: expected a line end after the last row, the file is cut short; {mend}")
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+        # A look at the first line alone: pandas takes minutes over a header of a million columns.
+        header = whole[:MOST_HEADER].split(b"\n", 1)[0].rstrip(b"\r").decode().split(",")
+        if tuple(header) != COLUMNS:
+            missing = [name for name in COLUMNS if name not in header]
+            came = f"missing: {', '.join(missing)}" if missing else "came others beside them"
+            raise UnmovedError(f"{path}: expected columns {', '.join(COLUMNS)}; {came}; {mend}")
+        table = pd.read_csv(io.BytesIO(whole), dtype=str, keep_default_na=False)
+        if not isinstance(table.index, pd.RangeIndex):  # pandas takes what is too much in every row for their names
+            raise UnmovedError(f"{path}: expected {len(COLUMNS)} values in a row, came more; {mend}")
     except FileNotFoundError:
         raise UnmovedError(f"{path}: expected an outcomes table, came no file; evaluate the run first") from None
     except (OSError, UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
@@ -114,9 +125,12 @@ def _typed(column: pd.Series, dtype: Any, source: str) -> pd.Series:
         good = column.map(str).isin(["True", "False"]).to_numpy()
     else:
         typed = pd.to_numeric(column, errors="coerce")
-        good = np.isfinite(typed.to_numpy(float))
+        values = typed.to_numpy(float)
+        good = np.isfinite(values)
         if dtype is np.int64:
-            good &= (typed == typed.round()).to_numpy()
+            good &= (typed == typed.round()).to_numpy() & (np.abs(values) <= EXACT)
+        else:
+            good &= values >= 0
     if not good.all():
         row = int(np.flatnonzero(~good)[0])
         raise UnmovedError(

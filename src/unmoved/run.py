@@ -1,22 +1,25 @@
 """A run folder: what was asked, where and when it was done, how it went, and the weights. No pickle is ever executed.
 
-recipe.toml        the fully resolved recipe
-provenance.json    versions, hardware, seed, git state, times
-metrics.jsonl      one record an epoch
-best.safetensors   weights with the highest validation robust accuracy
-last.safetensors   weights after the last finished epoch
-trainer.pt         everything that --resume needs; written last, so it is the point a run comes back to
-evaluation/        outcomes.csv, curve.csv, gallery.npz, evaluation.json
+recipe.toml          the fully resolved recipe
+provenance.json      versions, hardware, seed, git state, times
+metrics.jsonl        one record an epoch
+best.safetensors     weights with the highest validation robust accuracy
+last.safetensors     weights after the last finished epoch
+trainer.pt           everything that --resume needs; written last, so it is the point a run comes back to
+trainer.previous.pt  the one before, for when trainer.pt is damaged
+evaluation/          outcomes.csv, curve.csv, gallery.npz, evaluation.json
 """
 
 from __future__ import annotations
 
 import io
 import json
+import shlex
 import tomllib
 import zipfile
 import zlib
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,11 +27,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import tomli_w
-import torch
 from torch import nn
 
-from unmoved import models, outcomes
-from unmoved.disk import write_atomic
+from unmoved import checkpoint, lock, models, outcomes
+from unmoved.disk import remove_leftovers, write_atomic
 from unmoved.errors import UnmovedError
 from unmoved.provenance import provenance
 
@@ -103,27 +105,41 @@ class Run:
 
     # --- training state
 
-    def save_state(self, state: dict[str, Any]) -> None:
-        """The trainer's state: tensors, numbers, strings and plain containers only."""
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        write_atomic(self.path / "trainer.pt", buffer.getvalue())
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Be the only one who trains or evaluates this run, and clear away what killed processes left half written.
 
-    def load_state(self) -> dict[str, Any] | None:
-        """What `save_state` saved last, or None; read with ``weights_only=True``, so nothing in it can run."""
-        path = self.path / "trainer.pt"
-        if not path.exists():
-            return None
-        try:
-            state = dict(torch.load(path, map_location="cpu", weights_only=True))
-            if not isinstance(state["log"], list):
-                raise TypeError("log")
-            return state
-        except Exception as error:
-            raise UnmovedError(
-                f"{path}: not a trainer state that can be read safely ({type(error).__name__}); "
-                "delete it to train this run from its start"
-            ) from error
+        Raises:
+            UnmovedError: another process is at it.
+        """
+        with lock.alone(self.path):
+            remove_leftovers(self.path, spare="doctor.json")
+            for kind in ("evaluation", "verdict"):
+                remove_leftovers(self.path / kind)
+                remove_leftovers(self.path / kind / "adversarial")
+            for folder in (self.path, self.path / "analysis"):  # where doctor and analyses may be writing right now
+                remove_leftovers(folder, older_than=3600.0)
+            yield
+
+    def save_state(self, state: dict[str, Any]) -> None:
+        """The trainer's state: tensors, numbers, strings and plain containers only. The one before is kept."""
+        checkpoint.save(self.path, state)
+
+    def load_state(self, tell: Callable[[str], None] = checkpoint.silent) -> dict[str, Any] | None:
+        """The newest whole state that `save_state` saved, or None; nothing in it is run.
+
+        Args:
+            tell: called with a sentence where the newest is damaged and the one before is taken.
+        """
+        return checkpoint.load(self.path, tell)
+
+    def mend_weights(self, state: dict[str, Any], tell: Callable[[str], None] = checkpoint.silent) -> None:
+        """Write weights files that are missing or damaged anew, from what `load_state` returned."""
+        for which, tensors in (("last", state["model"]), ("best", state.get("best_model"))):
+            path = self.path / f"{which}.safetensors"
+            if tensors is not None and not models.is_whole(path):
+                models.save_tensors(tensors, path)
+                tell(f"{path} was missing or damaged: restored from the trainer's state")
 
     def save_metrics(self, records: list[dict[str, Any]]) -> None:
         lines = "".join(json.dumps(record) + "\n" for record in records)
@@ -136,7 +152,13 @@ class Run:
         path = self.path / f"{which}.safetensors"
         if not path.exists():
             raise UnmovedError(f"run folder {self.path}: no {path.name} yet; train first (unmoved train --resume)")
-        models.load_weights(model, path)
+        try:
+            models.load_weights(model, path)
+        except models.DamagedFile as error:
+            recipe, out = (shlex.quote(str(path)) for path in (self.path / "recipe.toml", self.path))
+            raise UnmovedError(
+                f"{error}; `unmoved train {recipe} --out {out} --resume` restores it from the trainer's state"
+            ) from error
 
     # --- evaluation
 

@@ -44,9 +44,7 @@ class Shelf:
             write_atomic(path, _text(make(), asked).encode())
             found = _read(path, asked)
         if found is None:
-            raise UnmovedError(
-                f"{path}: what was written cannot be read again; does something else write there?"
-            )
+            raise UnmovedError(f"{path}: what was written cannot be read again; does something else write there?")
         return found
 
 
@@ -63,5 +61,8 @@ def _read(path: Path, asked: str) -> pd.DataFrame | None:
         return None
     if end or digest != hashlib.sha256(body.encode()).hexdigest():
         return None
-    kept = json.loads(body)
-    return pd.DataFrame(kept["table"]) if kept["question"] == asked else None
+    try:  # the digest keeps out what was torn, not what was forged
+        kept = json.loads(body)
+        return pd.DataFrame(kept["table"]) if kept["question"] == asked else None
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -30,20 +31,25 @@ class TrainerState:
         self.parts |= {f"attack {k}": attack for k, attack in enumerate(stateful_attacks)}
         self.adversarial = bool(attacks)
         self.run, self.log, self.best = run, list[dict[str, Any]](), (-1.0, -1.0)
+        self.best_model: dict[str, Any] | None = None
 
-    def restore(self) -> None:
-        saved = self.run.load_state() if self.run is not None else None
+    def restore(self, tell: Callable[[str], None] = lambda words: None) -> None:
+        """Go on from the run's saved state, where there is one; what was damaged on disk is mended and told."""
+        saved = self.run.load_state(tell) if self.run is not None else None
         if saved is None or self.run is None:
             return
         try:
             for name, part in self.parts.items():
                 part.load_state_dict(saved[name])
             self.log, self.best = saved["log"], tuple(saved["best"])
+            self.best_model = saved.get("best_model")  # older versions kept none
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise UnmovedError(
                 f"{self.run.path / 'trainer.pt'}: the state of another model, optimizer or method "
-                f"({type(error).__name__}: {str(error).splitlines()[0]}); delete it to train this run from its start"
+                f"({type(error).__name__}: {str(error).splitlines()[0]}); delete trainer.pt and trainer.previous.pt to "
+                "train this run from its start"
             ) from error
+        self.run.mend_weights(saved, tell)
 
     def commit(self, record: dict[str, Any], seconds: float) -> None:
         """Append an epoch to the log; the best epoch is the first of the highest validation accuracy.
@@ -60,11 +66,18 @@ class TrainerState:
         if self.run is not None:
             model = self.parts["model"]
             if is_best:
+                # A copy: the model moves on, and best.safetensors can be mended from it.
+                self.best_model = {k: _copy(value) for k, value in model.state_dict().items()}
                 self.run.save_weights(model, "best")
             self.run.save_weights(model, "last")
             self.run.save_metrics(self.log)
             state = {name: part.state_dict() for name, part in self.parts.items()}
-            self.run.save_state(state | {"log": self.log, "best": list(self.best)})
+            kept = {"log": self.log, "best": list(self.best), "best_model": self.best_model}
+            self.run.save_state(state | kept)
+
+
+def _copy(value: Any) -> Any:
+    return value.detach().cpu().clone() if isinstance(value, Tensor) else value
 
 
 class Means:

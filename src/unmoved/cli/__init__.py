@@ -12,6 +12,15 @@ from unmoved.cli.options import app
 __all__ = ["app", "main", "one", "several", "showing"]
 
 
+MOST_WORDS = 5000  # characters of a message
+
+
+def plain(words: str) -> str:
+    """A message without what would steer the terminal, and of a length to read: names in it may be a stranger's."""
+    words = words if len(words) <= MOST_WORDS else words[:MOST_WORDS] + " ..."
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in words)
+
+
 def main() -> None:
     """The entry point: errors that a user can cause become one message on standard error and exit code 1."""
     from unmoved.errors import UnmovedError
@@ -21,7 +30,7 @@ def main() -> None:
         app()
     except (UnmovedError, OSError) as error:
         words = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
-        said.print(f"error: {words}", style="red", markup=False, highlight=False, soft_wrap=True)
+        said.print(f"error: {plain(str(words))}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
     except SystemExit as end:
         if end.code == 130:  # typer's answer to Ctrl-C, which says nothing

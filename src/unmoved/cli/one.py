@@ -24,7 +24,7 @@ def train(
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also log to RUN/tensorboard.")] = False,
 ) -> None:
     """Train one recipe into a run folder."""
-    from unmoved import config, loop
+    from unmoved import config, training
 
     parsed = config.read(recipe, overrides)
     epochs = parsed.training.epochs
@@ -39,6 +39,9 @@ def train(
             loading[0](done)
 
         def progress(record: dict[str, Any]) -> None:
+            if "note" in record:
+                console.print(f"note: {record['note']}", highlight=False, soft_wrap=True)
+                return
             if "share" in record:
                 advance(record["epoch"] + record["share"])
                 return
@@ -46,7 +49,7 @@ def train(
             if log is not None:
                 log(record)
 
-        run = loop.train_recipe(
+        run = training.train_recipe(
             parsed,
             out,
             resume=resume,

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
+import lzma
 import tarfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path, PurePosixPath
+from typing import IO, Any
 
+from unmoved.data.checks import LARGEST, require_file
 from unmoved.errors import UnmovedError
+from unmoved.reading import brief, most_unpacked
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2", ".tbz2")
-LARGEST = 512 * 2**20  # bytes of one member; a file that claims more is an attack on the memory
+MOST_MEMBERS = 2_000_000
+LONGEST, DEEPEST = 4096, 64  # a name's characters and folders
+HEADER = 2**16  # bytes of a header that extends another one; tarfile reads it whole, whatever size it claims
+_UNPACK: dict[bytes, Callable[[IO[bytes]], Any]] = {
+    b"\x1f\x8b": lambda raw: gzip.GzipFile(fileobj=raw),
+    b"BZh": bz2.BZ2File,
+    b"\xfd7zXZ": lzma.LZMAFile,
+}
+_EXTENSIONS = {tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME}
+_EXTENSIONS |= {tarfile.GNUTYPE_LONGLINK}
 
 
 def is_archive(path: Path) -> bool:
@@ -32,7 +47,8 @@ class Archive:
         folders: the folders it names.
 
     Raises:
-        UnmovedError: a damaged archive, or one with a link, a device or a name that climbs out of its folder.
+        UnmovedError: a damaged archive or a bomb, or one with a link, a device, a sparse file, a name twice or a name
+            that climbs out of its folder.
     """
 
     def __init__(self, tar: tarfile.TarFile, path: Path) -> None:
@@ -41,31 +57,40 @@ class Archive:
         self.files: dict[str, int] = {}
         self.folders: set[str] = set()
         with _damage_named(path):
-            for member in tar:
+            for number, member in enumerate(tar):
+                if number == MOST_MEMBERS:
+                    raise self._unexpected(f"at most {MOST_MEMBERS} members", "more; it may be a decompression bomb")
                 self._add(member)
             self._require_end()
 
+    def _unexpected(self, expected: str, came: str) -> UnmovedError:
+        return UnmovedError(f"{self._path}: expected {expected}, came {came}")
+
     def _add(self, member: tarfile.TarInfo) -> None:
-        name = PurePosixPath(member.name)
-        if name.is_absolute() or ".." in name.parts:
-            raise UnmovedError(
-                f"{self._path}: expected members inside the archive's own folder, came {member.name!r}, which climbs "
-                "out of it; do not trust this archive"
+        path = PurePosixPath(member.name)
+        name, shown = str(path), member.name[:200]
+        if path.is_absolute() or ".." in path.parts:
+            raise self._unexpected(
+                "members inside the archive's own folder",
+                f"{shown!r}, which climbs out of it; do not trust this archive",
             )
+        if len(name) > LONGEST or len(path.parts) > DEEPEST or len(member.pax_headers) > HEADER // 64:
+            raise self._unexpected(f"names of at most {LONGEST} characters and {DEEPEST} folders", f"{shown!r} ...")
         if member.isdir():
-            self.folders.add(str(name))
-        elif not member.isreg():
-            raise UnmovedError(
-                f"{self._path}: expected regular files and folders, came the link or device {member.name!r}; "
-                "pack again with tar --dereference --hard-dereference"
+            self.folders.add(name)
+        elif not member.isreg() or member.issparse():
+            kind = "sparse file" if member.issparse() else "link or device"
+            raise self._unexpected(
+                "regular files and folders",
+                f"the {kind} {shown!r}; pack again with tar --dereference --hard-dereference, without --sparse",
             )
         elif member.size > LARGEST:
-            raise UnmovedError(
-                f"{self._path}: expected members of at most {LARGEST} bytes, came {member.name!r} of {member.size}"
-            )
+            raise self._unexpected(f"members of at most {LARGEST} bytes", f"{shown!r} of {member.size}")
+        elif name in self._members:
+            raise self._unexpected("each file once", f"{shown!r} twice; pack again")
         else:
-            self._members[str(name)] = member
-            self.files[str(name)] = member.size
+            self._members[name] = member
+            self.files[name] = member.size
 
     def _require_end(self) -> None:
         """Blocks of zeros end an archive; tarfile takes a damaged header in its middle for the end, silently."""
@@ -74,14 +99,13 @@ class Archive:
         if stream is None or not members:
             raise UnmovedError(f"{self._path}: expected files, came an empty archive")
         last = members[-1]
-        stored = last.size if last.isreg() and not last.issparse() else 0
-        if not last.issparse():
-            stream.seek(last.offset_data + -(-stored // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE)
-            if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                raise UnmovedError(
-                    f"{self._path}: expected the end of the archive after {last.name!r}, came damaged or missing data; "
-                    "copy or download the archive again"
-                )
+        stored = last.size if last.isreg() else 0
+        stream.seek(last.offset_data + -(-stored // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE)
+        if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise self._unexpected(
+                f"the end of the archive after {last.name[:200]!r}",
+                "damaged or missing data; copy or download the archive again",
+            )
         while stream.read(2**20):
             pass  # gzip and xz compare their checksums at the very end
 
@@ -99,10 +123,47 @@ class Archive:
 @contextmanager
 def opened(path: Path) -> Iterator[Archive]:
     """The archive while the block lasts."""
-    with _damage_named(path):
-        tar = tarfile.open(path, "r:*")  # noqa: SIM115
-    with tar:
+    require_file("archive", path)
+    with ExitStack() as files:
+        with _damage_named(path):
+            raw = files.enter_context(path.open("rb"))
+            start = raw.read(5)
+            raw.seek(0)
+            unpack = next((unpack for magic, unpack in _UNPACK.items() if start.startswith(magic)), None)
+            unpacked = raw if unpack is None else files.enter_context(unpack(raw))
+            stream = _Bounded(unpacked, most_unpacked(path.stat().st_size))
+            tar = files.enter_context(tarfile.open(fileobj=stream, mode="r:", tarinfo=_Member))  # type: ignore[call-overload]
         yield Archive(tar, path)
+
+
+class _Member(tarfile.TarInfo):
+    """A header that claims no more than a header may."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Member:
+        member = super().frombuf(buf, encoding, errors)
+        if member.size < 0 or (member.type in _EXTENSIONS and member.size > HEADER):
+            raise ValueError(f"a header of {member.size} bytes")
+        return member
+
+
+class _Bounded:
+    """A stream that ends in an error where a bomb goes on."""
+
+    def __init__(self, stream: IO[bytes], most: int) -> None:
+        self._stream, self._most = stream, most
+        self.tell = stream.tell
+
+    def read(self, size: int) -> bytes:
+        data = self._stream.read(size)
+        if self.tell() > self._most:
+            raise ValueError(f"more than {self._most} bytes, which may be a decompression bomb")
+        return data
+
+    def seek(self, position: int) -> int:
+        if position > self._most:
+            raise ValueError(f"more than {self._most} bytes, which may be a decompression bomb")
+        return self._stream.seek(position)
 
 
 @contextmanager
@@ -113,5 +174,5 @@ def _damage_named(path: Path) -> Iterator[None]:
         raise
     except Exception as error:  # bytes of strangers: tarfile, gzip, bz2, lzma and zlib each have errors of their own
         raise UnmovedError(
-            f"{path}: expected a readable tar archive, came {type(error).__name__}: {error}; copy or download it again"
+            f"{path}: expected a readable tar archive, came {brief(error)}; copy or download it again"
         ) from error

@@ -15,6 +15,8 @@ from torch import Tensor
 from unmoved.errors import UnmovedError, require_choice, require_number
 
 CHANNELS = (1, 2, 3, 4)
+MOST_CLASSES = 1_000_000  # a larger label is no label, and its names alone would fill the memory
+LARGEST = 512 * 2**20  # bytes of one image or batch; a file that claims more is an attack on the memory
 LAYOUTS = ("NCHW", "NHWC")
 
 
@@ -34,6 +36,12 @@ def require_path(name: str, path: str | os.PathLike[str]) -> Path:
     if not there:
         raise UnmovedError(f"{name}: expected an existing file or folder, came {str(found)!r}; correct the path")
     return found
+
+
+def require_file(name: str, path: Path) -> None:
+    """Raise `UnmovedError` unless a regular file is there: a pipe or a device may never end."""
+    if not path.is_file():
+        raise UnmovedError(f"{name}: expected a regular file, came {str(path)!r}; correct the path")
 
 
 def require_whole(name: str, value: int, *, at_least: int, at_most: float = math.inf) -> None:
@@ -155,11 +163,18 @@ def as_labels(what: str, values: Any, count: int) -> Tensor:
     return labels
 
 
+def numbered(what: str, largest: int) -> tuple[str, ...]:
+    """The class names ``"0"`` .. ``"largest"``."""
+    if largest >= MOST_CLASSES:
+        raise UnmovedError(f"{what}: expected labels below {MOST_CLASSES}, came {largest}; number the classes from 0")
+    return tuple(str(k) for k in range(largest + 1))
+
+
 def as_classes(what: str, classes: Sequence[str] | None, largest: int) -> tuple[str, ...]:
     """At least two distinct class names that cover the labels; ``"0"``, ``"1"``, ... unless they are given."""
     if isinstance(classes, str):
         raise UnmovedError(f"{what}: expected a sequence of class names, came the single text {classes!r}")
-    names = tuple(str(k) for k in range(largest + 1)) if classes is None else tuple(str(name) for name in classes)
+    names = numbered(what, largest) if classes is None else tuple(str(name) for name in classes)
     if len(names) < 2 or len(set(names)) < len(names):
         raise UnmovedError(f"{what}: expected at least two classes with distinct names, came {names[:10]}")
     if largest >= len(names):

@@ -43,6 +43,8 @@ def cifar10(path: str | os.PathLike[str]) -> DataSet:
         with opened(root) as archive:
             full = {PurePosixPath(name).name: name for name in archive.files}
             if names := _batches(list(full)):
+                for name in names:
+                    _require_size(archive.files[full[name]], f"{root}: {name}")
                 # In the order of the archive: gzip cannot jump back.
                 data = {name: archive.read(full[name]) for name in full if name in names}
                 return _load(names, data.__getitem__, str(root))
@@ -75,9 +77,17 @@ def _load(names: tuple[str, ...], read: Read, where: str) -> DataSet:
 
 def _bytes(path: Path) -> bytes:
     try:
+        _require_size(path.stat().st_size, str(path))
         return path.read_bytes()
     except OSError as error:
         raise UnmovedError(f"{path}: expected a readable file, came {error}") from error
+
+
+def _require_size(size: int, name: str) -> None:
+    """No form of a batch takes more than a few bytes a pixel; what claims more is an attack on the memory."""
+    most = 2**20 + 4 * RECORDS * (1 + PIXELS)
+    if size > most:
+        raise UnmovedError(f"{name}: expected at most {most} bytes, came {size}; download the official file again")
 
 
 def _binary(data: bytes, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -115,6 +125,7 @@ def _text(key: str | bytes) -> str:
 
 
 def _checked(images: np.ndarray, labels: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
-    if len(labels) != len(images) or labels.max() >= len(CLASSES):
-        raise UnmovedError(f"{name}: expected {len(images)} labels 0..9, came {len(labels)}, largest {labels.max()}")
+    largest = labels.max(initial=0)
+    if len(labels) != len(images) or largest >= len(CLASSES):
+        raise UnmovedError(f"{name}: expected {len(images)} labels 0..9, came {len(labels)}, largest {largest}")
     return images.reshape(-1, *SHAPE), labels

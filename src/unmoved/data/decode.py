@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import io
+import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from unmoved.errors import UnmovedError
+from unmoved.reading import brief
 
 # EPS and WMF run other programs, the rest are stubs that only know a format's name.
 REFUSED = frozenset({"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG", "FPX", "MIC"})
 USUAL = frozenset({"JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF"})
 EIGHT_BIT = frozenset({"1", "L", "P", "LA", "PA", "La", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "HSV"})
+# Decoding takes about ten bytes a pixel: only one image of more pixels than this is decoded at a time.
+MANY_PIXELS, _many = 2**24, threading.Lock()
 ORIENTATION = 0x0112  # the EXIF tag of a camera held on its side
 
 
@@ -82,16 +86,19 @@ def decode(data: bytes, pixels: Pixels, formats: list[str]) -> np.ndarray:
             limit = Image.MAX_IMAGE_PIXELS
             if limit is not None and image.width * image.height > limit:
                 raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
-            return pixels(image)
+            with _many if image.width * image.height > MANY_PIXELS else nullcontext():
+                return pixels(image)
     except UnmovedError:
         raise
+    except UnidentifiedImageError as error:
+        raise CorruptImage("of no known format") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UnmovedError(
             f"expected at most PIL.Image.MAX_IMAGE_PIXELS pixels, came more ({error}); it may be a decompression bomb: "
             "remove it or make it smaller"
         ) from error
     except Exception as error:  # Pillow's plugins raise nearly anything on damaged bytes
-        raise CorruptImage(str(error) or type(error).__name__) from error
+        raise CorruptImage(brief(error)) from error
 
 
 @contextmanager

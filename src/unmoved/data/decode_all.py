@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,6 +13,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from unmoved.data.checks import LARGEST
 from unmoved.data.decode import CorruptImage, Pixels, decode, known_formats, pillow_warnings
 from unmoved.errors import UnmovedError
 
@@ -37,60 +40,89 @@ def decode_all(
     Raises:
         UnmovedError: a corrupt image (unless skipped), two sizes, a decompression bomb; the file is named.
     """
-    formats = known_formats()
-    images, first = np.empty((0, 1, 1, 1), np.uint8), ""
+    formats, room = known_formats(), _Room(total)
     good, skipped, done = np.zeros(total, dtype=bool), [], 0
 
-    def work(chunk: list[Item]) -> list[tuple[int, str, np.ndarray | CorruptImage]]:
-        return [(place, name, _attempt(name, data, pixels, formats)) for place, name, data in chunk]
+    def work(chunk: list[Item]) -> list[tuple[int, str, str | None]]:
+        return [(place, name, _attempt(place, name, data, pixels, formats, room)) for place, name, data in chunk]
 
     with pillow_warnings(), ThreadPoolExecutor(_workers()) as pool:
         try:
             for result in _in_order(pool, work, _chunks(items)):
-                for place, name, values in result:
-                    if isinstance(values, CorruptImage):
+                for place, name, error in result:
+                    good[place] = error is None
+                    if error is not None:
                         if not skip_corrupt:
                             raise UnmovedError(
-                                f"{name}: expected a readable image, came corrupt or other data ({values}); remove or "
+                                f"{name}: expected a readable image, came corrupt or other data ({error}); remove or "
                                 "replace the file, or set skip_corrupt = true to leave such files out"
                             )
                         skipped.append(name)
-                        continue
-                    if not first:
-                        images, first = _room(total, values, name), name
-                    elif values.shape != images.shape[1:]:
-                        raise UnmovedError(
-                            f"expected images of one size, came {_sides(images[0])} in {first} and {_sides(values)} in "
-                            f"{name}; set size, for instance size = 32"
-                        )
-                    images[place], good[place] = values, True
                 done += len(result)
                 if progress is not None:
                     progress(done, total)
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
-    return images if good.all() else images[good], good.nonzero()[0], sorted(skipped)
+    if not good.all():
+        room.images = room.images[good[: len(room.images)]]  # none at all where none was read
+    return room.images, good.nonzero()[0], sorted(skipped)
 
 
-def _attempt(name: str, data: Path | bytes, pixels: Pixels, formats: list[str]) -> np.ndarray | CorruptImage:
+class _Room:
+    """Where images go as soon as they are decoded: nobody holds more than one, however large it is."""
+
+    def __init__(self, total: int) -> None:
+        self.images = np.empty((0, 1, 1, 1), np.uint8)
+        self._total, self._first, self._lock = total, "", threading.Lock()
+
+    def put(self, place: int, name: str, values: np.ndarray) -> None:
+        with self._lock:
+            if not self._first:
+                self.images, self._first = _room(self._total, values, name), name
+        if values.shape != self.images.shape[1:]:
+            raise UnmovedError(
+                f"expected images of one size, came {_sides(self.images[0])} in {self._first} and {_sides(values)} in "
+                f"{name}; set size, for instance size = 32"
+            )
+        self.images[place] = values
+
+
+def _attempt(place: int, name: str, data: Path | bytes, pixels: Pixels, formats: list[str], room: _Room) -> str | None:
+    """What is wrong with the bytes, in words: an exception would hold on to the half decoded image."""
     try:
-        return decode(data.read_bytes() if isinstance(data, Path) else data, pixels, formats)
+        if isinstance(data, Path):
+            if data.stat().st_size > LARGEST:
+                raise UnmovedError(f"expected at most {LARGEST} bytes, came {data.stat().st_size}; remove the file")
+            data = data.read_bytes()
+        values = decode(data, pixels, formats)
     except CorruptImage as error:
-        return error
+        return str(error)
     except UnmovedError as error:
         raise UnmovedError(f"{name}: {error}") from error
     except OSError as error:
         raise UnmovedError(f"{name}: expected a readable file, came {error}") from error
+    room.put(place, name, values)
+    return None
 
 
 def _room(total: int, first: np.ndarray, name: str) -> np.ndarray:
     try:
+        if total * first.size > _memory():  # many systems give more than they have, and end the process later
+            raise MemoryError
         return np.empty((total, *first.shape), np.uint8)
     except MemoryError as error:
         raise UnmovedError(
             f"expected images that fit the memory, came {total} of {_sides(first)} as in {name}; set a smaller size"
         ) from error
+
+
+def _memory() -> float:
+    """Bytes of memory in the machine; infinite where it does not say."""
+    try:
+        return float(os.sysconf("SC_PAGE_SIZE")) * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return math.inf
 
 
 def _sides(values: np.ndarray) -> str:

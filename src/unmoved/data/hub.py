@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from unmoved.data.checks import numbered
 from unmoved.data.decode import Pixels, pillow_warnings
 from unmoved.data.splits import ArraySplit, DataSet
 from unmoved.errors import UnmovedError
@@ -113,5 +114,5 @@ def _labels(columns: dict[str, list[Any]], label: str, table: Any) -> tuple[dict
     elif not all(isinstance(value, int) and not isinstance(value, bool) for value in values):
         raise UnmovedError(f"hf: expected whole numbers or texts in the column {label!r}, came something else")
     elif names is None:
-        names = [str(k) for k in range(max(values) + 1)]
+        names = numbered(f"hf: the column {label!r}", max(values, default=0))
     return {part: np.array(column, dtype=np.int64) for part, column in columns.items()}, tuple(names)

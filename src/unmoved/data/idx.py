@@ -15,6 +15,7 @@ import numpy as np
 from unmoved.data.checks import require_path
 from unmoved.data.splits import ArraySplit, DataSet
 from unmoved.errors import UnmovedError
+from unmoved.reading import most_unpacked
 
 UINT8 = 0x08
 LARGEST = 4 * 2**30  # bytes; far above any published IDX file, far below a header of random bytes
@@ -70,16 +71,16 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
             zipped = raw.read(2) == b"\x1f\x8b"
             raw.seek(0)
             if not zipped:
-                return _parse(raw, path, dimensions)
+                return _parse(raw, path, dimensions, LARGEST)
             with gzip.GzipFile(fileobj=raw) as stream:
-                return _parse(stream, path, dimensions)
+                return _parse(stream, path, dimensions, min(LARGEST, most_unpacked(path.stat().st_size)))
     except (OSError, EOFError, zlib.error) as error:
         raise UnmovedError(
             f"{path}: expected a readable IDX file, came {type(error).__name__}: {error}; copy or download it again"
         ) from error
 
 
-def _parse(stream: IO[bytes] | gzip.GzipFile, path: Path, dimensions: int) -> np.ndarray:
+def _parse(stream: IO[bytes] | gzip.GzipFile, path: Path, dimensions: int, most: int) -> np.ndarray:
     magic, expected = _read(stream, 4), bytes([0, 0, UINT8, dimensions])
     if magic != expected:
         raise UnmovedError(
@@ -91,8 +92,8 @@ def _parse(stream: IO[bytes] | gzip.GzipFile, path: Path, dimensions: int) -> np
         raise UnmovedError(f"{path}: expected {dimensions} sizes after the magic number, came the end of the file")
     shape = struct.unpack(f">{dimensions}I", header)
     size = math.prod(shape)
-    if not 0 < size <= LARGEST:
-        raise UnmovedError(f"{path}: expected a size between 1 and {LARGEST} bytes, came the shape {shape}")
+    if not 0 < size <= most:
+        raise UnmovedError(f"{path}: expected a size between 1 and {most} bytes, came the shape {shape}")
     content = _read(stream, size + 1)  # one more than announced, to see that nothing follows
     if len(content) != size:
         came = "more" if len(content) > size else f"{len(content)}"

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from unmoved.errors import UnmovedError
+from unmoved.reading import brief
 
 
 class StoredType:
@@ -104,13 +105,40 @@ _OPCODE_NAMES = """
 OPCODES = frozenset(_OPCODE_NAMES.split())
 
 
+# The files in use have 50,000 opcodes, and at most one tuple for each of 10,000 texts.
+MOST_OPCODES, MOST_TUPLES, LONGEST_REPEATED = 1_000_000, 25_000, 256
+_KEEP, _RECALL = {"BINPUT", "LONG_BINPUT", "MEMOIZE"}, {"BINGET", "LONG_BINGET"}
+# After these the thing on top may be a tuple, or one of which nobody knows here what it is.
+_MAY_BE_TUPLE = {"TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_TUPLE", "MARK"}
+_MAY_BE_TUPLE |= {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD"}
+
+
 def _check_opcodes(data: bytes) -> None:
-    """Refuse other opcodes and claims beyond the data: the unpickler would make room for them before it looks."""
-    for opcode, argument, _ in pickletools.genops(data):
-        if opcode.name not in OPCODES:
-            raise pickle.UnpicklingError(f"it uses the opcode {opcode.name}")
-        if opcode.name == "LONG_BINPUT" and int(argument or 0) > len(data):
+    """Refuse other opcodes and claims beyond the data: the unpickler would make room for them before it looks.
+
+    A few bytes may also describe what is endless to look at: tuples of tuples as a dictionary's key, each repeated
+    twice, take time without end to hash; deep ones end the process; a long text may be copied again and again.
+    """
+    kept: dict[Any, bool] = {}  # whether what stands under this number may be repeated
+    small, tuples = False, 0
+    for number, (opcode, argument, _) in enumerate(pickletools.genops(data)):
+        name = opcode.name
+        tuples += name.startswith("TUPLE")
+        if name not in OPCODES:
+            raise pickle.UnpicklingError(f"it uses the opcode {name}")
+        if number == MOST_OPCODES or tuples > MOST_TUPLES:
+            raise pickle.UnpicklingError("it is too long")
+        if name == "LONG_BINPUT" and int(argument or 0) > len(data):
             raise pickle.UnpicklingError(f"it remembers {argument} things")
+        if name in _KEEP:
+            kept[len(kept) if name == "MEMOIZE" else argument] = small
+        elif name in _RECALL:
+            if not kept.get(argument, True):
+                raise pickle.UnpicklingError("it repeats a tuple or a long text")
+            small = True
+        elif name not in ("PROTO", "FRAME"):
+            long = isinstance(argument, str | bytes | bytearray) and len(argument) > LONGEST_REPEATED
+            small = name not in _MAY_BE_TUPLE and not long
 
 
 class _Unpickler(pickle.Unpickler):
@@ -132,5 +160,5 @@ def loads(data: bytes, name: str) -> Any:
     except Exception as error:  # hostile bytes can make the unpickler raise nearly anything; nothing of theirs runs
         raise UnmovedError(
             f"{name}: expected a pickle of arrays and plain containers, came one that was refused "
-            f"({type(error).__name__}: {error}); download the official file again"
+            f"({brief(error)}); download the official file again"
         ) from error

@@ -14,6 +14,7 @@ from unmoved.data.decode_all import Item
 from unmoved.data.layout import Layout, is_litter
 from unmoved.errors import UnmovedError
 
+MOST_FOLDERS = 100_000  # links may go round in circles, and more than one way
 DEPTH = 4  # folder levels that are looked into: one more than any layout has, to be able to say so
 
 
@@ -88,6 +89,11 @@ def _walk(root: Path) -> tuple[dict[str, str], set[str]]:
                         continue
                     if entry.is_dir():
                         folders.add(name)
+                        if len(folders) > MOST_FOLDERS:
+                            raise UnmovedError(
+                                f"{root}: expected at most {MOST_FOLDERS} folders, came more; does a link in "
+                                f"{str(root / prefix)!r} lead back?"
+                            )
                         if depth < DEPTH:
                             waiting.append((f"{name}/", depth + 1))
                     elif entry.is_file() or entry.is_symlink():  # a link to nowhere is an error, not an absence

@@ -6,7 +6,10 @@
 from unmoved.models.cnn import small_cnn
 from unmoved.models.entrance import Normalize as Normalize
 from unmoved.models.entrance import normalized as normalized
+from unmoved.models.files import DamagedFile as DamagedFile
+from unmoved.models.files import is_whole as is_whole
 from unmoved.models.files import load_weights as load_weights
+from unmoved.models.files import save_tensors as save_tensors
 from unmoved.models.files import save_weights as save_weights
 from unmoved.models.outside import timm
 from unmoved.models.plain import linear, mlp

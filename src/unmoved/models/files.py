@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from unmoved.disk import write_atomic
@@ -18,25 +20,37 @@ _PICKLES = {".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt", ".tar"}
 _PICKLE_MAGIC = (b"PK\x03\x04", b"\x80")  # torch.save since 1.6 writes a zip; before it, and pickle itself, protocol 2+
 
 
+CHECKSUM = "sha256"  # of names, types, shapes and values, in the file's own metadata
+
+
+class DamagedFile(UnmovedError):
+    """A weights file that is not what was saved: cut short, or with bits flipped."""
+
+
 def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write parameters and buffers to a safetensors file; equal weights give equal files, byte for byte.
 
-    Tensors are stored under all their names, contiguous, whatever their memory format; nothing else is stored.
+    Tensors are stored under all their names, contiguous, whatever their memory format; beside them only a checksum.
 
     Raises:
         UnmovedError: another ending than .safetensors, a state that is not of dense tensors, an unwritable folder.
     """
+    save_tensors(model.state_dict(), path)
+
+
+def save_tensors(state: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """The same for what ``state_dict`` of a model returned."""
     path = Path(path)
     if path.suffix != ".safetensors":
         raise UnmovedError(f"{path}: expected a file name that ends in .safetensors")
     tensors = {}
-    for name, value in model.state_dict().items():
+    for name, value in state.items():
         if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
             kind = f"{value.layout} on {value.device}" if isinstance(value, Tensor) else type(value).__name__
             raise UnmovedError(f"weights {name!r}: expected a dense tensor with data, came {kind}; it cannot be saved")
         # Tied and channels_last tensors: safetensors refuses shared memory and gaps, so each gets its own copy.
         tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
-    write_atomic(path, save(tensors))
+    write_atomic(path, save(tensors, metadata={CHECKSUM: _checksum(tensors)}))
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -45,7 +59,8 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Floating tensors are converted to the model's type and device.
 
     Raises:
-        UnmovedError: no such file, a pickle, a file that is not whole, or names, shapes or types that do not fit.
+        UnmovedError: no such file, a pickle, or names, shapes or types that do not fit.
+        DamagedFile: a file that is not whole, or that changed since it was saved.
     """
     path = Path(path)
     tensors = _read(path)
@@ -65,6 +80,15 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     model.load_state_dict(tensors)
 
 
+def is_whole(path: Path) -> bool:
+    """Whether there is a weights file that can be read and is what was saved."""
+    try:
+        _read(path)
+    except UnmovedError:
+        return False
+    return True
+
+
 def _read(path: Path) -> dict[str, Tensor]:
     try:
         with open(path, "rb") as file:
@@ -78,9 +102,24 @@ def _read(path: Path) -> dict[str, Tensor]:
             "it, convert it: safetensors.torch.save_file(torch.load(path, weights_only=True), 'weights.safetensors')"
         )
     try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UnmovedError(f"{path}: not a whole safetensors file ({error}); copy or save it again") from error
+        with safe_open(path, framework="pt") as opened:
+            expected = (opened.metadata() or {}).get(CHECKSUM)  # files from elsewhere have none
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - it is no dict
+            is_same = expected is None or expected == _checksum(tensors)
+    except Exception as error:  # a header may claim what torch then refuses: sizes beyond 64 bits, types without views
+        raise DamagedFile(f"{path}: not a whole safetensors file ({error}); copy or save it again") from error
+    if not is_same:
+        raise DamagedFile(f"{path}: changed since it was saved (its checksum differs); copy or save it again")
+    return tensors
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    told = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name]
+        told.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        told.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return told.hexdigest()
 
 
 def _several(names: Iterable[str]) -> str:

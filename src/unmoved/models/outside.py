@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -12,6 +14,8 @@ from torch import nn
 
 from unmoved.errors import UnmovedError, did_you_mean
 from unmoved.models.entrance import entrance
+
+_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 
 def _library() -> ModuleType:
@@ -55,7 +59,8 @@ def timm(
         raise UnmovedError(f"model timm: unknown name {model!r}" + did_you_mean(model, library.list_models()))
     settings = {"pretrained": pretrained, "num_classes": num_classes, "in_chans": shape[0], **(options or {})}
     try:
-        net = library.create_model(model, **settings)
+        with _no_pickles():
+            net = library.create_model(model, **settings)
     except Exception as error:
         raise UnmovedError(f"model timm: {model!r} cannot be made with {settings}: {error}") from error
     if pretrained and mean is None and std is None:
@@ -63,6 +68,20 @@ def timm(
     whole = nn.Sequential(OrderedDict(entrance(shape, num_classes, mean, std), model=net))
     _try_out(whole, shape, model)
     return whole
+
+
+@contextmanager
+def _no_pickles() -> Iterator[None]:
+    """Weights are read as weights alone: some versions of timm unpickle files that a recipe's options name."""
+    before = os.environ.get(_WEIGHTS_ONLY)
+    os.environ[_WEIGHTS_ONLY] = "1"  # torch.load obeys it whatever its caller says
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_WEIGHTS_ONLY]
+        else:
+            os.environ[_WEIGHTS_ONLY] = before
 
 
 def _try_out(net: nn.Module, shape: Sequence[int], name: str) -> None:

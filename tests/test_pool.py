@@ -1,0 +1,107 @@
+"""Jobs in processes that die: whose fault it was is known, and the others do not suffer."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from unmoved import pool
+
+if not hasattr(os, "fork"):
+    pytest.skip("these tests kill", allow_module_level=True)
+
+
+@dataclass(frozen=True)
+class Task:
+    """Notes in its file which processes tried it; the first ``deaths`` of them kill themselves."""
+
+    path: Path
+    deaths: int = 0
+    error: str = ""
+    seconds: float = 0.0
+
+    def tries(self) -> list[int]:
+        return [int(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
+
+
+def act(task: Task) -> None:
+    with task.path.open("a") as file:
+        file.write(f"{os.getpid()}\n")
+    time.sleep(task.seconds)
+    if len(task.tries()) <= task.deaths:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if task.error:
+        raise ValueError(task.error)
+
+
+def test_only_the_job_whose_process_dies_is_tried_again_and_given_up_at_the_second_death(tmp_path: Path) -> None:
+    deaths = [0, 9, 0, 1, 0, 0]
+    tasks = [Task(tmp_path / str(k), died, seconds=0.02) for k, died in enumerate(deaths)]
+    tasks.append(Task(tmp_path / "error", error="its own"))
+    polls: list[int] = []
+    ended = dict(pool.each(act, tasks, 2, lambda: polls.append(1)))
+    assert {number: type(error) for number, error in ended.items()} == {
+        **dict.fromkeys((0, 2, 3, 4, 5), type(None)),
+        1: pool.ProcessDied,
+        6: ValueError,
+    }
+    assert str(ended[6]) == "its own"
+    assert [len(task.tries()) for task in tasks] == [1, 2, 1, 2, 1, 1, 1]
+    assert polls
+
+
+def test_a_process_that_dies_between_two_jobs_costs_nothing(tmp_path: Path) -> None:
+    tasks, killed = [Task(tmp_path / str(k)) for k in range(4)], []
+    with closing(pool.each(act, tasks, 1)) as ended:
+        for number, error in ended:
+            assert error is None
+            if len(killed) < 2:
+                killed.append(tasks[number].tries()[-1])
+                os.kill(killed[-1], signal.SIGKILL)
+                time.sleep(0.5 * (len(killed) - 1))  # before it is noticed, and after
+    assert all(task.tries() for task in tasks)
+    assert len(set(killed)) == 2
+
+
+def alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    # A dead one whose new parent has not looked at it yet is there in name only.
+    status = Path(f"/proc/{process}/stat")
+    return not (status.exists() and status.read_text().rpartition(")")[2].split()[0] == "Z")
+
+
+def test_when_the_parent_is_killed_its_processes_end(tmp_path: Path) -> None:
+    code = (
+        "import sys\nfrom pathlib import Path\nimport test_pool\nfrom unmoved import pool\n"
+        "if __name__ == '__main__':\n"
+        "    tasks = [test_pool.Task(Path(name), seconds=600.0) for name in sys.argv[1:]]\n"
+        "    list(pool.each(test_pool.act, tasks, 2))\n"
+    )
+    script, tasks = tmp_path / "script.py", [Task(tmp_path / "a"), Task(tmp_path / "b")]
+    script.write_text(code)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    command = [sys.executable, str(script), *(str(task.path) for task in tasks)]
+    process, deadline = subprocess.Popen(command, env=environment), time.monotonic() + 60
+    try:
+        while not all(task.tries() for task in tasks) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        children = [task.tries()[0] for task in tasks]
+        assert all(map(alive, children))
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait(timeout=60)
+    deadline = time.monotonic() + 60
+    while any(map(alive, children)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not any(map(alive, children))
