@@ -20,7 +20,7 @@ help: ## what there is
 	touch $@
 
 demo: .venv/installed ## train, attack and compare on scikit-learn's digits; ends with runs/demo/report.html
-	$(BIN)/unmoved compare $(DEMO:%=recipes/digits/%.toml) --attacks quick --finalists 2 --final-n 100 --analyze softmax,corruption --analysis-n 64 --out runs/demo
+	$(BIN)/unmoved compare $(DEMO:%=recipes/digits/%.toml) --attacks quick --finalists 2 --final-n 100 --analyze softmax,corruption --analysis-n 32 --out runs/demo
 
 digits: .venv/installed ## the demo's comparison with three seeds: runs/digits/report.html
 	$(BIN)/unmoved compare $(DEMO:%=recipes/digits/%.toml) --seeds 0,1,2 --out runs/digits
