@@ -26,13 +26,13 @@ from torch import nn
 from unmoved import config, judge, models, outcomes, reading
 from unmoved.attacks import PGD
 from unmoved.built import Built
-from unmoved.cli import plain
 from unmoved.components import parse_number
 from unmoved.data import digits
 from unmoved.errors import UnmovedError
 from unmoved.journal import Journal
 from unmoved.judged import Judged
 from unmoved.run import Run
+from unmoved.screen import plain
 from unmoved.shelf import Shelf
 from unmoved.threat import ThreatModel
 
@@ -398,6 +398,15 @@ def test_a_message_does_not_steer_the_terminal(tmp_path: Path) -> None:
     said = unmoved("show", folder / "none.toml").mistake()
     assert "\x1b" not in said
     assert "a\\x1b[31m" in said
+
+
+def test_a_list_of_recipes_bears_any_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes" / "mine").mkdir(parents=True)
+    (tmp_path / "recipes" / "mine" / "a.toml").write_bytes(b"# \xff\x1b[2J" + b"x" * 10**6)
+    said = unmoved("list").fine().out
+    assert "\ufffd\\x1b[2Jxxx" in said
+    assert len(said) < 20_000
 
 
 # --- outcomes, journals, shelves

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 console = Console()
+MOST_WORDS = 5000  # characters of a message
 
 Advance = Callable[[float], None]
 
@@ -84,9 +85,15 @@ def say_epoch(record: dict[str, Any], epochs: int) -> None:
     console.print(words + f", {record['seconds']:.0f} s", highlight=False)
 
 
+def plain(words: str) -> str:
+    """Words without what would steer the terminal, and of a length to read: they may be a stranger's."""
+    words = words if len(words) <= MOST_WORDS else words[:MOST_WORDS] + " ..."
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in words)
+
+
 def epochs_done(job: Any) -> int:
     try:
-        return len((Path(job.path) / "metrics.jsonl").read_text().splitlines())
+        return (Path(job.path) / "metrics.jsonl").read_bytes().count(b"\n")
     except OSError:
         return 0
 

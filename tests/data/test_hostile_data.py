@@ -24,6 +24,7 @@ from PIL import Image
 
 from unmoved import reading
 from unmoved.data import arrays, cifar, cifar10, decode_all, folder, hf, safe_pickle, trees
+from unmoved.data import npz as npz_reader
 from unmoved.data.decode import CorruptImage, Pixels, decode, known_formats, pillow_warnings
 from unmoved.data.idx import read_idx
 from unmoved.errors import UnmovedError
@@ -363,6 +364,15 @@ def test_a_label_of_two_to_the_fortieth_does_not_make_as_many_names(tmp_path: Pa
     ):
         with pytest.raises(UnmovedError, match="expected labels below 1000000, came 1099511627776"):
             arrays(npz(tmp_path / "x.npz", **members))
+
+
+def test_class_names_that_are_no_text_or_too_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = npy(np.array(["a", "b", "c"])).replace(b"c\0\0\0", b"\xff\xff\xff\xff")
+    with pytest.raises(UnmovedError, match="class names in 'classes', came something else"):
+        arrays(npz(tmp_path / "x.npz", x=npy(X), y=npy(Y), classes=names))
+    monkeypatch.setattr(npz_reader, "MOST_CLASSES", 2)
+    with pytest.raises(UnmovedError, match="at most 2 class names in 'classes', came 3 names"):
+        arrays(npz(tmp_path / "x.npz", x=npy(X), y=npy(Y), classes=npy(np.array(["a", "b", "c"]))))
 
 
 def test_nor_do_those_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:

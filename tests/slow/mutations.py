@@ -175,21 +175,66 @@ def places(tables: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return found + [place for key, value in items for place in places(value, (*path, key))]
 
 
+PLACE = st.integers(0, 10**6)
 TABLE_EDITS = st.lists(
-    st.tuples(
-        st.sampled_from(("set", "set", "set", "delete", "rename", "copy")),
-        st.integers(0, 10**6),
-        LEAVES,
-        st.text(max_size=6),
+    st.one_of(
+        st.tuples(st.just("near"), PLACE, PLACE),
+        st.tuples(st.just("near"), PLACE, PLACE),
+        st.tuples(st.just("set"), PLACE, LEAVES),
+        st.tuples(st.sampled_from(("delete", "rename", "copy")), PLACE, st.text(max_size=6)),
     ),
     min_size=1,
-    max_size=3,
+    max_size=2,
 )
+# A value of the same kind gets past the first checks.
+NEAR_NUMBERS = [0, 1, 2, 3, 7, 100, 2**31, 2**62, -1, 0.5, 0.1, 0.25, 1e-3, 1e308, 1e-320, 0.0, -0.5]
+NEAR_TEXTS = [
+    "pgd",
+    "apgd",
+    "fgsm",
+    "square",
+    "fab",
+    "ce",
+    "kl",
+    "trades",
+    "mart",
+    "awp",
+    "sam",
+    "apd",
+    "plain",
+    "linf",
+]
+NEAR_TEXTS += [
+    "l2",
+    "l1",
+    "adv",
+    "clean",
+    "best",
+    "last",
+    "crop",
+    "flip",
+    "none",
+    "auto",
+    "bf16",
+    "cosine",
+    "sgd",
+    "1/3",
+]
 
 
-def mutated_tables(whole: Any, edits: list[tuple[str, int, Any, str]]) -> Any:
+def near(value: Any, number: int) -> Any:
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int | float):
+        return NEAR_NUMBERS[number % len(NEAR_NUMBERS)]
+    if isinstance(value, str):
+        return NEAR_TEXTS[number % len(NEAR_TEXTS)]
+    return value
+
+
+def mutated_tables(whole: Any, edits: list[tuple[str, int, Any]]) -> Any:
     tables = copy.deepcopy(whole)
-    for kind, number, leaf, name in edits:
+    for kind, number, what in edits:
         there = places(tables)
         if not there:
             continue
@@ -197,12 +242,14 @@ def mutated_tables(whole: Any, edits: list[tuple[str, int, Any, str]]) -> Any:
         target = tables
         for key in parents:
             target = target[key]
-        if kind == "set" or isinstance(target, list):
-            target[last] = leaf
+        if kind == "near":
+            target[last] = near(target[last], what)
+        elif kind == "set" or isinstance(target, list):
+            target[last] = what
         elif kind == "delete":
             del target[last]
         elif kind == "rename":
-            target[name] = target.pop(last)
+            target[what] = target.pop(last)
         else:
-            target[name] = copy.deepcopy(target[last])
+            target[what] = copy.deepcopy(target[last])
     return tables

@@ -1,6 +1,6 @@
 """kill -9 at random moments of every command that works for long: going on ends in the bits of a run nobody disturbed.
 
-At least 65 kills of real processes, at fixed draws of moments over the time that the undisturbed command takes;
+At least 64 kills of real processes, at fixed draws of moments over the time that the undisturbed command takes;
 a command that was done before its kill is compared, and begun anew.
 """
 
@@ -210,38 +210,61 @@ def changed(out: Path) -> float:
     return time.time()
 
 
-@pytest.mark.parametrize("who", ["parent", "worker"])
-def test_compare(nursery: Nursery, tmp_path: Path, who: str) -> None:
-    one, two = (
-        recipe(tmp_path, RECIPE, "one"),
-        recipe(tmp_path, RECIPE.replace("[objective.ce]", "[objective.trades]"), "two"),
-    )
+@pytest.fixture(scope="module")
+def compared(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[object], Path, float]:
+    """(the command less its folder, what it makes undisturbed, the seconds of that once torch is imported)."""
+    folder = tmp_path_factory.mktemp("compared")
+    one = recipe(folder, RECIPE, "one")
+    two = recipe(folder, RECIPE.replace("[objective.ce]", "[objective.trades]"), "two")
     command = ["compare", one, two, "--workers", 2, "--analyze", "softmax", "--analysis-n", 40]
     command += ["--set", "training.epochs=10", "--set", "evaluation.n=60", "--out"]
-    out, uncut, draw = tmp_path / "out", tmp_path / "uncut", random.Random(f"compare {who}")
-    work: list[float] = []  # the seconds that the workers need, less those in which they import torch
-    kills = 0
-    while kills < 5:
-        began, folder = time.time(), out if work else uncut
-        parent = nursery.start(*command, folder)
-        while work and changed(out) < began and (Path("/proc") / str(parent)).exists():
-            time.sleep(0.01)
-        if work:
-            time.sleep(draw.uniform(0.0, 0.6) * work[0])
-            victims = [parent] if who == "parent" else workers_of(parent)
-            with contextlib.suppress(ProcessLookupError, IndexError):  # there is none any more
-                os.kill(draw.choice(victims), signal.SIGKILL)
-                kills += who == "worker"
+    assert nursery.run(*command, folder / "uncut") == 0
+    first = min(path.stat().st_mtime for path in folder.rglob("recipe.toml"))
+    return command, folder / "uncut", time.time() - first
+
+
+def start_and_see_it_work(nursery: Nursery, command: list[object], out: Path) -> int:
+    """The process of the command, whose workers have written something new (or which is done already)."""
+    began = time.time()
+    parent = nursery.start(*command, out)
+    while changed(out) < began and (Path("/proc") / str(parent)).exists():
+        time.sleep(0.01)
+    return parent
+
+
+def test_compare_whose_parent_is_killed(
+    nursery: Nursery, compared: tuple[list[object], Path, float], tmp_path: Path
+) -> None:
+    (command, uncut, seconds), out, kills = compared, tmp_path / "out", 0
+    draw = random.Random("compare, parent")
+    while kills < 6:
+        parent = start_and_see_it_work(nursery, command, out)
+        time.sleep(draw.uniform(0.0, 0.6) * seconds)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(parent, signal.SIGKILL)
         code = nursery.wait()
-        kills += code == -signal.SIGKILL
-        if not work:
-            first = min(path.stat().st_mtime for path in uncut.rglob("recipe.toml"))
-            work.append(time.time() - first)
-        assert code in ((0, -signal.SIGKILL) if who == "parent" and work else (0,)), "no run failed"
-        if code == 0 and folder == out:
+        assert code in (0, -signal.SIGKILL), "no run failed: no worker of the killed one is still there"
+        kills += code != 0
+        if code == 0:
             same_grid(out, uncut)
             remove(out)
     assert nursery.run(*command, out) == 0
+    same_grid(out, uncut)
+
+
+@pytest.mark.parametrize("moment", [0.0, 0.2, 0.4])
+def test_compare_whose_worker_is_killed(
+    nursery: Nursery, compared: tuple[list[object], Path, float], tmp_path: Path, moment: float
+) -> None:
+    (command, uncut, seconds), out = compared, tmp_path / "out"
+    draw, killed = random.Random(f"compare, worker {moment}"), False
+    parent = start_and_see_it_work(nursery, command, out)
+    time.sleep((moment + draw.uniform(0.0, 0.2)) * seconds)
+    with contextlib.suppress(ProcessLookupError, IndexError):  # there is none any more
+        os.kill(draw.choice(workers_of(parent)), signal.SIGKILL)
+        killed = True
+    assert nursery.wait() == 0, "a second chance, and no run failed"
+    assert killed
     same_grid(out, uncut)
 
 

@@ -8,17 +8,9 @@ from rich.console import Console
 
 from unmoved.cli import one, several, showing
 from unmoved.cli.options import app
+from unmoved.screen import plain
 
 __all__ = ["app", "main", "one", "several", "showing"]
-
-
-MOST_WORDS = 5000  # characters of a message
-
-
-def plain(words: str) -> str:
-    """A message without what would steer the terminal, and of a length to read: names in it may be a stranger's."""
-    words = words if len(words) <= MOST_WORDS else words[:MOST_WORDS] + " ..."
-    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in words)
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ import tomli_w
 import typer
 
 from unmoved.cli.options import Overrides, app, console
+from unmoved.screen import plain
 
 
 @app.command()
@@ -43,5 +44,6 @@ def list_() -> None:
             console.print(f"  {name:24} {summary}", markup=False, highlight=False, soft_wrap=True)
     console.print("[bold]recipes[/bold]")
     for path in sorted(Path("recipes").glob("*/*.toml")):
-        first = path.read_text().split("\n", 1)[0].removeprefix("#").strip()
-        console.print(f"  {path!s:40} {first}", markup=False, highlight=False, soft_wrap=True)
+        with path.open(encoding="utf-8", errors="replace") as file:
+            first = file.readline(200).removeprefix("#").strip()
+        console.print(f"  {plain(str(path)):40} {plain(first)}", markup=False, highlight=False, soft_wrap=True)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
-from unmoved.data.checks import numbered, require_path
+import numpy as np
+
+from unmoved.data.checks import MOST_CLASSES, numbered, require_path
 from unmoved.data.splits import ArraySplit, DataSet
 from unmoved.errors import UnmovedError
 from unmoved.reading import npz
@@ -26,7 +29,7 @@ def arrays(path: str | os.PathLike[str], *, layout: str | None = None, test: flo
     """
     file = require_path("arrays.path", path)
     content = npz(file, (*SPLIT, *WHOLE, "classes"))
-    named = [str(name) for name in content["classes"].ravel()] if "classes" in content else None
+    named = _names(content["classes"], file) if "classes" in content else None
     if all(key in content for key in SPLIT):
         labels = [content[key] for key in ("y_train", "y_test")]
         if named is None and all(y.dtype.kind in "iu" and y.size for y in labels):
@@ -46,3 +49,13 @@ def arrays(path: str | os.PathLike[str], *, layout: str | None = None, test: flo
         f"{file}: expected arrays {', '.join(SPLIT)}, or x and y, came {', '.join(sorted(content)) or 'none'}; "
         "save with numpy.savez(file, x_train=..., ...)"
     )
+
+
+def _names(classes: np.ndarray, file: Path) -> list[str]:
+    try:
+        if classes.size <= MOST_CLASSES:
+            return [str(name) for name in classes.ravel()]
+        came = f"{classes.size} names"
+    except (SystemError, ValueError):  # numbers that no character has
+        came = "something else"
+    raise UnmovedError(f"{file}: expected at most {MOST_CLASSES} class names in 'classes', came {came}")
