@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
 if _TYPE_CHECKING:
-    from unmoved import analyses, attacks, data, defenses, models, optim, outcomes, terms, testing, weights
+    from unmoved import analyses, attacks, averaging, data, defenses, models, optim, outcomes, terms, testing, weights
     from unmoved.errors import UnmovedError
     from unmoved.judge import evaluate
     from unmoved.loop import train, train_step
@@ -26,6 +26,7 @@ __all__ = [
     "Views",
     "analyses",
     "attacks",
+    "averaging",
     "data",
     "defenses",
     "evaluate",

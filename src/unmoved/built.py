@@ -44,6 +44,7 @@ class Built:
         self.phases = Phases(*((start, self._method(tables)) for start, tables in recipe.stretches()))
         self.optimizer = self._build("optimizer", recipe.optimizer)
         self.schedule = self._build("schedule", recipe.schedule)
+        self.average = self._build("average", recipe.average)
         self.augment = data.augmentation(recipe.training.augment)
         self.check: Attack = (
             PGD(self.threat, steps=10, keep="best", seed=seed)

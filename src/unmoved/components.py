@@ -27,7 +27,7 @@ from pydantic import (
     model_validator,
 )
 
-from unmoved import attacks, data, defenses, models, optim, protocols, terms
+from unmoved import attacks, averaging, data, defenses, models, optim, protocols, terms
 from unmoved.errors import UnmovedError, did_you_mean
 from unmoved.schedule import Ramp
 from unmoved.terms.sum import snake_case
@@ -131,6 +131,7 @@ KINDS: dict[str, dict[str, Factory]] = {
     "data": {n: f for n, f in _exported(data).items() if inspect.isfunction(f) and f is not data.augmentation},
     "optimizer": {snake_case(kind.__name__): kind for kind in optim.OPTIMIZERS},
     "schedule": {snake_case(kind.__name__): kind for kind in optim.SCHEDULES},
+    "average": {snake_case(kind.__name__): kind for kind in averaging.AVERAGES},
 }
 # What the package gives a component, so that no recipe has to.
 INJECTED = {"threat", "num_classes", "shape", "progress"}
@@ -215,6 +216,7 @@ _NESTED: dict[Any, Any] = {}
 
 if TYPE_CHECKING:
     AttackTable: TypeAlias = Any
+    AverageTable: TypeAlias = Any
     DataTable: TypeAlias = Any
     DefenseTable: TypeAlias = Any
     ModelTable: TypeAlias = Any
@@ -230,6 +232,7 @@ else:
     DataTable = _table("data")
     OptimizerTable = _table("optimizer")
     ScheduleTable = _table("schedule")
+    AverageTable = _table("average")
 
 
 # --- tables -> objects

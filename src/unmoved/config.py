@@ -14,6 +14,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from unmoved import data
 from unmoved.components import (
     AttackTable,
+    AverageTable,
     DataTable,
     DefenseTable,
     ModelTable,
@@ -76,6 +77,7 @@ class Training(Settings):
     part: Part | None = None
     augment: str = "none"
     precision: str = "auto"
+    sync_batchnorm: bool = Field(False, description="BatchNorm over the samples of all processes; on GPUs")
 
     @field_validator("precision")
     @classmethod
@@ -156,6 +158,7 @@ class Recipe(Stretch):
     training: Training = Training()
     optimizer: OptimizerTable = Field({"use": "sgd"})
     schedule: ScheduleTable = Field({"use": "constant"})
+    average: AverageTable = Field({"use": "none"})
     phases: list[Phase] = []
     validation: AttackTable | None = None
     evaluation: Evaluation = Evaluation()
@@ -191,7 +194,7 @@ class Recipe(Stretch):
 
     def tables(self) -> dict[str, Any]:
         """The fully resolved recipe as plain data; what `unmoved show` prints."""
-        order = ("name", "base", "swept", "data", "model", "threat", "training", "optimizer", "schedule")
+        order = ("name", "base", "swept", "data", "model", "threat", "training", "optimizer", "schedule", "average")
         tables = _without_none(self.model_dump(by_alias=True))
         return {
             key: tables[key]

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from time import monotonic
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from unmoved import judge, outcomes
+from unmoved import averaging, engine, judge, outcomes, processes
 from unmoved import precision as formats
 from unmoved.attacks import PGD
 from unmoved.defenses import Plain
@@ -27,6 +28,11 @@ from unmoved.state import Means, TrainerState
 from unmoved.terms.sum import as_sum, snake_case, stateful
 from unmoved.threat import ThreatModel
 from unmoved.views import Views
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+WATCHED = 50  # on a GPU, the loss of one step in so many is looked at
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,7 @@ def train_step(
     *,
     attacked: nn.Module | None = None,
     backward: Callable[[Tensor], Any] = Tensor.backward,
+    watch: bool = True,
 ) -> Step:
     """One step of a method: make x_adv once, then let the defense take gradient and step.
 
@@ -63,9 +70,10 @@ def train_step(
         precision: ``"auto"``, ``"float32"`` or ``"bf16"``; parameters stay float32.
         attacked: the bare module where ``model`` is a wrapper.
         backward: what turns a loss into gradients, where an engine has its own.
+        watch: whether to look at the loss, for which a GPU has to be waited for.
 
     Raises:
-        UnmovedError: a loss that is not finite; raised before anything is changed.
+        UnmovedError: with ``watch``, a loss that is not finite; raised before anything is changed.
     """
     objective = as_sum(method.objective)
     x_adv = None
@@ -78,16 +86,17 @@ def train_step(
         with formats.autocast(precision, batch.x.device):
             views = Views(model, batch, x_adv)
             parts = objective.parts(views)
-            loss = objective.combine(parts).mean()
+            values = objective.combine(parts)
+            loss = processes.mean(values)
         means = {name: part.detach().mean() for name, part in parts.items()}
-        if not torch.isfinite(loss):
-            values = ", ".join(f"{name} = {value:g}" for name, value in means.items())
-            raise UnmovedError(f"the loss became {loss.item():g} at step {batch.step} ({values})")
+        if watch and not torch.isfinite(loss):
+            words = ", ".join(f"{name} = {value:g}" for name, value in means.items())
+            raise UnmovedError(f"the loss became {loss.item():g} at step {batch.step} ({words})")
         if not first:
             # A view that the objective did not ask for is not computed: its pass would move BatchNorm's statistics.
             logits = views.adv if views.has("adv") else views.clean
-            accuracy = (logits.detach().argmax(dim=1) == batch.y).float().mean()
-            first.append((views, Step(loss.detach(), means, accuracy)))
+            accuracy = (logits.detach().argmax(dim=1) == batch.y).double().mean()
+            first.append((views, Step(values.detach().mean(), means, accuracy)))
         backward(loss)
         return loss.detach()
 
@@ -114,9 +123,12 @@ def train(
     optimizer: Callable[[list[dict[str, Any]]], Optimizer] = SGD(),  # noqa: B008 - frozen values
     schedule: Callable[[Optimizer, int, int], LRScheduler] = Constant(),  # noqa: B008
     augment: Callable[[Batch, int], Batch] | None = None,
+    average: averaging.Averaging | None = None,
     precision: str = "auto",
+    sync_batchnorm: bool = False,
     seed: int = 0,
     device: str = "auto",
+    fabric: Fabric | None = None,
     run: Run | None = None,
     progress: Callable[[dict[str, Any]], None] | None = None,
 ) -> list[dict[str, Any]]:
@@ -131,7 +143,13 @@ def train(
         optimizer: parameter groups -> optimizer, such as ``optim.SGD(lr=0.1)``.
         schedule: (optimizer, total steps, steps an epoch) -> scheduler, stepped once per optimizer step.
         augment: (batch, seed) -> batch.
+        average: `averaging.EMA` or `averaging.SWA`: validate, keep and return the averaged weights.
+        sync_batchnorm: with several processes on GPUs, BatchNorm over the samples of all of them. Without it each
+            normalises its own, and the running statistics are averaged after each step.
         seed: of shuffling, augmentation and the model's own randomness; the caller's random state is left alone.
+        device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"mps"``.
+        fabric: an engine that is launched already, in place of ``device``: one of several processes takes its part of
+            each batch, and all of them make the step that one would make. Only the first is given a ``run``.
         run: where to save after each epoch; if it holds a saved state, training goes on from there.
         progress: called with the latest record after each step (``{"epoch", "share"}``) and epoch; and with
             ``{"note"}``, a sentence, where something damaged was found in ``run`` and mended.
@@ -140,8 +158,6 @@ def train(
         UnmovedError: a value outside its bounds, a loss that is not finite (naming the step; what was saved stays); a
             ``run`` that another process trains or evaluates, or whose saved states are all damaged.
     """
-    from lightning_fabric import Fabric  # seconds to import, and only training needs it
-
     require_number("epochs", epochs, at_least=1)
     require_number("batch_size", batch_size, at_least=1)
     formats.require_device(device)
@@ -150,11 +166,16 @@ def train(
     if validation is not None and threat is None:
         raise UnmovedError("train: validation needs the threat model to judge by; pass threat=ThreatModel(...)")
     phases = Phases.of(method)
-    fabric = Fabric(accelerator="auto" if device == "auto" else device, devices=1)
+    fabric = engine.prepare(device) if fabric is None else fabric
+    rank, count = fabric.global_rank, fabric.world_size
+    if count > 1:
+        engine.require_lockstep(phases, sync_batchnorm)
     precision = formats.resolve(precision, fabric.device)
     learned = _unique(t for _, m in phases.phases for t in stateful(m.objective))
     terms = nn.ModuleList(learned)
     fabric.to_device(terms)
+    if sync_batchnorm:
+        model = engine.synchronized(model, fabric)
     groups: list[dict[str, Any]] = [{"params": list(model.parameters())}]
     if any(True for _ in terms.parameters()):
         groups.append({"params": list(terms.parameters()), "weight_decay": 0.0})
@@ -164,37 +185,68 @@ def train(
     scheduler = schedule(opt, per_epoch * epochs, per_epoch)
     wrapped, wrapped_opt = fabric.setup(model, opt)
     rehearse(model, phases, next(iter(split.batches(2))).to(fabric.device))
-    state = TrainerState(model, opt, scheduler, terms, _unique(m.attack for _, m in phases.phases), run)
+    split = engine.resident(split, fabric.device)
+    running = [b for b in model.buffers() if b.is_floating_point()]
+    averaged = None if average is None else averaging.Average(model, average)
+    attacks = _unique(m.attack for _, m in phases.phases)
+    state = TrainerState(model, opt, scheduler, terms, attacks, run, None if averaged is None else averaged.model)
+
+    def backward(loss: Tensor) -> None:
+        fabric.backward(loss)
+        processes.average([p.grad for p in terms.parameters() if p.grad is not None])  # DDP knows the model alone
+
+    def tell(words: str) -> None:
+        if progress is not None:
+            progress({"note": words})
+
     with (
         nullcontext() if run is None else run.alone(),
         torch.random.fork_rng([fabric.device] if fabric.device.type == "cuda" else []),
     ):
-        state.restore(lambda words: None if progress is None else progress({"note": words}))
+        state.restore(engine.told(fabric, state.saved(tell)), tell)
         for epoch in range(len(state.log), epochs):
-            torch.manual_seed(_mix(seed, epoch))
+            torch.manual_seed(_mix(seed, epoch) + rank)  # what a model draws, such as dropout, is not keyed by sample
             model.train()
             began, log = monotonic(), Means()
             for k, batch in enumerate(split.batches(batch_size, shuffle=_mix(seed, epoch))):
+                batch, share = processes.Share.of(batch, rank, count)
                 batch = replace(batch.to(fabric.device), step=epoch * per_epoch + k)
                 batch = batch if augment is None else augment(batch, seed)
                 current = phases.at(epoch + k / per_epoch, epochs)
-                try:
-                    step = train_step(
-                        wrapped, current, wrapped_opt, batch, precision, attacked=model, backward=fabric.backward
-                    )
-                except UnmovedError as error:
-                    raise _stopped(error, epoch, run) from error
-                log.add({"loss": step.loss, "train_accuracy": step.accuracy}, step.parts, len(batch))
+                # On a GPU, to look at every loss would be to wait for every step.
+                watch = fabric.device.type == "cpu" or k % WATCHED == 0
+                with processes.sharing(share):
+                    try:
+                        step = train_step(
+                            wrapped,
+                            current,
+                            wrapped_opt,
+                            batch,
+                            precision,
+                            attacked=model,
+                            backward=backward,
+                            watch=watch,
+                        )
+                    except UnmovedError as error:
+                        raise _stopped(error, epoch, run) from error
+                    processes.average(running)
+                losses = {"loss": step.loss, "train_accuracy": step.accuracy}
+                log.add(losses, step.parts, len(batch) if share is None else share.own)
+                if averaged is not None:
+                    averaged.follow(model, batch.step, per_epoch * epochs)
                 scheduler.step()
-                if progress is not None:
+                if progress is not None and watch:
                     progress({"epoch": epoch, "share": (k + 1) / per_epoch, "loss": float(step.loss)})
             if not all(torch.isfinite(p).all() for p in model.parameters()):
                 raise _stopped(UnmovedError(f"a weight became NaN or infinite by step {batch.step}"), epoch, run)
             record = {"epoch": epoch + 1, "step": (epoch + 1) * per_epoch, "lr": opt.param_groups[0]["lr"]}
-            record |= {"eps": _eps(current.attack), **log.means()}
+            record |= {
+                "eps": _eps(current.attack),
+                **log.means(partial(engine.summed, fabric)),
+            }
             if validation is not None and threat is not None:
                 try:
-                    record |= _validate(model, validation, check, threat, batch_size)
+                    record |= _validate(state.kept, validation, check, threat, batch_size, fabric)
                 except UnmovedError as error:
                     raise _stopped(error, epoch, run, mend="") from error
             reports = {snake_case(type(term).__name__): term.report() for term in learned}
@@ -202,6 +254,8 @@ def train(
             state.commit(record, monotonic() - began)
             if progress is not None:
                 progress(state.log[-1])
+    if averaged is not None:
+        model.load_state_dict(averaged.model.state_dict())
     return state.log
 
 
@@ -213,16 +267,20 @@ def _stopped(
 
 
 def _validate(
-    model: nn.Module, validation: Split, check: Attack | None, threat: ThreatModel, batch_size: int
+    model: nn.Module, validation: Split, check: Attack | None, threat: ThreatModel, batch_size: int, fabric: Fabric
 ) -> dict[str, Any]:
+    """Accuracy clean and attacked; where a split can be selected from, each process takes its part of the samples."""
     attack = PGD(threat, keep="best") if check is None else check
-    table = judge.evaluate(model, validation, {"validation": attack}, threat, batch_size=batch_size)
+    n, count, select = len(validation), fabric.world_size, getattr(validation, "select", None)
+    divided = select is not None and 1 < count <= n
+    part = select(torch.arange(fabric.global_rank, n, count)) if select is not None and divided else validation
+    table = judge.evaluate(model, part, {"validation": attack}, threat, batch_size=batch_size)
     accuracy = outcomes.summary(table).set_index("measure")["accuracy"]
-    return {
-        "validation_clean": float(accuracy["clean"]),
-        "validation_robust": float(accuracy["validation"]),
-        "validation_n": len(validation),
-    }
+    right = torch.tensor([accuracy["clean"], accuracy["validation"]], dtype=torch.float64).mul(len(part)).round()
+    if divided:
+        right = engine.summed(fabric, right.to(fabric.device))
+    clean, robust = (right / n).tolist()
+    return {"validation_clean": clean, "validation_robust": robust, "validation_n": n}
 
 
 def _eps(attack: Attack | None) -> float | None:

@@ -135,7 +135,7 @@ class Run:
 
     def mend_weights(self, state: dict[str, Any], tell: Callable[[str], None] = checkpoint.silent) -> None:
         """Write weights files that are missing or damaged anew, from what `load_state` returned."""
-        for which, tensors in (("last", state["model"]), ("best", state.get("best_model"))):
+        for which, tensors in (("last", state.get("average", state["model"])), ("best", state.get("best_model"))):
             path = self.path / f"{which}.safetensors"
             if tensors is not None and not models.is_whole(path):
                 models.save_tensors(tensors, path)

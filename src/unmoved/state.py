@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -25,18 +26,24 @@ class TrainerState:
         terms: nn.ModuleList,
         attacks: list[Any],
         run: Run | None,
+        average: nn.Module | None = None,
     ) -> None:
         self.parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "schedule": scheduler, "terms": terms}
         stateful_attacks = [attack for attack in attacks if isinstance(attack, StatefulAttack)]
         self.parts |= {f"attack {k}": attack for k, attack in enumerate(stateful_attacks)}
+        self.kept = model if average is None else average  # the weights that are validated and judged
+        self.parts |= {} if average is None else {"average": average}
         self.adversarial = bool(attacks)
         self.run, self.log, self.best = run, list[dict[str, Any]](), (-1.0, -1.0)
         self.best_model: dict[str, Any] | None = None
 
-    def restore(self, tell: Callable[[str], None] = lambda words: None) -> None:
-        """Go on from the run's saved state, where there is one; what was damaged on disk is mended and told."""
-        saved = self.run.load_state(tell) if self.run is not None else None
-        if saved is None or self.run is None:
+    def saved(self, tell: Callable[[str], None] = lambda words: None) -> dict[str, Any] | None:
+        """What the run saved, or None; what was damaged on disk is told."""
+        return self.run.load_state(tell) if self.run is not None else None
+
+    def restore(self, saved: dict[str, Any] | None, tell: Callable[[str], None] = lambda words: None) -> None:
+        """Go on from what `saved` returned, here or in the process that has the run; weights files are mended."""
+        if saved is None:
             return
         try:
             for name, part in self.parts.items():
@@ -44,12 +51,14 @@ class TrainerState:
             self.log, self.best = saved["log"], tuple(saved["best"])
             self.best_model = saved.get("best_model")  # older versions kept none
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            where = "the run's trainer.pt" if self.run is None else self.run.path / "trainer.pt"
             raise UnmovedError(
-                f"{self.run.path / 'trainer.pt'}: the state of another model, optimizer or method "
+                f"{where}: the state of another model, optimizer or method "
                 f"({type(error).__name__}: {str(error).splitlines()[0]}); delete trainer.pt and trainer.previous.pt to "
                 "train this run from its start"
             ) from error
-        self.run.mend_weights(saved, tell)
+        if self.run is not None:
+            self.run.mend_weights(saved, tell)
 
     def commit(self, record: dict[str, Any], seconds: float) -> None:
         """Append an epoch to the log; the best epoch is the first of the highest validation accuracy.
@@ -64,12 +73,11 @@ class TrainerState:
         self.log.append(record | {"kept": is_best, "seconds": elapsed + seconds})
         self.best = score if is_best else self.best
         if self.run is not None:
-            model = self.parts["model"]
             if is_best:
                 # A copy: the model moves on, and best.safetensors can be mended from it.
-                self.best_model = {k: _copy(value) for k, value in model.state_dict().items()}
-                self.run.save_weights(model, "best")
-            self.run.save_weights(model, "last")
+                self.best_model = {k: _copy(value) for k, value in self.kept.state_dict().items()}
+                self.run.save_weights(self.kept, "best")
+            self.run.save_weights(self.kept, "last")
             self.run.save_metrics(self.log)
             state = {name: part.state_dict() for name, part in self.parts.items()}
             kept = {"log": self.log, "best": list(self.best), "best_model": self.best_model}
@@ -92,7 +100,10 @@ class Means:
             self.sums[name] = self.sums.get(name, 0.0) + value.double() * size
         self.count += size
 
-    def means(self) -> dict[str, Any]:
-        flat = {name: float(total) / self.count for name, total in self.sums.items()}
+    def means(self, summed: Callable[[Tensor], Tensor] = lambda sums: sums) -> dict[str, Any]:
+        """The means; ``summed`` adds up what several processes saw."""
+        device = next(iter(self.sums.values())).device
+        sums = summed(torch.stack([torch.tensor(float(self.count), device=device), *self.sums.values()]).double())
+        flat = dict(zip(self.sums, (sums[1:] / sums[0]).tolist(), strict=True))
         parts = {name.removeprefix("parts."): flat.pop(name) for name in list(flat) if name.startswith("parts.")}
         return {**flat, "parts": parts}

@@ -7,8 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from unmoved import config, loop
-from unmoved import precision as formats
+from unmoved import config, engine, loop
 from unmoved.built import Built
 from unmoved.errors import UnmovedError
 from unmoved.rehearsal import rehearse
@@ -22,57 +21,76 @@ def train_recipe(
     resume: bool = False,
     allow: Collection[str] = (),
     device: str = "auto",
+    devices: int = 1,
+    nodes: int = 1,
     progress: Callable[[dict[str, Any]], None] | None = None,
     loading: Callable[[int, int], None] | None = None,
 ) -> Run:
     """Train a recipe into a run folder; with ``resume`` go on where the folder stands, or start it.
+
+    With several ``devices`` or ``nodes`` the first process starts the others of its machine by its own command line;
+    on other machines that command is started by hand with ``NODE_RANK`` and ``MASTER_ADDR`` set, or on all by
+    ``torchrun``. They share each batch and make the step that one process would make; the first has the folder.
 
     ``progress`` is that of `unmoved.train`; ``loading`` is called with (done, total) images where decoding takes
     a while.
 
     Raises:
         UnmovedError: a folder that holds a run (without ``resume``) or a run of another recipe, or in which another
-            process is at work; as `train`.
+            process is at work; another process that ended; as `train` and `engine.prepare`.
     """
+    first = engine.rank(devices, nodes) == 0
     with ExitStack() as held:
-        if Path(out).is_dir():  # otherwise none is made before the recipe is known to be sound
+        if first and Path(out).is_dir():  # otherwise none is made before the recipe is known to be sound
             held.enter_context(Run(out).alone())
-        tables = recipe.tables()
-        run = _begun(out, tables) if resume else None
-        saved = run.load_state() if run is not None else None
-        if run is not None and saved is not None and len(saved["log"]) >= recipe.training.epochs:
-            run.mend_weights(saved, lambda words: None if progress is None else progress({"note": words}))
+        run = _begun(out, recipe.tables()) if first and resume else None
+        done = run is not None and _is_done(run, recipe, progress)
+        if run is not None and done and not engine.started_by_others():
             return run
-        # Everything a recipe can get wrong is found before a folder is made.
-        formats.require_device(device)
+        fabric = engine.prepare(device, devices, nodes)
+        # Everything a recipe can get wrong is found before a folder is made, and before other processes are.
         built = Built(recipe, allow, loading)
         model = built.model()
         share = recipe.training.validation
         part = built.data.train
         train_part, validation = part.hold_out(share if share < 1 else int(share), seed=0) if share else (part, None)
         rehearse(model, built.phases, next(iter(train_part.batches(2))))
-        held.enter_context(Run(out).alone())
-        # Where the folder was missing, another process may have begun in the meantime.
-        run = (_begun(out, tables) if resume else None) or Run.create(out, tables)
-        loop.train(
-            model,
-            built.phases,
-            train_part,
-            validation=validation,
-            check=built.check,
-            threat=built.threat,
-            epochs=recipe.training.epochs,
-            batch_size=recipe.training.batch_size,
-            optimizer=built.optimizer,
-            schedule=built.schedule,
-            augment=built.augment,
-            precision=recipe.training.precision,
-            seed=recipe.training.seed,
-            device=device,
-            run=run,
-            progress=progress,
-        )
-    return run
+        if first:
+            held.enter_context(Run(out).alone())
+            # Where the folder was missing, another process may have begun in the meantime.
+            run = (_begun(out, recipe.tables()) if resume else None) or Run.create(out, recipe.tables())
+        with engine.together(fabric):
+            if not engine.told(fabric, done):
+                loop.train(
+                    model,
+                    built.phases,
+                    train_part,
+                    validation=validation,
+                    check=built.check,
+                    threat=built.threat,
+                    epochs=recipe.training.epochs,
+                    batch_size=recipe.training.batch_size,
+                    optimizer=built.optimizer,
+                    schedule=built.schedule,
+                    augment=built.augment,
+                    average=built.average,
+                    precision=recipe.training.precision,
+                    sync_batchnorm=recipe.training.sync_batchnorm,
+                    seed=recipe.training.seed,
+                    fabric=fabric,
+                    run=run,
+                    progress=progress if first else None,
+                )
+    return Run(out) if run is None else run
+
+
+def _is_done(run: Run, recipe: config.Recipe, progress: Callable[[dict[str, Any]], None] | None) -> bool:
+    """Whether all epochs are saved; weights files that are missing or damaged are then mended."""
+    saved = run.load_state()
+    if saved is None or len(saved["log"]) < recipe.training.epochs:
+        return False
+    run.mend_weights(saved, lambda words: None if progress is None else progress({"note": words}))
+    return True
 
 
 def _begun(out: Path | str, tables: dict[str, Any]) -> Run | None:
@@ -80,8 +98,10 @@ def _begun(out: Path | str, tables: dict[str, Any]) -> Run | None:
     if not (Path(out) / "recipe.toml").exists():
         return None
     run = Run.open(out)
-    if run.recipe != tables:
-        keys = sorted(key for key in {*tables, *run.recipe} if tables.get(key) != run.recipe.get(key))
+    # Parsed: a folder of an older version lacks the keys that were added since, which have their defaults.
+    begun = config.parse(run.recipe, str(run.path / "recipe.toml")).tables()
+    if begun != tables:
+        keys = sorted(key for key in {*tables, *begun} if tables.get(key) != begun.get(key))
         raise UnmovedError(
             f"{out} holds a run of another recipe (it differs in: {', '.join(keys)}); choose another --out, "
             f"or pass {Path(out) / 'recipe.toml'} to go on with that one"

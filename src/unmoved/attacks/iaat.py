@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from unmoved import processes
 from unmoved.attacks.ascent import MODES, attacking, gradient_at
 from unmoved.errors import require_choice, require_number
 from unmoved.protocols import Batch, Image, Term
@@ -93,7 +94,10 @@ class IAAT:
             right, right_old, right_further = (model(x).argmax(dim=1) == batch.y for x in (batch.x, x_adv, further))
         new = torch.where(right_further, tried, torch.where(right_old, old, old - self.gamma))
         new = (new * right).clamp_min(0)
-        self._radius[batch.index] = (self.momentum * old + (1 - self.momentum) * new).to(self._radius.dtype)
+        # A sample may be another process's in the next epoch: all of them remember all radii.
+        index = processes.gathered(batch.index)
+        self._grow(index)
+        self._radius[index] = processes.gathered((self.momentum * old + (1 - self.momentum) * new).to(old.dtype))
 
     def _attack(self, model: nn.Module, batch: Batch, radius: Tensor) -> Image:
         step = (2 * radius / self.steps).clamp_min(self.step_size).reshape(-1, *[1] * (batch.x.ndim - 1))

@@ -21,14 +21,22 @@ def train(
     overrides: Overrides = [],  # noqa: B006 - typer's way to say 'none'
     allow: Allow = [],  # noqa: B006
     device: Device = "auto",
+    devices: Annotated[
+        int, typer.Option(min=1, help="Processes on this machine that share each batch: one a GPU, or parts of a CPU.")
+    ] = 1,
+    nodes: Annotated[
+        int, typer.Option(min=1, help="Machines; start this on each, with NODE_RANK, MASTER_ADDR and MASTER_PORT set.")
+    ] = 1,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also log to RUN/tensorboard.")] = False,
 ) -> None:
     """Train one recipe into a run folder."""
-    from unmoved import config, training
+    from unmoved import config, engine, training
 
     parsed = config.read(recipe, overrides)
+    first = engine.rank(devices, nodes) == 0
+    console.quiet = not first  # the others would say the same
     epochs = parsed.training.epochs
-    log = screen.tensorboard_log(out) if tensorboard else None
+    log = screen.tensorboard_log(out) if tensorboard and first else None
     with screen.bars() as add:
         loading: list[screen.Advance] = []
         advance = add(parsed.name, epochs)
@@ -55,6 +63,8 @@ def train(
             resume=resume,
             allow=allow,
             device=device,
+            devices=devices,
+            nodes=nodes,
             progress=progress,
             loading=read,
         )

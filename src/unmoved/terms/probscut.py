@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from unmoved import processes
 from unmoved.errors import UnmovedError, require_choice, require_number
 from unmoved.protocols import Logits, PerSample, StatefulTerm
 from unmoved.views import Views
@@ -107,17 +108,21 @@ class GlobalProbability(StatefulTerm):
     @torch.no_grad()
     def update(self, views: Views) -> None:
         if self.how == "ema":
-            s = self._target_probability(views).double()
-            count = torch.bincount(views.y, minlength=self.num_classes)
-            mean = torch.bincount(views.y, weights=s, minlength=self.num_classes) / count.clamp_min(1)
+            count, total = processes.summed(self._by_class(self._target_probability(views), views, powers=2))
+            mean = total / count.clamp_min(1)
             q = torch.where(count > 0, self.momentum * self.q + (1 - self.momentum) * mean, self.q.double())
             self.theta.copy_(torch.logit(q))
         self.theta.clamp_(-THETA_BOUND, THETA_BOUND)
         for row, name in enumerate(("clean", "adv")):
             if views.has(name):
-                p = self._p_true(views.logits(name), views).double()
-                for power in range(3):
-                    self.seen[row, power] += torch.bincount(views.y, weights=p**power, minlength=self.num_classes)
+                p = self._p_true(views.logits(name), views)
+                self.seen[row] += processes.summed(self._by_class(p, views, powers=3))
+
+    def _by_class(self, s: PerSample, views: Views, powers: int) -> Tensor:
+        """Sums of 1, s, s^2, ... over this process's samples of each class, (powers, K) float64."""
+        y, p = processes.own(views.y), processes.own(s).double()
+        sums = p.new_zeros(powers, self.num_classes)
+        return sums.index_add_(1, y, torch.stack([p**power for power in range(powers)]))
 
     def report(self) -> dict[str, Any]:
         """q, and per class the mean and variance of p_y since the last report, clean and adversarial."""

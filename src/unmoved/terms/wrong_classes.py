@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from unmoved import processes
 from unmoved.errors import UnmovedError, require_choice, require_number
 from unmoved.protocols import Label, Logits, PerSample
 from unmoved.terms.cross_entropy import VIEWS
@@ -66,7 +67,8 @@ class PRSL:
 
     ``logsumexp_k(t_k) - t_i`` with ``t_i`` the mean of the wrong logits of ranks start..end-1 of sample i. Wang et al.
     2024 (arXiv 2402.03627), as in the authors' class ``PRSL``, which sums over the batch: their b is the weight b * B
-    here. It couples the samples: the minimum, log B, is where all t_i agree.
+    here. It couples the samples: the minimum, log B, is where all t_i agree. Where several processes train, B is the
+    whole batch.
 
     Args:
         view: ``"clean"`` or ``"adv"``.
@@ -90,7 +92,7 @@ class PRSL:
         if self.end > wrong.shape[1]:
             raise UnmovedError(f"PRSL.end: expected at most {wrong.shape[1]} wrong classes, came {self.end}")
         t = wrong.topk(self.end, dim=1).values[:, self.start :].mean(dim=1)
-        return torch.logsumexp(t, dim=0) - t
+        return processes.logsumexp(t) - t
 
 
 @dataclass(frozen=True)
