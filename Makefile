@@ -5,7 +5,7 @@ MNIST ?= data/mnist
 STUDY := drsl standard at trades mart probscut_trades drsl_at sensible at_apd
 DEMO := standard at trades mart trades_awp at_sam probscut_trades drsl sensible at_apd
 
-.PHONY: help demo digits study test slow check bench bench-verdict clean
+.PHONY: help demo digits study test slow check bench bench-gpu bench-scale bench-verdict clean
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -37,6 +37,12 @@ bench: bench-verdict ## speeds: steps against a plain reference, what methods ad
 	$(BIN)/python benchmarks/steps.py
 	$(BIN)/python benchmarks/corruption.py
 	$(BIN)/python benchmarks/softmax.py
+
+bench-gpu: .venv/installed ## seconds an epoch on a GPU (about ten minutes on one), against the reference on the same card
+	$(BIN)/python benchmarks/gpu.py
+
+bench-scale: .venv/installed ## how costs grow with attack steps, passes, image size and processes
+	$(BIN)/python benchmarks/scale.py
 
 bench-verdict: .venv/installed $(RUN) ## verdicts alone; RUN=runs/mine for a run of yours, AUTOATTACK=path for the reference
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps torchattacks requests idna urllib3 certifi charset-normalizer tqdm

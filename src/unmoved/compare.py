@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import closing
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from unmoved import cluster as clusters
 from unmoved import config, outcomes, pool, studies
 from unmoved.errors import UnmovedError
 from unmoved.evaluation import evaluate_run, examine_run, weights_digest
@@ -20,18 +24,20 @@ from unmoved.training import train_recipe
 DOCTOR_SAMPLES = 32  # enough to see masked gradients; `unmoved doctor RUN` looks at more
 
 
-def work(job: Job) -> str:
+def work(job: Job, device: str = "auto") -> str:
     """Train and judge one job in this process, going on where it stands; returns the run's folder."""
     if job.threads:
         torch.set_num_threads(job.threads)
-    run = train_recipe(config.parse(job.tables), job.path, resume=True, allow=job.allow, progress=_say_notes)
+    run = train_recipe(
+        config.parse(job.tables), job.path, resume=True, allow=job.allow, device=device, progress=_say_notes
+    )
     done = run.evaluation
     if done is None or (done.get("weights_sha256"), done.get("asked")) != (weights_digest(run, "best"), job.attacks):
-        evaluate_run(run, attacks=job.attacks, allow=job.allow)
+        evaluate_run(run, attacks=job.attacks, device=device, allow=job.allow)
     if (run.doctor or {}).get("weights_sha256") != weights_digest(run, "best"):
-        examine_run(run, n=DOCTOR_SAMPLES, allow=job.allow)
+        examine_run(run, n=DOCTOR_SAMPLES, device=device, allow=job.allow)
     if job.analyze:
-        (subject,) = studies.subjects([run], job.analysis_n, allow=job.allow)
+        (subject,) = studies.subjects([run], job.analysis_n, device=device, allow=job.allow)
         for name in job.analyze:
             studies.prepare(name, subject)
     return job.path
@@ -43,22 +49,25 @@ def compare(
     workers: int | None = None,
     on_done: Callable[[Job, str | None], None] | None = None,
     poll: Callable[[], None] | None = None,
+    cluster: clusters.Cluster | None = None,
 ) -> list[Run]:
     """Run the grid in a pool of processes and return the finished runs; one failure does not stop the others.
 
     A run whose process dies is gone on with in another one, once.
 
     Args:
-        workers: processes; by default one a core, at most one a job.
+        workers: processes at a time; by default one a core of this machine, or as many as the cluster has room for.
         on_done: called with each job and its error message, or None.
         poll: called a few times a second, for a progress display.
+        cluster: the Ray cluster whose machines do the work, instead of processes of this one; they must see the runs'
+            folders.
 
     Raises:
-        UnmovedError: after all jobs ended, naming those that failed; what finished stays on disk.
+        UnmovedError: after all jobs ended, naming those that failed; what finished stays on disk. As
+            `unmoved.cluster.each`, at once.
     """
-    count = max(1, min(workers or os.cpu_count() or 1, len(jobs)))
     failures: dict[str, str] = {}
-    with closing(pool.each(work, jobs, count, poll)) as ended:
+    with closing(_ended(jobs, workers, poll, cluster)) as ended:
         for number, error in ended:
             label = jobs[number].label
             if error is not None:
@@ -72,6 +81,23 @@ def compare(
             f"what is missing:{lines}"
         )
     return [Run.open(job.path) for job in jobs]
+
+
+def _ended(
+    jobs: Sequence[Job], workers: int | None, poll: Callable[[], None] | None, cluster: clusters.Cluster | None
+) -> Generator[tuple[int, BaseException | None]]:
+    """Do the jobs; yield each one's number as it ends, with its error or None."""
+    if cluster is None:
+        return pool.each(work, jobs, max(1, min(workers or os.cpu_count() or 1, len(jobs))), poll)
+    sent = [replace(job, path=os.path.abspath(job.path)) for job in jobs]
+    return clusters.each(
+        partial(work, device="auto" if cluster.gpus else "cpu"),
+        sent,
+        min(workers or len(jobs), len(jobs)),
+        poll,
+        cluster=cluster,
+        shared=Path(os.path.commonpath([Path(job.path).parent for job in sent])) if sent else Path(),
+    )
 
 
 def finals(
@@ -109,4 +135,4 @@ def _say_notes(record: dict[str, Any]) -> None:
 def _words(error: BaseException) -> str:
     if isinstance(error, pool.ProcessDied):
         return f"its process was ended from outside (out of memory, or killed), {pool.DEATHS} times"
-    return str(error) if isinstance(error, UnmovedError) else f"{type(error).__name__}: {error}"
+    return str(error) if isinstance(error, UnmovedError | clusters.JobError) else f"{type(error).__name__}: {error}"

@@ -86,7 +86,7 @@ def together(fabric: Fabric) -> Iterator[None]:
     Raises:
         UnmovedError: another process ended.
     """
-    several = fabric.world_size > 1
+    several, before = fabric.world_size > 1, dict(os.environ)
     if several and "LOCAL_RANK" in os.environ and not dist.is_torchelastic_launched():
         _end_with(os.getppid())
     if several:
@@ -104,6 +104,10 @@ def together(fabric: Fabric) -> Iterator[None]:
     except BaseException:
         _end(fabric)
         raise
+    finally:
+        if several:  # what starting the others has set would make a second training believe that it is one of them
+            for name in os.environ.keys() - before.keys():
+                del os.environ[name]
     if several and dist.is_initialized():
         fabric.barrier()
         dist.destroy_process_group()

@@ -23,7 +23,7 @@ from unmoved.built import Built
 from unmoved.disk import write_atomic
 from unmoved.errors import UnmovedError, did_you_mean
 from unmoved.journal import Journal
-from unmoved.precision import require_device
+from unmoved.precision import layout, require_device
 from unmoved.protocols import Attack, Batch, Ensemble, Image
 from unmoved.run import Run
 
@@ -139,8 +139,8 @@ def opened(run: Run, weights: str, device: str, allow: Collection[str]) -> tuple
     built = Built(config.parse(run.recipe, str(run.path / "recipe.toml")), allow)
     model = built.model()
     run.load_weights(model, weights)
-    model.to(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # the same numbers, faster convolutions
+    where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    model.to(where).to(memory_format=layout(model, where))  # type: ignore[call-overload]  # the same numbers, faster
     return built, model.eval()
 
 

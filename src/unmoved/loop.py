@@ -179,7 +179,7 @@ def train(
     groups: list[dict[str, Any]] = [{"params": list(model.parameters())}]
     if any(True for _ in terms.parameters()):
         groups.append({"params": list(terms.parameters()), "weight_decay": 0.0})
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # the same numbers, faster convolutions
+    model.to(memory_format=formats.layout(model, fabric.device))  # type: ignore[call-overload]  # the same numbers
     per_epoch = -(-len(split) // batch_size)
     opt = optimizer(groups)
     scheduler = schedule(opt, per_epoch * epochs, per_epoch)

@@ -1,10 +1,13 @@
-"""Which number format the passes run in. Parameters, losses and verdicts are float32 always."""
+"""Which number format and memory layout the passes run in. Parameters, losses and verdicts are float32 always."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
+from torch import nn
 
 from unmoved.errors import UnmovedError, require_choice
 
@@ -45,3 +48,46 @@ def autocast(precision: str, device: torch.device | str) -> AbstractContextManag
     if resolve(precision, device) == "float32":
         return nullcontext()
     return torch.autocast(torch.device(device).type, dtype=torch.bfloat16)
+
+
+# Channels that oneDNN's kernels take at a time: 8 with AVX2, 16 with AVX-512.
+_BLOCK = 16
+
+
+def layout(model: nn.Module, device: torch.device | str) -> torch.memory_format:
+    """channels_last, in which convolutions are faster (docs/performance.md), wherever its gradients are right.
+
+    On a CPU the weights' gradient of a 1x1 convolution with a stride and few input channels is wrong in channels_last,
+    or the process crashes or hangs (uxlfoundation/oneDNN, issue 6035; torch 2.13 has it). A model with one, such as
+    a `preact_resnet18` narrower than 16, stays contiguous there, and is right.
+    """
+    if torch.device(device).type == "cpu" and any(_miscomputed(module) for module in model.modules()):
+        return torch.contiguous_format
+    return torch.channels_last
+
+
+def _miscomputed(module: nn.Module) -> bool:
+    if not isinstance(module, nn.Conv2d):
+        return False
+    is_strided_point = max(module.kernel_size) == 1 and max(module.stride) > 1
+    return is_strided_point and module.in_channels // module.groups < _BLOCK
+
+
+@contextmanager
+def constant_weights(model: nn.Module) -> Iterator[None]:
+    """For an attack on what ``torch.compile`` returned: the weights need no gradient inside, and do again after it.
+
+    A compiled graph computes every gradient that could be asked for, and an attack asks for the image's alone. Other
+    models are left as they are: eager passes compute what is asked for, and autocast keeps its copies of weights that
+    need a gradient only.
+    """
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")  # importing it takes seconds
+    is_compiled = dynamo is not None and isinstance(model, dynamo.OptimizedModule)
+    weights = [p for p in model.parameters() if p.requires_grad] if is_compiled else []
+    try:
+        for p in weights:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p in weights:
+            p.requires_grad_(True)

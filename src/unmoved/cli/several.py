@@ -13,6 +13,7 @@ from unmoved import screen
 from unmoved.cli.options import Allow, Device, Overrides, app, console
 
 if TYPE_CHECKING:
+    from unmoved.cluster import Cluster
     from unmoved.pages import Section
 
 
@@ -21,7 +22,19 @@ def compare(
     recipes: Annotated[list[Path], typer.Argument(metavar="RECIPE...", help="Recipes to train, judge and compare.")],
     seeds: Annotated[str, typer.Option(help="Seeds, such as 0 or 0,1,2.")] = "0",
     out: Annotated[Path, typer.Option(help="Folder for the runs and the report.")] = Path("runs/compare"),
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes at a time; one a core by default.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes at a time; one a core by default, or all that a cluster holds.")
+    ] = None,
+    on: Annotated[str, typer.Option(help="local, or ray: a Ray cluster that shares OUT (unmoved[ray]).")] = "local",
+    ray_address: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="... this one; a running one by default, or a local one.")
+    ] = None,
+    cpus_per_run: Annotated[
+        int | None, typer.Option(min=1, help="... with this many cores (and threads) a run; 1 by default.")
+    ] = None,
+    gpus_per_run: Annotated[
+        float | None, typer.Option(min=0, help="... and this many GPUs, or a share of one; none by default.")
+    ] = None,
     attacks: Annotated[str, typer.Option(help="What judges every run; as in 'unmoved evaluate'.")] = "recipe",
     finalists: Annotated[int, typer.Option(min=0, help="AutoAttack standard judges this many of the best runs.")] = 0,
     final_n: Annotated[int | None, typer.Option(min=1, help="... on this many test images; all by default.")] = None,
@@ -56,7 +69,8 @@ def compare(
     parsed = plans.read(recipes, overrides, sweep)
     count = workers or os.cpu_count() or 1
     runs_each = splits * permutations if splits else len(numbers)
-    threads = max(1, (os.cpu_count() or 1) // min(count, len(parsed) * runs_each))
+    cluster = _cluster(on, ray_address, cpus_per_run, gpus_per_run)
+    threads = cluster.cpus if cluster else max(1, (os.cpu_count() or 1) // min(count, len(parsed) * runs_each))
     runs_words = f"{splits} parts, {permutations} permutation(s)" if splits else _count(numbers, "seed")
     jobs = plans.jobs_of(parsed, numbers, out, allow, threads, attacks, splits=splits, permutations=permutations)
     chapters = tuple(name.strip() for name in analyze.split(",") if name.strip())
@@ -69,7 +83,10 @@ def compare(
         def done(job: plans.Job, error: str | None) -> None:
             console.print(f"failed: {job.label}" if error else f"done: {job.label}")
 
-        runs = grid.compare(jobs, workers=count, on_done=done, poll=lambda: advance(sum(map(screen.epochs_done, jobs))))
+        def poll() -> None:
+            advance(sum(map(screen.epochs_done, jobs)))
+
+        runs = grid.compare(jobs, workers=workers, on_done=done, poll=poll, cluster=cluster)
     if finalists:
         with screen.follow() as follow:
             best = grid.finals(runs, finalists, final_n, allow=allow, progress=follow)
@@ -85,6 +102,19 @@ def compare(
     path = reports.write(runs, out / "report.html", extra=sections, title=f"{_count(parsed, 'recipe')}, {runs_words}")
     screen.print_summary({f"{run.name} seed {run.seed}" if runs_each > 1 else run.name: run.outcomes for run in runs})
     console.print(f"report: {path}", soft_wrap=True)
+
+
+def _cluster(on: str, address: str | None, cpus: int | None, gpus: float | None) -> Cluster | None:
+    """Where the runs are made; None for processes of this machine."""
+    from unmoved.cluster import Cluster
+    from unmoved.errors import UnmovedError, require_choice
+
+    require_choice("--on", on, ("local", "ray"))
+    if on == "ray":
+        return Cluster(address, cpus or 1, gpus or 0.0)
+    if (address, cpus, gpus) != (None, None, None):
+        raise UnmovedError("--ray-address, --cpus-per-run and --gpus-per-run say how --on ray works; give that too")
+    return None
 
 
 def _count(things: Sequence[object], name: str) -> str:

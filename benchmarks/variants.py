@@ -1,0 +1,181 @@
+"""The ways to run one training step that ``benchmarks/gpu.py`` compares: formats, layouts, compiled or not."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import reference
+import torch
+import training
+from torch import nn
+from torch.nn import functional as F
+
+from unmoved import Batch, Method, models, terms, train_step
+from unmoved import precision as formats
+from unmoved.data import ArraySplit
+from unmoved.loop import WATCHED
+
+EPS = 8 / 255
+
+
+@dataclass(frozen=True)
+class Size:
+    """What is measured: the sizes of the bars, or a miniature."""
+
+    images: int = 50_000
+    side: int = 32
+    width: int = 64
+    batches: tuple[int, ...] = (128, 512)
+    judged: int = 1024
+    lessons: int = 200
+    backend: str = "inductor"
+
+
+MINIATURE = Size(images=12, side=8, width=16, batches=(4,), judged=8, lessons=2, backend="aot_eager")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How our step runs; without ours, the reference."""
+
+    name: str
+    precision: str = "float32"
+    tf32: bool = True
+    layout: torch.memory_format = torch.channels_last
+    compiled: bool = False
+    ours: bool = True
+
+    def __enter__(self) -> None:
+        torch.backends.cudnn.allow_tf32 = self.tf32
+        torch.set_float32_matmul_precision("high" if self.tf32 and self.ours else "highest")
+
+    def __exit__(self, *_: object) -> None:
+        torch.backends.cudnn.allow_tf32 = True
+        torch.set_float32_matmul_precision("highest")
+
+
+REFERENCE = Variant("reference", layout=torch.contiguous_format, ours=False)
+EXACT = Variant("float32", tf32=False)
+VARIANTS = (
+    REFERENCE,
+    EXACT,
+    Variant("TF32"),
+    Variant("bf16", "bf16"),
+    Variant("bf16, contiguous", "bf16", layout=torch.contiguous_format),
+    Variant("bf16, compiled", "bf16", compiled=True),
+)
+
+
+def pictures(size: Size, device: str) -> ArraySplit:
+    """Random images with a pattern of their class in them, of four times eps: something to learn, and to attack."""
+    draw = torch.Generator().manual_seed(0)
+    y = torch.randint(10, (size.images,), generator=draw)
+    shape = (3, size.side, size.side)
+    patterns = torch.randint(64, (10, *shape), generator=draw, dtype=torch.uint8)
+    x = patterns[y] + torch.randint(192, (size.images, *shape), generator=draw, dtype=torch.uint8)
+    return ArraySplit(x, y, torch.arange(len(y)), tuple("0123456789")).to(device)
+
+
+def network(size: Size, device: str) -> nn.Sequential:
+    torch.manual_seed(0)
+    return models.preact_resnet18((3, size.side, size.side), 10, width=size.width).to(device)
+
+
+def taught(size: Size, device: str) -> dict[str, torch.Tensor]:
+    """Weights after some steps on clean images: an untrained network has nothing to attack."""
+    split, model = pictures(size, device), network(size, device).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    batches = forever(split, size.batches[0])
+    for _ in range(size.lessons):
+        train_step(model, Method(None, terms.CE("clean")), optimizer, next(batches), "float32")
+    return model.state_dict()
+
+
+def forever(split: ArraySplit, batch: int) -> Iterator[Batch]:
+    """Whole batches of shuffled epochs, numbered as the training loop numbers them."""
+    step = epoch = 0
+    while True:
+        for part in split.batches(batch, shuffle=epoch):
+            if len(part) == batch:
+                yield replace(part, step=step)
+                step += 1
+        epoch += 1
+
+
+class Side:
+    """One variant at work on a model of its own."""
+
+    def __init__(self, variant: Variant, what: str, batch: int, size: Size, device: str) -> None:
+        self.variant, self.what, self.device = variant, what, device
+        model = network(size, device).to(memory_format=variant.layout).train()
+        compiled: Any = torch.compile(model, backend=size.backend) if variant.compiled else model
+        self.model: nn.Module = compiled
+        self.optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)  # the same work in every step
+        self.batches = forever(pictures(size, device), batch)
+        self.seconds: list[float] = []
+        self.peak = 0.0
+
+    def step(self) -> None:
+        batch = next(self.batches)
+        if self.variant.ours:
+            how = {"precision": self.variant.precision, "watch": batch.step % WATCHED == 0}
+            train_step(self.model, training.method(self.what, EPS), self.optimizer, batch, **how)
+        else:
+            reference.STEPS[self.what](self.model, self.optimizer, batch.x, batch.y, EPS, training.INNER)
+
+    def turn(self, steps: int) -> None:
+        """Time some steps, and note the peak of memory over what is held between them."""
+        with self.variant:
+            done(self.device)
+            held = allocated(self.device)
+            began = time.perf_counter()
+            for _ in range(steps):
+                self.step()
+            done(self.device)
+            self.seconds.append((time.perf_counter() - began) / steps)
+        self.peak = max(self.peak, allocated(self.device, peak=True) - held)
+
+
+def done(device: str) -> None:
+    """Wait for what the device was asked for."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def allocated(device: str, peak: bool = False) -> float:
+    """MiB on the device; with ``peak`` the most since the last call without."""
+    if device != "cuda":
+        return 0.0
+    if peak:
+        return torch.cuda.max_memory_allocated() / 2**20
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated() / 2**20
+
+
+def strength(variant: Variant, what: str, weights: dict[str, torch.Tensor], size: Size, device: str) -> float:
+    """The loss that the attack ends at over the reference's, both in float32 on the same weights and images."""
+    model = network(size, device)
+    model.load_state_dict(weights)
+    model.to(memory_format=variant.layout).eval()
+    batch = next(pictures(size, device).batches(size.judged))
+    with EXACT, torch.no_grad():
+        clean = F.softmax(model(batch.x), 1)
+
+    def reached(x_adv: torch.Tensor) -> float:
+        with EXACT, torch.no_grad():
+            log_p = F.log_softmax(model.eval()(x_adv.float()), 1)
+            return float(F.nll_loss(log_p, batch.y) if what == "AT" else F.kl_div(log_p, clean, reduction="batchmean"))
+
+    with EXACT:
+        start = reference.uniform(batch.x, EPS)
+        if what == "AT":
+            theirs = reference.ce_attack(model, batch.x, batch.y, start, EPS, training.INNER)
+        else:
+            theirs = reference.trades_attack(model, batch.x, EPS, training.INNER)
+    attack = training.method(what, EPS).attack
+    assert attack is not None
+    with variant, formats.autocast(variant.precision, device):
+        return reached(attack(model.eval(), batch)) / reached(theirs)
