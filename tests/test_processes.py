@@ -141,6 +141,13 @@ def test_what_cannot_be_started_is_refused(
         engine.prepare(**settings)
 
 
+def test_a_batch_job_of_slurm_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"SLURM_NTASKS": "4", "SLURM_JOB_NAME": "train", "SLURM_PROCID": "3"}.items():
+        monkeypatch.setenv(name, value)
+    assert engine.prepare("cpu").world_size == 1
+    assert engine.rank() == 0
+
+
 def test_the_rank_is_known_before_anything_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
     assert engine.rank(devices=4) == 0
     monkeypatch.setenv("LOCAL_RANK", "1")

@@ -38,6 +38,8 @@ def prepare(device: str = "auto", devices: int = 1, nodes: int = 1, precision: A
         UnmovedError: a device that this machine lacks, fewer than one, or other numbers than torchrun's.
     """
     from lightning_fabric import Fabric  # seconds to import, and only training needs it
+    from lightning_fabric.plugins.environments.lightning import LightningEnvironment
+    from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
     from lightning_fabric.strategies.ddp import DDPStrategy
 
     require_number("devices", devices, at_least=1)
@@ -52,8 +54,10 @@ def prepare(device: str = "auto", devices: int = 1, nodes: int = 1, precision: A
             )
         devices, nodes = here, world // here
     accelerator = "auto" if device == "auto" else device
+    # Named, or fabric would take a batch job of Slurm for one of several processes.
+    place = TorchElasticEnvironment() if dist.is_torchelastic_launched() else LightningEnvironment()
     if devices * nodes == 1:
-        return Fabric(accelerator=accelerator, devices=1, precision=precision)
+        return Fabric(accelerator=accelerator, devices=1, precision=precision, plugins=[place])
     available = torch.cuda.device_count()
     if device != "cpu" and torch.cuda.is_available() and devices > available:
         raise UnmovedError(f"--devices: expected at most {available}, as many as this machine has, came {devices}")
@@ -62,7 +66,14 @@ def prepare(device: str = "auto", devices: int = 1, nodes: int = 1, precision: A
     buffers = "forward_sync_buffers" if "forward_sync_buffers" in settings else "broadcast_buffers"
     options: dict[str, Any] = {buffers: False}
     strategy = DDPStrategy(**options)
-    return Fabric(accelerator=accelerator, devices=devices, num_nodes=nodes, strategy=strategy, precision=precision)
+    return Fabric(
+        accelerator=accelerator,
+        devices=devices,
+        num_nodes=nodes,
+        strategy=strategy,
+        precision=precision,
+        plugins=[place],
+    )
 
 
 def rank(devices: int = 1, nodes: int = 1) -> int:
