@@ -125,9 +125,10 @@ class PGD:
             else:
                 break
             halt, memory = stop(logits, base.y, value, step, memory)
-            if halt.any():
-                go = ~halt
-                rest[position[halt]] = (before if stop.undo else x_adv)[halt]
+            go = torch.nonzero(~halt).flatten()  # a GPU is waited for here, once, and not at each use of a mask
+            if len(go) < len(position):
+                gone = torch.nonzero(halt).flatten()
+                rest[position[gone]] = (before if stop.undo else x_adv)[gone]
                 base, position, x_adv = base.take(go), position[go], x_adv[go]
                 memory = None if memory is None else memory[go]
                 gradient = gradient[go]
