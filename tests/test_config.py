@@ -382,3 +382,13 @@ def test_what_a_recipe_can_name_is_what_the_namespaces_export() -> None:
         for name, factory in members.items():
             assert callable(factory), (kind, name)
             assert factory.__doc__, (kind, name)  # what `unmoved list` prints
+
+
+def test_a_recipe_in_the_current_folder_is_called_by_its_file_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (ROOT / "recipes" / "digits" / "at.toml").read_text()
+    (tmp_path / "mine.toml").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    assert config.read(Path("mine.toml")).name == "mine"
+    assert config.read(tmp_path / "mine.toml").name == f"{tmp_path.name}/mine"

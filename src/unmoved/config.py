@@ -238,7 +238,7 @@ def read(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     except (OSError, ValueError) as error:
         raise UnmovedError(f"recipe {path}: cannot be read: {error}") from error
     tables = toml(text, f"recipe {path}")
-    tables.setdefault("name", f"{path.parent.name}/{path.stem}")
+    tables.setdefault("name", "/".join(part for part in (path.parent.name, path.stem) if part))
     for override in overrides:
         _override(tables, override)
     return parse(tables, str(path))
