@@ -78,8 +78,9 @@ def train_step(
     objective = as_sum(method.objective)
     x_adv = None
     if method.attack is not None:
-        with formats.autocast(precision, batch.x.device):
-            x_adv = method.attack(model if attacked is None else attacked, batch)
+        bare = model if attacked is None else attacked
+        with formats.autocast(precision, batch.x.device), formats.constant_weights(bare):
+            x_adv = method.attack(bare, batch)
     first: list[tuple[Views, Step]] = []
 
     def closure() -> Tensor:
