@@ -38,7 +38,7 @@ bench: bench-verdict ## speeds: steps against a plain reference, what methods ad
 	$(BIN)/python benchmarks/corruption.py
 	$(BIN)/python benchmarks/softmax.py
 
-bench-gpu: .venv/installed ## seconds an epoch on a GPU (about ten minutes on one), against the reference on the same card
+bench-gpu: .venv/installed ## seconds an epoch on a GPU, against the reference on the same card
 	$(BIN)/python benchmarks/gpu.py
 
 bench-scale: .venv/installed ## how costs grow with attack steps, passes, image size and processes

@@ -94,16 +94,20 @@ def costs(side: int, images: int, repeats: int, device: str) -> dict[str, float]
     return found
 
 
-def by_steps(repeats: int, device: str) -> dict[str, Any]:
-    """One step of AT on PreActResNet-18 of width 16 with k attack steps; seconds = a + b k by least squares."""
-    name = "preact_resnet18"
-    model = network(name, device, torch.channels_last).train()
+def one_step(how: Method, repeats: int, device: str) -> float:
+    """Seconds of one training step on PreActResNet-18 of width 16."""
+    model = network("preact_resnet18", device, torch.channels_last).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     batch = Batch(torch.rand(BATCH, 3, 32, 32, device=device), torch.zeros(BATCH, dtype=torch.int64, device=device))
+    return seconds(lambda: train_step(model, how, optimizer, batch), repeats, device)
+
+
+def by_steps(repeats: int, device: str) -> dict[str, Any]:
+    """One step of AT on PreActResNet-18 of width 16 with k attack steps; seconds = a + b k by least squares."""
     times = []
     for k in STEPS:
         at = Method(attacks.PGD(ThreatModel("linf", 8 / 255), steps=k), terms.CE())
-        times.append(seconds(lambda at=at: train_step(model, at, optimizer, batch), repeats, device))
+        times.append(one_step(at, repeats, device))
     k, t = torch.tensor(STEPS, dtype=torch.float64), torch.tensor(times, dtype=torch.float64)
     slope = float(((k - k.mean()) * (t - t.mean())).sum() / ((k - k.mean()) ** 2).sum())
     start = float(t.mean() - slope * k.mean())
@@ -113,13 +117,9 @@ def by_steps(repeats: int, device: str) -> dict[str, Any]:
 
 def by_method(repeats: int, device: str) -> dict[str, float]:
     """Seconds of a step of each method with 10 attack steps, in units of AT's; median of ratios taken in turn."""
-    name = "preact_resnet18"
-    model = network(name, device, torch.channels_last).train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    batch = Batch(torch.rand(BATCH, 3, 32, 32, device=device), torch.zeros(BATCH, dtype=torch.int64, device=device))
 
     def once(what: str) -> float:
-        return seconds(lambda: train_step(model, method(what, 8 / 255), optimizer, batch), 1, device)
+        return one_step(method(what, 8 / 255), 1, device)
 
     found = {}
     for what in ("TRADES", "MART", "TRADES-AWP", "APD"):

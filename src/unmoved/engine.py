@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import inspect
 import os
-import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -15,6 +13,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from unmoved.errors import UnmovedError, require_number
+from unmoved.pool import end_with_parent
 from unmoved.precision import require_device
 from unmoved.protocols import Split
 from unmoved.schedule import Phases
@@ -99,7 +98,7 @@ def together(fabric: Fabric) -> Iterator[None]:
     """
     several, before = fabric.world_size > 1, dict(os.environ)
     if several and "LOCAL_RANK" in os.environ and not dist.is_torchelastic_launched():
-        _end_with(os.getppid())
+        end_with_parent()
     if several:
         fabric.launch()
     try:
@@ -136,17 +135,6 @@ def _is_lost(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or any(sign in words for sign in ("gloo", "connection", "nccl", "socket"))
 
 
-def _end_with(parent: int) -> None:
-    """End this process as soon as the one that started it is gone, killed too."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1.0)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
 def told(fabric: Fabric, thing: Thing) -> Thing:
     """What the first process says, in all of them."""
     return fabric.broadcast(thing) if fabric.world_size > 1 else thing
@@ -175,12 +163,12 @@ def synchronized(model: nn.Module, fabric: Fabric) -> nn.Module:
 def require_lockstep(phases: Phases, sync_batchnorm: bool) -> None:
     """Raise `UnmovedError` for attacks that ask the other processes, each a different number of times."""
     for _, method in phases.phases:
-        stops = getattr(method.attack, "stop", None) is not None
-        couples = any(isinstance(t, PRSL) for _, t in as_sum(getattr(method.attack, "loss", method.objective)).terms)
-        asks = (couples and hasattr(method.attack, "loss")) or (
-            sync_batchnorm and getattr(method.attack, "mode", "eval") == "train"
-        )
-        if stops and asks:
+        attack: Any = method.attack
+        if getattr(attack, "stop", None) is None:
+            continue
+        loss = getattr(attack, "loss", None)
+        couples = loss is not None and any(isinstance(term, PRSL) for _, term in as_sum(loss).terms)
+        if couples or (sync_batchnorm and getattr(attack, "mode", "eval") == "train"):
             raise UnmovedError(
                 f"{method.attack!r}: its samples stop at different steps in different processes, and its loss or its "
                 "batch statistics need all of them at each step; train in one process"

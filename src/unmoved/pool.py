@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -64,17 +65,18 @@ def each(
 
 def _pool() -> ProcessPoolExecutor:
     spawn = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(1, mp_context=spawn, initializer=_end_with_parent)
+    return ProcessPoolExecutor(1, mp_context=spawn, initializer=end_with_parent)
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """Let this process end as soon as its parent is gone, killed too: it would go on alone, and keep its run locked."""
-    parent = multiprocessing.parent_process()
-    if parent is None:
-        return
+    parent, number = multiprocessing.parent_process(), os.getppid()
 
     def watch() -> None:
-        parent.join()
+        if parent is not None:
+            parent.join()
+        while parent is None and os.getppid() == number:  # a process that another library started
+            time.sleep(1.0)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

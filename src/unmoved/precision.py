@@ -55,7 +55,7 @@ _BLOCK = 16
 
 
 def layout(model: nn.Module, device: torch.device | str) -> torch.memory_format:
-    """channels_last, in which convolutions are faster (docs/performance.md), wherever its gradients are right.
+    """channels_last, in which convolutions are faster, wherever its gradients are right.
 
     On a CPU the weights' gradient of a 1x1 convolution with a stride and few input channels is wrong in channels_last,
     or the process crashes or hangs (uxlfoundation/oneDNN, issue 6035; torch 2.13 has it). A model with one, such as

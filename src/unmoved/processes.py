@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from unmoved.errors import UnmovedError
 from unmoved.protocols import Batch, PerSample
 
 
@@ -124,9 +123,3 @@ def average(tensors: list[Tensor]) -> None:
     with torch.no_grad():
         for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
             tensor.copy_(part.reshape(tensor.shape))
-
-
-def refuse(what: str, why: str) -> None:
-    """Raise `UnmovedError` where several processes train: what cannot be done in step with the others."""
-    if _current is not None:
-        raise UnmovedError(f"{what}: {why}; train in one process")
