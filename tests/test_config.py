@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import tomli_w
 import torch
-from road import RECIPE, ROOT, recipe
+from road import EVERYTHING, RECIPE, ROOT, recipe
 
 from unmoved import attacks, components, config, defenses
 from unmoved.built import Built
@@ -46,32 +46,7 @@ def test_every_recipe_of_ours_parses_and_its_printed_form_is_the_same_recipe(pat
 
 
 def test_a_recipe_with_everything_in_it_survives_printing() -> None:
-    extra = """
-[attack]
-use = "pgd"
-eps = { from = 0.0, to = "25/255", over = 0.5 }
-step_size = { from = 0.1, to = 0.01 }
-stop = { use = "friendly", tau = 2 }
-loss = { use = "kl" }
-
-[objective.kl]
-weight = { from = 0.0, to = 6.0 }
-
-[objective.mine]
-use = "my_lab.losses:Entropy"
-weight = 0.5
-anything = [1, "two", { three = 3.5 }]
-
-[[phases]]
-from_epoch = 1
-attack = "none"
-defense = { use = "awp", gamma = { from = 0.0, to = 0.01 } }
-
-[[phases]]
-from_epoch = 2
-attack = { use = "apgd" }
-"""
-    parsed = config.parse(tables(extra))
+    parsed = config.parse(tomllib.loads(EVERYTHING))
     again = config.parse(tomllib.loads(printed(parsed)))
     assert again == parsed
     assert again.tables() == parsed.tables()

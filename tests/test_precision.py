@@ -5,19 +5,24 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import lightning_fabric  # it puts its own function around torch.compile
 import pytest
 import torch
 from torch import Tensor, nn
 
 from unmoved import Batch, Method, ThreatModel, attacks, defenses, judge, models, outcomes, precision, terms, train
 from unmoved.attacks.ascent import attacking, gradient_at
+from unmoved.averaging import EMA
 from unmoved.data import digits
+from unmoved.errors import UnmovedError
 from unmoved.loop import train_step
 from unmoved.optim import Adam, OneCycle
 
 LINF, L2 = ThreatModel("linf", 0.1), ThreatModel("l2", 1.0)
 AT = Method(attacks.PGD(LINF, steps=2), terms.CE())
 DATA = digits(test=797)
+COMPILE = torch.compile
+assert lightning_fabric
 
 
 def network(name: str) -> nn.Sequential:
@@ -155,7 +160,7 @@ def compiled(model: nn.Module, graphs: list[Any]) -> Any:
         return aot_eager(graph, inputs, **settings)
 
     torch.compiler.reset()
-    return torch.compile(model, backend=keep)
+    return COMPILE(model, backend=keep)
 
 
 @pytest.mark.parametrize(
@@ -205,3 +210,31 @@ def test_a_compiled_model_is_attacked_without_gradients_of_its_weights() -> None
         same, _ = first_gradient(fast, batch)
     assert graphs
     assert torch.allclose(exact, same, rtol=1e-4, atol=1e-7)
+
+
+def test_a_recipe_may_ask_for_compiled_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop's `compiled`: the eager run's weights, averaged ones included."""
+    graphs = list[Any]()
+    eager, fast = tiny(), tiny()
+    method = Method(attacks.PGD(L2, steps=2), terms.CE(), defenses.AWP(0.05))
+    settings: dict[str, Any] = {"epochs": 2, "batch_size": 20, "average": EMA(0.5), "device": "cpu"}
+    settings |= {"precision": "float32"}
+    part = DATA.train.take(40, seed=0)
+    logs = [train(eager, method, part, **settings)]
+    monkeypatch.setattr(torch, "compile", lambda model, **_: compiled(model, graphs))
+    logs.append(train(fast, method, part, compiled=True, **settings))
+    assert graphs
+    for name, value in eager.state_dict().items():
+        assert torch.allclose(value, fast.state_dict()[name], rtol=1e-3, atol=1e-5), name
+    for ours, theirs in zip(*logs, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+
+
+def test_what_torch_cannot_compile_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(graph: Any, inputs: Any, **settings: Any) -> Any:
+        raise OSError("no C++ compiler")
+
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", lambda model, **_: COMPILE(model, backend=broken))
+    with pytest.raises(UnmovedError, match=r"torch.compile cannot build this model here.*leave training"):
+        train(tiny(), Method(None, terms.CE("clean")), DATA.train.take(40), epochs=1, compiled=True, device="cpu")

@@ -77,6 +77,7 @@ class Training(Settings):
     part: Part | None = None
     augment: str = "none"
     precision: str = "auto"
+    compiled: bool = Field(False, description="passes made by torch.compile: slow to begin, made for GPUs")
     sync_batchnorm: bool = Field(False, description="BatchNorm over the samples of all processes; on GPUs")
 
     @field_validator("precision")

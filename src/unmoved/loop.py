@@ -126,6 +126,7 @@ def train(
     augment: Callable[[Batch, int], Batch] | None = None,
     average: averaging.Averaging | None = None,
     precision: str = "auto",
+    compiled: bool = False,
     sync_batchnorm: bool = False,
     seed: int = 0,
     device: str = "auto",
@@ -145,6 +146,7 @@ def train(
         schedule: (optimizer, total steps, steps an epoch) -> scheduler, stepped once per optimizer step.
         augment: (batch, seed) -> batch.
         average: `averaging.EMA` or `averaging.SWA`: validate, keep and return the averaged weights.
+        compiled: whether ``torch.compile`` makes the passes of the attack and of the objective.
         sync_batchnorm: with several processes on GPUs, BatchNorm over the samples of all of them. Without it each
             normalises its own, and the running statistics are averaged after each step.
         seed: of shuffling, augmentation and the model's own randomness; the caller's random state is left alone.
@@ -184,7 +186,8 @@ def train(
     per_epoch = -(-len(split) // batch_size)
     opt = optimizer(groups)
     scheduler = schedule(opt, per_epoch * epochs, per_epoch)
-    wrapped, wrapped_opt = fabric.setup(model, opt)
+    attacked: Any = torch.compile(model) if compiled else model
+    wrapped, wrapped_opt = fabric.setup(attacked, opt)
     rehearse(model, phases, next(iter(split.batches(2))).to(fabric.device))
     split = engine.resident(split, fabric.device)
     running = [b for b in model.buffers() if b.is_floating_point()]
@@ -224,12 +227,17 @@ def train(
                             wrapped_opt,
                             batch,
                             precision,
-                            attacked=model,
+                            attacked=attacked,
                             backward=backward,
                             watch=watch,
                         )
                     except UnmovedError as error:
                         raise _stopped(error, epoch, run) from error
+                    except RuntimeError as error:
+                        if not compiled or not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                            raise
+                        words = f"compiled: torch.compile cannot build this model here ({str(error).splitlines()[0]})"
+                        raise UnmovedError(f"{words}; leave training.compiled out") from error
                     processes.average(running)
                 losses = {"loss": step.loss, "train_accuracy": step.accuracy}
                 log.add(losses, step.parts, len(batch) if share is None else share.own)
@@ -238,7 +246,7 @@ def train(
                 scheduler.step()
                 if progress is not None and watch:
                     progress({"epoch": epoch, "share": (k + 1) / per_epoch, "loss": float(step.loss)})
-            if not all(torch.isfinite(p).all() for p in model.parameters()):
+            if not torch.stack([p.detach().isfinite().all() for p in model.parameters()]).all():  # one look at a device
                 raise _stopped(UnmovedError(f"a weight became NaN or infinite by step {batch.step}"), epoch, run)
             record = {"epoch": epoch + 1, "step": (epoch + 1) * per_epoch, "lr": opt.param_groups[0]["lr"]}
             record |= {

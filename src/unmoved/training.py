@@ -75,6 +75,7 @@ def train_recipe(
                     augment=built.augment,
                     average=built.average,
                     precision=recipe.training.precision,
+                    compiled=recipe.training.compiled,
                     sync_batchnorm=recipe.training.sync_batchnorm,
                     seed=recipe.training.seed,
                     fabric=fabric,

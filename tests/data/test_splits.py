@@ -53,6 +53,9 @@ def test_layouts_mean_the_same_images() -> None:
     assert torch.equal(ArraySplit.of(x[:, 0], y).images, want[:, :1])
     assert torch.equal(ArraySplit.of(x[::-1, :, ::-1], y).images, want.flip(0, 2))
     assert torch.equal(ArraySplit.of(x.astype(">f4") / 255, y).images, want)
+    last = torch.from_numpy(x).to(memory_format=torch.channels_last)
+    for handed in (last, last / 255, last / 300):
+        assert ArraySplit.of(handed, y).images.is_contiguous(), "the layout is the model's, which knows what is right"
 
 
 @given(n=st.integers(3, 40), size=st.integers(1, 50), shuffle=st.none() | st.integers(0, 2**63 - 1))

@@ -27,6 +27,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from mutations import EDITS, ROOT, TABLE_EDITS, mutated, mutated_tables, watched
 from PIL import Image
+from road import EVERYTHING
 from safetensors.torch import save
 from torch import nn
 
@@ -89,60 +90,6 @@ def attempt(target: str, folder: Path, read: Callable[[], object]) -> None:
 # --- recipes
 
 RECIPES = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "recipes").glob("*/*.toml"))]
-EVERYTHING = """
-name = "all"
-base = "at"
-[data]
-use = "arrays"
-path = "x.npz"
-layout = "NCHW"
-test = 0.25
-[model]
-use = "mlp"
-hidden = [4]
-mean = [0.5]
-std = [0.25]
-[threat]
-norm = "l2"
-eps = "8/255"
-[training]
-epochs = 4
-part = { of = 2, number = 1 }
-augment = "crop-flip"
-[optimizer]
-use = "adam"
-lr = 0.01
-[schedule]
-use = "multi_step"
-milestones = [1, 2]
-[attack]
-use = "pgd"
-eps = { from = 0.0, to = "25/255", over = 0.5 }
-step_size = { from = 0.1, to = 0.01 }
-stop = { use = "friendly", tau = 2 }
-loss = { use = "kl" }
-[objective.kl]
-weight = { from = 0.0, to = 6.0 }
-[objective.mine]
-use = "my_lab.losses:Entropy"
-anything = [1, "two", { three = 3.5 }]
-[[phases]]
-from_epoch = 1
-attack = "none"
-defense = { use = "awp", gamma = { from = 0.0, to = 0.01 } }
-objective = { ce = { label_smoothing = 0.1 } }
-[[phases]]
-from_epoch = 2
-attack = { use = "apgd" }
-[validation]
-use = "apgd"
-[evaluation]
-n = 3
-[evaluation.attacks.square]
-use = "square"
-[evaluation.attacks.fab]
-use = "fab"
-"""
 TEXTS = [*RECIPES, EVERYTHING]
 TABLES = [tomllib.loads(text) for text in TEXTS]
 

@@ -85,7 +85,7 @@ def seeded(seed: int) -> torch.Generator:
 def as_tensor(what: str, values: Any) -> Tensor:
     """A tensor of its own memory made of a tensor or a numeric numpy array."""
     if isinstance(values, Tensor):
-        return values.detach().clone()
+        return values.detach().clone(memory_format=torch.contiguous_format)
     if not isinstance(values, np.ndarray):
         raise UnmovedError(f"{what}: expected a torch tensor or a numpy array, came a {type(values).__name__}")
     if values.dtype.kind not in "uif" or values.dtype.itemsize > 8:
