@@ -14,6 +14,7 @@ from unmoved import noise
 from unmoved.attacks.ascent import Best, attacking, broken, gradient_at, like, value_at
 from unmoved.attacks.pace import MomentumPace, SparsePace
 from unmoved.attacks.rounds import Retired, Round, compacts, in_rounds
+from unmoved.attacks.smooth import smoothed
 from unmoved.errors import UnmovedError, require_number
 from unmoved.protocols import Batch, Image, Term
 from unmoved.terms import CE
@@ -42,6 +43,7 @@ class APGD:
         large_first: in l1, 30 % of the steps in the ball of 3 eps, 30 % in that of 2 eps, the rest in that of eps.
         compat: count the rise of the first step from 0, as the authors' code does.
         seed: keys the starts.
+        smooth: alpha of a softplus whose derivative stands in for ReLU's, 0 for none; see `smooth.smoothed`.
 
     Raises:
         UnmovedError: a value outside its bounds.
@@ -60,8 +62,10 @@ class APGD:
     large_first: bool = False
     compat: bool = False
     seed: int = 0
+    smooth: float = 0.0
 
     def __post_init__(self) -> None:
+        require_number("APGD.smooth", self.smooth, at_least=0)
         for name, least in (("steps", 1), ("restarts", 1), ("targets", 0), ("draws", 1)):
             require_number(f"APGD.{name}", getattr(self, name), at_least=least)
         if self.large_first and self.threat.norm != "l1":
@@ -70,7 +74,7 @@ class APGD:
     def __call__(self, model: nn.Module, batch: Batch) -> Image:
         if self.threat.radius == 0 or len(batch) == 0:
             return batch.x.detach().clone()
-        with attacking(model, batch, "eval") as views, self._own_randomness():
+        with attacking(model, batch, "eval") as views, smoothed(self.smooth), self._own_randomness():
             return in_rounds(
                 views, self.restarts, self.targets, self._start, self._climb, until_broken=self.until_broken
             )

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from unmoved import noise
 from unmoved.attacks.ascent import MODES, Best, attacking, broken, gradient_at, value_at
+from unmoved.attacks.smooth import smoothed
 from unmoved.attacks.stopping import StoppingRule
 from unmoved.errors import UnmovedError, require_choice, require_number
 from unmoved.protocols import Batch, Image, Logits, PerSample, Term
@@ -40,6 +41,7 @@ class PGD:
         keep: ``"last"`` iterate (training; saves a forward pass) or ``"best"`` of all, the final one included.
         seed: keys the start together with the step and the sample's identity.
         mode: the model's mode while it is attacked, ``"eval"`` or ``"train"`` (batch statistics, not tracked).
+        smooth: alpha of a softplus whose derivative stands in for ReLU's, 0 for none; see `smooth.smoothed`.
 
     Raises:
         UnmovedError: a value outside its bounds.
@@ -55,6 +57,7 @@ class PGD:
     keep: str = "last"
     seed: int = 0
     mode: str = "eval"
+    smooth: float = 0.0
 
     def __post_init__(self) -> None:
         require_number("PGD.steps", self.steps, at_least=0)
@@ -62,6 +65,7 @@ class PGD:
         require_choice("PGD.start", self.start, STARTS)
         require_choice("PGD.keep", self.keep, ("last", "best"))
         require_choice("PGD.mode", self.mode, MODES)
+        require_number("PGD.smooth", self.smooth, at_least=0)
         if self.step_size is not None:
             require_ramp("PGD.step_size", self.step_size, at_least=0)
         if self.stop is not None and self.keep == "best":
@@ -70,7 +74,7 @@ class PGD:
     def __call__(self, model: nn.Module, batch: Batch) -> Image:
         if self.threat.radius == 0 or (self.stop is not None and self.stop.inert):
             return batch.x.detach().clone()
-        with attacking(model, batch, self.mode) as views:
+        with attacking(model, batch, self.mode) as views, smoothed(self.smooth):
             if self.restarts == 1:
                 return self._climb(views, restart=0)
             best = Best()
