@@ -111,10 +111,7 @@ def test_alone_nothing_is_exchanged() -> None:
 def test_attacks_that_would_wait_for_each_other_for_ever_are_refused() -> None:
     stop = attacks.Sensible(0.5)
     couples = Method(pgd(stop=stop, loss=terms.Sum((1, terms.CE()), (1, terms.PRSL("adv")))), terms.CE())
-    divided = Method(pgd(smooth=10.0, smooth_share=0.5, loss=terms.PRSL("adv")), terms.CE())
     normalises = Method(pgd(stop=stop, mode="train"), terms.CE())
-    with pytest.raises(UnmovedError, match="train in one process"):
-        engine.require_lockstep(Phases.of(divided), sync_batchnorm=False)
     with pytest.raises(UnmovedError, match="train in one process"):
         engine.require_lockstep(Phases.of(couples), sync_batchnorm=False)
     with pytest.raises(UnmovedError, match="train in one process"):

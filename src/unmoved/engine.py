@@ -164,15 +164,14 @@ def require_lockstep(phases: Phases, sync_batchnorm: bool) -> None:
     """Raise `UnmovedError` for attacks that ask the other processes, each a different number of times."""
     for _, method in phases.phases:
         attack: Any = method.attack
-        is_divided = getattr(attack, "smooth", 0) > 0 and getattr(attack, "smooth_share", 1) < 1
-        if getattr(attack, "stop", None) is None and not is_divided:
+        if getattr(attack, "stop", None) is None:
             continue
         loss = getattr(attack, "loss", None)
         couples = loss is not None and any(isinstance(term, PRSL) for _, term in as_sum(loss).terms)
         if couples or (sync_batchnorm and getattr(attack, "mode", "eval") == "train"):
             raise UnmovedError(
-                f"{method.attack!r}: each process climbs other samples at a step (stop, smooth_share), and its loss or "
-                "its batch statistics need all of them; train in one process"
+                f"{method.attack!r}: its samples stop at different steps in different processes, and its loss or its "
+                "batch statistics need all of them at each step; train in one process"
             )
 
 

@@ -88,28 +88,3 @@ def test_a_compiled_model_is_smoothed_too():
     assert torch.allclose(gradients[0], gradients[1])
     assert torch.equal(gradients[0], gradients[2])
     assert not torch.allclose(gradients[0], gradients[3]), "and outside of the context it is not"
-
-
-@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
-def test_a_share_of_the_samples_is_climbed_smoothed(share):
-    """Each sample has the image of one of the two attacks, and who has which is drawn anew at each step."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(9, 16), nn.ReLU(), nn.Linear(16, 3))
-    x, y, index = torch.rand(400, 1, 3, 3), torch.arange(400) % 3, torch.arange(400) + 7
-    chosen = []
-    for step in (0, 1):
-        batch = Batch(x, y, index, step=step)
-        own, smoothed_all = (PGD(LINF, steps=3, smooth=alpha)(model, batch) for alpha in (0.0, 2.0))
-        mixed = PGD(LINF, steps=3, smooth=2.0, smooth_share=share)(model, batch)
-        as_own, as_smoothed = ((mixed - other).flatten(1).abs().amax(1) < 1e-5 for other in (own, smoothed_all))
-        assert (as_own | as_smoothed).all()
-        differ = (own - smoothed_all).flatten(1).abs().amax(1) > 1e-3
-        assert differ.float().mean() > 0.2, "otherwise nothing is seen here"
-        assert abs(float(as_smoothed[differ].float().mean()) - share) < 0.15
-        chosen.append(as_smoothed)
-    assert share != 0.5 or not torch.equal(*chosen)
-
-
-def test_a_share_outside_of_its_bounds_is_refused():
-    with pytest.raises(UnmovedError, match="smooth_share"):
-        PGD(LINF, smooth=1.0, smooth_share=1.5)

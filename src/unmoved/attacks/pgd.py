@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +21,6 @@ from unmoved.views import Views
 
 STARTS = ("uniform", "gaussian", "none")
 GAUSSIAN_START = 0.001
-SHARES = 2**30  # a stream of noise that no restart reaches
 
 
 @dataclass(frozen=True)
@@ -43,8 +42,6 @@ class PGD:
         seed: keys the start together with the step and the sample's identity.
         mode: the model's mode while it is attacked, ``"eval"`` or ``"train"`` (batch statistics, not tracked).
         smooth: alpha of a softplus whose derivative stands in for ReLU's, 0 for none; see `smooth.smoothed`.
-        smooth_share: the share of samples that are climbed so, drawn anew at each step of training. Networks trained
-            on smoothed gradients alone learn to mislead these; half and half they find no such way out.
 
     Raises:
         UnmovedError: a value outside its bounds.
@@ -61,7 +58,6 @@ class PGD:
     seed: int = 0
     mode: str = "eval"
     smooth: float = 0.0
-    smooth_share: float = 1.0
 
     def __post_init__(self) -> None:
         require_number("PGD.steps", self.steps, at_least=0)
@@ -70,7 +66,6 @@ class PGD:
         require_choice("PGD.keep", self.keep, ("last", "best"))
         require_choice("PGD.mode", self.mode, MODES)
         require_number("PGD.smooth", self.smooth, at_least=0)
-        require_number("PGD.smooth_share", self.smooth_share, at_least=0, at_most=1)
         if self.step_size is not None:
             require_ramp("PGD.step_size", self.step_size, at_least=0)
         if self.stop is not None and self.keep == "best":
@@ -79,8 +74,6 @@ class PGD:
     def __call__(self, model: nn.Module, batch: Batch) -> Image:
         if self.threat.radius == 0 or (self.stop is not None and self.stop.inert):
             return batch.x.detach().clone()
-        if self.smooth > 0 and self.smooth_share < 1:
-            return self._divided(model, batch)
         with attacking(model, batch, self.mode) as views, smoothed(self.smooth):
             if self.restarts == 1:
                 return self._climb(views, restart=0)
@@ -89,16 +82,6 @@ class PGD:
                 x_adv = self._climb(views, restart)
                 self._offer(best, views, x_adv, *value_at(views, x_adv, self.loss))
             return best.x if best.x is not None else batch.x
-
-    def _divided(self, model: nn.Module, batch: Batch) -> Image:
-        """One part of the batch climbed with smoothed gradients, the rest with the model's own."""
-        draw = noise.uniform(batch.index, (1,), seed=self.seed, step=batch.step, stream=SHARES).flatten()
-        chosen, x_adv = draw < self.smooth_share, batch.x.detach().clone()
-        for rows, smooth in ((chosen, self.smooth), (~chosen, 0.0)):
-            part = batch.take(torch.nonzero(rows).flatten())
-            if len(part):
-                x_adv[rows] = replace(self, smooth=smooth, smooth_share=1.0)(model, part)
-        return x_adv
 
     def _start(self, batch: Batch, restart: int) -> Image:
         if self.start == "uniform":
