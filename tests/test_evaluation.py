@@ -184,6 +184,10 @@ def test_killed_verdicts_go_on_and_end_in_the_same_bits(nursery: Nursery, run: P
         if code == 0:
             break
         kills += 1
+        if lines[-1] and not journal.exists():  # killed when all was saved; the same command begins anew
+            assert (run / "evaluation" / "evaluation.json").exists()
+            lines = [0]
+            continue
         lines.append(len(journal.read_text().splitlines()) if journal.exists() else 0)
         assert lines[-1] >= lines[-2], "nothing that was on disk is lost"
     assert kills >= 2
@@ -251,7 +255,7 @@ class Streamed:
 
 
 def test_memory_does_not_grow_with_the_data(run: Path) -> None:
-    """Only the outcomes table does: the images alive at a time are as many for 4,000 as for 500."""
+    """Only the outcomes table does: the images alive at a time are as many for 1,600 as for 200."""
     import gc
 
     model, _ = model_of(run)
@@ -266,9 +270,9 @@ def test_memory_does_not_grow_with_the_data(run: Path) -> None:
             alive()
             return batch.x
 
-    for size in (500, 4000):
+    for size in (200, 1600):
         evaluate(model, Streamed(size), {"a": Still()}, THREAT, batch_size=50)
-    assert most[4000] <= 1.1 * most[500]
+    assert most[1600] <= 1.1 * most[200]
 
 
 def test_the_images_that_broke_it_are_kept_when_asked(run: Path) -> None:

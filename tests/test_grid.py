@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 
 import pytest
@@ -69,6 +70,12 @@ def method(attack, base, extra, defense, weight=1.0):
     return Method(ATTACKS[attack](), objective, DEFENSES[defense])
 
 
+@functools.cache
+def straight_run(attack, base, extra, defense):
+    """Two epochs without a stop, which two tests compare others with."""
+    return run_steps(method(attack, base, extra, defense))
+
+
 def equal(a, b):
     return all(torch.equal(a[key], b[key]) for key in a)
 
@@ -78,11 +85,11 @@ def equal(a, b):
 def test_every_combination_trains(attack, defense):
     start = network().state_dict()
     for base in BASES:
-        plain, _ = run_steps(method(attack, base, "none", defense))
+        plain, _ = straight_run(attack, base, "none", defense)
         assert all(torch.isfinite(value).all() for value in plain.values())
         assert not equal(start, plain)
         for extra in ("drsl", "global", "both"):
-            state, log = run_steps(method(attack, base, extra, defense))
+            state, log = straight_run(attack, base, extra, defense)
             assert all(torch.isfinite(value).all() for value in state.values()), (base, extra)
             assert not equal(state, plain), (base, extra)
             assert set(log[-1]["parts"]) > {"ce"} - {"ce" if base == "mart" else ""}
@@ -94,7 +101,7 @@ def test_every_combination_trains(attack, defense):
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_resume_equals_a_straight_run(attack, defense, tmp_path):
     for base, extra in itertools.product(BASES, EXTRAS):
-        straight, log = run_steps(method(attack, base, extra, defense), epochs=2)
+        straight, log = straight_run(attack, base, extra, defense)
         folder, recipe = tmp_path / f"{base}-{extra}", {"name": "grid", "training": {"seed": 0}}
         run_steps(method(attack, base, extra, defense), epochs=1, run=Run.create(folder, recipe))
         resumed, again = run_steps(method(attack, base, extra, defense), epochs=2, run=Run.open(folder))

@@ -108,7 +108,7 @@ def tables() -> dict[str, object]:
 
 def test_a_comparison_of_parts_trains_and_is_reported_as_one_recipe(tmp_path: Path) -> None:
     said = unmoved(
-        "compare", recipe(tmp_path), "--set", "training.epochs=1", "--splits", 2, "--sweep",
+        "compare", recipe(tmp_path), "--set", "training.epochs=1", "--set", "evaluation.n=20", "--splits", 2, "--sweep",
         "attack.eps=0,0.1", "--workers", 1, "--out", tmp_path / "out",
     ).fine()  # fmt: skip
     assert "permutation 0 part 2 of 2" in " ".join(said.out.split())

@@ -13,6 +13,7 @@ import pytest
 import torch
 from road import ROOT
 
+pytestmark = pytest.mark.slow
 VARIANTS = {"reference", "float32", "TF32", "bf16", "bf16, contiguous", "bf16, compiled"}
 
 
