@@ -54,7 +54,7 @@ runs/bench: | .venv/installed
 test: .venv/installed-dev ## the whole suite
 	$(BIN)/python -m pytest
 
-slow: .venv/installed-dev ## what takes minutes: real processes, killed at many moments
+slow: .venv/installed-dev ## what takes minutes: kills at many moments, fuzzing, the GPU bench in miniature
 	$(BIN)/python -m pytest -m slow tests/slow
 
 check: .venv/installed-dev ## lint, formatting, types, then the suite
