@@ -92,6 +92,7 @@ loss = { use = "kl" }
 weight = { from = 0.0, to = 6.0 }
 [objective.mine]
 use = "my_lab.losses:Entropy"
+weight = 0.5
 anything = [1, "two", { three = 3.5 }]
 [[phases]]
 from_epoch = 1
