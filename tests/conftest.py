@@ -1,4 +1,6 @@
-"""Shared by all tests: one thread a process, so that a pool of test processes does not fight over the cores."""
+"""Shared by all tests: one thread a process, so that a pool of test processes does not fight over the cores, and the
+files that take minutes first, so that no worker is left alone with one of them at the end.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,13 @@ import torch
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parents[1]
+# Few tests, but they train, start processes and kill them.
+LONG = ("test_evaluation", "test_cluster", "test_studies", "test_grid", "test_compare", "test_processes", "test_resume")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first; the rest stays in its order (xdist's own order, most tests first, puts them last)."""
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 
 @pytest.fixture

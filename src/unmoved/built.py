@@ -55,6 +55,11 @@ class Built:
             name: self._build("attacks", table, **self.given) for name, table in recipe.evaluation.attacks.items()
         } or {"pgd": PGD(self.threat, steps=20, keep="best", seed=seed), "apgd": APGD(self.threat, seed=seed)}
 
+    def parts(self) -> tuple[data.ArraySplit, data.ArraySplit | None]:
+        """(what weights are trained on, what is held out of it to choose an epoch or a setting, None if nothing is)."""
+        share, train = self.recipe.training.validation, self.data.train
+        return train.hold_out(share if share < 1 else int(share), seed=0) if share else (train, None)
+
     def attack(self, name: str) -> Attack:
         """The attack of this name with its default settings, on the recipe's threat model."""
         table = TypeAdapter(components.AttackTable).validate_python(name)

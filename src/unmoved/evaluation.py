@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from unmoved import components, config, doctor, exhibits, judge
 from unmoved.attacks import PGD, AutoAttack, Quick, Transfer
 from unmoved.built import Built
+from unmoved.data import ArraySplit
 from unmoved.disk import write_atomic
 from unmoved.errors import UnmovedError, did_you_mean
 from unmoved.journal import Journal
@@ -42,6 +43,7 @@ def evaluate_run(
     precision: str = "auto",
     device: str = "auto",
     save_adversarial: bool = False,
+    validation: bool = False,
     allow: Collection[str] = (),
     progress: Callable[[float, str], None] | None = None,
 ) -> dict[str, pd.DataFrame]:
@@ -49,16 +51,19 @@ def evaluate_run(
 
     AutoAttack's outcomes go to the folder ``verdict``; those of all other attacks to ``evaluation``, with an eps curve
     and a gallery. Interrupted, the same call goes on with the samples that are not decided yet.
+    With ``validation`` the images that training held out are judged, and all outcomes go to the folder ``validation``,
+    which no report takes for a verdict: settings chosen on test images make a verdict on them too high.
 
     Args:
         run: a run folder.
         attacks: ``"recipe"`` (what the recipe says), ``"quick"``, ``"standard"`` or ``"rand"`` (AutoAttack), an attack
             by name, with its default settings, or ``"transfer:RUN"``; several with commas between.
-        n: judge this many test images, drawn by a fixed seed; by default what the recipe says, or all.
+        n: judge this many images, drawn by a fixed seed; by default what the recipe says, or all.
         weights: ``"best"`` (highest validation robust accuracy) or ``"last"``.
         workers: threads that attack at a time on a CPU; 0 for as many as torch uses.
         precision: of the search alone; every success is judged in float32.
         save_adversarial: also keep the successful images, as ``adversarial/*.npz`` beside the outcomes.
+        validation: judge what ``training.validation`` held out instead of the test part.
         allow: packages of strangers whose code may run.
         progress: called with (share of the work, what is known so far).
 
@@ -66,16 +71,19 @@ def evaluate_run(
         Folder name -> the outcomes table of `judge.evaluate`.
 
     Raises:
-        UnmovedError: as `judge.evaluate`; an unknown name; weights that are missing or do not fit; a run that another
-            process trains or evaluates.
+        UnmovedError: as `judge.evaluate`; an unknown name; weights that are missing or do not fit; ``validation`` of
+            a run that held nothing out; a run that another process trains or evaluates.
     """
     Run.open(run.path)  # before the lock, which would make a missing folder
     with run.alone():
         built, model = opened(run, weights, device, allow)
         count = n or built.recipe.evaluation.n
-        split = built.data.test if count is None else built.data.test.take(min(count, len(built.data.test)), seed=0)
+        whole = _held_out(run, built) if validation else built.data.test
+        split = whole if count is None else whole.take(min(count, len(whole)), seed=0)
         tables: dict[str, pd.DataFrame] = {}
         kinds = _chosen(attacks, built, allow)
+        if validation:
+            kinds = {"validation": {name: attack for found in kinds.values() for name, attack in found.items()}}
         for number, (kind, chosen) in enumerate(kinds.items()):
             began = time.monotonic()
             folder = run.path / kind
@@ -131,6 +139,16 @@ def evaluate_run(
             run.save_evaluation(table, facts, kind=kind, **extra)
             journal.close()
     return tables
+
+
+def _held_out(run: Run, built: Built) -> ArraySplit:
+    held_out = built.parts()[1]
+    if held_out is None:
+        raise UnmovedError(
+            f"{run.path}: expected a run with validation images, came training.validation = 0: nothing was held out; "
+            "train it with some, or judge test images"
+        )
+    return held_out
 
 
 def opened(run: Run, weights: str, device: str, allow: Collection[str]) -> tuple[Built, nn.Module]:

@@ -8,6 +8,8 @@ last.safetensors     weights after the last finished epoch
 trainer.pt           everything that --resume needs; written last, so it is the point a run comes back to
 trainer.previous.pt  the one before, for when trainer.pt is damaged
 evaluation/          outcomes.csv, curve.csv, gallery.npz, evaluation.json
+verdict/             outcomes.csv, verdict.json: AutoAttack's
+validation/          outcomes.csv, validation.json: of images held out of training, to choose settings by
 """
 
 from __future__ import annotations
@@ -192,6 +194,11 @@ class Run:
     def verdict(self) -> dict[str, Any] | None:
         """The facts of AutoAttack's verdict, or None."""
         return self._read_json("verdict/verdict.json")
+
+    @property
+    def validation(self) -> dict[str, Any] | None:
+        """The facts of a judgement of validation images, or None."""
+        return self._read_json("validation/validation.json")
 
     @property
     def doctor(self) -> dict[str, Any] | None:

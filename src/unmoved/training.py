@@ -51,9 +51,7 @@ def train_recipe(
         # Everything a recipe can get wrong is found before a folder is made, and before other processes are.
         built = Built(recipe, allow, loading)
         model = built.model()
-        share = recipe.training.validation
-        part = built.data.train
-        train_part, validation = part.hold_out(share if share < 1 else int(share), seed=0) if share else (part, None)
+        train_part, validation = built.parts()
         rehearse(model, built.phases, next(iter(train_part.batches(2))))
         if first:
             held.enter_context(Run(out).alone())

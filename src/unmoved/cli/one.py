@@ -74,9 +74,7 @@ def train(
 @app.command()
 def evaluate(
     run: RunPath,
-    n: Annotated[
-        int | None, typer.Option("--n", min=1, help="Test images to judge; all unless the recipe says.")
-    ] = None,
+    n: Annotated[int | None, typer.Option("--n", min=1, help="Images to judge; all unless the recipe says.")] = None,
     attacks: Annotated[
         str, typer.Option(help="recipe, quick, standard or rand (AutoAttack), or attacks by name; commas between.")
     ] = "recipe",
@@ -87,6 +85,9 @@ def evaluate(
     ] = "auto",
     save_adversarial: Annotated[
         bool, typer.Option("--save-adversarial", help="Also keep the images that broke the model.")
+    ] = False,
+    validation: Annotated[
+        bool, typer.Option("--validation", help="Judge the images held out of training instead: to choose settings.")
     ] = False,
     ask_doctor: Annotated[
         bool, typer.Option("--doctor/--no-doctor", help="Ask the doctor too whether to believe it.")
@@ -110,6 +111,7 @@ def evaluate(
             precision=precision,
             device=device,
             save_adversarial=save_adversarial,
+            validation=validation,
             allow=allow,
             progress=advance,
         )
@@ -118,6 +120,8 @@ def evaluate(
         for note in (getattr(opened, kind) or {}).get("notes", []):
             console.print(f"note: {note}", soft_wrap=True)
         console.print(f"saved: {run / kind}", soft_wrap=True)
+    if validation:
+        return  # neither a report nor the doctor reads it
     if ask_doctor:
         with screen.follow() as advance:
             answer = evaluation.examine_run(opened, allow=allow, device=device, progress=advance)
