@@ -104,10 +104,9 @@ def one_step(how: Method, repeats: int, device: str) -> float:
 
 def by_steps(repeats: int, device: str) -> dict[str, Any]:
     """One step of AT on PreActResNet-18 of width 16 with k attack steps; seconds = a + b k by least squares."""
-    times = []
-    for k in STEPS:
-        at = Method(attacks.PGD(ThreatModel("linf", 8 / 255), steps=k), terms.CE())
-        times.append(one_step(at, repeats, device))
+    hows = [Method(attacks.PGD(ThreatModel("linf", 8 / 255), steps=k), terms.CE()) for k in STEPS]
+    rounds = [[one_step(how, 1, device) for how in hows] for _ in range(repeats)]  # in turn: the machine's speed drifts
+    times = [statistics.median(column) for column in zip(*rounds, strict=True)]
     k, t = torch.tensor(STEPS, dtype=torch.float64), torch.tensor(times, dtype=torch.float64)
     slope = float(((k - k.mean()) * (t - t.mean())).sum() / ((k - k.mean()) ** 2).sum())
     start = float(t.mean() - slope * k.mean())
@@ -148,17 +147,20 @@ def epoch(out: Path, samples: int, threads: int) -> None:
         out.write_text(json.dumps(facts))
 
 
-def by_processes(folder: Path, samples: int) -> dict[str, Any]:
-    """Processes x threads: one on one core, one on two, two on a core each."""
-    found = {}
-    for count, threads in ((1, 1), (1, 2), (2, 1)):
-        out = folder / f"scale-{count}-{threads}.json"
+def by_processes(folder: Path, samples: int, repeats: int) -> dict[str, Any]:
+    """Processes x threads: one on one core, one on two, two on a core each; medians of rounds taken in turn."""
+    shapes = ((1, 1), (1, 2), (2, 1))
+    rows: dict[str, list[dict[str, float]]] = {f"{count} x {threads}": [] for count, threads in shapes}
+    out = folder / "scale-part.json"
+    for count, threads in shapes * repeats:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", __file__]
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
         subprocess.run([*command, WORKER, str(out), str(samples), str(threads)], check=True, env=environment)
-        found[f"{count} x {threads}"] = json.loads(out.read_text())
+        rows[f"{count} x {threads}"].append(json.loads(out.read_text()))
         out.unlink()
-    return found
+    return {
+        name: {key: statistics.median(row[key] for row in found) for key in found[0]} for name, found in rows.items()
+    }
 
 
 def main() -> None:
@@ -190,12 +192,12 @@ def main() -> None:
     )
     facts["methods"] = by_method(options.repeats, options.device)
     print("in units of AT: " + ", ".join(f"{name} {ratio:.2f}" for name, ratio in facts["methods"].items()), flush=True)
-    facts["processes"] = found = by_processes(options.out.parent, options.samples)
+    facts["processes"] = found = by_processes(options.out.parent, options.samples, options.repeats)
     for name, row in found.items():
         ratio = found["1 x 1"]["epoch"] / row["epoch"]
         print(f"an epoch of AT, processes x threads {name}: {row['epoch']:.1f} s, {ratio:.2f} times as fast as 1 x 1")
     numbers, exchange = found["2 x 1"]["numbers"], found["2 x 1"]["exchange"]
-    print(f"exchange of {numbers} numbers between two processes: {exchange * 1e3:.1f} ms")
+    print(f"exchange of {numbers:.0f} numbers between two processes: {exchange * 1e3:.1f} ms")
     options.out.write_text(json.dumps(facts, indent=2) + "\n")
 
 

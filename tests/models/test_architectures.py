@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -146,17 +147,25 @@ def test_residual_networks_follow_their_equations(name: str, chosen: dict[str, A
     torch.testing.assert_close(net(x), reference(net, x, stages), rtol=1e-10, atol=1e-10)
 
 
-def test_small_cnn_follows_its_equations() -> None:
-    net = models.small_cnn((1, 28, 28), 10, dropout=0.0).double()
+@pytest.mark.parametrize(
+    ("activation", "equation"),
+    [
+        ("relu", lambda z: z.clamp_min(0)),
+        ("silu", lambda z: z / (1 + torch.exp(-z))),
+        ("softplus", lambda z: torch.log1p(torch.exp(z))),
+    ],
+)
+def test_small_cnn_follows_its_equations(activation: Any, equation: Callable[[Tensor], Tensor]) -> None:
+    net = models.small_cnn((1, 28, 28), 10, dropout=0.0, activation=activation).double()
     nn.init.normal_(net.classifier.fc3.weight)
     w, h = net.state_dict(), torch.rand(3, 1, 28, 28, dtype=torch.float64)
     x = h
     for k in (1, 2, 3, 4):
-        h = F.conv2d(h, w[f"features.conv{k}.weight"], w[f"features.conv{k}.bias"]).clamp_min(0)
+        h = equation(F.conv2d(h, w[f"features.conv{k}.weight"], w[f"features.conv{k}.bias"]))
         h = F.max_pool2d(h, 2) if k % 2 == 0 else h
     h = h.reshape(3, 1024)
     for k in (1, 2):
-        h = (h @ w[f"classifier.fc{k}.weight"].T + w[f"classifier.fc{k}.bias"]).clamp_min(0)
+        h = equation(h @ w[f"classifier.fc{k}.weight"].T + w[f"classifier.fc{k}.bias"])
     torch.testing.assert_close(net(x), h @ w["classifier.fc3.weight"].T, rtol=1e-10, atol=1e-10)
 
 
@@ -288,6 +297,7 @@ def test_a_factory_takes_shape_and_classes_and_then_keywords(name: str) -> None:
         ("small_cnn", {"padding": -1}, "padding: expected an integer >= 0, came -1"),
         ("small_cnn", {"padding": 1, "dropout": 1.5}, "dropout: expected a finite number >= 0 and <= 1, came 1.5"),
         ("small_cnn", {"padding": 1, "width": 0}, "width: expected an integer >= 1, came 0"),
+        ("small_cnn", {"padding": 1, "activation": "sylu"}, "activation: unknown value 'sylu'; did you mean 'silu'"),
         ("preact_resnet18", {"width": 2.5}, "width: expected an integer >= 1, came 2.5"),
         ("wide_resnet", {"depth": 32}, "depth: expected 6n + 4, came 32; use 28 or 34"),
         ("wide_resnet", {"depth": 4}, "depth: expected an integer >= 10, came 4"),
