@@ -1,4 +1,4 @@
-"""What the tests of the road share: a recipe that trains in a blink, and the command called in this process."""
+"""What the tests of the road share: a recipe that trains in a blink, the command and its pool in this process."""
 
 from __future__ import annotations
 
@@ -6,10 +6,17 @@ import contextlib
 import hashlib
 import io
 import sys
+from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
+from unmoved import pool
 from unmoved.cli import main
+from unmoved.jobs import Job
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -160,3 +167,29 @@ def digests(folder: Path) -> dict[str, str]:
     """The sha256 of every file below a folder."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+class Inline:
+    """A pool that works in this process; a job of a recipe named so "is killed"."""
+
+    def __init__(self, *arguments: object, **settings: object) -> None:
+        pass
+
+    def submit(self, act: Callable[[Job], str], job: Job) -> Future[str]:
+        future: Future[str] = Future()
+        try:
+            if job.label.startswith("killed"):
+                raise BrokenProcessPool
+            future.set_result(act(job))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+    def shutdown(self, **settings: object) -> None:
+        pass
+
+
+def here(patch: pytest.MonkeyPatch) -> None:
+    """Jobs are done in this process, which keeps its one thread: where the processes are not what is tested."""
+    patch.setattr(pool, "ProcessPoolExecutor", Inline)
+    patch.setattr("torch.set_num_threads", lambda count: None)

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 from errands import look, mistaken
-from road import RECIPE, Said, digests, recipe, unmoved
+from road import RECIPE, Said, digests, here, recipe, unmoved
 from test_pool import Task, act, alive
 
 import unmoved as package
@@ -140,9 +140,11 @@ NAMES = "plain once always"
 
 @pytest.fixture(scope="module")
 def local(tmp_path_factory: pytest.TempPathFactory) -> Grid:
-    """What processes of this machine make of the grid; nobody dies."""
+    """What this machine makes of the grid; nobody dies."""
     made = grid(tmp_path_factory.mktemp("local") / "grid")
-    made.compare(NAMES).fine()
+    with pytest.MonkeyPatch.context() as patch:
+        here(patch)
+        made.compare(NAMES).fine()
     return made
 
 

@@ -7,45 +7,16 @@ import os
 import re
 import shutil
 import signal
-from collections.abc import Callable
-from concurrent.futures import Future
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import pytest
-from road import RECIPE, recipe, unmoved
+from road import RECIPE, here, recipe, unmoved
 
 from unmoved import compare as grid
-from unmoved import config, pool
+from unmoved import config
 from unmoved.errors import UnmovedError
 from unmoved.jobs import Job, jobs_of
 from unmoved.run import Run
-
-
-class Inline:
-    """A pool that works in this process; a job of a recipe named so "is killed"."""
-
-    def __init__(self, *arguments: object, **settings: object) -> None:
-        pass
-
-    def submit(self, act: Callable[[Job], str], job: Job) -> Future[str]:
-        future: Future[str] = Future()
-        try:
-            if job.label.startswith("killed"):
-                raise BrokenProcessPool
-            future.set_result(act(job))
-        except Exception as error:
-            future.set_exception(error)
-        return future
-
-    def shutdown(self, **settings: object) -> None:
-        pass
-
-
-def here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Jobs are done in this process, which keeps its one thread."""
-    monkeypatch.setattr(pool, "ProcessPoolExecutor", Inline)
-    monkeypatch.setattr("torch.set_num_threads", lambda count: None)
 
 
 @pytest.fixture(scope="module")

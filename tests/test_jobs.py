@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from road import RECIPE, recipe, unmoved
+from road import RECIPE, here, recipe, unmoved
 
 from unmoved import jobs
 from unmoved.built import Built
@@ -106,7 +106,10 @@ def tables() -> dict[str, object]:
     return tomllib.loads(RECIPE)
 
 
-def test_a_comparison_of_parts_trains_and_is_reported_as_one_recipe(tmp_path: Path) -> None:
+def test_a_comparison_of_parts_trains_and_is_reported_as_one_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here(monkeypatch)
     said = unmoved(
         "compare", recipe(tmp_path), "--set", "training.epochs=1", "--set", "evaluation.n=20", "--splits", 2, "--sweep",
         "attack.eps=0,0.1", "--workers", 1, "--out", tmp_path / "out",

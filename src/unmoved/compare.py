@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from unmoved import cluster as clusters
-from unmoved import config, outcomes, pool, studies
+from unmoved import config, outcomes, pool
 from unmoved.errors import UnmovedError
 from unmoved.evaluation import evaluate_run, examine_run, weights_digest
 from unmoved.jobs import Job
@@ -37,6 +37,8 @@ def work(job: Job, device: str = "auto") -> str:
     if (run.doctor or {}).get("weights_sha256") != weights_digest(run, "best"):
         examine_run(run, n=DOCTOR_SAMPLES, device=device, allow=job.allow)
     if job.analyze:
+        from unmoved import studies  # with all figures, for which other jobs need not wait
+
         (subject,) = studies.subjects([run], job.analysis_n, device=device, allow=job.allow)
         for name in job.analyze:
             studies.prepare(name, subject)

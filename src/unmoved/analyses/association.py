@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from scipy.stats import norm, pearsonr, spearmanr
+import scipy  # its parts load where they are used: a second that no worker waits for
 
 from unmoved.errors import UnmovedError, require_choice, require_number
 
@@ -132,12 +132,15 @@ def fisher(x: Any, y: Any, measure: str = "Pearson") -> Estimate:
         note = f"a correlation needs at least 3 runs, came {n}"
     if note:
         return Estimate(math.nan, math.nan, math.nan, n, note)
-    r = float(pearsonr(_scaled(a), _scaled(b)).statistic if measure == "Pearson" else spearmanr(a, b).statistic)
+    stats = scipy.stats
+    r = float(
+        stats.pearsonr(_scaled(a), _scaled(b)).statistic if measure == "Pearson" else stats.spearmanr(a, b).statistic
+    )
     if n < FEWEST_RUNS:
         return Estimate(r, math.nan, math.nan, n, f"an interval needs at least {FEWEST_RUNS} runs, came {n}")
     most = 1 - (6 / (n * (n * n - 1)) if measure == "Spearman" else 1e-12)
     counted = min(max(r, -most), most)
-    width = math.sqrt((1 + (counted**2 / 2 if measure == "Spearman" else 0)) / (n - 3)) * float(norm.ppf(0.975))
+    width = math.sqrt((1 + (counted**2 / 2 if measure == "Spearman" else 0)) / (n - 3)) * float(stats.norm.ppf(0.975))
     low, high = (math.tanh(math.atanh(counted) + side * width) for side in (-1, 1))
     return Estimate(r, min(low, r), max(high, r), n)
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-from scipy.stats import norm, rankdata, t
+import scipy  # its parts load where they are used: a second that no worker waits for
 
 from unmoved.analyses.bias_variance import MEASURES
 from unmoved.analyses.resampling import LEVEL, interval
@@ -74,7 +74,11 @@ def _ends(rows: pd.DataFrame, name: str) -> tuple[np.ndarray, np.ndarray, np.nda
     if f"{name}_std" not in rows:
         return middle, low, high
     count = rows["permutations"].to_numpy(float)
-    share = t.ppf((1 + LEVEL) / 2, np.maximum(count - 1, 1)) * rows[f"{name}_std"].to_numpy(float) / np.sqrt(count)
+    share = (
+        scipy.stats.t.ppf((1 + LEVEL) / 2, np.maximum(count - 1, 1))
+        * rows[f"{name}_std"].to_numpy(float)
+        / np.sqrt(count)
+    )
     share = np.where(count > 1, share, 0.0)
     return middle, middle - np.hypot(middle - low, share), middle + np.hypot(high - middle, share)
 
@@ -83,7 +87,7 @@ def _rises(rows: pd.DataFrame, seed: int) -> tuple[str, float, str]:
     middle, low, high = _ends(rows, "bias")
     if len(rows) < 3:
         return "undecided", float("nan"), f"three training eps are needed, here are {len(rows)}"
-    error = (high - low) / (2 * norm.ppf((1 + LEVEL) / 2))
+    error = (high - low) / (2 * scipy.stats.norm.ppf((1 + LEVEL) / 2))
     drawn = middle + error * np.random.default_rng(seed).standard_normal((DRAWS, len(middle)))
     rho = float(_spearman(middle[None])[0])
     least, most = (float(end) for end in interval(_spearman(drawn)))
@@ -97,7 +101,7 @@ def _rises(rows: pd.DataFrame, seed: int) -> tuple[str, float, str]:
 
 def _spearman(values: np.ndarray) -> np.ndarray:
     """Rank correlation of each row with its order, zero where all are equal."""
-    ranks = rankdata(values, axis=1)
+    ranks = scipy.stats.rankdata(values, axis=1)
     ranks = ranks - ranks.mean(axis=1, keepdims=True)
     order = np.arange(values.shape[1]) - (values.shape[1] - 1) / 2
     length = np.sqrt((ranks**2).sum(axis=1) * (order**2).sum())

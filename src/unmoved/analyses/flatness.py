@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.stats import rankdata
-from scipy.stats import t as student
+import scipy  # its parts load where they are used: a second that no worker waits for
 
 from unmoved.analyses.corruption import ADVERSARIAL, RANDOM, expected_ratio
 from unmoved.errors import UnmovedError, require_number
@@ -67,7 +66,7 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
 def _means(groups: Any) -> pd.DataFrame:
     """The keys, draws, mean, low and high of each group, by Student's t."""
     found = groups.agg(draws="size", mean="mean", spread="std").reset_index()
-    half = student.ppf(0.975, found["draws"] - 1) * found.pop("spread") / np.sqrt(found["draws"])
+    half = scipy.stats.t.ppf(0.975, found["draws"] - 1) * found.pop("spread") / np.sqrt(found["draws"])
     return found.assign(low=found["mean"] - half, high=found["mean"] + half)
 
 
@@ -165,7 +164,7 @@ def _spearman(x: Any, y: Any, resamples: int, seed: int) -> tuple[float, float, 
 
 def _rank_correlation(pairs: np.ndarray) -> np.ndarray:
     """(2, R, m) -> (R,) Pearson's correlation of ranks; NaN where a side is constant."""
-    ranks = rankdata(pairs, axis=2)
+    ranks = scipy.stats.rankdata(pairs, axis=2)
     ranks = ranks - ranks.mean(axis=2, keepdims=True)
     scale = np.sqrt((ranks**2).sum(axis=2).prod(axis=0))
     return np.where(scale > 0, ranks.prod(axis=0).sum(axis=1) / np.where(scale > 0, scale, 1), np.nan)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from sklearn.datasets import load_digits
-
 from unmoved.data.splits import ArraySplit, DataSet
 
 
@@ -17,6 +15,8 @@ def digits(*, test: float = 0.25, seed: int = 0) -> DataSet:
     Raises:
         UnmovedError: a share that leaves one side empty.
     """
+    from sklearn.datasets import load_digits  # a third of a second that only these data cost
+
     source = load_digits()
     names = tuple(str(name) for name in source.target_names)
     whole = ArraySplit.of(source.images / 16, source.target, classes=names, name="digits")
