@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import scipy  # its parts load where they are used
 import torch
+from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 from torch import nn
 
 from unmoved.analyses.corruption import RANDOM
@@ -60,7 +60,7 @@ def curvature(
     Raises:
         UnmovedError: curvlinops is not installed; fewer than 2 vectors or 3 parameters; Lanczos did not converge.
     """
-    operators, linalg = _curvlinops(), scipy.sparse.linalg
+    operators = _curvlinops()
     require_number("vectors", vectors, at_least=2)
     require_number("tolerance", tolerance, above=0)
     require_number("iterations", iterations, at_least=1)
@@ -88,12 +88,10 @@ def curvature(
 
         signs = (2.0 * generator.integers(0, 2, size=k) - 1 for _ in range(vectors))
         samples = np.array([float(v @ product(v)) for v in signs])
-        operator = linalg.LinearOperator((k, k), matvec=product, dtype=np.float64)
+        operator = LinearOperator((k, k), matvec=product, dtype=np.float64)
         try:
-            top = linalg.eigsh(
-                operator, 1, which="LA", v0=generator.standard_normal(k), tol=tolerance, maxiter=iterations
-            )[0]
-        except linalg.ArpackNoConvergence as error:
+            top = eigsh(operator, 1, which="LA", v0=generator.standard_normal(k), tol=tolerance, maxiter=iterations)[0]
+        except ArpackNoConvergence as error:
             raise UnmovedError(
                 f"curvature: Lanczos did not reach tolerance {tolerance:g} in {iterations} restarts; raise one of them"
             ) from error
