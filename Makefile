@@ -33,11 +33,12 @@ study: .venv/installed ## what docs/analyses says of MNIST: 17 small models, fou
 	$(BIN)/unmoved analyze corruption --n 500 runs/study/methods/mnist-at/seed0 --out runs/study/analysis-of-at
 	$(BIN)/unmoved analyze bias-variance $$(dirname runs/study/eps/*/*/recipe.toml) --eps 0,0.1,0.2,0.3 --modes own,shared,joint --out runs/study/analysis
 
-bench: bench-verdict ## speeds: steps against a plain reference, what methods add, verdicts against a peer, analyses
+bench: .venv/installed ## speeds: steps against a plain reference, what methods add, analyses, verdicts against a peer
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/steps.py
 	$(BIN)/python benchmarks/corruption.py
 	$(BIN)/python benchmarks/softmax.py
+	$(MAKE) bench-verdict
 
 bench-gpu: .venv/installed ## seconds an epoch on a GPU, against the reference on the same card
 	$(BIN)/python benchmarks/gpu.py

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import reference
@@ -13,10 +14,11 @@ import training
 from torch import nn
 from torch.nn import functional as F
 
-from unmoved import Batch, Method, models, terms, train_step
+from unmoved import Batch, Method, models, terms, train, train_step
 from unmoved import precision as formats
 from unmoved.data import ArraySplit
 from unmoved.loop import WATCHED
+from unmoved.optim import SGD
 
 EPS = 8 / 255
 
@@ -43,26 +45,15 @@ class Variant:
 
     name: str
     precision: str = "float32"
-    tf32: bool = True
     layout: torch.memory_format = torch.channels_last
     compiled: bool = False
     ours: bool = True
 
-    def __enter__(self) -> None:
-        torch.backends.cudnn.allow_tf32 = self.tf32
-        torch.set_float32_matmul_precision("high" if self.tf32 and self.ours else "highest")
-
-    def __exit__(self, *_: object) -> None:
-        torch.backends.cudnn.allow_tf32 = True
-        torch.set_float32_matmul_precision("highest")
-
 
 REFERENCE = Variant("reference", layout=torch.contiguous_format, ours=False)
-EXACT = Variant("float32", tf32=False)
 VARIANTS = (
     REFERENCE,
-    EXACT,
-    Variant("TF32"),
+    Variant("float32"),
     Variant("bf16", "bf16"),
     Variant("bf16, contiguous", "bf16", layout=torch.contiguous_format),
     Variant("bf16, compiled", "bf16", compiled=True),
@@ -128,15 +119,30 @@ class Side:
 
     def turn(self, steps: int) -> None:
         """Time some steps, and note the peak of memory over what is held between them."""
-        with self.variant:
-            done(self.device)
-            held = allocated(self.device)
-            began = time.perf_counter()
-            for _ in range(steps):
-                self.step()
-            done(self.device)
-            self.seconds.append((time.perf_counter() - began) / steps)
+        done(self.device)
+        held = allocated(self.device)
+        began = time.perf_counter()
+        for _ in range(steps):
+            self.step()
+        done(self.device)
+        self.seconds.append((time.perf_counter() - began) / steps)
         self.peak = max(self.peak, allocated(self.device, peak=True) - held)
+
+
+def whole_epoch(variant: Variant, what: str, batch: int, size: Size, device: str) -> float:
+    """Seconds of the second epoch of `unmoved.train`, with all that its loop does; the first one compiles."""
+    log = train(
+        network(size, device),
+        training.method(what, EPS),
+        pictures(size, device),
+        epochs=2,
+        batch_size=batch,
+        optimizer=SGD(lr=0.0),
+        precision=variant.precision,
+        compiled=variant.compiled and size.backend == "inductor",
+        device=device,
+    )
+    return float(log[1]["seconds"] - log[0]["seconds"])
 
 
 def done(device: str) -> None:
@@ -161,15 +167,16 @@ def strength(variant: Variant, what: str, weights: dict[str, torch.Tensor], size
     model.load_state_dict(weights)
     model.to(memory_format=variant.layout).eval()
     batch = next(pictures(size, device).batches(size.judged))
-    with EXACT, torch.no_grad():
+    exact = partial(formats.products, "float32", device)
+    with exact(), torch.no_grad():
         clean = F.softmax(model(batch.x), 1)
 
     def reached(x_adv: torch.Tensor) -> float:
-        with EXACT, torch.no_grad():
+        with exact(), torch.no_grad():
             log_p = F.log_softmax(model.eval()(x_adv.float()), 1)
             return float(F.nll_loss(log_p, batch.y) if what == "AT" else F.kl_div(log_p, clean, reduction="batchmean"))
 
-    with EXACT:
+    with exact():
         start = reference.uniform(batch.x, EPS)
         if what == "AT":
             theirs = reference.ce_attack(model, batch.x, batch.y, start, EPS, training.INNER)
@@ -177,5 +184,5 @@ def strength(variant: Variant, what: str, weights: dict[str, torch.Tensor], size
             theirs = reference.trades_attack(model, batch.x, EPS, training.INNER)
     attack = training.method(what, EPS).attack
     assert attack is not None
-    with variant, formats.autocast(variant.precision, device):
+    with formats.autocast(variant.precision, device):
         return reached(attack(model.eval(), batch)) / reached(theirs)

@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 from road import RECIPE, here, recipe, unmoved
@@ -15,6 +16,7 @@ from road import RECIPE, here, recipe, unmoved
 from unmoved import compare as grid
 from unmoved import config
 from unmoved.errors import UnmovedError
+from unmoved.evaluation import evaluate_run
 from unmoved.jobs import Job, jobs_of
 from unmoved.run import Run
 
@@ -150,6 +152,24 @@ def test_a_run_whose_process_is_killed_goes_on_in_another_one_and_ends_in_the_sa
     assert [run.evaluation["n"] for run in runs] == [30, 30]
     unmoved("train", first / "recipe.toml", "--out", tmp_path / "alone").fine()
     assert (first / "last.safetensors").read_bytes() == (tmp_path / "alone" / "last.safetensors").read_bytes()
+
+
+def test_finalists_are_judged_once(compared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked again the verdict stands, with a number of images or without; another number is another question."""
+    run = Run(shutil.copytree(runs_below(compared / "out")[0], tmp_path / "run"))
+    written = (run.path / "recipe.toml").read_text()
+    (run.path / "recipe.toml").write_text(written.replace("n = 30", "n = 1"))
+    asked: list[int | None] = []
+
+    def judge(run: Run, *, attacks: str, n: int | None, **how: Any) -> Any:
+        asked.append(n)
+        return evaluate_run(run, attacks=attacks, n=n, **how)
+
+    monkeypatch.setattr(grid, "evaluate_run", judge)
+    for n in (2, 2, None, None, 2):
+        assert grid.finals([run], 1, n) == [run]
+        assert run.verdict["n"] == (n or 1)  # one is what the recipe says
+    assert asked == [2, None, 2]
 
 
 # --- the grid itself

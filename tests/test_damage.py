@@ -142,6 +142,27 @@ def test_no_single_bit_anywhere_in_a_state_goes_unnoticed_or_changes_what_is_rea
         assert plain(checkpoint.load(tmp_path)) == expected[length in seal or length == seal.stop], length
 
 
+def test_a_damaged_state_does_not_take_the_place_of_the_whole_one_before(
+    stopped: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mended from the epoch before, then killed while the next one is saved: that epoch must still be there."""
+    path, finished, cut = stopped
+    run, real = Path(shutil.copytree(cut, tmp_path / "run")), disk.os.replace
+    flip(run / "trainer.pt", 1000)
+
+    def replace(source: Path, target: Path) -> None:
+        if target.name == "trainer.pt":
+            raise KeyboardInterrupt
+        real(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(disk.os, "replace", replace)
+        assert unmoved("train", path, "--out", run, "--resume").code == 130
+    assert len(Run.open(run).load_state()["log"]) == 1
+    unmoved("train", path, "--out", run, "--resume").fine()
+    same(run, finished)
+
+
 def test_killed_between_the_two_renames_the_state_before_is_there(
     stopped: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

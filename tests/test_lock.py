@@ -166,7 +166,8 @@ def test_what_a_killed_process_left_half_written_is_cleared_away_and_nothing_els
     unmoved(*train).fine()
     digits, hour = "0123456789abcdef" * 2, time.time() - 3700
     stale = [f".{name}.{digits}.tmp" for name in ("trainer.pt", "best.safetensors", "metrics.jsonl")]
-    stale += [f"evaluation/.outcomes.csv.{digits}.tmp", f"verdict/adversarial/.fab-t-00000000.npz.{digits}.tmp"]
+    stale += [f"{kind}/.outcomes.csv.{digits}.tmp" for kind in ("evaluation", "verdict", "validation")]
+    stale += [f"verdict/adversarial/.fab-t-00000000.npz.{digits}.tmp"]
     old = [f".doctor.json.{digits}.tmp", f"analysis/.softmax-0123.json.{digits}.tmp"]
     theirs = ["notes.tmp", ".x.tmp", f".x.{digits[1:]}.tmp", f"x.{digits}.tmp", f".x.{digits}.tmp.gz", f".{digits}.tmp"]
     for name in (*stale, *old, *theirs):

@@ -16,6 +16,8 @@ import pytest
 from nursery import Nursery
 from road import ROOT, digests, unmoved
 
+from unmoved import config, training
+from unmoved.errors import UnmovedError
 from unmoved.run import Run
 
 if not hasattr(os, "fork"):
@@ -50,6 +52,25 @@ def same(one: Path, two: Path) -> None:
     states = [Run.open(folder).load_state() for folder in (one, two)]
     for key in states[0].keys() - {"log"}:
         assert repr(states[0][key]) == repr(states[1][key]), key
+
+
+def test_a_finished_run_on_several_machines_still_meets_them(
+    uncut: tuple[Path, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first would leave with nothing to do, and the others wait for it until their timeout."""
+    met: list[int] = []
+
+    def prepare(device: str, devices: int, nodes: int) -> None:
+        met.append(nodes)
+        raise UnmovedError("met")
+
+    monkeypatch.setattr(training.engine, "prepare", prepare)
+    asked = config.read(RECIPE, SMALL)
+    assert training.train_recipe(asked, uncut[0], resume=True).path == uncut[0]
+    assert met == []
+    with pytest.raises(UnmovedError, match="met"):
+        training.train_recipe(asked, uncut[0], resume=True, nodes=2)
+    assert met == [2]
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])

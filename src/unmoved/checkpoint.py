@@ -36,11 +36,13 @@ def save(folder: Path, state: dict[str, Any]) -> None:
     write_atomic(folder / NEWEST, sealed, previous=folder / PREVIOUS)
 
 
-def load(folder: Path, tell: Callable[[str], None] = silent) -> dict[str, Any] | None:
+def load(folder: Path, tell: Callable[[str], None] = silent, *, mend: bool = False) -> dict[str, Any] | None:
     """The newest whole state, or None where nothing was saved; read with ``weights_only=True``: nothing in it is run.
 
     Args:
         tell: called with a sentence where the newest is damaged and the one before is taken.
+        mend: whether a damaged newest is then removed, as whoever saves next must do: `save` would put it in the place
+            of the whole one before.
 
     Raises:
         UnmovedError: none of them is whole.
@@ -57,6 +59,8 @@ def load(folder: Path, tell: Callable[[str], None] = silent) -> dict[str, Any] |
             continue
         for damaged, problem in problems.items():
             tell(f"{folder / damaged} is damaged ({_brief(problem)}); going on from {name}, the epoch before")
+            if mend:
+                (folder / damaged).unlink(missing_ok=True)
         return state
     if not problems:
         return None

@@ -118,8 +118,8 @@ def finals(
             if progress is not None:
                 progress((number + share) / len(ranked), f"{name} {words}")
 
-        done = run.verdict or {}
-        if (done.get("weights_sha256"), done.get("n")) != (weights_digest(run, "best"), n):
+        done, asked = run.verdict or {}, n or config.parse(run.recipe).evaluation.n
+        if (done.get("weights_sha256"), done.get("asked_n", -1)) != (weights_digest(run, "best"), asked):
             evaluate_run(run, attacks="standard", n=n, allow=allow, progress=tell)
     return ranked
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from unmoved.attacks import IAAT, PGD
 from unmoved.errors import UnmovedError, require_number
 from unmoved.pool import end_with_parent
 from unmoved.precision import require_device
@@ -164,14 +165,14 @@ def require_lockstep(phases: Phases, sync_batchnorm: bool) -> None:
     """Raise `UnmovedError` for attacks that ask the other processes, each a different number of times."""
     for _, method in phases.phases:
         attack: Any = method.attack
-        if getattr(attack, "stop", None) is None:
-            continue
+        if isinstance(attack, PGD | IAAT) and getattr(attack, "stop", None) is None:
+            continue  # every other attack leaves out the samples that it is done with
         loss = getattr(attack, "loss", None)
         couples = loss is not None and any(isinstance(term, PRSL) for _, term in as_sum(loss).terms)
         if couples or (sync_batchnorm and getattr(attack, "mode", "eval") == "train"):
             raise UnmovedError(
-                f"{method.attack!r}: its samples stop at different steps in different processes, and its loss or its "
-                "batch statistics need all of them at each step; train in one process"
+                f"{method.attack!r}: its samples are done at different steps in different processes, and its loss or "
+                "its batch statistics need all of them at each step; train in one process"
             )
 
 

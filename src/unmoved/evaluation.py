@@ -110,8 +110,9 @@ def evaluate_run(
                 keep=_keeper(folder / "adversarial") if save_adversarial else None,
                 progress=follow,
             )
-            facts = {
+            facts: dict[str, Any] = {
                 "n": len(split),
+                "asked_n": count,
                 "split": split.name,
                 "weights": weights,
                 "weights_sha256": weights_digest(run, weights),

@@ -116,7 +116,7 @@ class Run:
         """
         with lock.alone(self.path):
             remove_leftovers(self.path, spare="doctor.json")
-            for kind in ("evaluation", "verdict"):
+            for kind in ("evaluation", "verdict", "validation"):
                 remove_leftovers(self.path / kind)
                 remove_leftovers(self.path / kind / "adversarial")
             for folder in (self.path, self.path / "analysis"):  # where doctor and analyses may be writing right now
@@ -127,13 +127,16 @@ class Run:
         """The trainer's state: tensors, numbers, strings and plain containers only. The one before is kept."""
         checkpoint.save(self.path, state)
 
-    def load_state(self, tell: Callable[[str], None] = checkpoint.silent) -> dict[str, Any] | None:
+    def load_state(
+        self, tell: Callable[[str], None] = checkpoint.silent, *, mend: bool = False
+    ) -> dict[str, Any] | None:
         """The newest whole state that `save_state` saved, or None; nothing in it is run.
 
         Args:
             tell: called with a sentence where the newest is damaged and the one before is taken.
+            mend: whether the damaged one is removed, for whoever goes on and saves.
         """
-        return checkpoint.load(self.path, tell)
+        return checkpoint.load(self.path, tell, mend=mend)
 
     def mend_weights(self, state: dict[str, Any], tell: Callable[[str], None] = checkpoint.silent) -> None:
         """Write weights files that are missing or damaged anew, from what `load_state` returned."""

@@ -38,8 +38,8 @@ class TrainerState:
         self.best_model: dict[str, Any] | None = None
 
     def saved(self, tell: Callable[[str], None] = lambda words: None) -> dict[str, Any] | None:
-        """What the run saved, or None; what was damaged on disk is told."""
-        return self.run.load_state(tell) if self.run is not None else None
+        """What the run saved, or None; what was damaged on disk is told, and removed."""
+        return self.run.load_state(tell, mend=True) if self.run is not None else None
 
     def restore(self, saved: dict[str, Any] | None, tell: Callable[[str], None] = lambda words: None) -> None:
         """Go on from what `saved` returned, here or in the process that has the run; weights files are mended."""

@@ -45,8 +45,8 @@ def train_recipe(
             held.enter_context(Run(out).alone())
         run = _begun(out, recipe.tables()) if first and resume else None
         done = run is not None and _is_done(run, recipe, progress)
-        if run is not None and done and not engine.started_by_others():
-            return run
+        if run is not None and done and nodes == 1 and not engine.started_by_others():
+            return run  # of several machines each must be told, or the others would wait for this one
         fabric = engine.prepare(device, devices, nodes)
         # Everything a recipe can get wrong is found before a folder is made, and before other processes are.
         built = Built(recipe, allow, loading)

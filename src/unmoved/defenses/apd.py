@@ -68,9 +68,10 @@ class APD:
         optimizer.zero_grad(set_to_none=True)
         loss = backward()
         moved = [p for p in weights.trainable(model) if p.grad is not None]
-        scale = float(weights.norm(p.detach() for p in moved)) if self.relative else 1.0
-        eps = scale * number("APD.eps", self.eps)
-        step_size = 1.5 * eps / self.steps if self.step_size is None else scale * self.step_size
+        # The path is kept in units of the ball, so that a device need not tell the weights' norm to the host.
+        unit = weights.norm(p.detach() for p in moved) if self.relative else 1.0
+        eps = number("APD.eps", self.eps)
+        step_size = 1.5 * eps / self.steps if self.step_size is None else self.step_size
         total = [None if p.grad is None else p.grad.clone() for p in owned]
         corruption = [torch.zeros_like(p) for p in moved]
         for _ in range(self.steps):
@@ -80,7 +81,7 @@ class APD:
             corruption = [a + d for a, d in zip(corruption, ascent, strict=True)]
             corruption = weights.project(corruption, eps, self.p, self.n)
             optimizer.zero_grad(set_to_none=True)
-            with weights.perturbed(moved, corruption), weights.frozen_batchnorm(model):
+            with weights.perturbed(moved, [unit * a for a in corruption]), weights.frozen_batchnorm(model):
                 backward()
             total = [_add(sum_, p.grad) for sum_, p in zip(total, owned, strict=True)]
         if self.risk == "mean":
