@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import lightning_fabric  # it puts its own function around torch.compile
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from unmoved import Batch, Method, ThreatModel, attacks, defenses, judge, models, outcomes, precision, terms, train
+from unmoved.attacks import ascent
 from unmoved.attacks.ascent import attacking, gradient_at
 from unmoved.averaging import EMA
 from unmoved.data import digits
@@ -88,6 +91,77 @@ def test_training_in_bf16_ends_with_the_robustness_of_float32() -> None:
         robust[form] = float(outcomes.summary(table).set_index("measure")["accuracy"]["apgd"])
     assert min(robust.values()) > 0.4, "both have learned to resist"
     assert abs(robust["bf16"] - robust["float32"]) <= 0.03
+
+
+# --- float32 on a GPU: torch's convolutions take TF32 there unless told not to
+
+
+CUDNN: Any = torch.backends.cudnn
+SWITCHES: tuple[Any, ...] = (CUDNN.conv, CUDNN.rnn, torch.backends.cuda.matmul)
+
+
+def kinds() -> list[str]:
+    return [switch.fp32_precision for switch in SWITCHES]
+
+
+def test_float32_on_a_gpu_is_not_tf32() -> None:
+    """The switches need no GPU; whatever they were comes back, after an exception too."""
+    before = kinds()
+    assert before[0] == "tf32", "torch's default, which this is about"
+    for context in (precision.autocast("float32", "cuda"), precision.products("float32", "cuda"), precision._ieee()):
+        with context:
+            assert kinds() == ["ieee"] * 3
+            assert not torch.backends.cudnn.allow_tf32
+            assert not torch.backends.cuda.matmul.allow_tf32
+        assert kinds() == before
+    with pytest.raises(KeyError), precision.products("float32", "cuda"):
+        raise KeyError
+    assert kinds() == before
+    assert torch.backends.cudnn.allow_tf32
+    for context in (precision.products("bf16", "cuda"), precision.products("float32", "cpu")):
+        with context:
+            assert kinds() == before
+
+
+class Asked(nn.Sequential):
+    """Notes for each pass whether float32 was asked for, going in and coming back."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Flatten(), nn.Linear(64, 10))
+        self.exact, self.passes = False, list[bool]()
+        self[1].weight.register_hook(lambda _: self.passes.append(self.exact))  # type: ignore[union-attr]
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passes.append(self.exact)
+        return super().forward(x)
+
+
+def test_float32_is_asked_for_in_every_pass_of_a_step_and_of_a_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = Asked(), next(DATA.test.batches(8))
+
+    @contextmanager
+    def products(form: str, device: Any) -> Iterator[None]:
+        before, model.exact = model.exact, model.exact or form == "float32"
+        yield
+        model.exact = before
+
+    monkeypatch.setattr(precision, "products", products)
+    method = Method(attacks.PGD(LINF, steps=2), terms.TRADES(), defenses.AWP(gamma=0.01))
+    for form, asked in (("float32", True), ("bf16", False)):
+        model.passes.clear()
+        train_step(model, method, torch.optim.SGD(model.parameters(), lr=0.0), batch, form)
+        assert len(model.passes) >= 8  # of the attack, of two closures, and back
+        assert set(model.passes) == {asked}
+    with precision.autocast("bf16", "cpu"):  # whatever a caller is in
+        model.passes.clear()
+        judge.predict(model, batch.x, batch.y)
+        attacks.FAB(LINF, steps=2)(model, batch)
+        attacks.Square(LINF, queries=3)(model, batch)
+        assert set(model.passes) == {True}
+        logits = model(batch.x)
+        model.passes.clear()
+        ascent.broken(model, batch.x, -logits, batch.y)
+        assert model.passes == [True]
 
 
 # --- channels_last

@@ -15,7 +15,7 @@ from unmoved.attacks import APGD
 from unmoved.errors import UnmovedError, require_number
 from unmoved.journal import Journal
 from unmoved.outcomes import CLEAN, COLUMNS, ROBUST
-from unmoved.precision import autocast
+from unmoved.precision import autocast, exact
 from unmoved.protocols import Attack, Batch, Ensemble, Image, Label, MinimumNormAttack, Split
 from unmoved.threat import ThreatModel
 from unmoved.weights import evaluating
@@ -256,7 +256,7 @@ def predict(model: nn.Module, x: Image, y: Label, draws: int = 1) -> Label:
 
 def _predicted(model: nn.Module, x: Image, y: Label, draws: int = 1) -> tuple[Label, int]:
     """(the predicted class (B,), the number of classes)."""
-    with torch.no_grad(), evaluating(model), torch.autocast(x.device.type, enabled=False):
+    with torch.no_grad(), evaluating(model), exact(x.device):
         logits = torch.stack([views.logits(model, x) for _ in range(draws)]).mean(dim=0)
     if not torch.isfinite(logits).all():
         raise UnmovedError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
@@ -46,8 +47,42 @@ def resolve(precision: str, device: torch.device | str) -> str:
 def autocast(precision: str, device: torch.device | str) -> AbstractContextManager[object]:
     """The context for a forward pass in a resolved precision."""
     if resolve(precision, device) == "float32":
-        return nullcontext()
+        return products(precision, device)
     return torch.autocast(torch.device(device).type, dtype=torch.bfloat16)
+
+
+def products(precision: str, device: torch.device | str) -> AbstractContextManager[object]:
+    """The context for passes both ways in which float32, where it is resolved to, is float32 on a GPU too."""
+    is_float32 = torch.device(device).type == "cuda" and resolve(precision, device) == "float32"
+    return _ieee() if is_float32 else nullcontext()
+
+
+@contextmanager
+def exact(device: torch.device | str) -> Iterator[None]:
+    """Float32 for what a verdict rests on, whatever autocast a caller is in."""
+    with torch.autocast(torch.device(device).type, enabled=False), products("float32", device):
+        yield
+
+
+@contextmanager
+def _ieee() -> Iterator[None]:
+    """Torch lets cuDNN round the factors of float32 products to the 10 bits of TF32 unless it is told not to."""
+    cudnn: Any = torch.backends.cudnn  # mypy sees the module that torch replaces
+    matmul: Any = torch.backends.cuda.matmul
+    switches = (cudnn.conv, cudnn.rnn, matmul)
+    before = [switch.fp32_precision for switch in switches]
+
+    def turn(states: list[str]) -> None:
+        # Torch has an older and a newer switch for each, and whoever reads the older one fails where they disagree.
+        cudnn.allow_tf32, matmul.allow_tf32 = states[0] == "tf32", states[2] == "tf32"
+        for switch, state in zip(switches, states, strict=True):
+            switch.fp32_precision = state
+
+    try:
+        turn(["ieee"] * 3)
+        yield
+    finally:
+        turn(before)
 
 
 # Channels that oneDNN's kernels take at a time: 8 with AVX2, 16 with AVX-512.

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from unmoved import views
 from unmoved.errors import UnmovedError, did_you_mean, require_number
+from unmoved.precision import exact
 from unmoved.protocols import Batch
 from unmoved.weights import evaluating
 
@@ -128,7 +129,7 @@ class ModelRisk:
     @contextmanager
     def held(self) -> Iterator[None]:
         cuda = sorted({p.device.index for p in self.model.parameters() if p.device.type == "cuda"})
-        off = torch.autocast(self.parameters[0].device.type, enabled=False)
+        off = exact(self.parameters[0].device)
         with torch.inference_mode(False), evaluating(self.model), off, torch.random.fork_rng(cuda):
             yield
 

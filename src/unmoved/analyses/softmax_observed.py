@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from unmoved import views
 from unmoved.attacks import FMN
 from unmoved.errors import UnmovedError
+from unmoved.precision import exact
 from unmoved.protocols import Attack, Batch, Image, Index, Label, Logits, MinimumNormAttack, PerSample, Split, Table
 from unmoved.threat import ThreatModel
 from unmoved.weights import evaluating
@@ -197,7 +198,7 @@ def _proposal(model: nn.Module, attack: Attack, batch: Batch, threat: ThreatMode
 
 
 def _logits(model: nn.Module, x: Image) -> Logits:
-    with torch.no_grad(), evaluating(model), torch.autocast(x.device.type, enabled=False):
+    with torch.no_grad(), evaluating(model), exact(x.device):
         return views.logits(model, x)
 
 

@@ -16,6 +16,7 @@ from unmoved.attacks.pace import MomentumPace, SparsePace
 from unmoved.attacks.rounds import Retired, Round, compacts, in_rounds
 from unmoved.attacks.smooth import smoothed
 from unmoved.errors import UnmovedError, require_number
+from unmoved.precision import exact
 from unmoved.protocols import Batch, Image, Term
 from unmoved.terms import CE
 from unmoved.threat import ThreatModel
@@ -118,7 +119,7 @@ class APGD:
         ascent = _Ascent(self, threat, steps, base, x_adv)
         for step in range(steps):
             finish = torch.is_autocast_enabled(x_adv.device.type) and step >= steps - max(steps // 10, 1)
-            with torch.autocast(x_adv.device.type, enabled=False) if finish else nullcontext():
+            with exact(x_adv.device) if finish else nullcontext():
                 ascent.step(step)
             if retired is not None and compacts(x_adv.device, step):
                 ascent.drop(retired)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from unmoved import views as seen
 from unmoved.errors import UnmovedError
+from unmoved.precision import exact
 from unmoved.protocols import Batch, Image, Label, Logits, PerSample, Term
 from unmoved.views import Views
 from unmoved.weights import evaluating
@@ -76,7 +77,7 @@ def broken(model: nn.Module, x_adv: Image, logits: Logits | None, y: Label) -> T
     """
     wrong = torch.ones_like(y, dtype=torch.bool) if logits is None else logits.argmax(dim=1) != y
     if torch.is_autocast_enabled(x_adv.device.type) and wrong.any():
-        with torch.no_grad(), torch.autocast(x_adv.device.type, enabled=False):
+        with torch.no_grad(), exact(x_adv.device):
             wrong[wrong.clone()] = seen.logits(model, x_adv[wrong]).argmax(dim=1) != y[wrong]
     return wrong
 

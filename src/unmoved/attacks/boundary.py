@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from unmoved.attacks.ascent import attacking, like
 from unmoved.attacks.hyperplanes import length
+from unmoved.precision import exact
 from unmoved.protocols import Batch, Image, Label, Logits, PerSample
 from unmoved.terms import Margin
 from unmoved.terms.margin import margin
@@ -22,7 +23,7 @@ MARGIN = Margin()
 @contextmanager
 def searching(model: nn.Module, batch: Batch) -> Iterator[Views]:
     """`attacking` in evaluation mode and outside autocast: a boundary found in bf16 is not the one that is judged."""
-    with torch.autocast(batch.x.device.type, enabled=False), attacking(model, batch, "eval") as views:
+    with exact(batch.x.device), attacking(model, batch, "eval") as views:
         yield views
 
 

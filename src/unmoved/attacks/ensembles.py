@@ -13,6 +13,7 @@ from unmoved.attacks.apgd import APGD
 from unmoved.attacks.fab import FAB
 from unmoved.attacks.square import Square
 from unmoved.errors import require_choice, require_number
+from unmoved.precision import exact
 from unmoved.protocols import Attack, Batch, Image
 from unmoved.terms import CE, DLR, Margin, TargetedDLR, TargetedMargin
 from unmoved.threat import ThreatModel
@@ -186,6 +187,6 @@ def in_turn(
 
 def _wrong(model: nn.Module, x: Image, y: Tensor) -> tuple[Tensor, int]:
     """(misclassified in float32 (B,), the number of classes)."""
-    with torch.no_grad(), evaluating(model), torch.autocast(x.device.type, enabled=False):
+    with torch.no_grad(), evaluating(model), exact(x.device):
         logits = views.logits(model, x)
     return logits.argmax(dim=1) != y, logits.shape[1]
