@@ -14,18 +14,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from unmoved import precision, train, train_step
 from unmoved.attacks import PGD
 from unmoved.attacks.ascent import gradient_at
 from unmoved.data import ArraySplit, augmentation, digits
-from unmoved.defenses import AWP, SAM, Plain
+from unmoved.defenses import APD, AWP, SAM, Plain
 from unmoved.errors import UnmovedError
 from unmoved.optim import SGD, Adam, Constant, Cosine, MultiStep, OneCycle
 from unmoved.protocols import Batch, Method, StatefulTerm
 from unmoved.run import Run
 from unmoved.schedule import Phases, Ramp
-from unmoved.terms import CE, KL, Sum
+from unmoved.terms import CE, DRSL, KL, MART, TRADES, Sum
 from unmoved.threat import ThreatModel
 from unmoved.views import Views
 
@@ -332,6 +333,49 @@ def test_terms_and_attacks_that_remember_are_updated_once_a_step() -> None:
 
 
 # --- phases and ramps
+
+
+class NothingAsked(TorchDispatchMode):
+    """Fails on every operation for whose answer a program waits, as a GPU would have to be waited for."""
+
+    ASKING = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        of_a_mask = function is torch.ops.aten.index.Tensor and any(
+            place is not None and place.dtype == torch.bool for place in args[1]
+        )
+        assert function not in self.ASKING, function
+        assert not of_a_mask, "the number of chosen rows is asked for"
+        return function(*args, **(kwargs or {}))
+
+
+LINF_STEPS = PGD(THREAT, steps=2)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        Method(LINF_STEPS, CE()),
+        Method(PGD(THREAT, loss=KL(), start="gaussian", steps=2), TRADES()),
+        Method(PGD(ThreatModel("l2", 1.0), steps=2), MART()),
+        Method(LINF_STEPS, Sum((1, CE()), (1, DRSL()))),
+        Method(LINF_STEPS, CE(), AWP(gamma=0.01)),
+        Method(LINF_STEPS, CE(), SAM(rho=0.05)),
+        Method(LINF_STEPS, CE(), APD(eps=0.01, relative=True)),
+        Method(LINF_STEPS, CE(), APD(eps=0.1, p=float("inf"))),
+    ],
+    ids=lambda method: repr(method)[:60],
+)
+def test_a_step_that_nobody_watches_asks_the_device_nothing(method: Method) -> None:
+    """Or each step would wait for the one before. Rules that stop samples do ask, once a step of the attack."""
+    model, batch = network(), next(PART.batches(8))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    before = [p.detach().clone() for p in model.parameters()]
+    with NothingAsked():
+        train_step(model, method, optimizer, batch, "float32", watch=False)
+    assert any(not torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), NothingAsked():
+        train_step(model, method, optimizer, batch, "float32")
 
 
 def test_phases_switch_at_the_first_step_of_their_epoch() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from unmoved import averaging, engine, judge, outcomes, processes
+from unmoved import averaging, engine, judge, outcomes, processes, sharing
 from unmoved import precision as formats
 from unmoved.attacks import PGD
 from unmoved.defenses import Plain
@@ -75,17 +75,17 @@ def train_step(
     Raises:
         UnmovedError: with ``watch``, a loss that is not finite; raised before anything is changed.
     """
-    objective = as_sum(method.objective)
+    objective, bare = as_sum(method.objective), model if attacked is None else attacked
+    shared = sharing.Clean(model, batch, precision) if sharing.is_modeless(bare) else None
     x_adv = None
     if method.attack is not None:
-        bare = model if attacked is None else attacked
         with formats.autocast(precision, batch.x.device), formats.constant_weights(bare):
-            x_adv = method.attack(bare, batch)
+            x_adv = method.attack(bare, batch if shared is None else replace(batch, known=shared.constant))
     first: list[tuple[Views, Step]] = []
 
     def closure() -> Tensor:
         with formats.autocast(precision, batch.x.device):
-            views = Views(model, batch, x_adv)
+            views = Views(model, batch, x_adv, clean=None if shared is None else shared.graph())
             parts = objective.parts(views)
             values = objective.combine(parts)
             loss = processes.mean(values)
@@ -101,13 +101,14 @@ def train_step(
         backward(loss)
         return loss.detach()
 
-    (method.defense or Plain())(model, optimizer, closure)
+    with formats.products(precision, batch.x.device):
+        (method.defense or Plain())(model, optimizer, closure)
     views, step = first[0]
     with torch.no_grad():
         for term in stateful(objective):
             term.update(views)
         if isinstance(method.attack, StatefulAttack) and x_adv is not None:
-            method.attack.update(model if attacked is None else attacked, batch, x_adv)
+            method.attack.update(bare, batch, x_adv)
     return step
 
 

@@ -40,8 +40,9 @@ def ranked_wrong(values: Logits, y: Label) -> Tensor:
 class Views:
     """The clean and the adversarial view of one batch.
 
-    ``Views(model, batch, x_adv)`` computes logits when they are first asked for. Without ``x_adv`` the adversarial
-    view is the clean one. ``Views.of(y=..., clean=..., adv=...)`` takes ready logits.
+    ``Views(model, batch, x_adv)`` computes logits when they are first asked for, unless ``clean`` brings those of the
+    clean images. Without ``x_adv`` the adversarial view is the clean one. ``Views.of(y=..., clean=..., adv=...)`` takes
+    ready logits.
 
     Attributes:
         y: (B,) int64 labels.
@@ -50,12 +51,12 @@ class Views:
         adv: (B, K) logits of the adversarial images.
     """
 
-    def __init__(self, model: nn.Module, batch: Batch, x_adv: Image | None = None) -> None:
+    def __init__(self, model: nn.Module, batch: Batch, x_adv: Image | None = None, clean: Logits | None = None) -> None:
         self._model: nn.Module | None = model
         self._batch: Batch | None = batch
         self._x_adv = x_adv
         self._base: Views | None = None
-        self._clean: Logits | None = None
+        self._clean = clean
         self._constant: Logits | None = None
         self._adv: Logits | None = None
         self._target: Label | None = batch.target
@@ -152,8 +153,11 @@ class Views:
             if self._clean is not None or self._base is not None or self._model is None:
                 self._constant = self.clean.detach()
             else:
-                with torch.no_grad():
-                    self._constant = logits(self.model, self.batch.x)
+                x, known = self.batch.x, self.batch.known
+                self._constant = None if known is None else known(x)
+                if self._constant is None:
+                    with torch.no_grad():
+                        self._constant = logits(self.model, x)
         return self._constant
 
     @property
