@@ -4,15 +4,30 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from lightning_fabric import Fabric
+from road import RECIPE, unmoved
 from torch import Tensor, nn
 
-from unmoved import Batch, Method, Run, ThreatModel, attacks, averaging, defenses, engine, optim, terms, train
+from unmoved import (
+    Batch,
+    Method,
+    Run,
+    ThreatModel,
+    UnmovedError,
+    attacks,
+    averaging,
+    defenses,
+    engine,
+    optim,
+    terms,
+    train,
+)
 
 CLASSES, SIDE, SAMPLES, BATCH = 5, 6, 13, 4  # the last batch has one sample, fewer than processes
 THREAT = ThreatModel("linf", 0.1)
@@ -52,6 +67,39 @@ def pgd(**settings: Any) -> Any:
     return attacks.PGD(THREAT, **{"steps": 3, **settings})
 
 
+class Witness:
+    """PGD that remembers on what it ran: in DDP's wrapper its passes would be taken for those of the step."""
+
+    def __init__(self) -> None:
+        self.models: list[nn.Module] = []
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
+        self.models.append(model)
+        return pgd()(model, batch)
+
+    def update(self, model: nn.Module, batch: Batch, x_adv: Tensor) -> None:
+        self.models.append(model)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """The attack on the labels that the model gives: ensembles leave alone what is wrong, as nearly all is here."""
+
+    attack: Any
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
+        with torch.no_grad():
+            return self.attack(model, replace(batch, y=model(batch.x).argmax(dim=1)))
+
+
+# In a ball that large the first part breaks every sample, and the others, which are cases of their own, cost nothing.
+LARGE = ThreatModel("linf", 0.5)
 ATTACKS: dict[str, Callable[[], Any]] = {
     "none": lambda: None,
     "pgd": pgd,
@@ -76,6 +124,9 @@ ATTACKS: dict[str, Callable[[], Any]] = {
     "cw": lambda: attacks.CW(ThreatModel("l2", 0.5), steps=5, search_steps=2),
     "hop-skip-jump": lambda: attacks.HopSkipJump(THREAT, queries=100),
     "transfer": lambda: attacks.Transfer(THREAT, source=network()),
+    "autoattack": lambda: Agreed(attacks.AutoAttack(LARGE)),
+    "quick": lambda: Agreed(attacks.Quick(LARGE)),
+    "witness": Witness,
 }
 OBJECTIVES: dict[str, Callable[[], Any]] = {
     "ce": lambda: terms.CE("adv", label_smoothing=0.1),
@@ -119,13 +170,46 @@ def everything() -> Any:
     return Method(ATTACKS["iaat"](), learned, defenses.APD(0.05))
 
 
+def case(method: Callable[[Any], Method], make: Callable[[], Any]) -> Callable[[], Case]:
+    return lambda: Case(method(make()))
+
+
 CASES: dict[str, Callable[[], Case]] = {
-    **{f"attack {n}": lambda a=a: Case(Method(a(), terms.CE())) for n, a in ATTACKS.items()},
-    **{f"objective {n}": lambda o=o: Case(Method(pgd(), o())) for n, o in OBJECTIVES.items()},
-    **{f"defense {n}": lambda d=d: Case(Method(pgd(), terms.TRADES(), d())) for n, d in DEFENSES.items()},
+    **{f"attack {n}": case(lambda a: Method(a, terms.CE()), make) for n, make in ATTACKS.items()},
+    **{f"objective {n}": case(lambda o: Method(pgd(), o), make) for n, make in OBJECTIVES.items()},
+    **{f"defense {n}": case(lambda d: Method(pgd(), terms.TRADES(), d), make) for n, make in DEFENSES.items()},
     "everything": lambda: Case(everything()),
     "ema": lambda: Case(Method(pgd(), terms.CE()), {"average": averaging.EMA(0.9)}),
 }
+# Trained an epoch by as many processes, and another by as many others.
+RESUMED = ["everything", "ema", *(name for name in CASES if name.startswith("defense"))]
+
+# The command's, in float32: an l2 attack has no signs, in which rounding would become a step.
+MINIATURE = (
+    RECIPE.replace('use = "digits"\ntest = 1500', 'use = "arrays"\npath = "random.npz"')
+    .replace('norm = "linf"\neps = 0.1', 'norm = "l2"\neps = 0.5')
+    .replace('use = "adam"\nlr = 0.01', 'use = "sgd"\nlr = 0.1')
+    .replace("epochs = 2", "epochs = 4")
+    .replace("[objective.ce]", '[objective.mortal]\nuse = "mortal:CrossEntropy"')
+)
+# A stranger's term, with which the second process kills itself after the second epoch of the run that DEADLY names.
+MORTAL = """
+import os, signal
+from pathlib import Path
+from torch.nn import functional
+
+class CrossEntropy:
+    def __call__(self, views):
+        log = Path(os.environ.get("DEADLY", "")) / "metrics.jsonl"
+        if os.environ.get("LOCAL_RANK") == "1" and log.exists() and log.read_bytes().count(b"\\n") == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return functional.cross_entropy(views.adv, views.y, reduction="none")
+"""
+
+
+def command(name: str) -> list[str]:
+    """Of a training into the folder ``name`` beside its recipe, which is where the command has to run."""
+    return ["train", "tiny.toml", "--out", name, "--device", "cpu", "--allow", "mortal"]
 
 
 def trained(case: Case, fabric: Fabric, epochs: int = 2, run: Run | None = None) -> dict[str, Tensor]:
@@ -154,6 +238,8 @@ def trained(case: Case, fabric: Fabric, epochs: int = 2, run: Run | None = None)
         found |= {f"{name}.{key}": value for key, value in term.state_dict().items()}
     if isinstance(case.method.attack, attacks.IAAT):
         found["radius"] = case.method.attack.radius(torch.arange(SAMPLES))
+    if isinstance(case.method.attack, Witness):
+        found["given"] = torch.tensor([1.0 if given is model else 0.0 for given in case.method.attack.models])
     for name, term in terms_of(case.method):
         if isinstance(term, terms.GlobalProbability):
             found[f"{name}.seen"] = torch.tensor(log[-1]["terms"]["global_probability"]["p_adv_mean"])
@@ -171,7 +257,7 @@ def alone() -> Fabric:
 
 
 def main(out: Path) -> None:
-    """One of the processes that torchrun started: all cases, then the two halves of a resumed training."""
+    """One of the processes that torchrun started: all cases, then halves of resumed trainings, then the command."""
     torch.set_num_threads(1)
     fabric = engine.prepare("cpu", precision="64-true")
     first = engine.rank() == 0
@@ -179,10 +265,15 @@ def main(out: Path) -> None:
         results = {name: trained(case(), fabric) for name, case in CASES.items()}
         results["norm"] = trained(Case(Method(pgd(mode="train"), terms.CE()), norm=True), fabric)
         # Begun by two and gone on with by one; begun by one (the test's) and gone on with by two.
-        for name, epochs in (("by-two", 1), ("by-one", 2)):
-            run = Run(out / name) if first else None
-            results[name] = trained(Case(everything()), fabric, epochs, run)
+        for name in RESUMED:
+            for way, epochs in (("by-two", 1), ("by-one", 2)):
+                run = Run(out / way / name) if first else None
+                results[f"{way} {name}"] = trained(CASES[name](), fabric, epochs, run)
         torch.save(results, out / f"rank{engine.rank()}.pt")
+        with pytest.raises(UnmovedError, match="sync_batchnorm: torch synchronises BatchNorm on GPUs only"):
+            trained(Case(Method(None, terms.CE()), {"sync_batchnorm": True}, norm=True), fabric)
+        # Last: it finds these processes joined already, and parts them.
+        (out / f"said{engine.rank()}").write_text(unmoved(*command("torchrun")).fine().out)
 
 
 if __name__ == "__main__":

@@ -126,9 +126,11 @@ def together(fabric: Fabric) -> Iterator[None]:
 
 def _end(fabric: Fabric) -> None:
     """The processes that this one started; they would wait for it until a timeout."""
-    for process in getattr(fabric.strategy.launcher, "procs", ()):
+    children: list[Any] = getattr(fabric.strategy.launcher, "procs", [])
+    for process in children:
         process.kill()
         process.wait()
+    children.clear()  # lightning's observer, who has the same list, would kill this process before it has spoken
 
 
 def _is_lost(error: RuntimeError) -> bool:
