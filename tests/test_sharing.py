@@ -83,8 +83,9 @@ def halved_first(model: nn.Module, optimizer: torch.optim.Optimizer, backward: C
         (Method(InPlace(), terms.TRADES()), 0),
         (Method(CLIMB, terms.TRADES(), halved_first), 0),
         (Method(attacks.FAB(THREAT, steps=2), terms.TRADES()), 0),
+        (Method(replace(CLIMB, smooth=10.0), terms.TRADES()), 0),  # its ReLUs are not those that are trained
     ],
-    ids=["trades", "mart", "stop", "awp", "ce", "ce-attack", "moved", "in-place", "weights-moved", "fab"],
+    ids=["trades", "mart", "stop", "awp", "ce", "ce-attack", "moved", "in-place", "weights-moved", "fab", "smooth"],
 )
 def test_a_pass_is_saved_and_no_bit_changes(method: Method, saved: int, monkeypatch: pytest.MonkeyPatch) -> None:
     state, passes = stepped(cnn(), method)
@@ -111,6 +112,17 @@ def test_under_bf16_the_search_in_float32_does_not_take_rough_logits(monkeypatch
     # The two views' gradients then meet in float32, not in bf16 with its 8 bits: the step is a little more exact.
     for name, weights in expected.items():
         assert (shared[name] - weights).abs().max() <= 0.02 * (weights - before[name]).abs().max(), name
+
+
+def test_images_made_in_inference_mode_are_still_trained_on() -> None:
+    with torch.inference_mode():
+        batch = Batch(BATCH.x + 0, BATCH.y, BATCH.index)
+    states = []
+    for given in (BATCH, batch):
+        model = cnn().train()
+        train_step(model, Method(CLIMB, terms.CE()), torch.optim.SGD(model.parameters(), lr=0.1), given, "float32")
+        states.append(model.state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
 class Custom(nn.Sequential):

@@ -41,15 +41,19 @@ class Clean:
 
     def __init__(self, model: nn.Module, batch: Batch, precision: str) -> None:
         self._views, self._precision = Views(model, batch), precision
-        self._x, self._unchanged = batch.x, batch.x._version
+        self._x, self._unchanged = batch.x, _version(batch.x)
         self._weights = list(model.parameters())
         self._versions: list[int] | None = None
 
     def constant(self, x: Image) -> Logits | None:
-        """For the attack: (B, K) without a graph; None for other images, or where it asks for another precision."""
-        is_same = (x.data_ptr(), x.shape, x._version) == (self._x.data_ptr(), self._x.shape, self._unchanged)
+        """For the attack: (B, K) without a graph; None for other images, or where it asks for another precision.
+
+        None too inside a mode that replaces functions, such as `smoothed`: the graph would be that of the replacements.
+        """
+        is_same = (x.data_ptr(), x.shape, _version(x)) == (self._x.data_ptr(), self._x.shape, self._unchanged)
         is_rough = torch.is_autocast_enabled(x.device.type)
-        if not is_same or is_rough != (formats.resolve(self._precision, x.device) == "bf16"):
+        is_other = is_rough != (formats.resolve(self._precision, x.device) == "bf16")
+        if not is_same or is_other or torch._C._is_torch_function_mode_enabled():
             return None
         self._versions = self._versions or [p._version for p in self._weights]
         with torch.enable_grad():
@@ -58,5 +62,10 @@ class Clean:
     def graph(self) -> Logits | None:
         """For the objective, once: (B, K) with a graph; None where nobody asked, or images or weights moved since."""
         versions, self._versions = self._versions, None
-        is_fresh = versions == [p._version for p in self._weights] and self._x._version == self._unchanged
+        is_fresh = versions == [p._version for p in self._weights] and _version(self._x) == self._unchanged
         return self._views.clean if is_fresh else None
+
+
+def _version(x: Image) -> int:
+    """How often it was written to; -1 for a tensor of inference mode, which does not count."""
+    return -1 if x.is_inference() else x._version
