@@ -61,6 +61,14 @@ class CrossEntropy:
 """
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _as_urgent_as_others() -> Iterator[None]:
+    """Ray is polite, and its workers would wait for whatever else this machine tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_worker_niceness", "0")
+        yield
+
+
 BUSY = "timed out during startup"  # Ray gives itself 30 s to start, whatever else its machine does
 
 
