@@ -114,6 +114,19 @@ def test_under_bf16_the_search_in_float32_does_not_take_rough_logits(monkeypatch
         assert (shared[name] - weights).abs().max() <= 0.02 * (weights - before[name]).abs().max(), name
 
 
+def test_a_term_that_takes_what_is_there_is_not_handed_what_nobody_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`GlobalProbability` follows the views that the objective has computed; the attack's are not among them."""
+    seen = []
+    for is_modeless in (sharing.is_modeless, lambda model: False):
+        monkeypatch.setattr(sharing, "is_modeless", is_modeless)
+        term = terms.GlobalProbability(10, view="adv")
+        stepped(cnn(), Method(CLIMB, terms.Sum((1, terms.CE()), (1, term))))
+        seen.append(term.seen.clone())
+    assert torch.equal(*seen)
+    assert seen[0][0].count_nonzero() == 0
+    assert seen[0][1].count_nonzero() > 0
+
+
 def test_images_made_in_inference_mode_are_still_trained_on() -> None:
     with torch.inference_mode():
         batch = Batch(BATCH.x + 0, BATCH.y, BATCH.index)

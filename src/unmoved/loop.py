@@ -85,7 +85,7 @@ def train_step(
 
     def closure() -> Tensor:
         with formats.autocast(precision, batch.x.device):
-            views = Views(model, batch, x_adv, clean=None if shared is None else shared.graph())
+            views = Views(model, batch, x_adv, None if shared is None else shared.graph)
             parts = objective.parts(views)
             values = objective.combine(parts)
             loss = processes.mean(values)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,9 +41,9 @@ def ranked_wrong(values: Logits, y: Label) -> Tensor:
 class Views:
     """The clean and the adversarial view of one batch.
 
-    ``Views(model, batch, x_adv)`` computes logits when they are first asked for, unless ``clean`` brings those of the
-    clean images. Without ``x_adv`` the adversarial view is the clean one. ``Views.of(y=..., clean=..., adv=...)`` takes
-    ready logits.
+    ``Views(model, batch, x_adv)`` computes logits when they are first asked for, unless ``given`` has those of the
+    clean images then. Without ``x_adv`` the adversarial view is the clean one. ``Views.of(y=..., clean=..., adv=...)``
+    takes ready logits.
 
     Attributes:
         y: (B,) int64 labels.
@@ -51,12 +52,19 @@ class Views:
         adv: (B, K) logits of the adversarial images.
     """
 
-    def __init__(self, model: nn.Module, batch: Batch, x_adv: Image | None = None, clean: Logits | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        batch: Batch,
+        x_adv: Image | None = None,
+        given: Callable[[], Logits | None] | None = None,
+    ) -> None:
         self._model: nn.Module | None = model
         self._batch: Batch | None = batch
         self._x_adv = x_adv
         self._base: Views | None = None
-        self._clean = clean
+        self._given = given
+        self._clean: Logits | None = None
         self._constant: Logits | None = None
         self._adv: Logits | None = None
         self._target: Label | None = batch.target
@@ -75,7 +83,7 @@ class Views:
     ) -> Views:
         """Views of ready logits (B, K), for tests and for users' own loops."""
         views = cls.__new__(cls)
-        views._model = views._batch = views._x_adv = views._base = None
+        views._model = views._batch = views._x_adv = views._base = views._given = None
         views._clean, views._constant, views._adv = clean, None, adv
         views.y, views._target = y, target
         views.index = torch.arange(len(y), device=y.device) if index is None else index
@@ -142,7 +150,9 @@ class Views:
             if self._base is not None:
                 self._clean = self._base._constant_clean()
             elif self._model is not None and self._batch is not None:
-                self._clean = logits(self._model, self._batch.x)
+                self._clean = None if self._given is None else self._given()
+                if self._clean is None:
+                    self._clean = logits(self._model, self._batch.x)
             else:
                 raise UnmovedError("this term needs the clean logits: pass Views.of(..., clean=logits)")
         return self._clean
