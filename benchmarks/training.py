@@ -4,7 +4,8 @@
 
 Each row times one step of ours and one of ``benchmarks/reference.py`` alternately from the same weights on the same
 batch of 128, 10 inner steps; the ratio is the median over pairs. ``share`` is what our step reaches of the machine's
-matrix-product rate (2048^3, the step's format); ``strength`` compares the inner losses that the two attacks end at.
+matrix-product rate (2048^3, the step's format); ``strength`` compares the inner losses that the two attacks end at,
+as the mean over starts of both (one start alone scatters by a hundredth or two).
 Peak memory is that of a process of its own for each side.
 """
 
@@ -16,6 +17,7 @@ import multiprocessing
 import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ from unmoved import Batch, Method, ThreatModel, attacks, defenses, models, terms
 from unmoved import precision as formats
 from unmoved.provenance import hardware
 
-BATCH, INNER = 128, 10
+BATCH, INNER, STARTS, LESSONS = 128, 10, 5, 60
 # name -> (factory, shape, eps)
 NETWORKS: dict[str, tuple[Any, tuple[int, int, int], float]] = {
     "small_cnn": (models.small_cnn, (1, 28, 28), 0.3),
@@ -132,7 +134,7 @@ def peak_mib() -> float:
 
 
 def taught(name: str, device: str) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
-    """A network after 20 clean steps, and what it learned: an untrained one has nothing to attack. (model, x, y)."""
+    """A network after some clean steps, and what it learned: an untrained one has nothing to attack. (model, x, y)."""
     model, (_, shape, eps) = network(name, device).train(), NETWORKS[name]
     draw = torch.Generator().manual_seed(1)
     y = torch.randint(10, (4 * BATCH,), generator=draw)
@@ -140,14 +142,17 @@ def taught(name: str, device: str) -> tuple[nn.Module, torch.Tensor, torch.Tenso
     x = ((1 - share) * torch.rand(len(y), *shape, generator=draw) + share * marks[y]).to(device)
     y = y.to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
-    for step in range(20):
+    for step in range(LESSONS):
         part = slice(step % 4 * BATCH, (step % 4 + 1) * BATCH)
         train_step(model, Method(None, terms.CE("clean")), optimizer, Batch(x[part], y[part]), "float32")
     return model.eval(), x, y
 
 
-def strength(name: str, device: str, precision: str) -> float:
-    """KL at the end of TRADES' attack, ours over the reference's, in float32 on the same weights and 512 images."""
+def strength(name: str, device: str, precision: str) -> list[float]:
+    """KL at the end of TRADES' attack, in float32 on the same weights and 512 images, over the reference's mean.
+
+    One value for each of our starts; the reference's mean is over as many starts of its own.
+    """
     model, x, y = taught(name, device)
     eps = NETWORKS[name][2]
     with torch.no_grad():
@@ -158,12 +163,15 @@ def strength(name: str, device: str, precision: str) -> float:
             log_p = F.log_softmax(model.eval()(x_adv.float()), 1)  # the reference leaves it in training mode
             return float(F.kl_div(log_p, clean, reduction="sum"))
 
-    theirs = reached(reference.trades_attack(model, x, eps, INNER))
     attack = method("TRADES", eps).attack
-    assert attack is not None
-    with formats.autocast(precision, x.device):
-        x_adv = attack(model.eval(), Batch(x, y))
-    return reached(x_adv) / theirs
+    assert isinstance(attack, attacks.PGD)
+    ours, theirs = [], []
+    for seed in range(STARTS):
+        torch.manual_seed(seed)
+        theirs.append(reached(reference.trades_attack(model, x, eps, INNER)))
+        with formats.autocast(precision, x.device):
+            ours.append(reached(replace(attack, seed=seed)(model.eval(), Batch(x, y))))
+    return [value / statistics.mean(theirs) for value in ours]
 
 
 def matrix_rate(device: str, kind: torch.dtype) -> float:
@@ -196,9 +204,13 @@ def main() -> None:
     form = "bf16" if low else "float32"
     print(f"matrix product: {rate / 1e9:.0f} GFLOP/s in {form}, {torch.get_num_threads()} threads")
     print(f"{'model':18}{'step':12}{'ours':>9}{'theirs':>9}{'ratio':>7}{'share':>7}{'MiB':>7}{'theirs':>8}")
-    rows = []
+    rows, strengths = [], {}
     for name in options.model or NETWORKS:
-        print(f"{name}: strength of TRADES' attack {strength(name, options.device, options.precision):.3f}")
+        strong = strengths[name] = strength(name, options.device, options.precision)
+        print(
+            f"{name}: strength of TRADES' attack {statistics.mean(strong):.3f}"
+            f" ({min(strong):.3f} to {max(strong):.3f} over {len(strong)} starts)"
+        )
         for what in options.method or reference.STEPS:
             sides = [Side(who, name, what, options.device, options.precision) for who in ("ours", "reference")]
             with Flops() as counter:
@@ -223,7 +235,7 @@ def main() -> None:
             )
     options.out.parent.mkdir(parents=True, exist_ok=True)
     facts = {"hardware": hardware(), "torch": torch.__version__, "precision": options.precision, "pairs": options.pairs}
-    options.out.write_text(json.dumps(facts | {"rows": rows}, indent=2) + "\n")
+    options.out.write_text(json.dumps(facts | {"strength": strengths, "rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
