@@ -175,10 +175,11 @@ def test_texts_that_are_no_recipe(tmp_path_factory: pytest.TempPathFactory, text
 
 @inputs(3000)
 @given(
-    key=st.lists(
+    key=st.sampled_from(["name", "threat.eps", "training.epochs", "optimizer.lr", "evaluation.n"])
+    | st.lists(
         st.sampled_from([".", "a", "attack", "eps", "phases", "0", "\u00b2", "use", "data", " ", ""]), max_size=6
     ).map("".join),
-    value=st.text(max_size=6) | st.lists(PIECES, max_size=6).map("".join),
+    value=st.text(max_size=6) | st.lists(PIECES, max_size=6).map("".join) | st.integers(0, 99).map(str),
 )
 def test_overrides(tmp_path_factory: pytest.TempPathFactory, key: str, value: str) -> None:
     folder = one_folder(tmp_path_factory)
