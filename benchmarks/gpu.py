@@ -9,7 +9,8 @@ in all; the epoch in their rows is extrapolated from these. The fastest that is 
 by which the bars are judged. The reference is ``benchmarks/reference.py`` as torch runs it by default (TF32 in
 convolutions, float32 in products, contiguous, eager).
 ``strength`` compares the inner losses, in float32, that our attack and the reference's end at on a briefly trained
-network; a variant below 0.98 reaches no bar. Then the table of ``benchmarks/training.py`` on the device.
+network, as a mean over starts; a variant below 0.98 reaches no bar. Then the table of ``benchmarks/training.py`` on the
+device.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from typing import Any
 import reference
 import torch
 import training
-from variants import MINIATURE, REFERENCE, VARIANTS, Side, Size, strength, taught, whole_epoch
+from variants import MINIATURE, REFERENCE, VARIANTS, Side, Size, strong, taught, whole_epoch
 
 from unmoved.provenance import hardware
 
@@ -114,7 +115,7 @@ def main(arguments: list[str] | None = None) -> None:
     rows, weights = [], taught(size, options.device)
     print(f"{'step':8}{'batch':>6}  {'variant':18}{'s/epoch':>9}{'images/s':>10}{'ratio':>7}{'MiB':>8}{'strength':>10}")
     for what in METHODS:
-        reached = {v.name: strength(v, what, weights, size, options.device) for v in VARIANTS if v.ours}
+        reached = {v.name: strong(v, what, weights, size, options.device) for v in VARIANTS if v.ours}
         for batch in size.batches:
             for row in in_turn(what, batch, size, options.device, options):
                 rows.append(row | {"strength": reached.get(row["variant"])})

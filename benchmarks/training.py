@@ -17,14 +17,13 @@ import multiprocessing
 import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import reference
 import torch
+from strength import strength
 from torch import nn
-from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -32,7 +31,7 @@ from unmoved import Batch, Method, ThreatModel, attacks, defenses, models, terms
 from unmoved import precision as formats
 from unmoved.provenance import hardware
 
-BATCH, INNER, STARTS, LESSONS = 128, 10, 5, 60
+BATCH, INNER, LESSONS = 128, 10, 60
 # name -> (factory, shape, eps)
 NETWORKS: dict[str, tuple[Any, tuple[int, int, int], float]] = {
     "small_cnn": (models.small_cnn, (1, 28, 28), 0.3),
@@ -53,6 +52,13 @@ def method(name: str, eps: float) -> Method:
         "SENSE": Method(sensible, terms.CE()),
         "APD": Method(ce, terms.CE(), defenses.APD(0.01, steps=2, relative=True)),
     }[name]
+
+
+def pgd(name: str, eps: float) -> attacks.PGD:
+    """The attack of a method."""
+    attack = method(name, eps).attack
+    assert isinstance(attack, attacks.PGD)
+    return attack
 
 
 def network(name: str, device: str, layout: torch.memory_format = torch.contiguous_format) -> nn.Module:
@@ -148,32 +154,6 @@ def taught(name: str, device: str) -> tuple[nn.Module, torch.Tensor, torch.Tenso
     return model.eval(), x, y
 
 
-def strength(name: str, device: str, precision: str) -> list[float]:
-    """KL at the end of TRADES' attack, in float32 on the same weights and 512 images, over the reference's mean.
-
-    One value for each of our starts; the reference's mean is over as many starts of its own.
-    """
-    model, x, y = taught(name, device)
-    eps = NETWORKS[name][2]
-    with torch.no_grad():
-        clean = F.softmax(model(x), 1)
-
-    def reached(x_adv: torch.Tensor) -> float:
-        with torch.no_grad():
-            log_p = F.log_softmax(model.eval()(x_adv.float()), 1)  # the reference leaves it in training mode
-            return float(F.kl_div(log_p, clean, reduction="sum"))
-
-    attack = method("TRADES", eps).attack
-    assert isinstance(attack, attacks.PGD)
-    ours, theirs = [], []
-    for seed in range(STARTS):
-        torch.manual_seed(seed)
-        theirs.append(reached(reference.trades_attack(model, x, eps, INNER)))
-        with formats.autocast(precision, x.device):
-            ours.append(reached(replace(attack, seed=seed)(model.eval(), Batch(x, y))))
-    return [value / statistics.mean(theirs) for value in ours]
-
-
 def matrix_rate(device: str, kind: torch.dtype) -> float:
     """FLOP/s of a product of two 2048 x 2048 matrices, the best of five."""
     a = torch.randn(2048, 2048, device=device, dtype=kind)
@@ -206,7 +186,8 @@ def main() -> None:
     print(f"{'model':18}{'step':12}{'ours':>9}{'theirs':>9}{'ratio':>7}{'share':>7}{'MiB':>7}{'theirs':>8}")
     rows, strengths = [], {}
     for name in options.model or NETWORKS:
-        strong = strengths[name] = strength(name, options.device, options.precision)
+        model, x, y = taught(name, options.device)
+        strong = strengths[name] = strength(model, Batch(x, y), pgd("TRADES", NETWORKS[name][2]), options.precision)
         print(
             f"{name}: strength of TRADES' attack {statistics.mean(strong):.3f}"
             f" ({min(strong):.3f} to {max(strong):.3f} over {len(strong)} starts)"

@@ -5,17 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
+from statistics import fmean
 from typing import Any
 
 import reference
 import torch
 import training
+from strength import strength
 from torch import nn
-from torch.nn import functional as F
 
 from unmoved import Batch, Method, models, terms, train, train_step
-from unmoved import precision as formats
 from unmoved.data import ArraySplit
 from unmoved.loop import WATCHED
 from unmoved.optim import SGD
@@ -161,28 +160,10 @@ def allocated(device: str, peak: bool = False) -> float:
     return torch.cuda.memory_allocated() / 2**20
 
 
-def strength(variant: Variant, what: str, weights: dict[str, torch.Tensor], size: Size, device: str) -> float:
-    """The loss that the attack ends at over the reference's, both in float32 on the same weights and images."""
+def strong(variant: Variant, what: str, weights: dict[str, torch.Tensor], size: Size, device: str) -> float:
+    """Mean strength of a variant's attack on these weights."""
     model = network(size, device)
     model.load_state_dict(weights)
-    model.to(memory_format=variant.layout).eval()
+    model.to(memory_format=variant.layout)
     batch = next(pictures(size, device).batches(size.judged))
-    exact = partial(formats.products, "float32", device)
-    with exact(), torch.no_grad():
-        clean = F.softmax(model(batch.x), 1)
-
-    def reached(x_adv: torch.Tensor) -> float:
-        with exact(), torch.no_grad():
-            log_p = F.log_softmax(model.eval()(x_adv.float()), 1)
-            return float(F.nll_loss(log_p, batch.y) if what == "AT" else F.kl_div(log_p, clean, reduction="batchmean"))
-
-    with exact():
-        start = reference.uniform(batch.x, EPS)
-        if what == "AT":
-            theirs = reference.ce_attack(model, batch.x, batch.y, start, EPS, training.INNER)
-        else:
-            theirs = reference.trades_attack(model, batch.x, EPS, training.INNER)
-    attack = training.method(what, EPS).attack
-    assert attack is not None
-    with formats.autocast(variant.precision, device):
-        return reached(attack(model.eval(), batch)) / reached(theirs)
+    return fmean(strength(model, batch, training.pgd(what, EPS), variant.precision))
