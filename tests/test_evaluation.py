@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import random
 import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -231,6 +233,22 @@ def test_other_weights_are_another_question(run: Path) -> None:
     unmoved("evaluate", run, "--attacks", "pgd", "--n", 10, "--no-doctor").fine()
     assert (folder / "outcomes.csv").read_bytes() == before
     assert not (folder / "journal.jsonl").exists()
+
+
+def test_the_precision_of_the_search_is_the_machines_and_is_said(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ``auto`` began in bf16 does not go on in float32 on another machine."""
+    asked: list[str] = []
+
+    def noted(path: Path, question: dict[str, Any]) -> Journal:
+        asked.append(question["precision"])
+        return Journal(path, question)
+
+    monkeypatch.setattr(evaluation, "Journal", noted)
+    for features, expected in (({}, "float32"), ({"amx_bf16": True}, "bf16")):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda features=features: features, raising=False)
+        unmoved("evaluate", run, "--attacks", "pgd", "--n", 10, "--no-doctor").fine()
+        assert json.loads((run / "evaluation" / "evaluation.json").read_text())["precision"] == expected
+    assert asked == ["float32", "bf16"]
 
 
 # --- memory, images, names

@@ -24,7 +24,7 @@ from unmoved.data import ArraySplit
 from unmoved.disk import write_atomic
 from unmoved.errors import UnmovedError, did_you_mean
 from unmoved.journal import Journal
-from unmoved.precision import layout, require_device
+from unmoved.precision import layout, require_device, resolve
 from unmoved.protocols import Attack, Batch, Ensemble, Image
 from unmoved.run import Run
 
@@ -77,6 +77,7 @@ def evaluate_run(
     Run.open(run.path)  # before the lock, which would make a missing folder
     with run.alone():
         built, model = opened(run, weights, device, allow)
+        precision = resolve(precision, next(model.parameters()).device)  # another machine's "auto" may be another one
         count = n or built.recipe.evaluation.n
         whole = _held_out(run, built) if validation else built.data.test
         split = whole if count is None else whole.take(min(count, len(whole)), seed=0)
@@ -116,6 +117,7 @@ def evaluate_run(
                 "split": split.name,
                 "weights": weights,
                 "weights_sha256": weights_digest(run, weights),
+                "precision": precision,
                 "threat": {"norm": built.threat.norm, "eps": built.threat.radius},
                 "asked": attacks,
                 "attacks": {name: repr(attack) for name, attack in chosen.items()},
