@@ -79,11 +79,17 @@ def timeless(value: Any) -> Any:
     return {key: part for key, part in value.items() if key not in CLOCKS} if isinstance(value, dict) else value
 
 
+def left_over(run: Path) -> list[Path]:
+    """But for half a doctor's answer: another doctor may be writing it, so it is cleared away after an hour only."""
+    found = [*run.rglob("*.tmp"), *run.rglob(".lock"), *run.rglob("journal.jsonl")]
+    return [path for path in found if path.exists() and not path.name.startswith(".doctor.json.")]
+
+
 def same_training(one: Path, two: Path) -> None:
     for name in ("best.safetensors", "last.safetensors", "recipe.toml"):
         assert (one / name).read_bytes() == (two / name).read_bytes(), name
     assert Run.open(one).metrics.drop(columns="seconds").equals(Run.open(two).metrics.drop(columns="seconds"))
-    assert not [path for path in (*one.rglob("*.tmp"), one / ".lock") if path.exists()]
+    assert left_over(one) == []
 
 
 def same_evaluation(one: Path, two: Path) -> None:
@@ -95,7 +101,7 @@ def same_evaluation(one: Path, two: Path) -> None:
     assert theirs.gallery is not None
     assert all(np.array_equal(ours.gallery[name], theirs.gallery[name]) for name in theirs.gallery)
     assert ours.doctor == theirs.doctor
-    assert not [path for path in (*one.rglob("*.tmp"), one / ".lock", one / "journal.jsonl") if path.exists()]
+    assert left_over(one) == []
 
 
 def remove(*folders: Path) -> None:
@@ -258,14 +264,17 @@ def test_compare_whose_worker_is_killed(
 ) -> None:
     (command, uncut, seconds), out = compared, tmp_path / "out"
     draw, killed = random.Random(f"compare, worker {moment}"), False
-    parent = start_and_see_it_work(nursery, command, out)
-    time.sleep((moment + draw.uniform(0.0, 0.2)) * seconds)
-    with contextlib.suppress(ProcessLookupError, IndexError):  # there is none any more
-        os.kill(draw.choice(workers_of(parent)), signal.SIGKILL)
-        killed = True
-    assert nursery.wait() == 0, "a second chance, and no run failed"
-    assert killed
-    same_grid(out, uncut)
+    while not killed:
+        parent = start_and_see_it_work(nursery, command, out)
+        time.sleep((moment + draw.uniform(0.0, 0.2)) * seconds)
+        with contextlib.suppress(ProcessLookupError, IndexError):  # there is none any more
+            os.kill(draw.choice(workers_of(parent)), signal.SIGKILL)
+            killed = True
+        assert nursery.wait() == 0, "a second chance, and no run failed"
+        same_grid(out, uncut)
+        if not killed:  # its workers were gone already: sooner, then
+            moment *= 0.7
+            remove(out)
 
 
 def same_grid(out: Path, uncut: Path) -> None:
