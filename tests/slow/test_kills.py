@@ -80,9 +80,7 @@ def timeless(value: Any) -> Any:
 
 
 def left_over(run: Path) -> list[Path]:
-    """But for half a doctor's answer: another doctor may be writing it, so it is cleared away after an hour only."""
-    found = [*run.rglob("*.tmp"), *run.rglob(".lock"), *run.rglob("journal.jsonl")]
-    return [path for path in found if path.exists() and not path.name.startswith(".doctor.json.")]
+    return [*run.rglob("*.tmp"), *run.rglob(".lock"), *run.rglob("journal.jsonl")]
 
 
 def same_training(one: Path, two: Path) -> None:
