@@ -19,7 +19,7 @@ PACKAGE = ROOT / "src" / "unmoved"
 # A room may import those of earlier ranks, never one of its own rank or a later one.
 RANKS = (
     ("errors",),
-    ("disk", "reading"),
+    ("disk", "reading", "preconditions"),
     ("protocols", "lock", "pool"),
     ("noise", "schedule", "processes", "averaging", "cluster"),
     ("views", "threat", "weights", "precision", "outcomes", "provenance", "drawing"),

@@ -21,6 +21,7 @@ from unmoved.checks import (
     tables,
 )
 from unmoved.errors import UnmovedError, require_number
+from unmoved.preconditions import require_labels
 from unmoved.protocols import Batch, Split
 from unmoved.threat import ThreatModel
 
@@ -115,10 +116,7 @@ def _case(model: nn.Module, split: Split, threat: ThreatModel, n: int, seed: int
     """On shuffled samples, since classes may be stored one after the other; images are checked as the judge does."""
     batch = next(judge.checked_batches(model, _Shuffled(split, seed), min(n, len(split)), threat))
     case = Case(model, batch, threat, seed, surrogate)
-    if int(batch.y.max()) >= case.clean.shape[1]:
-        raise UnmovedError(
-            f"labels: expected 0..{case.clean.shape[1] - 1} for {case.clean.shape[1]} logits, came {int(batch.y.max())}"
-        )
+    require_labels(batch.y, case.clean.shape[1])
     return case
 
 

@@ -16,6 +16,7 @@ from unmoved.errors import UnmovedError, require_number
 from unmoved.journal import Journal
 from unmoved.outcomes import CLEAN, COLUMNS, ROBUST
 from unmoved.precision import autocast, exact
+from unmoved.preconditions import require_images, require_labels
 from unmoved.protocols import Attack, Batch, Ensemble, Image, Label, MinimumNormAttack, Split
 from unmoved.threat import ThreatModel
 from unmoved.weights import evaluating
@@ -262,22 +263,13 @@ def _predicted(model: nn.Module, x: Image, y: Label, draws: int = 1) -> tuple[La
         raise UnmovedError(
             f"model {type(model).__name__}: expected finite logits, came NaN or infinity; a verdict would mean nothing"
         )
-    if len(y) and int(y.max()) >= logits.shape[1]:
-        raise UnmovedError(
-            f"labels: expected 0..{logits.shape[1] - 1} for {logits.shape[1]} logits, came {int(y.max())}"
-        )
+    require_labels(y, logits.shape[1])
     return logits.argmax(dim=1), logits.shape[1]
 
 
 def checked_batches(model: nn.Module, split: Split, size: int, threat: ThreatModel) -> Iterator[Batch]:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    low, high = threat.bounds
     for batch in split.batches(size):
-        if len(batch) and not (batch.x.min() >= low and batch.x.max() <= high):
-            raise UnmovedError(
-                f"images: expected values in [{low:g}, {high:g}], came {batch.x.min():g} to {batch.x.max():g}; "
-                "divide 8-bit images by 255 and put any normalisation inside the model"
-            )
-        if len(batch) and int(batch.y.min()) < 0:
-            raise UnmovedError(f"labels: expected 0 or more, came {int(batch.y.min())}")
+        require_images(batch.x, threat.bounds)
+        require_labels(batch.y)
         yield batch.to(device)

@@ -310,7 +310,7 @@ def test_who_leaves_the_rules_is_told():
     threat = ThreatModel("l2", 0.1)
     with pytest.raises(UnmovedError, match="'Moved' left the threat model"):
         softmax.collect_batch(model, batch, Moved(0.5), threat)
-    with pytest.raises(UnmovedError, match=r"expected values in \[0, 1\]"):
+    with pytest.raises(UnmovedError, match=r"expected pixels in \[0, 1\]"):
         softmax.collect_batch(model, replace(batch, x=2 * batch.x), Moved(0.0), threat)
     with pytest.raises(UnmovedError, match="labels"):
         softmax.collect_batch(model, replace(batch, y=batch.y + 3), Moved(0.0), threat)

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from unmoved import views
 from unmoved.errors import UnmovedError, did_you_mean, require_number
 from unmoved.precision import exact
+from unmoved.preconditions import require_labels
 from unmoved.protocols import Batch
 from unmoved.weights import evaluating
 
@@ -124,7 +125,7 @@ class ModelRisk:
         self.images = sum(len(y) for _, y in self.chunks)
         if not self.images:
             raise UnmovedError("ModelRisk: expected at least one image, came none; pass held-out batches")
-        self._labels = min(int(y.min()) for _, y in self.chunks), max(int(y.max()) for _, y in self.chunks)
+        self._labels = torch.stack(torch.cat([y for _, y in self.chunks]).aminmax()).cpu()
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -144,7 +145,7 @@ class ModelRisk:
         for x, y in self.chunks:
             with torch.set_grad_enabled(gradient):
                 logits = views.logits(self.model, x)
-                _require_labels(*self._labels, logits.shape[1])
+                require_labels(self._labels, logits.shape[1])
                 # No float64 on Apple's GPUs.
                 wide = logits.to("cpu" if device.type == "mps" else device, torch.float64)
                 loss = F.cross_entropy(wide, y.to(wide.device), reduction="sum") / self.images
@@ -181,11 +182,6 @@ def _require_finite(loss: float) -> None:
         raise UnmovedError(
             f"risk: expected a finite loss, came {loss}; use a smaller eps, or see what the model returns"
         )
-
-
-def _require_labels(low: int, high: int, count: int) -> None:
-    if low < 0 or high >= count:
-        raise UnmovedError(f"labels: expected 0..{count - 1} for {count} logits, came {low}..{high}")
 
 
 def _require_parameters(parameters: Sequence[Tensor]) -> None:

@@ -16,6 +16,7 @@ from unmoved import views
 from unmoved.attacks import FMN
 from unmoved.errors import UnmovedError
 from unmoved.precision import exact
+from unmoved.preconditions import require_images, require_labels
 from unmoved.protocols import Attack, Batch, Image, Index, Label, Logits, MinimumNormAttack, PerSample, Split, Table
 from unmoved.threat import ThreatModel
 from unmoved.weights import evaluating
@@ -165,9 +166,7 @@ def collect_batch(
         UnmovedError: as `observe`; images out of range; an attack that leaves the threat model.
     """
     batch = batch.to(next((p.device for p in model.parameters()), torch.device("cpu")))
-    low, high = threat.bounds
-    if not ((batch.x >= low) & (batch.x <= high)).all():
-        raise UnmovedError(f"images: expected values in [{low:g}, {high:g}], came others; normalise inside the model")
+    require_images(batch.x, threat.bounds)
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(0)  # of a randomised model: what it draws neither depends on the caller nor moves his state
@@ -212,6 +211,5 @@ def _checked_logits(logits: Logits, y: Label) -> tuple[Tensor, Tensor]:
         )
     if not torch.isfinite(z).all():
         raise UnmovedError("softmax: expected finite logits, came NaN or infinity; they have no distribution")
-    if len(y) and (int(y.min()) < 0 or int(y.max()) >= z.shape[1]):
-        raise UnmovedError(f"labels: expected 0..{z.shape[1] - 1}, came {int(y.min())} to {int(y.max())}")
+    require_labels(y, z.shape[1])
     return z, y

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from unmoved.errors import UnmovedError, require_choice, require_number
+from unmoved.preconditions import require_images, require_labels
 
 CHANNELS = (1, 2, 3, 4)
 MOST_CLASSES = 1_000_000  # a larger label is no label, and its names alone would fill the memory
@@ -122,10 +123,7 @@ def as_images(what: str, values: Any, layout: str | None = None) -> Tensor:
             f"{what}: expected uint8 (0..255) or float in [0, 1], came {images.dtype}; "
             "convert whole numbers 0..255 to uint8"
         )
-    low, high = images.min().item(), images.max().item()
-    if not (low >= 0 and high <= 1):  # also true for NaN
-        advice = "; divide images of 0..255 by 255, or pass them as uint8" if high > 1 else ""
-        raise UnmovedError(f"{what}: expected pixels in [0, 1], came [{low:g}, {high:g}]{advice}")
+    require_images(images, where=what)
     images = images.float()
     levels = (images * 255).round()
     return levels.to(torch.uint8) if torch.equal(levels / 255, images) else images
@@ -158,8 +156,7 @@ def as_labels(what: str, values: Any, count: int) -> Tensor:
     if len(labels) != count:
         raise UnmovedError(f"{what}: expected one label per image, came {len(labels)} labels for {count} images")
     labels = labels.long()
-    if labels.min() < 0:
-        raise UnmovedError(f"{what}: expected labels 0..K-1, came {int(labels.min())}")
+    require_labels(labels, where=what)
     return labels
 
 
