@@ -61,8 +61,8 @@ def _cause(x: Tensor, low: float, high: float) -> str:
     least, most, width = finite.min().item(), finite.max().item(), high - low
     if least > low - 0.02 * width and most < high + 0.02 * width:
         return f"they are just outside, as after a resize or an augmentation: use images.clamp({low:g}, {high:g})"
-    if least >= 0 and 2 < most <= 255 and high <= 1:
-        return "they look like images of 0..255: divide by 255"
+    if least >= 0 and high <= 1:
+        return f"they look like images of {'0..255: divide by 255' if most <= 255 else '16 bits: divide by 65535'}"
     return (
         "they look normalised: hand over the images as they were before, and put the normalisation inside the model, "
         "as models.normalized(model, mean, std) does; eps is then in units of pixels"
