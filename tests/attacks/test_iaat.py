@@ -60,6 +60,30 @@ def test_memory_belongs_to_the_sample_and_survives(trained):
     assert fresh.radius(unseen.index)[1] == whole.radius(torch.tensor([3]))[0]
 
 
+def test_identities_are_any_numbers_and_the_memory_is_as_large_as_the_samples_seen(trained):
+    model, batch = trained
+    names = torch.cat([torch.tensor([2**63 - 1, -(2**63), 10**11, -7, 0]), torch.arange(5, len(batch)) * 10**15])
+    plain, named = IAAT(THREAT), IAAT(THREAT)
+    # Noise is keyed by identity, so that the radii are told here instead of being found.
+    radii = torch.linspace(0.01, 0.29, len(batch))
+    for attack, index in ((plain, batch.index), (named, names)):
+        for part in (torch.arange(100, len(batch)), torch.arange(120)):  # some of them twice
+            attack._remember(index[part], radii[part])
+    assert torch.equal(named.radius(names), radii)
+    assert torch.equal(plain.radius(batch.index), radii)
+    order = torch.randperm(len(batch))
+    assert torch.equal(named.radius(names[order]), radii[order])
+    assert torch.equal(named.radius(torch.tensor([1, -1, 2**63 - 2])), torch.full((3,), 0.3))
+    assert sum(tensor.numel() for tensor in named.state_dict().values()) == 2 * len(batch)
+    fresh = IAAT(THREAT)
+    fresh.load_state_dict(named.state_dict())
+    assert torch.equal(fresh.radius(names), radii)
+    renamed = Batch(batch.x, batch.y, names)
+    named.update(model, renamed, named(model, renamed))
+    assert not torch.equal(named.radius(names), radii)
+    assert len(named.state_dict()["index"]) == len(batch)
+
+
 @pytest.mark.parametrize(
     "settings", [{"steps": 0}, {"gamma": -1.0}, {"momentum": 2.0}, {"mode": "x"}, {"step_size": -1}]
 )

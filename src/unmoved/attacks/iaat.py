@@ -57,7 +57,8 @@ class IAAT:
         require_choice("IAAT.mode", mode, MODES)
         self.threat, self.loss, self.steps, self.gamma = threat, loss, steps, gamma
         self.step_size, self.momentum, self.seed, self.mode = step_size, momentum, seed, mode
-        self._radius = torch.empty(0)
+        # Identities may be any 64-bit numbers, such as hashes: sorted, beside the radii.
+        self._index, self._radius = torch.empty(0, dtype=torch.int64), torch.empty(0)
 
     def __repr__(self) -> str:
         return (
@@ -67,21 +68,30 @@ class IAAT:
 
     def radius(self, index: Tensor) -> Tensor:
         """The remembered radii (B,); the threat's eps for samples not seen before."""
-        self._grow(index)
-        known = self._radius[index]
-        return torch.where(known.isnan(), self.threat.radius, known)
+        if not len(self._index):
+            return torch.full(index.shape, self.threat.radius, device=index.device)
+        place, is_known = self._places(index)
+        return torch.where(is_known, self._radius[place], self.threat.radius)
 
-    def _grow(self, index: Tensor) -> None:
-        """Room for these samples on their device; nan is 'not seen'."""
-        missing = int(index.max()) + 1 - len(self._radius) if len(index) else 0
-        memory = self._radius.to(index.device)
-        self._radius = torch.cat([memory, memory.new_full((missing,), torch.nan)]) if missing > 0 else memory
+    def _places(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Where these samples are in the memory, on their device, and which of them are there at all."""
+        self._index, self._radius = self._index.to(index.device), self._radius.to(index.device)
+        place = torch.searchsorted(self._index, index).clamp_max(len(self._index) - 1)
+        return place, self._index[place] == index
+
+    def _remember(self, index: Tensor, radius: Tensor) -> None:
+        is_new = ~self._places(index)[1] if len(self._index) else torch.ones_like(index, dtype=torch.bool)
+        if is_new.any():
+            every = torch.cat([self._index.to(index.device), index[is_new].unique()])
+            self._index, order = every.sort()
+            self._radius = torch.cat([self._radius.to(radius), radius.new_zeros(len(every) - len(self._radius))])[order]
+        self._radius[self._places(index)[0]] = radius
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {"radius": self._radius}
+        return {"index": self._index, "radius": self._radius}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self._radius = state["radius"].clone()
+        self._index, self._radius = state["index"].clone(), state["radius"].clone()
 
     def __call__(self, model: nn.Module, batch: Batch) -> Image:
         return self._attack(model, batch, self.radius(batch.index))
@@ -95,9 +105,8 @@ class IAAT:
         new = torch.where(right_further, tried, torch.where(right_old, old, old - self.gamma))
         new = (new * right).clamp_min(0)
         # A sample may be another process's in the next epoch: all of them remember all radii.
-        index = processes.gathered(batch.index)
-        self._grow(index)
-        self._radius[index] = processes.gathered((self.momentum * old + (1 - self.momentum) * new).to(old.dtype))
+        kept = (self.momentum * old + (1 - self.momentum) * new).to(old.dtype)
+        self._remember(processes.gathered(batch.index), processes.gathered(kept))
 
     def _attack(self, model: nn.Module, batch: Batch, radius: Tensor) -> Image:
         step = (2 * radius / self.steps).clamp_min(self.step_size).reshape(-1, *[1] * (batch.x.ndim - 1))
