@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from unmoved import models
 from unmoved.disk import write_atomic
@@ -128,6 +129,80 @@ def test_no_length_of_a_header_is_mistaken_for_a_pickle(length: int, tmp_path: P
     net = nn.ParameterDict({"w" * (length * 8): nn.Parameter(torch.ones(1))})
     models.save_weights(net, tmp_path / "w.safetensors")
     models.load_weights(net, tmp_path / "w.safetensors")
+
+
+# --- wrappers and their prefixes
+
+
+def inner_compiled() -> nn.Module:
+    net = small()
+    net.linear = torch.compile(net.linear, backend="eager")
+    return net
+
+
+def inner_parallel() -> nn.Module:
+    net = small()
+    net.linear = nn.DataParallel(net.linear)
+    return net
+
+
+WRAPPED: dict[str, Callable[[], nn.Module]] = {
+    "compiled": lambda: torch.compile(small(), backend="eager"),
+    "parallel": lambda: nn.DataParallel(small()),
+    "average": lambda: AveragedModel(small()),
+    "parallel inside compiled": lambda: torch.compile(nn.DataParallel(small()), backend="eager"),
+    "compiled inside parallel": lambda: nn.DataParallel(torch.compile(small(), backend="eager")),
+    "average of a compiled one": lambda: AveragedModel(torch.compile(small(), backend="eager")),
+    "a compiled part": inner_compiled,
+    "a parallel part": inner_parallel,
+}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_what_wraps_a_model_leaves_no_trace_in_the_file(file: Path, tmp_path: Path, name: str) -> None:
+    wrapped = WRAPPED[name]()
+    models.save_weights(wrapped, tmp_path / "w.safetensors")
+    assert (tmp_path / "w.safetensors").read_bytes() == file.read_bytes()
+    with torch.no_grad():
+        for weight in wrapped.parameters():
+            weight.zero_()
+    models.load_weights(wrapped, file)
+    models.save_weights(wrapped, tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize("name", [*WRAPPED, "module.", "module.module.", "_orig_mod.module.", "net."])
+def test_a_file_under_a_prefix_from_elsewhere_is_loaded(tmp_path: Path, name: str) -> None:
+    state = WRAPPED[name]().state_dict() if name in WRAPPED else {name + k: v for k, v in small().state_dict().items()}
+    assert state.keys() != small().state_dict().keys()
+    save_file({key: value.clone() for key, value in state.items()}, tmp_path / "w.safetensors")
+    other = small(1)
+    models.load_weights(other, tmp_path / "w.safetensors")
+    assert equal(other, small())
+
+
+def test_a_part_that_is_called_module_keeps_its_name(tmp_path: Path) -> None:
+    class Holder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = nn.Linear(2, 2)
+
+    net, other = Holder(), Holder()
+    models.save_weights(net, tmp_path / "w.safetensors")
+    assert set(load_file(tmp_path / "w.safetensors")) == {"module.weight", "module.bias"}
+    models.load_weights(other, tmp_path / "w.safetensors")
+    assert equal(other, net)
+
+
+def test_weights_of_a_whole_and_of_a_part_are_told_apart(tmp_path: Path) -> None:
+    part, path = nn.Linear(2, 2), tmp_path / "w.safetensors"
+    whole = nn.ModuleDict({"model": part, "loss": nn.Linear(1, 1)})
+    models.save_weights(whole, path)
+    with pytest.raises(UnmovedError, match=r"stand in it under 'model\.', beside others; save"):
+        models.load_weights(nn.Linear(2, 2), path)
+    models.save_weights(part, path)
+    with pytest.raises(UnmovedError, match=r"of its part 'model'; load them into model\.get_submodule\('model'\)"):
+        models.load_weights(whole, path)
 
 
 # --- writing is all or nothing

@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from unmoved.disk import write_atomic
 from unmoved.errors import UnmovedError
@@ -19,7 +20,9 @@ from unmoved.errors import UnmovedError
 _PICKLES = {".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt", ".tar"}
 _PICKLE_MAGIC = (b"PK\x03\x04", b"\x80")  # torch.save since 1.6 writes a zip; before it, and pickle itself, protocol 2+
 
-
+_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)  # all call what they hold "module"
+_COUNTED = "n_averaged"  # AveragedModel's count of updates, a buffer
+_COMPILED = "_orig_mod"  # what torch.compile puts into names
 CHECKSUM = "sha256"  # of names, types, shapes and values, in the file's own metadata
 
 
@@ -31,11 +34,13 @@ def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write parameters and buffers to a safetensors file; equal weights give equal files, byte for byte.
 
     Tensors are stored under all their names, contiguous, whatever their memory format; beside them only a checksum.
+    What wraps a model (``torch.compile``, DataParallel, DDP, ``AveragedModel``) leaves no trace in the names.
 
     Raises:
         UnmovedError: another ending than .safetensors, a state that is not of dense tensors, an unwritable folder.
     """
-    save_tensors(model.state_dict(), path)
+    state = model.state_dict()
+    save_tensors({bare: state[own] for bare, own in _bare_names(model, state).items()}, path)
 
 
 def save_tensors(state: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
@@ -56,19 +61,22 @@ def save_tensors(state: Mapping[str, Any], path: str | os.PathLike[str]) -> None
 def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Copy the weights of a safetensors file into ``model``, all or none.
 
-    Floating tensors are converted to the model's type and device.
+    Floating tensors are converted to the model's type and device. A prefix that all names in the file share, such as
+    ``module.`` or ``_orig_mod.``, is left out where the rest are the model's names.
 
     Raises:
         UnmovedError: no such file, a pickle, or names, shapes or types that do not fit.
         DamagedFile: a file that is not whole, or that changed since it was saved.
     """
     path = Path(path)
-    tensors = _read(path)
-    own = model.state_dict()
+    state = model.state_dict()
+    names = _bare_names(model, state)
+    own = {bare: state[name] for bare, name in names.items()}
+    tensors = _without_prefix(_read(path), own)
     if missing := [name for name in own if name not in tensors]:
-        raise UnmovedError(f"{path}: {_several(missing)} missing: these are the weights of another model")
+        raise UnmovedError(f"{path}: {_several(missing)} missing: {_another(own, tensors)}")
     if unexpected := [name for name in tensors if name not in own]:
-        raise UnmovedError(f"{path}: {_several(unexpected)} unexpected: these are the weights of another model")
+        raise UnmovedError(f"{path}: {_several(unexpected)} unexpected: {_another(own, tensors)}")
     for name, value in tensors.items():
         if value.shape != own[name].shape:
             raise UnmovedError(
@@ -77,7 +85,53 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
             )
         if value.dtype != own[name].dtype and not (value.is_floating_point() and own[name].is_floating_point()):
             raise UnmovedError(f"{path}: {name!r}: expected {own[name].dtype}, came {value.dtype}")
-    model.load_state_dict(tensors)
+    model.load_state_dict(state | {names[bare]: value for bare, value in tensors.items()})
+
+
+def _bare_names(model: nn.Module, state: Iterable[str]) -> dict[str, str]:
+    """Names without what wrappers, inside the model too, add to them -> the names in its ``state_dict``."""
+    names = {}
+    for name in state:
+        module: nn.Module | None = model
+        kept, is_weight = [], True
+        for part in name.split("."):
+            if isinstance(module, _WRAPPERS):
+                is_weight &= part == "module"
+            elif part != _COMPILED:
+                kept.append(part)
+            module = None if module is None else module._modules.get(part)
+        if is_weight:
+            names[".".join(kept)] = name
+    return names
+
+
+def _without_prefix(tensors: dict[str, Tensor], own: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors under the model's names where the file has a wrapper's; as they are where that does not fit."""
+    for dropped in ({_COMPILED}, {_COMPILED, "module"}):
+        kept = {name: v for name, v in tensors.items() if name in own or name != _COUNTED or "module" not in dropped}
+        found = {".".join(part for part in name.split(".") if part not in dropped): v for name, v in kept.items()}
+        while found.keys() != own.keys() and len(firsts := {name.split(".")[0] for name in found}) == 1:
+            prefix = f"{firsts.pop()}."
+            found = {name.removeprefix(prefix): v for name, v in found.items() if name.startswith(prefix)}
+        if found.keys() == own.keys() and len(found) == len(kept):
+            return found
+    return tensors
+
+
+def _another(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> str:
+    """What is wrong with a file of other names: it may be of a whole that this model is in, or of a part of it."""
+
+    def holds(whole: Mapping[str, Tensor], prefix: str, part: Mapping[str, Tensor]) -> bool:
+        return all(prefix + name in whole and whole[prefix + name].shape == part[name].shape for name in part)
+
+    for prefix in sorted({name[: k + 1] for name in tensors for k, sign in enumerate(name) if sign == "."}):
+        if holds(tensors, prefix, own):
+            return f"all names stand in it under {prefix!r}, beside others; save the weights of that part alone"
+    for prefix in sorted({name[: k + 1] for name in own for k, sign in enumerate(name) if sign == "."}):
+        if tensors and holds(own, prefix, tensors):
+            part = prefix.removesuffix(".")
+            return f"these are the weights of its part {part!r}; load them into model.get_submodule({part!r})"
+    return "these are the weights of another model"
 
 
 def is_whole(path: Path) -> bool:
