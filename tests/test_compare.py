@@ -7,10 +7,12 @@ import os
 import re
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from road import RECIPE, here, recipe, unmoved
 
 from unmoved import compare as grid
@@ -212,3 +214,42 @@ def test_seeds_that_are_none(tmp_path: Path) -> None:
     twice = unmoved("compare", path, path, "--out", tmp_path / "out")
     assert "expected recipes of different names" in twice.mistake()
     assert not (tmp_path / "out").exists()
+
+
+# --- threads
+
+
+@pytest.mark.parametrize(
+    ("set_to", "cores", "jobs", "workers", "each"),
+    [
+        (4, 4, 2, None, 2),
+        (4, 64, 100, 2, 2),
+        (1, 8, 1, None, 1),
+        (2, 8, 8, None, 1),
+        (8, 8, 1, None, 8),
+        (3, 2, 9, 2, 1),
+    ],
+)
+def test_the_threads_that_are_set_are_divided_among_the_processes(
+    monkeypatch: pytest.MonkeyPatch, set_to: int, cores: int, jobs: int, workers: int | None, each: int
+) -> None:
+    monkeypatch.setattr("torch.get_num_threads", lambda: set_to)
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    assert grid.threads_each(jobs, workers) == each
+    assert each == 1 or each * grid.processes(jobs, workers) <= set_to
+
+
+def test_no_job_computes_with_more_threads_than_torch_is_set_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, seen = torch.get_num_threads(), []
+    monkeypatch.setattr(grid, "_done", lambda job, device: seen.append(torch.get_num_threads()))
+    (job,) = jobs(tmp_path, ["a"], [0])
+    try:
+        for set_to, asked in ((1, 2), (3, 2), (2, 0)):
+            torch.set_num_threads(set_to)
+            grid.work(replace(job, threads=asked))
+            assert torch.get_num_threads() == set_to  # the next job of this process starts from there
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [1, 2, 2]

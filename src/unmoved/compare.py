@@ -25,9 +25,19 @@ DOCTOR_SAMPLES = 32  # enough to see masked gradients; `unmoved doctor RUN` look
 
 
 def work(job: Job, device: str = "auto") -> str:
-    """Train and judge one job in this process, going on where it stands; returns the run's folder."""
-    if job.threads:
-        torch.set_num_threads(job.threads)
+    """Train and judge one job in this process, going on where it stands; returns the run's folder.
+
+    It computes with ``job.threads`` threads, never with more than torch was set to here.
+    """
+    ceiling = torch.get_num_threads()
+    torch.set_num_threads(min(job.threads or ceiling, ceiling))
+    try:
+        return _done(job, device)
+    finally:
+        torch.set_num_threads(ceiling)
+
+
+def _done(job: Job, device: str) -> str:
     run = train_recipe(
         config.parse(job.tables), job.path, resume=True, allow=job.allow, device=device, progress=_say_notes
     )
@@ -43,6 +53,19 @@ def work(job: Job, device: str = "auto") -> str:
         for name in job.analyze:
             studies.prepare(name, subject)
     return job.path
+
+
+def processes(jobs: int, workers: int | None = None) -> int:
+    """How many processes of this machine make so many runs at a time: one a core, unless the user says otherwise."""
+    return max(1, min(workers or os.cpu_count() or 1, jobs))
+
+
+def threads_each(jobs: int, workers: int | None = None) -> int:
+    """The threads of each of these processes: what the user (OMP_NUM_THREADS) or torch has set, divided among them.
+
+    More would be a mistake: threads that wait for each other keep their cores busy.
+    """
+    return max(1, torch.get_num_threads() // processes(jobs, workers))
 
 
 def compare(
@@ -90,7 +113,7 @@ def _ended(
 ) -> Generator[tuple[int, BaseException | None]]:
     """Do the jobs; yield each one's number as it ends, with its error or None."""
     if cluster is None:
-        return pool.each(work, jobs, max(1, min(workers or os.cpu_count() or 1, len(jobs))), poll)
+        return pool.each(work, jobs, processes(len(jobs), workers), poll)
     sent = [replace(job, path=os.path.abspath(job.path)) for job in jobs]
     return clusters.each(
         partial(work, device="auto" if cluster.gpus else "cpu"),
@@ -126,7 +149,7 @@ def finals(
 
 def _worst(run: Run) -> float:
     table = run.outcomes
-    return 0.0 if table is None else float(outcomes.by_sample(table)[outcomes.WORST].mean())
+    return 0.0 if table is None else float(outcomes.by_sample(table, is_checked=True)[outcomes.WORST].mean())
 
 
 def _say_notes(record: dict[str, Any]) -> None:

@@ -54,7 +54,6 @@ def compare(
     allow: Allow = [],  # noqa: B006
 ) -> None:
     """The main job: recipes x seeds -> runs -> one table and one report. Goes on where it was interrupted."""
-    import os
     from dataclasses import replace
 
     from unmoved import compare as grid
@@ -67,10 +66,9 @@ def compare(
     except ValueError:
         raise errors.UnmovedError(f"--seeds: expected whole numbers such as 0,1,2, came {seeds!r}") from None
     parsed = plans.read(recipes, overrides, sweep)
-    count = workers or os.cpu_count() or 1
     runs_each = splits * permutations if splits else len(numbers)
     cluster = _cluster(on, ray_address, cpus_per_run, gpus_per_run)
-    threads = cluster.cpus if cluster else max(1, (os.cpu_count() or 1) // min(count, len(parsed) * runs_each))
+    threads = cluster.cpus if cluster else grid.threads_each(len(parsed) * runs_each, workers)
     runs_words = f"{splits} parts, {permutations} permutation(s)" if splits else _count(numbers, "seed")
     jobs = plans.jobs_of(parsed, numbers, out, allow, threads, attacks, splits=splits, permutations=permutations)
     chapters = tuple(name.strip() for name in analyze.split(",") if name.strip())
