@@ -14,7 +14,7 @@ import pytest
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from unmoved import outcomes, pages, report
+from unmoved import outcomes, pages, report, screen
 from unmoved.errors import UnmovedError
 from unmoved.pages import Section
 from unmoved.run import Run
@@ -113,6 +113,17 @@ def finding(grade: str, check: str = "masking", measured: str = "97 % zeros") ->
 
 def seen_by_doctor(run: Any, *findings: dict[str, str], sentence: str = "") -> Any:
     return replace(run, doctor={"n": 50, "sentence": sentence, "findings": list(findings)})
+
+
+def on_disk(folder: Path, fake: Any) -> Run:
+    """The same run as a folder, its log left out."""
+    run = Run.create(folder / f"{fake.path.name}", {"name": fake.name, "training": {"seed": fake.seed}})
+    told = dict(fake.evaluation)
+    tables = [table.reset_index(drop=True) for table in (fake.outcomes, fake.curve)]
+    run.save_evaluation(tables[0], told, curve=tables[1], gallery=fake.gallery)
+    if fake.verdict is not None:
+        run.save_evaluation(fake.verdict_outcomes.reset_index(drop=True), fake.verdict, kind="verdict")
+    return Run.open(run.path)
 
 
 class Page(HTMLParser):
@@ -650,6 +661,36 @@ def test_the_mark_stands_beside_the_number(browser: Any, tmp_path: Path, width: 
     assert tab.locator("#doctor h2").bounding_box()["y"] < 800
     assert tab.locator("#doctor .grave").get_by_text("97 % zeros").is_visible()
     context.close()
+
+
+def test_each_table_is_looked_through_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three runs, each with outcomes, a curve and a verdict: nine files, however often they are asked for."""
+    runs = [on_disk(tmp_path, settled(fake, 20)) for fake in three()]
+    checked, seen = outcomes.checked, []
+
+    def count(table: pd.DataFrame, source: str = "outcomes") -> pd.DataFrame:
+        seen.append(source)
+        return checked(table, source)
+
+    monkeypatch.setattr(outcomes, "checked", count)
+    report.write(runs, tmp_path / "report.html", "three runs")
+    screen.print_summary({run.name: run.outcomes for run in runs})
+    report.write(runs, tmp_path / "again.html", "the same runs")
+    files = [path for run in runs for path in run.path.rglob("*.csv")]
+    assert len(files) == 9
+    assert sorted(seen) == sorted(map(str, files))
+    # Another file is another table, and what somebody did to his table is not in the next one.
+    mine = runs[0].outcomes
+    assert mine is not None
+    mine["label"] = 7
+    kept = runs[0].outcomes
+    assert kept is not None
+    assert kept["label"].max() < 7
+    assert len(seen) == 9
+    outcomes.write(kept.assign(eps=0.2), runs[0].path / "evaluation" / "outcomes.csv")
+    changed = runs[0].outcomes
+    assert changed is not None
+    assert set(changed["eps"]) == {0.2}
 
 
 @pytest.mark.browser

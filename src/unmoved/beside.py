@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from unmoved.verdicts import Verdict
 
 # Below this accuracy a difference may be real, and is still no use to anybody.
 NEXT_TO_NOTHING = 0.05
+_by_sample = partial(outcomes.by_sample, is_checked=True)
 COLUMNS = ("recipe", "base", "seeds", "n", "clean", "robust", "in words")
 
 
@@ -27,12 +29,12 @@ def difference(
     interval speaks of the test images; what other seeds would give, it does not know.
 
     Args:
-        ours, theirs: outcomes of the same seeds on the same samples, in the same order.
+        ours, theirs: outcomes of the same seeds on the same samples, in the same order, as they were read.
         measure: ``"clean"``, an attack's name or ``"worst case"``.
     """
     pairs = [
-        outcomes.by_sample(a).set_index("index")[measure].astype(float)
-        - outcomes.by_sample(b).set_index("index")[measure].astype(float)
+        _by_sample(a).set_index("index")[measure].astype(float)
+        - _by_sample(b).set_index("index")[measure].astype(float)
         for a, b in zip(ours, theirs, strict=True)
     ]
     d = np.mean(np.stack([pair.to_numpy() for pair in pairs]), axis=0)
@@ -79,7 +81,7 @@ def beside(judged: Sequence[Verdict]) -> pd.DataFrame:
 
 def _compared(ours: Sequence[pd.DataFrame], theirs: Sequence[pd.DataFrame], measure: str) -> tuple[str, str]:
     """(accuracy and difference with its interval, what that is in a word)."""
-    levels = np.array([[outcomes.by_sample(table)[measure].mean() for table in side] for side in (ours, theirs)])
+    levels = np.array([[_by_sample(table)[measure].mean() for table in side] for side in (ours, theirs)])
     mean, low, high = difference(ours, theirs, measure)
     cell = f"{100 * levels[0].mean():.1f} ({100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}])"
     nothing = bool(levels.mean(axis=1).max() < NEXT_TO_NOTHING)

@@ -161,13 +161,16 @@ def _require_same_samples(table: pd.DataFrame, source: str) -> None:
             raise UnmovedError(f"{source}: sample {sample} has {kinds.max()} different values of {name!r}")
 
 
-def by_sample(table: pd.DataFrame) -> pd.DataFrame:
+def by_sample(table: pd.DataFrame, *, is_checked: bool = False) -> pd.DataFrame:
     """One row per sample: index, label, and whether it is right clean, under each attack, and in the worst case.
+
+    Args:
+        is_checked: the table is as `checked` or `read` returned it, and is not looked through again.
 
     Raises:
         UnmovedError: see `checked`; several eps (a worst case over different balls means nothing).
     """
-    table = checked(table)
+    table = table if is_checked else checked(table)
     if table["eps"].nunique() > 1:
         raise UnmovedError(
             f"outcomes: expected one eps, came {sorted(table['eps'].unique().tolist())}; "
@@ -207,13 +210,13 @@ def _counted(keys: dict[str, object], right: pd.Series) -> dict[str, object]:
     return {**keys, "correct": correct, "n": n, "accuracy": correct / n, "low": low, "high": high}
 
 
-def summary(table: pd.DataFrame) -> pd.DataFrame:
+def summary(table: pd.DataFrame, *, is_checked: bool = False) -> pd.DataFrame:
     """Rows "clean", each attack, "worst case"; columns measure, eps, correct, n, accuracy, low, high (95 % Wilson).
 
     Raises:
         UnmovedError: see `by_sample`.
     """
-    samples, eps = by_sample(table), float(table["eps"].astype(float).iloc[0])
+    samples, eps = by_sample(table, is_checked=is_checked), float(table["eps"].astype(float).iloc[0])
     return pd.DataFrame(
         [
             _counted({"measure": name, "eps": 0.0 if name == CLEAN else eps}, samples[name])
@@ -222,7 +225,7 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def per_class(table: pd.DataFrame) -> pd.DataFrame:
+def per_class(table: pd.DataFrame, *, is_checked: bool = False) -> pd.DataFrame:
     """Two rows per class, "clean" and "worst case"; columns class, measure, correct, n, accuracy, low, high.
 
     Raises:
@@ -231,19 +234,22 @@ def per_class(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(
         [
             _counted({"class": label, "measure": name}, rows[name])
-            for label, rows in by_sample(table).groupby("label")
+            for label, rows in by_sample(table, is_checked=is_checked).groupby("label")
             for name in (CLEAN, WORST)
         ]
     )
 
 
-def curve_summary(table: pd.DataFrame) -> pd.DataFrame:
+def curve_summary(table: pd.DataFrame, *, is_checked: bool = False) -> pd.DataFrame:
     """One row per attack and eps, ascending; columns attack, eps, correct, n, accuracy, low, high.
+
+    Args:
+        is_checked: see `by_sample`.
 
     Raises:
         UnmovedError: see `checked`.
     """
-    table = checked(table)
+    table = table if is_checked else checked(table)
     robust = (table["clean_prediction"] == table["label"]) & ~table["success"]
     groups = robust.groupby([table["attack"], table["eps"]])
     return pd.DataFrame([_counted({"attack": attack, "eps": eps}, rows) for (attack, eps), rows in groups])
@@ -260,7 +266,7 @@ def across_seeds(
 
     Args:
         tables: the outcomes of each seed.
-        measure: `summary`, `per_class` or `curve_summary`.
+        measure: `summary`, `per_class` or `curve_summary`, or what gives one of these tables.
 
     Returns:
         The measure's own key columns, then seeds, n (per seed; the smallest if they differ), accuracy, std, low, high.

@@ -48,6 +48,7 @@ class Run:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
+        self._tables: dict[str, tuple[tuple[int, ...], pd.DataFrame]] = {}
 
     @classmethod
     def create(cls, path: Path | str, recipe: dict[str, Any]) -> Run:
@@ -221,8 +222,15 @@ class Run:
         return self._outcomes("evaluation/curve.csv")
 
     def _outcomes(self, name: str) -> pd.DataFrame | None:
+        """A table, looked through once as long as its file is the same: a new one never has all of these alike."""
         path = self.path / name
-        return outcomes.read(path) if path.exists() else None
+        if not path.exists():
+            return None
+        status = path.stat()
+        stamp = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+        if name not in self._tables or self._tables[name][0] != stamp:
+            self._tables[name] = stamp, outcomes.read(path)
+        return self._tables[name][1].copy()  # what a caller changes is his own
 
     @property
     def gallery(self) -> dict[str, np.ndarray] | None:

@@ -103,7 +103,7 @@ def print_summary(tables: dict[str, Any]) -> None:
 
     view = Table(title="accuracy in %; under attack it is an upper bound", title_justify="left")
     view.add_column("recipe", no_wrap=True)
-    summaries = {name: outcomes.summary(table) for name, table in tables.items() if table is not None}
+    summaries = {name: outcomes.summary(table, is_checked=True) for name, table in tables.items() if table is not None}
     measures = list(dict.fromkeys(measure for summary in summaries.values() for measure in summary["measure"]))
     for measure in measures:
         view.add_column(measure, justify="right")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +24,11 @@ from unmoved.outcomes import CLEAN, WORST
 if TYPE_CHECKING:
     from unmoved.run import Run
 
+# A run's tables were looked through when they were read.
+_summary, _per_class, _curve_summary = (
+    partial(measure, is_checked=True) for measure in (outcomes.summary, outcomes.per_class, outcomes.curve_summary)
+)
+
 
 @dataclass(frozen=True, eq=False)
 class Verdict:
@@ -35,7 +40,7 @@ class Verdict:
     @cached_property
     def measures(self) -> dict[str, dict[str, Any]]:
         """By measure ("clean", each attack, "worst case"): the row of `outcomes.across_seeds`."""
-        rows: list[dict[Any, Any]] = self._across(outcomes.summary).to_dict("records")
+        rows: list[dict[Any, Any]] = self._across(_summary).to_dict("records")
         return {row["measure"]: row for row in rows}
 
     @cached_property
@@ -90,13 +95,13 @@ class Verdict:
     @cached_property
     def by_seed(self) -> pd.DataFrame:
         """`outcomes.summary` of each run, with columns recipe and seed."""
-        rows = [outcomes.summary(run.outcomes).assign(recipe=self.name, seed=run.seed) for run in self.runs]
+        rows = [_summary(run.outcomes).assign(recipe=self.name, seed=run.seed) for run in self.runs]
         return pd.concat(rows, ignore_index=True)
 
     @cached_property
     def classes(self) -> pd.DataFrame:
         """`outcomes.per_class` across the seeds."""
-        return self._across(outcomes.per_class)
+        return self._across(_per_class)
 
     @cached_property
     def curve(self) -> pd.DataFrame | None:
@@ -104,7 +109,7 @@ class Verdict:
         tables = [run.curve for run in self.runs if run.curve is not None]
         if not tables:
             return None
-        return outcomes.across_seeds(tables, outcomes.curve_summary).assign(recipe=self.name)
+        return outcomes.across_seeds(tables, _curve_summary).assign(recipe=self.name)
 
     @cached_property
     def metrics(self) -> pd.DataFrame | None:
@@ -163,8 +168,8 @@ def verdicts(runs: Sequence[Run]) -> list[Verdict]:
 
 
 def worst(table: pd.DataFrame) -> pd.DataFrame:
-    """The row of `outcomes.summary` that says what stands against every attack."""
-    rows = outcomes.summary(table)
+    """The row of `outcomes.summary` that says what stands against every attack; of a table that is checked."""
+    rows = _summary(table)
     return rows[rows["measure"] == WORST]
 
 

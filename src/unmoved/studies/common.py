@@ -173,7 +173,7 @@ def answers(found: Sequence[Subject]) -> tuple[dict[str, pd.DataFrame], str] | N
         asked = {(tuple(sorted(set(t["attack"]))), tuple(sorted(set(t["index"])))) for t in whole}
         if len(whole) == len(found) and len(asked) == 1:
             source = "AutoAttack" if tables is verdicts else ", ".join(next(iter(asked))[0])
-            samples = [by_sample(table).sort_values("index", ignore_index=True) for table in whole]
+            samples = [by_sample(table, is_checked=True).sort_values("index", ignore_index=True) for table in whole]
             return {subject.name: table for subject, table in zip(found, samples, strict=True)}, source
     return None
 
