@@ -18,8 +18,8 @@ from unmoved.attacks.ascent import attacking, gradient_at
 from unmoved.averaging import EMA
 from unmoved.data import digits
 from unmoved.errors import UnmovedError
-from unmoved.loop import train_step
 from unmoved.optim import Adam, OneCycle
+from unmoved.step import train_step
 
 LINF, L2 = ThreatModel("linf", 0.1), ThreatModel("l2", 1.0)
 AT = Method(attacks.PGD(LINF, steps=2), terms.CE())

@@ -8,10 +8,11 @@ if _TYPE_CHECKING:
     from unmoved import analyses, attacks, averaging, data, defenses, models, optim, outcomes, terms, testing, weights
     from unmoved.errors import UnmovedError
     from unmoved.judge import evaluate
-    from unmoved.loop import train, train_step
+    from unmoved.loop import train
     from unmoved.protocols import Batch, Method
     from unmoved.run import Run
     from unmoved.schedule import Phases, Ramp
+    from unmoved.step import train_step
     from unmoved.threat import ThreatModel
     from unmoved.views import Views
 
@@ -51,7 +52,7 @@ _HOMES = {
     "Views": "views",
     "evaluate": "judge",
     "train": "loop",
-    "train_step": "loop",
+    "train_step": "step",
 }
 
 

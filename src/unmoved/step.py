@@ -1,0 +1,96 @@
+"""One step of a method: x_adv made once, then gradient and step as the defense takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from unmoved import precision as formats
+from unmoved import processes, sharing
+from unmoved.defenses import Plain
+from unmoved.errors import UnmovedError
+from unmoved.protocols import Batch, Method, StatefulAttack
+from unmoved.terms.sum import as_sum, stateful
+from unmoved.views import Views
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimizer step saw at the uncorrupted weights.
+
+    Attributes:
+        loss: the mean objective.
+        parts: each term's own mean, unweighted.
+        accuracy: share of the batch that was right on the view that was trained on.
+    """
+
+    loss: Tensor
+    parts: dict[str, Tensor]
+    accuracy: Tensor
+
+
+def train_step(
+    model: nn.Module,
+    method: Method,
+    optimizer: Optimizer,
+    batch: Batch,
+    precision: str = "auto",
+    *,
+    attacked: nn.Module | None = None,
+    backward: Callable[[Tensor], Any] = Tensor.backward,
+    watch: bool = True,
+) -> Step:
+    """One step of a method: make x_adv once, then let the defense take gradient and step.
+
+    Args:
+        model: in training mode, its parameters (and those of learned terms) in ``optimizer``.
+        method: what to do.
+        batch: images, labels, identities; set ``batch.step`` so that each step draws new noise.
+        precision: ``"auto"``, ``"float32"`` or ``"bf16"``; parameters stay float32.
+        attacked: the bare module where ``model`` is a wrapper.
+        backward: what turns a loss into gradients, where an engine has its own.
+        watch: whether to look at the loss, for which a GPU has to be waited for.
+
+    Raises:
+        UnmovedError: with ``watch``, a loss that is not finite; raised before anything is changed.
+    """
+    objective, bare = as_sum(method.objective), model if attacked is None else attacked
+    shared = sharing.Clean(model, batch, precision) if sharing.is_modeless(bare) else None
+    x_adv = None
+    if method.attack is not None:
+        with formats.autocast(precision, batch.x.device), formats.constant_weights(bare):
+            x_adv = method.attack(bare, batch if shared is None else replace(batch, known=shared.constant))
+    first: list[tuple[Views, Step]] = []
+
+    def closure() -> Tensor:
+        with formats.autocast(precision, batch.x.device):
+            views = Views(model, batch, x_adv, None if shared is None else shared.graph)
+            parts = objective.parts(views)
+            values = objective.combine(parts)
+            loss = processes.mean(values)
+        means = {name: part.detach().mean() for name, part in parts.items()}
+        if watch and not torch.isfinite(loss):
+            words = ", ".join(f"{name} = {value:g}" for name, value in means.items())
+            raise UnmovedError(f"the loss became {loss.item():g} at step {batch.step} ({words})")
+        if not first:
+            # A view that the objective did not ask for is not computed: its pass would move BatchNorm's statistics.
+            logits = views.adv if views.has("adv") else views.clean
+            accuracy = (logits.detach().argmax(dim=1) == batch.y).double().mean()
+            first.append((views, Step(values.detach().mean(), means, accuracy)))
+        backward(loss)
+        return loss.detach()
+
+    with formats.products(precision, batch.x.device):
+        (method.defense or Plain())(model, optimizer, closure)
+    views, step = first[0]
+    with torch.no_grad():
+        for term in stateful(objective):
+            term.update(views)
+        if isinstance(method.attack, StatefulAttack) and x_adv is not None:
+            method.attack.update(bare, batch, x_adv)
+    return step
