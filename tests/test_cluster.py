@@ -9,6 +9,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -363,3 +364,23 @@ def test_where_no_cluster_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         monkeypatch.setenv("RAY_ADDRESS", "there:1" if options else address)
         said = unmoved("compare", recipe(tmp_path), "--out", tmp_path / "out", "--on", "ray", *options)
     assert f"expected a Ray cluster at {address}, came no answer" in said.mistake()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_rays_workers_do_not_look_for_modules_in_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    """They look first in the folder where Ray was started, before the standard library."""
+    places: list[Path] = []
+
+    def init(**settings: Any) -> None:
+        places.append(Path.cwd())
+        if fails:
+            raise RuntimeError("no room")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(UnmovedError, match="no room") if fails else nullcontext():
+        cluster._connect(ray, "local")
+    assert places == [Path(tmp_path.anchor)]
+    assert Path.cwd() == tmp_path

@@ -81,7 +81,9 @@ def alive(process: int) -> bool:
     return not (status.exists() and status.read_text().rpartition(")")[2].split()[0] == "Z")
 
 
-def test_when_the_parent_is_killed_its_processes_end(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["SIGKILL", "SIGINT"])
+def test_when_the_parent_alone_is_killed_or_interrupted_its_processes_end(tmp_path: Path, how: str) -> None:
+    """Interrupted, as by a scheduler; Ctrl-C in a terminal reaches all of them."""
     code = (
         "import sys\nfrom pathlib import Path\nimport test_pool\nfrom unmoved import pool\n"
         "if __name__ == '__main__':\n"
@@ -99,9 +101,33 @@ def test_when_the_parent_is_killed_its_processes_end(tmp_path: Path) -> None:
         children = [task.tries()[0] for task in tasks]
         assert all(map(alive, children))
     finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait(timeout=60)
+        process.send_signal(signal.Signals[how])
+        try:
+            process.wait(timeout=60)
+        finally:
+            process.kill()
     deadline = time.monotonic() + 60
     while any(map(alive, children)) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not any(map(alive, children))
+
+
+def test_no_module_of_the_current_folder_runs_in_place_of_an_installed_one(tmp_path: Path) -> None:
+    """Processes look for modules where their parent does: not in the folder that it was started from."""
+    script, folder, mark = tmp_path / "script.py", tmp_path / "elsewhere", tmp_path / "mark"
+    folder.mkdir()
+    for name in sys.stdlib_module_names | {"numpy", "torch", "unmoved"}:
+        (folder / f"{name}.py").write_text(f"open({str(mark)!r}, 'a').write({name!r} + ' ')\n")
+    script.write_text(
+        "import os, sys\nfrom unmoved import pool\n"
+        "def look(path):\n    with open(path, 'w') as file: file.write(repr(sys.path))\n"
+        "if __name__ == '__main__':\n"
+        "    (ended,) = pool.each(look, sys.argv[1:], 1)\n"
+        "    assert ended == (0, None), ended\n"
+        "    assert open(sys.argv[1]).read() == repr(sys.path)\n"
+        "    assert 'PYTHONSAFEPATH' not in os.environ\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
+    command = [sys.executable, str(script), str(tmp_path / "path")]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr, mark.exists()) == (0, "", False), mark.read_text() if mark.exists() else ""

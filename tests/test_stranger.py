@@ -244,7 +244,7 @@ def test_neither_show_nor_report_nor_evaluate_imports_unasked(lab: Path) -> None
         ("lr = 0.01", "", "missing 1 required positional argument: 'lr'"),
         ("my_lab.nets:Net", "my_lab.nets:nothing", "expected a function that returns an nn.Module, came NoneType"),
         ("my_lab.data:squares\"\nn = 150", "my_lab.data:pair\"", "function that returns a DataSet, came tuple"),
-        ("my_lab.losses:Entropy", "my_lab.losses:not_a_term", "my_lab.losses:not_a_term"),
+        ("my_lab.losses:Entropy\"\nfloor = 0.5", "my_lab.losses:not_a_term\"\nnumber = 1", "expected a term"),
         ("my_lab.losses:Entropy", "my_lab.losses:F", "my_lab.losses:F"),
     ],
 )  # fmt: skip

@@ -20,7 +20,7 @@ PACKAGE = ROOT / "src" / "unmoved"
 RANKS = (
     ("errors",),
     ("disk", "reading", "preconditions"),
-    ("protocols", "lock", "pool"),
+    ("protocols", "lock", "pool", "foreign"),
     ("noise", "schedule", "processes", "averaging", "cluster"),
     ("views", "threat", "weights", "precision", "outcomes", "provenance", "drawing"),
     ("journal", "workers", "opinion", "shelf", "checkpoint"),

@@ -215,15 +215,31 @@ def _connect(ray: Any, address: str | None) -> bool:
     settings: dict[str, Any] = {"include_dashboard": False, "logging_level": logging.ERROR}
     settings |= {"address": None if address == "auto" else address}
     try:
-        try:
-            ray.init(**settings, object_store_memory=STORE)
-            return True
-        except ValueError:  # Ray's way to say that there is a cluster, whose memory is not ours to choose
-            ray.init(**settings)
-            return False
+        with _elsewhere():
+            try:
+                ray.init(**settings, object_store_memory=STORE)
+                return True
+            except ValueError:  # Ray's way to say that there is a cluster, whose memory is not ours to choose
+                ray.init(**settings)
+                return False
     except Exception as error:  # Ray raises plain ones, too
         what = f"join the Ray cluster {named}" if named else "start Ray on this machine"
         raise UnmovedError(f"could not {what}: {error}") from error
+
+
+@contextmanager
+def _elsewhere() -> Iterator[None]:
+    """Inside, the current folder is the root: Ray's workers look for modules first in the one where it was started.
+
+    A struct.py that lies there would run in place of the standard library's. Every machine has a root, and only its
+    administrator writes there.
+    """
+    here = os.getcwd()
+    os.chdir(os.path.abspath(os.sep))
+    try:
+        yield
+    finally:
+        os.chdir(here)
 
 
 def _host_and_port(source: str, address: str) -> tuple[str, int]:

@@ -6,13 +6,12 @@ component are the parameters of its constructor, read from its signature, so the
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import math
 import sys
 import types
 import typing
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, Union
 
 from pydantic import (
@@ -26,9 +25,11 @@ from pydantic import (
     create_model,
     model_validator,
 )
+from torch import nn
 
-from unmoved import attacks, averaging, data, defenses, models, optim, protocols, terms
+from unmoved import attacks, averaging, data, defenses, foreign, models, optim, protocols, terms
 from unmoved.errors import UnmovedError, did_you_mean
+from unmoved.foreign import Factory, Place
 from unmoved.schedule import Ramp
 from unmoved.terms.sum import snake_case
 from unmoved.threat import ThreatModel
@@ -110,8 +111,6 @@ class ForeignTerm(Foreign):
 
 # --- the names that recipes may use
 
-Factory = Callable[..., Any]
-
 
 def _exported(namespace: Any) -> dict[str, Factory]:
     return {snake_case(name): getattr(namespace, name) for name in namespace.__all__}
@@ -132,6 +131,18 @@ KINDS: dict[str, dict[str, Factory]] = {
     "optimizer": {snake_case(kind.__name__): kind for kind in optim.OPTIMIZERS},
     "schedule": {snake_case(kind.__name__): kind for kind in optim.SCHEDULES},
     "average": {snake_case(kind.__name__): kind for kind in averaging.AVERAGES},
+}
+# What a stranger's part must be, by where the recipe names it.
+PLACES: dict[str, Place] = {
+    "terms": Place("a term", takes=("views",)),
+    "attacks": Place("an attack", takes=("model", "batch")),
+    "stops": Place("a stopping rule", takes=("logits", "y", "value", "step", "memory")),
+    "defenses": Place("a defense", takes=("model", "optimizer", "backward")),
+    "models": Place("a model", of=nn.Module),
+    "data": Place("data", of=data.DataSet),
+    "optimizer": Place("an optimizer", takes=("groups",)),
+    "schedule": Place("a schedule", takes=("optimizer", "total", "per_epoch")),
+    "average": Place("an average", takes=("step", "total")),
 }
 # What the package gives a component, so that no recipe has to.
 INJECTED = {"threat", "num_classes", "shape", "progress"}
@@ -242,10 +253,10 @@ def build(kind: str, table: BaseModel, allow: Collection[str] = (), **given: Any
     """The object that a validated table describes; ``given`` fills the parameters that no recipe has to give.
 
     Raises:
-        UnmovedError: a stranger's module that was not allowed or cannot be imported, or arguments it does not take.
+        UnmovedError: as `foreign.find`, or arguments that it does not take.
     """
     use = str(table.use)  # type: ignore[attr-defined]
-    factory = foreign(use, allow) if ":" in use else KINDS[kind][use]
+    factory = foreign.find(use, allow, PLACES[kind]) if ":" in use else KINDS[kind][use]
     settings = {name: getattr(table, name) for name in type(table).model_fields} | (table.model_extra or {})
     settings = {name: _value(value, allow) for name, value in settings.items() if name not in ("use", "weight")}
     try:
@@ -258,9 +269,12 @@ def build(kind: str, table: BaseModel, allow: Collection[str] = (), **given: Any
     settings = {name: value for name, value in settings.items() if value is not None or name not in given}
     wanted = {name: value for name, value in given.items() if name in accepted and name not in settings}
     try:
-        return factory(**wanted, **settings)
+        made = factory(**wanted, **settings)
     except TypeError as error:
         raise UnmovedError(f"use = {use!r}: {error}; its arguments are the other keys of the same table") from error
+    if ":" in use and not (kind == "average" and made is None):
+        foreign.require_made(use, made, PLACES[kind])
+    return made
 
 
 def _value(value: Any, allow: Collection[str]) -> Any:
@@ -268,35 +282,11 @@ def _value(value: Any, allow: Collection[str]) -> Any:
         return ramp(value)
     if isinstance(value, BaseModel):
         use = str(value.use)  # type: ignore[attr-defined]
-        return build("stops" if use in KINDS["stops"] else "terms", value, allow)
+        is_term = use in KINDS["terms"] or isinstance(value, ForeignTerm)
+        return build("terms" if is_term else "stops", value, allow)
     return value
 
 
 def ramp(value: float | RampTable) -> float | Ramp:
     """A number of a recipe as the value that the package computes with."""
     return Ramp(value.from_, value.to, value.over) if isinstance(value, RampTable) else value
-
-
-def foreign(use: str, allow: Collection[str]) -> Factory:
-    """The object behind ``module:Name``, from the current directory or the environment, if its package is allowed."""
-    module_name, _, name = use.partition(":")
-    package = module_name.split(".")[0]
-    if package not in allow:
-        raise UnmovedError(
-            f"the recipe uses {use!r}, which is not part of unmoved, and importing a module runs it; "
-            f"if you trust it, repeat the command with --allow {package}"
-        )
-    if "" not in sys.path:
-        sys.path.insert(0, "")
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise UnmovedError(
-            f"use = {use!r}: cannot import {module_name!r} ({error}); run from the folder that holds it, or install it"
-        ) from error
-    except Exception as error:  # whatever a stranger's module does
-        raise UnmovedError(f"use = {use!r}: cannot import {module_name!r} ({type(error).__name__}: {error})") from error
-    if not hasattr(module, name):
-        known = [key for key in vars(module) if not key.startswith("_")]
-        raise UnmovedError(f"use = {use!r}: {module_name} has no {name!r}" + did_you_mean(name, known))
-    return getattr(module, name)

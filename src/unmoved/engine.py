@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -14,7 +15,7 @@ from torch import distributed as dist
 
 from unmoved.attacks import IAAT, PGD
 from unmoved.errors import UnmovedError, require_number
-from unmoved.pool import end_with_parent
+from unmoved.pool import SAFE, end_with_parent
 from unmoved.precision import require_device
 from unmoved.protocols import Split
 from unmoved.schedule import Phases
@@ -101,6 +102,8 @@ def together(fabric: Fabric) -> Iterator[None]:
     if several and "LOCAL_RANK" in os.environ and not dist.is_torchelastic_launched():
         end_with_parent()
     if several:
+        if sys.flags.safe_path:  # python -P: fabric repeats the command, but not the options of Python
+            os.environ[SAFE] = "1"
         fabric.launch()
     try:
         yield

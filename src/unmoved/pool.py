@@ -7,12 +7,16 @@ import os
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from multiprocessing.connection import wait as wait_for
 from typing import TypeVar
 
 JobT = TypeVar("JobT")
+SAFE = "PYTHONSAFEPATH"  # the option -P, as processes inherit it
 DEATHS = 2  # of a job's process, and it is given up
 
 
@@ -25,12 +29,14 @@ def each(
 ) -> Generator[tuple[int, BaseException | None]]:
     """Do the jobs in ``count`` processes; yield each one's number as it ends, with its error or None.
 
+    Left early, or interrupted, it ends the jobs that still run.
+
     Args:
         act: a function of a module, called with a job in another process.
         poll: called a few times a second.
     """
     # One process a pool: a death breaks its whole pool and does not say which of its jobs was to blame.
-    pools = [_pool() for _ in range(count)]
+    pools = [_Pool() for _ in range(count)]
     waiting, deaths = deque(range(len(jobs))), Counter[int]()
     busy: dict[Future[object], tuple[int, int]] = {}
     try:
@@ -41,15 +47,15 @@ def each(
                     try:
                         future = pools[slot].submit(act, jobs[number])
                     except BrokenProcessPool:  # it died after its last job
-                        pools[slot] = _pool()
+                        pools[slot] = _Pool()
                         future = pools[slot].submit(act, jobs[number])
                     busy[future] = (slot, number)
             for future in wait(busy, timeout=0.3, return_when=FIRST_COMPLETED).done:
                 slot, number = busy.pop(future)
                 error = future.exception()
                 if isinstance(error, BrokenProcessPool):
-                    pools[slot].shutdown(wait=True)
-                    pools[slot] = _pool()
+                    pools[slot].close()
+                    pools[slot] = _Pool()
                     deaths[number] += 1
                     if deaths[number] < DEATHS:
                         waiting.append(number)  # behind the others: fewer at a time need less memory
@@ -59,22 +65,64 @@ def each(
             if poll is not None:
                 poll()
     finally:
+        for slot, _ in busy.values():
+            pools[slot].end()
         for pool in pools:
-            pool.shutdown(wait=True, cancel_futures=True)
+            pool.close()
 
 
-def _pool() -> ProcessPoolExecutor:
-    spawn = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(1, mp_context=spawn, initializer=end_with_parent)
+class _Pool:
+    """A process for one job at a time, which ends when this one does or says so."""
+
+    def __init__(self) -> None:
+        spawn = multiprocessing.get_context("spawn")
+        with nothing_from_here():  # it starts multiprocessing's tracker of resources
+            there, self._here = spawn.Pipe(duplex=False)
+            self._pool = ProcessPoolExecutor(1, mp_context=spawn, initializer=end_with_parent, initargs=(there,))
+
+    def submit(self, act: Callable[[JobT], object], job: JobT) -> Future[object]:
+        with nothing_from_here():  # the first job starts the process
+            return self._pool.submit(act, job)
+
+    def end(self) -> None:
+        """End the process, in the midst of its job."""
+        self._here.close()
+
+    def close(self) -> None:
+        """Wait until the process has ended, after its job."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._here.close()
 
 
-def end_with_parent() -> None:
-    """Let this process end as soon as its parent is gone, killed too: it would go on alone, and keep its run locked."""
+@contextmanager
+def nothing_from_here() -> Iterator[None]:
+    """Python processes started inside import nothing from the current folder until they are told where to look.
+
+    They are started as ``python -c``, which looks in the current folder before the standard library: a struct.py that
+    lies there would run. What they are told then is the ``sys.path`` of this process.
+    """
+    before = os.environ.get(SAFE)
+    os.environ[SAFE] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[SAFE]
+        else:
+            os.environ[SAFE] = before
+
+
+def end_with_parent(line: Connection | None = None) -> None:
+    """Let this process end as soon as its parent is gone, killed too: it would go on alone, and keep its run locked.
+
+    Args:
+        line: the end of a pipe; let this process end, too, when the other end is closed.
+    """
     parent, number = multiprocessing.parent_process(), os.getppid()
 
     def watch() -> None:
         if parent is not None:
-            parent.join()
+            wait_for([parent.sentinel, *([line] if line else [])])
         while parent is None and os.getppid() == number:  # a process that another library started
             time.sleep(1.0)
         os._exit(1)
