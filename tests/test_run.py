@@ -183,7 +183,7 @@ def test_an_evil_gallery_is_refused_and_not_executed(tmp_path: Path) -> None:
 )
 def test_a_trainer_state_of_something_else_is_named(tmp_path: Path, state: Any) -> None:
     run = new_run(tmp_path / "run")
-    torch.save(state, run.path / "trainer.pt")
+    run.save_state(state)
     with pytest.raises(UnmovedError, match=r"trainer\.pt"):
         train(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), run)
 

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from road import RECIPE, recipe, unmoved
 
 from unmoved.run import Run
@@ -269,9 +268,8 @@ def test_a_strangers_code_that_changed_under_a_run_is_named(lab: Path) -> None:
     """The recipe is the same, the model it names is not."""
     recipe(lab, THEIRS, "theirs")
     unmoved("train", "theirs.toml", "--out", "run", "--allow", "my_lab", "--set", "training.epochs=2").fine()
-    state = torch.load("run/trainer.pt", weights_only=True)
-    state["log"] = state["log"][:1]
-    torch.save(state, "run/trainer.pt")
+    state = Run.open("run").load_state()
+    Run.open("run").save_state(state | {"log": state["log"][:1]})
     (lab / "my_lab" / "nets.py").write_text(LAB["nets"].replace("nn.Tanh()", "nn.Linear(width, width)"))
     for name in [name for name in sys.modules if name.split(".")[0] == "my_lab"]:
         del sys.modules[name]

@@ -3,37 +3,72 @@
 from __future__ import annotations
 
 import hashlib
-import io
+import os
+import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, BinaryIO, cast
 
 import torch
 
-from unmoved.disk import write_atomic
+from unmoved.disk import replacing
 from unmoved.errors import UnmovedError
 
 NEWEST, PREVIOUS = "trainer.pt", "trainer.previous.pt"
 _SEAL = b"\nunmoved sha256 "  # and 64 hexadecimal digits, at the end of the file: all that comes before is whole
+_CHUNK = 1 << 20
 
 
 def silent(words: str) -> None:
     """For those who do not want to be told."""
 
 
+class _Damaged(Exception):
+    """The file is not what was saved, or nothing that may be read."""
+
+
+class _Hashed:
+    """Passes what is written on to a file and through a checksum: the state is never in memory a second time.
+
+    What stops the writing, be it a full disk or an interruption, is kept and raised by `close`: torch would cover it
+    with a complaint of its own archive writer.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.digest = file, hashlib.sha256()
+        self.stopped: BaseException | None = None
+
+    def write(self, data: bytes | memoryview) -> int:
+        if self.stopped is None:
+            try:
+                self.digest.update(data)
+                self.file.write(data)
+            except BaseException as error:
+                self.stopped = error
+        return len(data)
+
+    def flush(self) -> None:
+        """`disk.replacing` flushes, once."""
+
+    def close(self) -> None:
+        if self.stopped is not None:
+            raise self.stopped
+        self.digest.update(_SEAL)
+        self.file.write(_SEAL + self.digest.hexdigest().encode())
+
+
 def save(folder: Path, state: dict[str, Any]) -> None:
-    """Replace the newest state; it becomes the previous one.
+    """Replace the newest state, in one pass over it; it becomes the previous one.
 
     Raises:
         UnmovedError: as `disk.write_atomic`.
     """
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
     # Checksum and state in one file: a kill cannot come between them. Readers of zip archives look for the archive's
     # end from the back and pass over the seal, so that torch.load opens the file as it is.
-    data = buffer.getvalue() + _SEAL
-    sealed = data + hashlib.sha256(data).hexdigest().encode()
-    write_atomic(folder / NEWEST, sealed, previous=folder / PREVIOUS)
+    with replacing(folder / NEWEST, previous=folder / PREVIOUS) as file:
+        hashed = _Hashed(file)
+        torch.save(state, cast(IO[bytes], hashed))
+        hashed.close()
 
 
 def load(folder: Path, tell: Callable[[str], None] = silent, *, mend: bool = False) -> dict[str, Any] | None:
@@ -45,20 +80,26 @@ def load(folder: Path, tell: Callable[[str], None] = silent, *, mend: bool = Fal
             of the whole one before.
 
     Raises:
-        UnmovedError: none of them is whole.
+        UnmovedError: none of them is whole; or one cannot be read at the moment, which says nothing about what is in
+            it: for want of memory or permission, or because the disk does not answer. Nothing is removed then.
     """
-    problems: dict[str, Exception] = {}
+    problems: dict[str, _Damaged] = {}
     for name in (NEWEST, PREVIOUS):
         path = folder / name
-        if not path.exists():  # the newest, too, for a moment: see `disk.write_atomic`
-            continue
         try:
-            state = _unsealed(path.read_bytes())
-        except Exception as error:  # damaged bytes make torch raise almost anything
+            state = _read(path)
+        except FileNotFoundError:  # the newest, too, for a moment: see `disk.replacing`
+            continue
+        except _Damaged as error:
             problems[name] = error
             continue
+        except (OSError, MemoryError, RuntimeError) as error:
+            raise UnmovedError(
+                f"{path}: the trainer's state cannot be read at the moment ({_cause(error)}), which does not mean that "
+                "it is damaged: it was left as it is; see to that cause, then repeat the command"
+            ) from error
         for damaged, problem in problems.items():
-            tell(f"{folder / damaged} is damaged ({_brief(problem)}); going on from {name}, the epoch before")
+            tell(f"{folder / damaged} is damaged ({problem}); going on from {name}, the one before")
             if mend:
                 (folder / damaged).unlink(missing_ok=True)
         return state
@@ -66,21 +107,43 @@ def load(folder: Path, tell: Callable[[str], None] = silent, *, mend: bool = Fal
         return None
     first, problem = next(iter(problems.items()))
     raise UnmovedError(
-        f"{folder / first}: not a trainer state that can be read safely ({_brief(problem)}); "
+        f"{folder / first}: not a trainer state that can be read safely ({problem}); "
         f"delete {'it' if len(problems) == 1 else 'it and ' + PREVIOUS} to train this run from its start"
     ) from problem
 
 
-def _unsealed(data: bytes) -> dict[str, Any]:
-    """A state from its bytes; older versions did not seal theirs, which are taken as they are."""
-    body, seal, digest = data.rpartition(_SEAL)
-    if seal and hashlib.sha256(body + seal).hexdigest().encode() != digest:
-        raise UnmovedError("its checksum differs")
-    state = dict(torch.load(io.BytesIO(body if seal else data), map_location="cpu", weights_only=True))
-    if not isinstance(state["log"], list):
-        raise TypeError("no log")
+def _read(path: Path) -> dict[str, Any]:
+    """A state; `_Damaged` where it is not what `save` wrote, any other error where that cannot be told now."""
+    with open(path, "rb") as file:
+        _require_seal(file)
+        file.seek(0)
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, EOFError, LookupError, TypeError, ValueError, AttributeError) as error:
+            # Sealed, so it is what was saved; but `save` writes nothing that torch refuses.
+            raise _Damaged(type(error).__name__) from error
+    if not isinstance(state, dict) or not isinstance(state.get("log"), list):
+        raise _Damaged("no log")
     return state
 
 
-def _brief(error: Exception) -> str:
-    return str(error) if isinstance(error, UnmovedError) else type(error).__name__
+def _require_seal(file: BinaryIO) -> None:
+    """Read all of a file once, a piece at a time, and raise `_Damaged` unless it ends in its own checksum."""
+    size = os.fstat(file.fileno()).st_size
+    left, digest, last = size - 64, hashlib.sha256(), b""
+    while left > 0:
+        piece = file.read(min(_CHUNK, left))
+        if not piece:
+            raise _Damaged("cut short")  # while it was read
+        digest.update(piece)
+        left, last = left - len(piece), (last + piece)[-len(_SEAL) :]
+    if last != _SEAL or file.read() != digest.hexdigest().encode():
+        raise _Damaged("its checksum differs")
+
+
+def _cause(error: Exception) -> str:
+    """Why a file cannot be read, in the words of whoever refused it."""
+    if isinstance(error, OSError):
+        return str(error.strerror or error)
+    words = str(error).strip().splitlines()
+    return words[0] if words else "out of memory" if isinstance(error, MemoryError) else type(error).__name__

@@ -8,7 +8,9 @@ import os
 import re
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO, cast
 
 from unmoved.errors import UnmovedError
 
@@ -19,15 +21,33 @@ def write_atomic(path: Path, data: bytes, *, previous: Path | None = None) -> No
     """Replace the file as a whole: a crash leaves the old one or the new one, never a part.
 
     Args:
-        previous: the old file takes this name. A crash between the two renames leaves it alone, as ``previous``.
+        previous: as in `replacing`.
 
     Raises:
         UnmovedError: a full disk, or a folder that cannot be made or written.
     """
+    with replacing(path, previous=previous) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def replacing(path: Path, *, previous: Path | None = None) -> Iterator[BinaryIO]:
+    """A file to write to, which takes the place of ``path`` as a whole once the block has ended without an error.
+
+    Args:
+        previous: the old file takes this name. A crash between the two renames leaves it alone, as ``previous``.
+
+    Raises:
+        UnmovedError: as `write_atomic`.
+    """
     # Not tempfile: its files are readable by their owner alone, and the final one would stay so.
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        _write(temporary, "xb", data)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "xb") as file:
+            yield cast(BinaryIO, file)
+            file.flush()
+            os.fsync(file.fileno())
         if previous is not None and path.exists():
             os.replace(path, previous)
         os.replace(temporary, path)
@@ -45,7 +65,11 @@ def append(path: Path, data: bytes) -> None:
         UnmovedError: as `write_atomic`.
     """
     try:
-        _write(path, "ab", data)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "ab") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
     except OSError as error:
         raise unwritten(path, error) from error
 
@@ -62,14 +86,6 @@ def remove_leftovers(folder: Path, *, older_than: float = 0.0, spare: str = "") 
         with contextlib.suppress(OSError):  # somebody else has removed it, or it may not be removed: it harms nobody
             if match and match[1] != spare and time.time() - path.stat().st_mtime >= older_than:
                 path.unlink()
-
-
-def _write(path: Path, mode: str, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, mode) as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def unwritten(path: Path, error: OSError) -> UnmovedError:

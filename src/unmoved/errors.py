@@ -11,6 +11,13 @@ class UnmovedError(ValueError):
     """Something the user can mend: the message says what was expected, what came and what to do."""
 
 
+def is_want_of_memory(error: BaseException) -> bool:
+    """Whether something failed because there was no memory for it: torch says so in RuntimeErrors of several words."""
+    words = str(error).lower()
+    said = ("allocate memory", "not enough memory", "out of memory")
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(word in words for word in said))
+
+
 def did_you_mean(name: str, known: Iterable[object]) -> str:
     """``"; did you mean 'awp'?"`` when a known name is near, otherwise the list of known names."""
     names = sorted(map(str, known))

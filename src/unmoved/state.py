@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from unmoved.errors import UnmovedError
+from unmoved.errors import UnmovedError, is_want_of_memory
 from unmoved.protocols import StatefulAttack
 from unmoved.run import Run
 
@@ -50,8 +50,13 @@ class TrainerState:
                 part.load_state_dict(saved[name])
             self.log, self.best = saved["log"], tuple(saved["best"])
             self.best_model = saved.get("best_model")  # older versions kept none
-        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, MemoryError, RuntimeError, TypeError, ValueError) as error:
             where = "the run's trainer.pt" if self.run is None else self.run.path / "trainer.pt"
+            if is_want_of_memory(error):
+                raise UnmovedError(
+                    f"{where}: there is not enough memory to go on from this state, which is whole and was left as it "
+                    "is; make room, then repeat the command"
+                ) from error
             raise UnmovedError(
                 f"{where}: the state of another model, optimizer or method "
                 f"({type(error).__name__}: {str(error).splitlines()[0]}); delete trainer.pt and trainer.previous.pt to "

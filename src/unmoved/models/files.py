@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from unmoved.disk import write_atomic
-from unmoved.errors import UnmovedError
+from unmoved.errors import UnmovedError, is_want_of_memory
 
 _PICKLES = {".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt", ".tar"}
 _PICKLE_MAGIC = (b"PK\x03\x04", b"\x80")  # torch.save since 1.6 writes a zip; before it, and pickle itself, protocol 2+
@@ -135,11 +135,19 @@ def _another(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> str:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether there is a weights file that can be read and is what was saved."""
+    """Whether there is a weights file, and it is what was saved.
+
+    Raises:
+        UnmovedError: it cannot be read at the moment, which says nothing about what is in it.
+    """
     try:
         _read(path)
-    except UnmovedError:
+    except DamagedFile:
         return False
+    except UnmovedError as error:
+        if error.__cause__ is not None and not isinstance(error.__cause__, FileNotFoundError):
+            raise
+        return False  # there is none, or a pickle in its place
     return True
 
 
@@ -161,6 +169,8 @@ def _read(path: Path) -> dict[str, Tensor]:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - it is no dict
             is_same = expected is None or expected == _checksum(tensors)
     except Exception as error:  # a header may claim what torch then refuses: sizes beyond 64 bits, types without views
+        if is_want_of_memory(error) or isinstance(error, OSError):
+            raise UnmovedError(f"{path}: cannot be read at the moment ({error or 'out of memory'})") from error
         raise DamagedFile(f"{path}: not a whole safetensors file ({error}); copy or save it again") from error
     if not is_same:
         raise DamagedFile(f"{path}: changed since it was saved (its checksum differs); copy or save it again")
