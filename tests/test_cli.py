@@ -163,7 +163,7 @@ def test_resume_with_nothing_saved_starts(tmp_path: Path, there: str) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ("attack.steps=-1", "PGD.steps: expected a finite number >= 0, came -1"),
+        ("attack.steps=-1", "PGD.steps: expected a whole number >= 0, came -1"),
         ("model.hidden=[0]", "hidden"),
         ("training.validation=5000", "digits/train: held-out size"),
         ("data.test=5000", "digits"),

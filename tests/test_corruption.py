@@ -87,7 +87,7 @@ def test_zero_and_extreme_gradients():
     [
         (lambda: steepest(torch.ones(3), -1.0), "eps"),
         (lambda: steepest(torch.ones(3), 1.0, 1.0), r"p in \(1, inf\], came 1.0"),
-        (lambda: steepest(torch.ones(3), 1.0, 2, 4), r"n: expected a finite number >= 1 and <= 3, came 4"),
+        (lambda: steepest(torch.ones(3), 1.0, 2, 4), r"n: expected a whole number >= 1 and <= 3, came 4"),
         (lambda: project(torch.ones(3), 1.0, 2, 0), "n: expected"),
         (lambda: project(torch.ones(3), 1.0, 3), "p = 2 and p = inf, came 3"),
     ],

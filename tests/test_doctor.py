@@ -254,7 +254,7 @@ def test_samples_are_drawn_from_the_whole_split() -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"n": 0}, "n: expected a finite number >= 1"),
+        ({"n": 0}, "n: expected a whole number >= 1"),
         ({"split": ArraySplit.of(torch.rand(4, 1, 8, 8), torch.arange(4) + 9)}, "labels: expected 0..9 for 10 logits"),
     ],
 )

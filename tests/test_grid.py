@@ -151,7 +151,7 @@ def test_what_the_defense_refuses_is_refused_before_training_starts():
     model = network()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     phases = [(0, Method(None, CE("clean"))), (1, Method(None, CE("clean"), APD(0.1, n=1000)))]
-    with pytest.raises(UnmovedError, match="n: expected a finite number >= 1 and <= 418, came 1000"):
+    with pytest.raises(UnmovedError, match="n: expected a whole number >= 1 and <= 418, came 1000"):
         train(model, phases, SPLIT, epochs=2)
     assert equal(before, model.state_dict())
 

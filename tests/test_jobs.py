@@ -37,7 +37,7 @@ def test_parts_are_disjoint_equal_and_all_but_complete(n: int, of: int, permutat
 def test_another_permutation_cuts_otherwise() -> None:
     split = numbers(40)
     assert set(split.part(0, 2, 0).index.tolist()) != set(split.part(0, 2, 1).index.tolist())
-    with pytest.raises(UnmovedError, match="data: part: expected a finite number >= 0 and <= 1, came 2"):
+    with pytest.raises(UnmovedError, match="data: part: expected a whole number >= 0 and <= 1, came 2"):
         split.part(2, 2)
     with pytest.raises(UnmovedError, match="expected at most 40 parts"):
         split.part(0, 41)

@@ -338,7 +338,7 @@ def test_settings_that_cannot_be(model: nn.Module) -> None:
         evaluate(model, TEST, {}, THREAT)
     with pytest.raises(UnmovedError, match="at least one sample"):
         evaluate(model, Batches(()), {"a": attack}, THREAT)
-    with pytest.raises(UnmovedError, match="batch_size: expected a finite number >= 1, came 0"):
+    with pytest.raises(UnmovedError, match="batch_size: expected a whole number >= 1, came 0"):
         evaluate(model, TEST, {"a": attack}, THREAT, batch_size=0)
     with pytest.raises(UnmovedError, match="precision: unknown value 'half'"):
         evaluate(model, TEST, {"a": attack}, THREAT, precision="half")

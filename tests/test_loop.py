@@ -599,7 +599,7 @@ def test_a_validation_that_cannot_be_judged_stops_the_training_in_words(tmp_path
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"epochs": 0}, "epochs: expected a finite number >= 1, came 0"),
+        ({"epochs": 0}, "epochs: expected a whole number >= 1, came 0"),
         ({"batch_size": 0}, "batch_size: "),
         ({"precision": "half"}, "precision: unknown value 'half'"),
         ({"device": "gpu"}, "device: unknown value 'gpu'"),

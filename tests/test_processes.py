@@ -228,7 +228,7 @@ def test_attacks_that_would_wait_for_each_other_for_ever_are_refused() -> None:
 @pytest.mark.parametrize(
     ("variables", "settings", "words"),
     [
-        ({}, {"devices": 0}, "devices: expected a finite number >= 1"),
+        ({}, {"devices": 0}, "devices: expected a whole number >= 1"),
         ({}, {"device": "tpu"}, "device: unknown value 'tpu'"),
         (
             {"TORCHELASTIC_RUN_ID": "1", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "2"},

@@ -171,7 +171,7 @@ def test_a_number_within_its_bounds_passes(value: float) -> None:
     require_number("x", value, at_least=value)
 
 
-@pytest.mark.parametrize("value", [0, -1, 1.5, True, "1", None, float("nan"), float("inf"), torch.tensor(0.5)])
+@pytest.mark.parametrize("value", [0, -1, 1.5, True, "1", None, float("nan"), float("inf"), torch.tensor([0.5])])
 def test_a_number_outside_its_bounds_is_named(value: Any) -> None:
     with pytest.raises(UnmovedError, match=r"x: expected a finite number > 0 and <= 1, came .*; a hint"):
         require_number("x", value, above=0, at_most=1, advice="a hint")

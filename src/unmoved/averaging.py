@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from unmoved.errors import require_number
+from unmoved.errors import number_field
 
 Averaging = Callable[[int, int], float]
 
@@ -27,7 +27,7 @@ class EMA:
     decay: float = 0.999
 
     def __post_init__(self) -> None:
-        require_number("average.decay", self.decay, at_least=0, at_most=1)
+        number_field(self, "average.decay", at_least=0, at_most=1)
 
     def __call__(self, step: int, total: int) -> float:
         return 1 - min(self.decay, (1 + step) / (10 + step))
@@ -50,7 +50,7 @@ class SWA:
     start: float = 0.75
 
     def __post_init__(self) -> None:
-        require_number("average.start", self.start, at_least=0, at_most=1)
+        number_field(self, "average.start", at_least=0, at_most=1)
 
     def __call__(self, step: int, total: int) -> float:
         return 1 / max(1, step - int(self.start * total) + 1)

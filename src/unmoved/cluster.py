@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import unmoved
 from unmoved.disk import write_atomic
-from unmoved.errors import UnmovedError, require_number
+from unmoved.errors import UnmovedError, require_number, require_whole
 from unmoved.pool import DEATHS, ProcessDied
 
 JobT = TypeVar("JobT")
@@ -50,8 +50,9 @@ class Cluster:
     gpus: float = 0.0
 
     def __post_init__(self) -> None:
-        require_number("--cpus-per-run", self.cpus, at_least=1)
-        require_number("--gpus-per-run", self.gpus, at_least=0)
+        keep = object.__setattr__
+        keep(self, "cpus", require_whole("--cpus-per-run", self.cpus, at_least=1))
+        keep(self, "gpus", require_number("--gpus-per-run", self.gpus, at_least=0))
         if self.gpus > 1 and self.gpus != int(self.gpus):
             raise UnmovedError(f"--gpus-per-run: expected a share of one GPU or a whole number, came {self.gpus:g}")
         if self.address not in (None, "auto", "local"):

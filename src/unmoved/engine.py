@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from unmoved.attacks import IAAT, PGD
-from unmoved.errors import UnmovedError, require_number
+from unmoved.errors import UnmovedError, require_whole
 from unmoved.pool import SAFE, end_with_parent
 from unmoved.precision import require_device
 from unmoved.protocols import Split
@@ -43,8 +43,8 @@ def prepare(device: str = "auto", devices: int = 1, nodes: int = 1, precision: A
     from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
     from lightning_fabric.strategies.ddp import DDPStrategy
 
-    require_number("devices", devices, at_least=1)
-    require_number("nodes", nodes, at_least=1)
+    devices = require_whole("devices", devices, at_least=1)
+    nodes = require_whole("nodes", nodes, at_least=1)
     require_device(device)
     if dist.is_torchelastic_launched():
         here, world = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])

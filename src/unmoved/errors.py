@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from numbers import Integral, Number
+from typing import Any
 
 
 class UnmovedError(ValueError):
@@ -27,21 +29,92 @@ def did_you_mean(name: str, known: Iterable[object]) -> str:
 
 def require_number(
     name: str,
-    value: float,
+    value: Any,
     *,
     at_least: float = -math.inf,
     above: float = -math.inf,
     at_most: float = math.inf,
     advice: str = "",
-) -> None:
-    """Raise `UnmovedError` unless ``value`` is a finite number within the bounds."""
+) -> float:
+    """``value`` as a plain number of Python, which any kind of real number may stand for: numpy's, a tensor of one.
+
+    Raises:
+        UnmovedError: it is not a finite number within the bounds.
+    """
+    found = _plain(value)
+    if found is None or not (at_least <= found <= at_most and found > above):
+        raise _refused(name, "a finite number", value, at_least, above, at_most, advice)
+    return found
+
+
+def require_whole(
+    name: str, value: Any, *, at_least: float = -math.inf, at_most: float = math.inf, advice: str = ""
+) -> int:
+    """``value`` as a plain int; 10.0 is 10, since divisions such as eps / step_size give floats.
+
+    Raises:
+        UnmovedError: it is not a whole number within the bounds.
+    """
+    found = _plain(value)
+    if found is None or found != int(found) or not at_least <= found <= at_most:
+        near = found is not None and found != int(found)
+        raise _refused(name, "a whole number", value, at_least, -math.inf, at_most, advice or "round it" * near)
+    return int(found)
+
+
+def require_seed(name: str, value: Any) -> int:
+    """`require_whole` for a seed: any whole number that 64 bits hold, with its sign."""
+    return require_whole(name, value, at_least=-(2**63), at_most=2**63 - 1)
+
+
+def number_field(owner: object, name: str, **bounds: Any) -> None:
+    """`require_number` for a field of a frozen value, kept as a plain number, so that ``repr`` rebuilds the value.
+
+    Args:
+        owner: the value that is being made.
+        name: what the message says, such as ``"optimizer.lr"``; its last part is the name of the field.
+    """
+    keep_field(owner, name, require_number, **bounds)
+
+
+def whole_field(owner: object, name: str, **bounds: Any) -> None:
+    """`require_whole` for a field of a frozen value; otherwise as `number_field`."""
+    keep_field(owner, name, require_whole, **bounds)
+
+
+def keep_field(owner: object, name: str, require: Callable[..., Any], **bounds: Any) -> None:
+    """Put what ``require(name, value, **bounds)`` makes of a frozen field in its place; ``name`` as in `number_field`.
+
+    Fields are set once, while the value is being made: it is as frozen as before.
+    """
+    field = name.rpartition(".")[2]
+    object.__setattr__(owner, field, require(name, getattr(owner, field), **bounds))
+
+
+def _plain(value: Any) -> float | None:
+    """The int or float that a real number of whatever kind is; None where it is none, or not finite."""
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):  # numpy's numbers, and tensors of one
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, Number):
+        return None
+    try:
+        found = float(value)  # type: ignore[arg-type]  # fails for those that are not real
+    except (OverflowError, TypeError, ValueError):
+        return None
+    return (int(value) if isinstance(value, Integral) else found) if math.isfinite(found) else None
+
+
+def _refused(
+    name: str, what: str, value: Any, at_least: float, above: float, at_most: float, advice: str
+) -> UnmovedError:
     bounds = [f">= {at_least:g}"] * (at_least > -math.inf)
     bounds += [f"> {above:g}"] * (above > -math.inf)
     bounds += [f"<= {at_most:g}"] * (at_most < math.inf)
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or not (at_least <= value <= at_most and value > above):
-        expected = "a finite number " + " and ".join(bounds)
-        raise UnmovedError(f"{name}: expected {expected.strip()}, came {value!r}" + (f"; {advice}" if advice else ""))
+    if isinstance(value, str):
+        advice = advice or "leave out the quotes"
+    came = f"one of {value.bit_length()} bits" if type(value) is int and value.bit_length() > 128 else f"{value!r:.80}"
+    expected = f"{what} {' and '.join(bounds)}".strip()
+    return UnmovedError(f"{name}: expected {expected}, came {came}" + (f"; {advice}" if advice else ""))
 
 
 def require_choice(name: str, value: object, choices: Iterable[object]) -> None:

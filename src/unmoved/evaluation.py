@@ -22,7 +22,7 @@ from unmoved.attacks import PGD, AutoAttack, Quick, Transfer
 from unmoved.built import Built
 from unmoved.data import ArraySplit
 from unmoved.disk import write_atomic
-from unmoved.errors import UnmovedError, did_you_mean
+from unmoved.errors import UnmovedError, did_you_mean, require_whole
 from unmoved.journal import Journal
 from unmoved.precision import layout, require_device, resolve
 from unmoved.protocols import Attack, Batch, Ensemble, Image
@@ -74,6 +74,7 @@ def evaluate_run(
         UnmovedError: as `judge.evaluate`; an unknown name; weights that are missing or do not fit; ``validation`` of
             a run that held nothing out; a run that another process trains or evaluates.
     """
+    n = None if n is None else require_whole("n", n, at_least=1)
     Run.open(run.path)  # before the lock, which would make a missing folder
     with run.alone():
         built, model = opened(run, weights, device, allow)
@@ -183,6 +184,7 @@ def examine_run(
     Raises:
         UnmovedError: a run that was not evaluated; as `unmoved.doctor.examine`.
     """
+    n = require_whole("n", n, at_least=1)
     kind = "evaluation" if run.evaluation is not None else "verdict"
     facts, table = (run.evaluation, run.outcomes) if kind == "evaluation" else (run.verdict, run.verdict_outcomes)
     if facts is None or table is None:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from unmoved import judge
-from unmoved.errors import UnmovedError
+from unmoved.errors import UnmovedError, require_whole
 from unmoved.protocols import Attack, Split
 from unmoved.threat import ThreatModel
 
@@ -54,7 +54,7 @@ def gallery(
 ) -> dict[str, np.ndarray]:
     """The first samples that the model gets right, with what the attack made of them, as arrays for `unmoved.run`."""
     parts: list[dict[str, np.ndarray]] = []
-    missing = count
+    missing = count = require_whole("count", count, at_least=1)
     for batch in judge.checked_batches(model, split, 4 * count, threat):
         clean = judge.predict(model, batch.x, batch.y)
         chosen = torch.nonzero(clean == batch.y).flatten()[:missing]

@@ -12,7 +12,7 @@ from torch import nn
 
 from unmoved import views
 from unmoved.attacks import APGD
-from unmoved.errors import UnmovedError, require_number
+from unmoved.errors import UnmovedError, require_whole
 from unmoved.journal import Journal
 from unmoved.outcomes import CLEAN, COLUMNS, ROBUST
 from unmoved.precision import autocast, exact
@@ -66,8 +66,8 @@ def evaluate(
     """
     if not attacks:
         raise UnmovedError("evaluate: expected at least one attack, came none")
-    require_number("batch_size", batch_size, at_least=1)
-    require_number("workers", workers, at_least=0)
+    batch_size = require_whole("batch_size", batch_size, at_least=1)
+    workers = require_whole("workers", workers, at_least=0)
     if len(split) == 0:
         raise UnmovedError("evaluate: expected at least one sample, came none")
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
@@ -257,6 +257,7 @@ def predict(model: nn.Module, x: Image, y: Label, draws: int = 1) -> Label:
 
 def _predicted(model: nn.Module, x: Image, y: Label, draws: int = 1) -> tuple[Label, int]:
     """(the predicted class (B,), the number of classes)."""
+    draws = require_whole("draws", draws, at_least=1)
     with torch.no_grad(), evaluating(model), exact(x.device):
         logits = torch.stack([views.logits(model, x) for _ in range(draws)]).mean(dim=0)
     if not torch.isfinite(logits).all():

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from unmoved import averaging, engine, judge, outcomes, processes
 from unmoved import precision as formats
 from unmoved.attacks import PGD
-from unmoved.errors import UnmovedError, require_number
+from unmoved.errors import UnmovedError, require_seed, require_whole
 from unmoved.optim import SGD, Constant
 from unmoved.protocols import Attack, Batch, Method, Split
 from unmoved.rehearsal import rehearse
@@ -84,8 +84,8 @@ def train(
         UnmovedError: a value outside its bounds, a loss that is not finite (naming the step; what was saved stays); a
             ``run`` that another process trains or evaluates, or whose saved states are all damaged.
     """
-    require_number("epochs", epochs, at_least=1)
-    require_number("batch_size", batch_size, at_least=1)
+    epochs = require_whole("epochs", epochs, at_least=1)
+    batch_size, seed = require_whole("batch_size", batch_size, at_least=1), require_seed("seed", seed)
     formats.require_device(device)
     if len(split) == 0:
         raise UnmovedError("train: expected at least one sample, came none")

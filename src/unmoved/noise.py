@@ -13,6 +13,8 @@ import math
 import torch
 from torch import Tensor
 
+from unmoved.errors import require_whole
+
 
 def _signed(value: int) -> int:
     """The int64 with the same bits as an unsigned 64-bit constant."""
@@ -38,6 +40,7 @@ def _mix(z: Tensor) -> Tensor:
 
 def _bits(index: Tensor, shape: tuple[int, ...], seed: int, step: int, stream: int) -> Tensor:
     """(B, prod(shape)) int64 of 64 random bits each."""
+    seed = require_whole("seed", seed)
     key = torch.zeros_like(index)
     for part in (torch.full_like(index, _signed(seed)), torch.full_like(index, stream), torch.full_like(index, step)):
         key = _mix(key * _GOLDEN + part + 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LRScheduler, MultiStepLR, OneCycleLR
 
-from unmoved.errors import UnmovedError, require_number
+from unmoved.errors import UnmovedError, number_field, require_whole
 
 Groups = list[dict[str, Any]]
 
@@ -25,9 +25,9 @@ class SGD:
     nesterov: bool = False
 
     def __post_init__(self) -> None:
-        require_number("optimizer.lr", self.lr, at_least=0)
-        require_number("optimizer.momentum", self.momentum, at_least=0)
-        require_number("optimizer.weight_decay", self.weight_decay, at_least=0)
+        number_field(self, "optimizer.lr", at_least=0)
+        number_field(self, "optimizer.momentum", at_least=0)
+        number_field(self, "optimizer.weight_decay", at_least=0)
 
     def __call__(self, groups: Groups) -> Optimizer:
         return torch.optim.SGD(groups, self.lr, self.momentum, weight_decay=self.weight_decay, nesterov=self.nesterov)
@@ -42,8 +42,8 @@ class Adam:
     decoupled: bool = False
 
     def __post_init__(self) -> None:
-        require_number("optimizer.lr", self.lr, at_least=0)
-        require_number("optimizer.weight_decay", self.weight_decay, at_least=0)
+        number_field(self, "optimizer.lr", at_least=0)
+        number_field(self, "optimizer.weight_decay", at_least=0)
 
     def __call__(self, groups: Groups) -> Optimizer:
         kind: Callable[..., Optimizer] = torch.optim.AdamW if self.decoupled else torch.optim.Adam
@@ -65,6 +65,13 @@ class MultiStep:
     milestones: tuple[int, ...]
     gamma: float = 0.1
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.milestones, Sequence) or isinstance(self.milestones, str):
+            raise UnmovedError(f"schedule.milestones: expected a list of epochs, came {self.milestones!r}")
+        epochs = tuple(require_whole("schedule.milestones", epoch, at_least=0) for epoch in self.milestones)
+        object.__setattr__(self, "milestones", epochs)
+        number_field(self, "schedule.gamma", at_least=0)
+
     def __call__(self, optimizer: Optimizer, total: int, per_epoch: int) -> LRScheduler:
         return MultiStepLR(optimizer, [epoch * per_epoch for epoch in self.milestones], self.gamma)
 
@@ -84,7 +91,8 @@ class OneCycle:
     warmup: float = 0.3
 
     def __post_init__(self) -> None:
-        if not 0 < self.warmup < 1:
+        number_field(self, "schedule.warmup", above=0, advice="it is a share of the training in (0, 1)")
+        if self.warmup >= 1:
             raise UnmovedError(f"schedule.warmup: expected a share of the training in (0, 1), came {self.warmup!r}")
 
     def __call__(self, optimizer: Optimizer, total: int, per_epoch: int) -> LRScheduler:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from unmoved.errors import UnmovedError, require_number
+from unmoved.errors import UnmovedError, keep_field, number_field, require_number
 from unmoved.protocols import Method
 
 
@@ -20,7 +20,7 @@ class Ramp:
     value(s) = start + (stop - start) * min(s / over, 1), with s in [0, 1] the share of the phase that is done.
 
     Raises:
-        UnmovedError: ``over`` outside (0, 1].
+        UnmovedError: an end that is no finite number, or ``over`` outside (0, 1].
     """
 
     start: float
@@ -28,16 +28,26 @@ class Ramp:
     over: float = 1.0
 
     def __post_init__(self) -> None:
-        require_number("ramp.over", self.over, above=0, at_most=1, advice="it is a share of the phase")
+        number_field(self, "ramp.start")
+        number_field(self, "ramp.stop")
+        number_field(self, "ramp.over", above=0, at_most=1, advice="it is a share of the phase")
 
     def at(self, share: float) -> float:
         return self.start + (self.stop - self.start) * min(share / self.over, 1.0)
 
 
-def require_ramp(name: str, value: float | Ramp, **bounds: Any) -> None:
-    """`require_number` for a field that may ramp: both ends must be within the bounds."""
-    for number in (value.start, value.stop) if isinstance(value, Ramp) else (value,):
-        require_number(name, number, **bounds)
+def require_ramp(name: str, value: float | Ramp, **bounds: Any) -> float | Ramp:
+    """`require_number` for what may ramp: both ends must be within the bounds."""
+    if not isinstance(value, Ramp):
+        return require_number(name, value, **bounds)
+    for end in (value.start, value.stop):
+        require_number(name, end, **bounds)
+    return value
+
+
+def ramp_field(owner: object, name: str, **bounds: Any) -> None:
+    """`number_field` for a field that may ramp."""
+    keep_field(owner, name, require_ramp, **bounds)
 
 
 def number(name: str, value: float | Ramp) -> float:

@@ -11,7 +11,7 @@ from torch import Tensor
 from unmoved import noise
 from unmoved.errors import UnmovedError, require_choice
 from unmoved.protocols import Batch, Image, PerSample
-from unmoved.schedule import Ramp, number, require_ramp
+from unmoved.schedule import Ramp, number, ramp_field
 
 NORMS = ("linf", "l2", "l1")
 _ORDER = {"linf": math.inf, "l2": 2.0, "l1": 1.0}
@@ -68,7 +68,7 @@ class ThreatModel:
 
     def __post_init__(self) -> None:
         require_choice("threat.norm", self.norm, NORMS)
-        require_ramp("threat.eps", self.eps, at_least=0)
+        ramp_field(self, "threat.eps", at_least=0)
         if not self.bounds[0] < self.bounds[1]:
             raise UnmovedError(f"threat.bounds: expected (smallest, largest) pixel value, came {self.bounds}")
         largest = max(self.eps.start, self.eps.stop) if isinstance(self.eps, Ramp) else self.eps

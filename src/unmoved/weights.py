@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
-from unmoved.errors import UnmovedError, require_choice, require_number
+from unmoved.errors import UnmovedError, require_choice, require_number, require_whole
 
 Tensors = TypeVar("Tensors", Tensor, list[Tensor])
 
@@ -44,7 +44,7 @@ def steepest(g: Tensors, eps: float, p: float = 2, n: int | None = None) -> Tens
     Raises:
         UnmovedError: a negative eps, p outside (1, inf], or n outside 1..number of weights.
     """
-    require_number("steepest: eps", eps, at_least=0)
+    eps = require_number("steepest: eps", eps, at_least=0)
     if not p > 1:
         raise UnmovedError(f"steepest: expected p in (1, inf], came {p!r}")
     return _as_one_vector(g, lambda v: _steepest(_largest(v, n), eps, p))
@@ -58,7 +58,7 @@ def project(a: Tensors, eps: float, p: float = 2, n: int | None = None) -> Tenso
     Raises:
         UnmovedError: as `steepest`, and p other than 2 or inf.
     """
-    require_number("project: eps", eps, at_least=0)
+    eps = require_number("project: eps", eps, at_least=0)
     if p not in (2, math.inf):
         raise UnmovedError(f"project: the nearest point is known for p = 2 and p = inf, came {p!r}")
 
@@ -86,7 +86,7 @@ def _largest(v: Tensor, n: int | None) -> Tensor:
     """The n entries of largest size, the rest zero."""
     if n is None:
         return v
-    require_number("n", n, at_least=1, at_most=v.numel(), advice="it counts corrupted weights")
+    n = require_whole("n", n, at_least=1, at_most=v.numel(), advice="it counts corrupted weights")
     kept = v.abs().topk(int(n)).indices
     return torch.zeros_like(v).index_copy(0, kept, v[kept])
 

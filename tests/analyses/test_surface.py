@@ -124,7 +124,7 @@ def test_the_model_is_as_it_was_after_a_failure():
     ("settings", "message"),
     [
         ({"points": 4}, "an odd number"),
-        ({"points": 1}, "points: expected a finite number >= 3"),
+        ({"points": 1}, "points: expected a whole number >= 3"),
         ({"reach": 0.0}, "reach"),
         ({"eps": 0.0}, "eps"),
     ],

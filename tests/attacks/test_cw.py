@@ -123,7 +123,7 @@ def test_knows_l2_alone(norm):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"steps": 0}, "CW.steps: expected a finite number >= 1, came 0"),
+        ({"steps": 0}, "CW.steps: expected a whole number >= 1, came 0"),
         ({"search_steps": 0}, "CW.search_steps"),
         ({"confidence": -1.0}, "CW.confidence"),
         ({"lr": 0.0}, "CW.lr"),

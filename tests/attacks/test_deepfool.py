@@ -126,7 +126,7 @@ def test_refuses_what_it_cannot():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"steps": 0}, "DeepFool.steps: expected a finite number >= 1, came 0"),
+        ({"steps": 0}, "DeepFool.steps: expected a whole number >= 1, came 0"),
         ({"overshoot": -0.1}, "DeepFool.overshoot"),
         ({"candidates": 0}, "DeepFool.candidates"),
     ],

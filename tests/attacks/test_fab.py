@@ -289,7 +289,7 @@ def test_refuses_a_model_without_a_gradient(trained):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"steps": 0}, "FAB.steps: expected a finite number >= 1, came 0"),
+        ({"steps": 0}, "FAB.steps: expected a whole number >= 1, came 0"),
         ({"restarts": 0}, "FAB.restarts"),
         ({"targets": 0}, "FAB.targets"),
         ({"alpha_max": 1.5}, "FAB.alpha_max"),

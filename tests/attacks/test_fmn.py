@@ -163,7 +163,7 @@ def test_annealing():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"steps": 0}, "FMN.steps: expected a finite number >= 1, came 0"),
+        ({"steps": 0}, "FMN.steps: expected a whole number >= 1, came 0"),
         ({"step_size": 0.0}, "FMN.step_size"),
         ({"gamma": 1.5}, "FMN.gamma"),
     ],

@@ -153,7 +153,7 @@ def test_lost_and_hopeless_samples_come_back_as_they_are():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"queries": 0}, "HopSkipJump.queries: expected a finite number >= 1, came 0"),
+        ({"queries": 0}, "HopSkipJump.queries: expected a whole number >= 1, came 0"),
         ({"samples": 0}, "HopSkipJump.samples"),
         ({"starts": 0}, "HopSkipJump.starts"),
         ({"threat": ThreatModel("l1", 1.0)}, "HopSkipJump: expected norm linf or l2, came l1"),

@@ -204,7 +204,7 @@ def test_step_size_follows_a_ramp():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"steps": -1}, "PGD.steps: expected a finite number >= 0, came -1"),
+        ({"steps": -1}, "PGD.steps: expected a whole number >= 0, came -1"),
         ({"restarts": 0}, "PGD.restarts"),
         ({"start": "unifrom"}, "did you mean 'uniform'"),
         ({"keep": "first"}, "PGD.keep"),

@@ -124,7 +124,7 @@ def test_in_bf16_a_success_is_one_in_float32(trained):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"steps": 0}, "SPSA.steps: expected a finite number >= 1, came 0"),
+        ({"steps": 0}, "SPSA.steps: expected a whole number >= 1, came 0"),
         ({"samples": 0}, "SPSA.samples"),
         ({"delta": 0.0}, "SPSA.delta"),
         ({"step_size": -1.0}, "SPSA.step_size"),

@@ -242,6 +242,6 @@ def test_bad_strengths_of_apd_and_asam(make, message):
 def test_apd_refuses_more_corrupted_weights_than_there_are():
     model, loss = problem()
     before = values(model)
-    with pytest.raises(UnmovedError, match=r"n: expected a finite number >= 1 and <= 66, came 1000"):
+    with pytest.raises(UnmovedError, match=r"n: expected a whole number >= 1 and <= 66, came 1000"):
         step(APD(0.1, n=1000), model, loss, sgd(model))
     check(model, before)

@@ -294,16 +294,16 @@ def test_a_factory_takes_shape_and_classes_and_then_keywords(name: str) -> None:
     ("name", "chosen", "message"),
     [
         ("small_cnn", {"padding": 0}, "at least 16x16 with padding=0, came 8x8; set padding=1"),
-        ("small_cnn", {"padding": -1}, "padding: expected an integer >= 0, came -1"),
+        ("small_cnn", {"padding": -1}, "padding: expected a whole number >= 0, came -1"),
         ("small_cnn", {"padding": 1, "dropout": 1.5}, "dropout: expected a finite number >= 0 and <= 1, came 1.5"),
-        ("small_cnn", {"padding": 1, "width": 0}, "width: expected an integer >= 1, came 0"),
+        ("small_cnn", {"padding": 1, "width": 0}, "width: expected a whole number >= 1, came 0"),
         ("small_cnn", {"padding": 1, "activation": "sylu"}, "activation: unknown value 'sylu'; did you mean 'silu'"),
-        ("preact_resnet18", {"width": 2.5}, "width: expected an integer >= 1, came 2.5"),
+        ("preact_resnet18", {"width": 2.5}, "width: expected a whole number >= 1, came 2.5"),
         ("wide_resnet", {"depth": 32}, "depth: expected 6n + 4, came 32; use 28 or 34"),
-        ("wide_resnet", {"depth": 4}, "depth: expected an integer >= 10, came 4"),
-        ("wide_resnet", {"width": True}, "width: expected an integer >= 1, came True"),
+        ("wide_resnet", {"depth": 4}, "depth: expected a whole number >= 10, came 4"),
+        ("wide_resnet", {"width": True}, "width: expected a whole number >= 1, came True"),
         ("mlp", {"hidden": 256}, "hidden: expected a list of widths, came 256"),
-        ("mlp", {"hidden": (16, 0)}, "hidden: expected an integer >= 1, came 0"),
+        ("mlp", {"hidden": (16, 0)}, "hidden: expected a whole number >= 1, came 0"),
     ],
 )
 def test_a_bad_setting_says_what_was_expected(name: str, chosen: dict[str, Any], message: str) -> None:

@@ -92,9 +92,9 @@ def test_wrong_images_are_refused(name: str, x: torch.Tensor, message: str) -> N
     ("shape", "classes", "statistics", "message"),
     [
         ((16, 16), 5, {}, "shape: expected (channels, height, width), each at least 1, came (16, 16)"),
-        ((3, 0, 16), 5, {}, "shape: expected (channels, height, width)"),
+        ((3, 0, 16), 5, {}, "shape: height: expected a whole number >= 1, came 0"),
         (768, 5, {}, "shape: expected (channels, height, width), each at least 1, came 768"),
-        (SHAPE, 1, {}, "num_classes: expected an integer >= 2, came 1"),
+        (SHAPE, 1, {}, "num_classes: expected a whole number >= 2, came 1"),
         (SHAPE, 5, {"mean": MEAN}, "std: expected a value because mean is given"),
         (SHAPE, 5, {"std": STD}, "mean: expected a value because std is given"),
         (SHAPE, 5, {"mean": MEAN, "std": (0.5,)}, "mean, std: expected as many means as stds, came 3 and 1"),

@@ -169,7 +169,7 @@ def test_weight_zero_is_the_base_loss_bit_for_bit():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_classes": 1}, "num_classes: expected a finite number >= 2, came 1"),
+        ({"num_classes": 1}, "num_classes: expected a whole number >= 2, came 1"),
         ({"divergence": "kl"}, "divergence"),
         ({"update": "grad"}, "did you mean 'gradient'"),
         ({"view": "advv"}, "did you mean 'adv'"),

@@ -140,7 +140,7 @@ def test_two_classes_have_no_wrong_distribution(term):
         (lambda: DRSL(view="both"), r"DRSL.view: unknown value 'both'"),
         (lambda: DRSL(mean_divisor="k"), r"DRSL.mean_divisor"),
         (lambda: PRSL(start=-1), r"PRSL.start"),
-        (lambda: PRSL(start=2, end=2), r"PRSL.end: expected a finite number >= 3, came 2"),
+        (lambda: PRSL(start=2, end=2), r"PRSL.end: expected a whole number >= 3, came 2"),
         (lambda: GuidedComplementEntropy(-1), r"alpha"),
         (lambda: PRSL(end=4)(Views.of(y=torch.tensor([0]), clean=ROW)), r"at most 3 wrong classes, came 4"),
     ],

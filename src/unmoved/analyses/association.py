@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import scipy  # its parts load where they are used: a second that no worker waits for
 
-from unmoved.errors import UnmovedError, require_choice, require_number
+from unmoved.errors import UnmovedError, require_choice, require_whole
 
 LEAST = 10  # samples of each kind that an interval asks for: three against three would seem certain
 FEWEST_RUNS = 4
@@ -156,7 +156,7 @@ def percentiles(draws: np.ndarray) -> tuple[float, float]:
 
 def _resamples(n: int, bootstraps: int, seed: int) -> Iterator[np.ndarray]:
     """(n, some resamples) float64, how often each sample stands in each."""
-    rng, most = np.random.default_rng(seed), max(1, CELLS // n)
+    rng, most = np.random.default_rng(require_whole("seed", seed, at_least=0)), max(1, CELLS // n)
     for start in range(0, bootstraps, most):
         some = min(most, bootstraps - start)
         drawn = rng.integers(n, size=(n, some)) * some + np.arange(some)
@@ -167,7 +167,7 @@ def _estimate(
     measure: Callable[[np.ndarray], np.ndarray], n: int, note: str, least: int, bootstraps: int, seed: int
 ) -> Estimate:
     """The measure, given as a function of how often each sample stands: (n, r) -> (r,)."""
-    require_number("bootstraps", bootstraps, at_least=1)
+    bootstraps = require_whole("bootstraps", bootstraps, at_least=1)
     if note:
         return Estimate(math.nan, math.nan, math.nan, n, note, np.full(bootstraps, math.nan))
     value = float(measure(np.ones((n, 1)))[0])

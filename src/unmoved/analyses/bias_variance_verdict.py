@@ -10,7 +10,7 @@ import scipy  # its parts load where they are used: a second that no worker wait
 
 from unmoved.analyses.bias_variance import MEASURES
 from unmoved.analyses.resampling import LEVEL, interval
-from unmoved.errors import UnmovedError
+from unmoved.errors import UnmovedError, require_whole
 
 RISES, DOMINATES, UNIMODAL = "the bias rises", "the bias dominates the variance", "the variance is unimodal"
 DRAWS = 2000
@@ -88,7 +88,8 @@ def _rises(rows: pd.DataFrame, seed: int) -> tuple[str, float, str]:
     if len(rows) < 3:
         return "undecided", float("nan"), f"three training eps are needed, here are {len(rows)}"
     error = (high - low) / (2 * scipy.stats.norm.ppf((1 + LEVEL) / 2))
-    drawn = middle + error * np.random.default_rng(seed).standard_normal((DRAWS, len(middle)))
+    draw = np.random.default_rng(require_whole("seed", seed, at_least=0))
+    drawn = middle + error * draw.standard_normal((DRAWS, len(middle)))
     rho = float(_spearman(middle[None])[0])
     least, most = (float(end) for end in interval(_spearman(drawn)))
     words = f"Spearman's correlation with the training eps is {rho:.2f} [{least:.2f}, {most:.2f}]"

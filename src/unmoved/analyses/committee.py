@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from unmoved.errors import UnmovedError, require_number
+from unmoved.errors import UnmovedError, require_whole
 from unmoved.protocols import Image, Logits
 from unmoved.views import logits
 from unmoved.weights import evaluating
@@ -57,7 +57,7 @@ def probabilities(models: Sequence[nn.Module], x_by_model: Sequence[Image], batc
         UnmovedError: no model or image, not one set of images a model, sets of different length, or models of different
             numbers of classes.
     """
-    require_number("probabilities: batch_size", batch_size, at_least=1)
+    batch_size = require_whole("probabilities: batch_size", batch_size, at_least=1)
     lengths = None if isinstance(x_by_model, Tensor) else [len(x) for x in x_by_model]
     if lengths is None or len(lengths) != len(models) or len(set(lengths)) != 1 or lengths[0] == 0:
         came = "one tensor" if lengths is None else f"sets of {lengths} images for {len(models)} models"

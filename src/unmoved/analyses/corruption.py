@@ -20,7 +20,7 @@ from torch import Tensor
 
 from unmoved import noise, weights
 from unmoved.analyses.risks import Point, Risk
-from unmoved.errors import UnmovedError, require_choice, require_number
+from unmoved.errors import UnmovedError, require_choice, require_number, require_whole
 
 RANDOM, ADVERSARIAL = "random", "adversarial"
 STEPS, DRAWS = 10, 20
@@ -56,7 +56,7 @@ def direction(risk: Risk, draw: int, *, p: float = 2, n: int | None = None, seed
         UnmovedError: p other than 2 or inf, n outside 1..k, or a negative draw.
     """
     require_choice("p", p, (2, math.inf))
-    require_number("draw", draw, at_least=0)
+    draw = require_whole("draw", draw, at_least=0)
     first = risk.parameters[0]
     k = sum(t.numel() for t in risk.parameters)
     index = torch.tensor([draw], device="cpu" if first.device.type == "mps" else first.device)  # no float64 there
@@ -81,8 +81,8 @@ def average_change(
     Raises:
         UnmovedError: as `direction` and the risk; a negative eps; fewer than one draw.
     """
-    require_number("eps", eps, at_least=0)
-    require_number("draws", draws, at_least=1)
+    eps = require_number("eps", eps, at_least=0)
+    draws = require_whole("draws", draws, at_least=1)
     with risk.held():
         clean = risk.at()
         changes = np.array(
@@ -121,7 +121,7 @@ def worst_change(
     all of the step's length where n is small; ours is the steepest step of n entries. The gradient is that of all
     images, not of a new mini-batch each step.
     """
-    require_number("eps", eps, at_least=0)
+    eps = require_number("eps", eps, at_least=0)
     with risk.held():
         return _climb(risk, risk.at(gradient=True), eps, p, n, steps, step_size, seed)[0]
 
@@ -134,7 +134,7 @@ def expected_ratio(k: int) -> float:
     Raises:
         UnmovedError: k < 1.
     """
-    require_number("expected_ratio: k", k, at_least=1)
+    k = require_whole("expected_ratio: k", k, at_least=1)
     return float(beta(0.5, k / 2)) / math.pi  # the same in one function that does not overflow
 
 
@@ -174,10 +174,10 @@ def sweep(
     if not len(eps):
         raise UnmovedError("sweep: expected at least one eps, came none")
     for value in eps:
-        require_number("sweep: eps", value, above=0)
+        value = require_number("sweep: eps", value, above=0)
     require_choice("p", p, (2, math.inf))
-    require_number("draws", draws, at_least=0)
-    require_number("steps", steps, at_least=0)
+    draws = require_whole("draws", draws, at_least=0)
+    steps = require_whole("steps", steps, at_least=0)
     size = float(torch.linalg.vector_norm(torch.stack([t.detach().double().norm() for t in risk.parameters])))
     if relative and size == 0:
         raise UnmovedError(f"sweep: expected weights of some size in {risk.scope!r}, came zeros; use relative=False")
@@ -233,9 +233,9 @@ def _climb(
     seed: int,
 ) -> tuple[Worst, Point]:
     """The attack from a point whose gradient is known, and the best point of its path."""
-    require_number("steps", steps, at_least=1)
+    steps = require_whole("steps", steps, at_least=1)
     alpha = 1.5 * eps / steps if step_size is None else step_size
-    require_number("step_size", alpha, at_least=0)
+    alpha = require_number("step_size", alpha, at_least=0)
     corruption = [torch.zeros_like(t) for t in risk.parameters]
     gradient, best, kept, path = _slope(clean), clean, corruption, []
     if not any(g.any() for g in gradient):
@@ -271,5 +271,5 @@ def _dot(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
 
 
 def _require_sparsity(n: int, k: int) -> int:
-    require_number("n", n, at_least=1, at_most=k, advice="it counts corrupted weights")
+    n = require_whole("n", n, at_least=1, at_most=k, advice="it counts corrupted weights")
     return int(n)

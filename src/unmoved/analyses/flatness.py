@@ -10,7 +10,7 @@ import pandas as pd
 import scipy  # its parts load where they are used: a second that no worker waits for
 
 from unmoved.analyses.corruption import ADVERSARIAL, RANDOM, expected_ratio
-from unmoved.errors import UnmovedError, require_number
+from unmoved.errors import UnmovedError, require_whole
 
 LOSS, ACCURACY = "loss", "accuracy"
 MEASURED = ("draw", "steps", "loss", "accuracy", "loss_change", "accuracy_change", "linear_change", "first_order")
@@ -123,7 +123,7 @@ def verdict(table: pd.DataFrame, *, resamples: int = 2000, seed: int = 0) -> pd.
     """
     sides = {"I_max": "i_max", "I_ave": "i_ave"}, {"robust": "robust_accuracy", "clean": "clean_accuracy"}
     _require_columns(table, ["name", *sides[0].values(), *sides[1].values()], "verdict")
-    require_number("verdict: resamples", resamples, at_least=100)
+    resamples = require_whole("verdict: resamples", resamples, at_least=100)
     for column in (*sides[0].values(), *sides[1].values()):
         if not np.isfinite(table[column].to_numpy(float)).all():
             raise UnmovedError(f"verdict: expected finite numbers in {column!r}, came {table[column].tolist()}")
@@ -152,7 +152,8 @@ def _sentence(indicator: str, accuracy: str, rho: float, low: float, high: float
 def _spearman(x: Any, y: Any, resamples: int, seed: int) -> tuple[float, float, float]:
     """rho, and the 2.5 and 97.5 percentiles of rho over resamples of the pairs."""
     pairs = np.stack([np.asarray(x, dtype=float), np.asarray(y, dtype=float)])
-    which = np.random.default_rng(seed).integers(pairs.shape[1], size=(resamples, pairs.shape[1]))
+    draw = np.random.default_rng(require_whole("seed", seed, at_least=0))
+    which = draw.integers(pairs.shape[1], size=(resamples, pairs.shape[1]))
     rho = float(_rank_correlation(pairs[:, None, :])[0])
     drawn = _rank_correlation(pairs[:, which])
     drawn = drawn[np.isfinite(drawn)]

@@ -20,7 +20,7 @@ from torch import nn
 from unmoved.analyses.corruption import RANDOM
 from unmoved.analyses.flatness import LOSS
 from unmoved.analyses.risks import ModelRisk
-from unmoved.errors import UnmovedError, require_number
+from unmoved.errors import UnmovedError, require_number, require_whole
 
 
 @dataclass(frozen=True)
@@ -61,13 +61,13 @@ def curvature(
         UnmovedError: curvlinops is not installed; fewer than 2 vectors or 3 parameters; Lanczos did not converge.
     """
     operators = _curvlinops()
-    require_number("vectors", vectors, at_least=2)
-    require_number("tolerance", tolerance, above=0)
-    require_number("iterations", iterations, at_least=1)
+    vectors = require_whole("vectors", vectors, at_least=2)
+    tolerance = require_number("tolerance", tolerance, above=0)
+    iterations = require_whole("iterations", iterations, at_least=1)
     k = sum(t.numel() for t in risk.parameters)
     if k < 3:
         raise UnmovedError(f"curvature: expected at least 3 parameters, came {k}; compute the Hessian itself")
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(require_whole("seed", seed, at_least=0))
     first = risk.parameters[0]
     with risk.held(), warnings.catch_warnings():
         # torch's own forward derivatives compile something old at their first use.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from unmoved.errors import UnmovedError, require_number
+from unmoved.errors import UnmovedError, require_whole
 
 LEVEL = 0.95
 AT_ONCE = 4_000_000  # drawn images held in memory at a time
@@ -26,11 +26,11 @@ def bootstrap_means(values: np.ndarray, bootstraps: int, seed: int) -> np.ndarra
     Raises:
         UnmovedError: no image, or a negative number of draws.
     """
-    require_number("bootstraps", bootstraps, at_least=0)
+    bootstraps = require_whole("bootstraps", bootstraps, at_least=0)
     if values.ndim != 2 or len(values) == 0:
         raise UnmovedError(f"bootstrap: expected values (N, D) of at least one image, came {values.shape}")
     n, values = len(values), values.astype(np.float64)
-    draw = np.random.default_rng(seed)
+    draw = np.random.default_rng(require_whole("seed", seed, at_least=0))
     means = np.empty((bootstraps, values.shape[1]))
     rows = max(1, AT_ONCE // n)
     for start in range(0, bootstraps, rows):

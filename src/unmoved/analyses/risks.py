@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unmoved import views
-from unmoved.errors import UnmovedError, did_you_mean, require_number
+from unmoved.errors import UnmovedError, did_you_mean, require_whole
 from unmoved.precision import exact
 from unmoved.preconditions import require_labels
 from unmoved.protocols import Batch
@@ -107,7 +107,7 @@ class ModelRisk:
     def __init__(
         self, model: nn.Module, batches: Sequence[Batch], *, scope: str = GLOBAL, batch_size: int = 128
     ) -> None:
-        require_number("batch_size", batch_size, at_least=1)
+        batch_size = require_whole("batch_size", batch_size, at_least=1)
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if scope != GLOBAL and scope not in named:
             raise UnmovedError(f"scope: unknown layer {scope!r}" + did_you_mean(scope, [GLOBAL, *layers(model)]))

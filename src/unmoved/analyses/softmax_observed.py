@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from unmoved import views
 from unmoved.attacks import FMN
-from unmoved.errors import UnmovedError
+from unmoved.errors import UnmovedError, require_whole
 from unmoved.precision import exact
 from unmoved.preconditions import require_images, require_labels
 from unmoved.protocols import Attack, Batch, Image, Index, Label, Logits, MinimumNormAttack, PerSample, Split, Table
@@ -138,6 +138,7 @@ def collect(
     Raises:
         UnmovedError: no batch; as `collect_batch`.
     """
+    batch_size = require_whole("batch_size", batch_size, at_least=1)
     batches = data if isinstance(data, Iterable) else data.batches(batch_size)
     tables = [collect_batch(model, batch, attack, threat, min_norm_attack) for batch in batches if len(batch)]
     if not tables:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from unmoved.analyses.corruption import direction, worst_change
 from unmoved.analyses.risks import Point, Risk
-from unmoved.errors import UnmovedError, require_number
+from unmoved.errors import UnmovedError, require_number, require_whole
 from unmoved.weights import perturbed
 
 WORST, RANDOM = "worst", "random"
@@ -28,7 +28,7 @@ def worst_and_random(
     Raises:
         UnmovedError: an eps of 0; fewer than two parameters; a risk without a gradient there; as `worst_change`.
     """
-    require_number("eps", eps, above=0)
+    eps = require_number("eps", eps, above=0)
     if sum(t.numel() for t in risk.parameters) < 2:
         raise UnmovedError("surface: expected at least two parameters for two directions, came one")
     worst = worst_change(risk, eps, steps=steps, seed=seed).corruption
@@ -125,8 +125,8 @@ def _columns(risk: Risk, eps: float, point: Point) -> dict[str, object]:
 
 
 def _grid(points: int, reach: float) -> list[float]:
-    require_number("reach", reach, above=0)
-    require_number("points", points, at_least=3)
+    reach = require_number("reach", reach, above=0)
+    points = require_whole("points", points, at_least=3)
     if points % 2 == 0:
         raise UnmovedError(f"points: expected an odd number, so that the weights themselves are one, came {points}")
     half = points // 2

@@ -15,7 +15,7 @@ from unmoved.attacks.ascent import Best, attacking, broken, gradient_at, like, v
 from unmoved.attacks.pace import MomentumPace, SparsePace
 from unmoved.attacks.rounds import Retired, Round, compacts, in_rounds
 from unmoved.attacks.smooth import smoothed
-from unmoved.errors import UnmovedError, require_number
+from unmoved.errors import UnmovedError, keep_field, number_field, require_seed, whole_field
 from unmoved.precision import exact
 from unmoved.protocols import Batch, Image, Term
 from unmoved.terms import CE
@@ -66,9 +66,10 @@ class APGD:
     smooth: float = 0.0
 
     def __post_init__(self) -> None:
-        require_number("APGD.smooth", self.smooth, at_least=0)
+        number_field(self, "APGD.smooth", at_least=0)
         for name, least in (("steps", 1), ("restarts", 1), ("targets", 0), ("draws", 1)):
-            require_number(f"APGD.{name}", getattr(self, name), at_least=least)
+            whole_field(self, f"APGD.{name}", at_least=least)
+        keep_field(self, "APGD.seed", require_seed)
         if self.large_first and self.threat.norm != "l1":
             raise UnmovedError(f"APGD.large_first: expected the norm l1, came {self.threat.norm}; leave it out")
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from unmoved.attacks.ascent import gradient_at, like
 from unmoved.attacks.boundary import MARGIN, Nearest, crossed, searching
-from unmoved.errors import UnmovedError, require_number
+from unmoved.errors import UnmovedError, number_field, whole_field
 from unmoved.protocols import Batch, Image, PerSample
 from unmoved.threat import ThreatModel
 from unmoved.views import Views
@@ -56,11 +56,11 @@ class CW:
     minimum_norm = True
 
     def __post_init__(self) -> None:
-        require_number("CW.steps", self.steps, at_least=1)
-        require_number("CW.search_steps", self.search_steps, at_least=1)
-        require_number("CW.confidence", self.confidence, at_least=0)
-        require_number("CW.lr", self.lr, above=0)
-        require_number("CW.initial_const", self.initial_const, above=0)
+        whole_field(self, "CW.steps", at_least=1)
+        whole_field(self, "CW.search_steps", at_least=1)
+        number_field(self, "CW.confidence", at_least=0)
+        number_field(self, "CW.lr", above=0)
+        number_field(self, "CW.initial_const", above=0)
         if self.threat.norm != "l2":
             raise UnmovedError(f"CW: expected norm l2, came {self.threat.norm}; use FMN for other norms")
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from unmoved.attacks.ascent import like
 from unmoved.attacks.boundary import Nearest, crossed, searching
 from unmoved.attacks.hyperplanes import dual_length, length
-from unmoved.errors import UnmovedError, require_number
+from unmoved.errors import UnmovedError, number_field, whole_field
 from unmoved.protocols import Batch, Image, PerSample
 from unmoved.threat import ThreatModel
 from unmoved.views import Views, ranked_wrong
@@ -50,9 +50,9 @@ class DeepFool:
     minimum_norm = True
 
     def __post_init__(self) -> None:
-        require_number("DeepFool.steps", self.steps, at_least=1)
-        require_number("DeepFool.overshoot", self.overshoot, at_least=0)
-        require_number("DeepFool.candidates", self.candidates, at_least=1)
+        whole_field(self, "DeepFool.steps", at_least=1)
+        number_field(self, "DeepFool.overshoot", at_least=0)
+        whole_field(self, "DeepFool.candidates", at_least=1)
         if self.threat.norm not in ("linf", "l2"):
             raise UnmovedError(
                 f"DeepFool: expected norm linf or l2, came {self.threat.norm}: its l1 step moves one pixel, which the "

@@ -12,7 +12,7 @@ from unmoved import views
 from unmoved.attacks.apgd import APGD
 from unmoved.attacks.fab import FAB
 from unmoved.attacks.square import Square
-from unmoved.errors import require_choice, require_number
+from unmoved.errors import keep_field, number_field, require_choice, require_seed
 from unmoved.precision import exact
 from unmoved.protocols import Attack, Batch, Image
 from unmoved.terms import CE, DLR, Margin, TargetedDLR, TargetedMargin
@@ -51,6 +51,7 @@ class AutoAttack:
 
     def __post_init__(self) -> None:
         require_choice("AutoAttack.version", self.version, VERSIONS)
+        keep_field(self, "AutoAttack.seed", require_seed)
 
     def parts(self, num_classes: int) -> dict[str, Attack]:
         ball, seed, few = self.threat, self.seed, num_classes < 4
@@ -105,7 +106,8 @@ class Quick:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require_number("Quick.reach", self.reach, at_least=1)
+        number_field(self, "Quick.reach", at_least=1)
+        keep_field(self, "Quick.seed", require_seed)
 
     def parts(self, num_classes: int) -> dict[str, Attack]:
         ball, seed = self.threat, self.seed

@@ -12,7 +12,7 @@ from unmoved.attacks.ascent import Best, like
 from unmoved.attacks.boundary import rounding, searching
 from unmoved.attacks.hyperplanes import dual_length, length, to_hyperplane
 from unmoved.attacks.rounds import Retired, Round, compacts, in_rounds
-from unmoved.errors import UnmovedError, require_number
+from unmoved.errors import UnmovedError, keep_field, number_field, require_seed, whole_field
 from unmoved.protocols import Batch, Image, Label, Logits, PerSample
 from unmoved.terms.margin import margin
 from unmoved.threat import ThreatModel
@@ -68,10 +68,11 @@ class FAB:
 
     def __post_init__(self) -> None:
         for name in ("steps", "restarts", "targets"):
-            require_number(f"FAB.{name}", getattr(self, name), at_least=1)
+            whole_field(self, f"FAB.{name}", at_least=1)
+        keep_field(self, "FAB.seed", require_seed)
         for name in ("alpha_max", "beta"):
-            require_number(f"FAB.{name}", getattr(self, name), at_least=0, at_most=1)
-        require_number("FAB.eta", self.eta, at_least=1)
+            number_field(self, f"FAB.{name}", at_least=0, at_most=1)
+        number_field(self, "FAB.eta", at_least=1)
 
     def __call__(self, model: nn.Module, batch: Batch) -> Image:
         if len(batch) == 0:

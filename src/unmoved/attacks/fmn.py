@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from unmoved.attacks.ascent import gradient_at, like
 from unmoved.attacks.boundary import MARGIN, Nearest, crossed, searching
 from unmoved.attacks.hyperplanes import dual_length, length
-from unmoved.errors import require_number
+from unmoved.errors import number_field, whole_field
 from unmoved.protocols import Batch, Image, PerSample
 from unmoved.threat import ThreatModel
 
@@ -61,9 +61,9 @@ class FMN:
     minimum_norm = True
 
     def __post_init__(self) -> None:
-        require_number("FMN.steps", self.steps, at_least=1)
-        require_number("FMN.step_size", self.step_size, above=0)
-        require_number("FMN.gamma", self.gamma, above=0, at_most=1)
+        whole_field(self, "FMN.steps", at_least=1)
+        number_field(self, "FMN.step_size", above=0)
+        number_field(self, "FMN.gamma", above=0, at_most=1)
 
     def __call__(self, model: nn.Module, batch: Batch) -> Image:
         with searching(model, batch) as views:

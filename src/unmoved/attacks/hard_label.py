@@ -14,7 +14,7 @@ from unmoved import noise
 from unmoved.attacks.ascent import like
 from unmoved.attacks.boundary import Nearest, searching
 from unmoved.attacks.hyperplanes import length
-from unmoved.errors import UnmovedError, require_number
+from unmoved.errors import UnmovedError, keep_field, require_seed, whole_field
 from unmoved.protocols import Batch, Image
 from unmoved.threat import ThreatModel
 from unmoved.views import Views
@@ -63,9 +63,10 @@ class HopSkipJump:
     minimum_norm = True
 
     def __post_init__(self) -> None:
-        require_number("HopSkipJump.queries", self.queries, at_least=1)
-        require_number("HopSkipJump.samples", self.samples, at_least=1)
-        require_number("HopSkipJump.starts", self.starts, at_least=1)
+        whole_field(self, "HopSkipJump.queries", at_least=1)
+        whole_field(self, "HopSkipJump.samples", at_least=1)
+        whole_field(self, "HopSkipJump.starts", at_least=1)
+        keep_field(self, "HopSkipJump.seed", require_seed)
         if self.threat.norm not in ("linf", "l2"):
             raise UnmovedError(f"HopSkipJump: expected norm linf or l2, came {self.threat.norm}; use FMN")
 

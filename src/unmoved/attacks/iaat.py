@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from unmoved import processes
 from unmoved.attacks.ascent import MODES, attacking, gradient_at
-from unmoved.errors import require_choice, require_number
+from unmoved.errors import require_choice, require_number, require_seed, require_whole
 from unmoved.protocols import Batch, Image, Term
 from unmoved.terms import CE
 from unmoved.threat import ThreatModel
@@ -50,10 +50,11 @@ class IAAT:
         seed: int = 0,
         mode: str = "eval",
     ) -> None:
-        require_number("IAAT.steps", steps, at_least=1)
-        require_number("IAAT.gamma", gamma, at_least=0)
-        require_number("IAAT.step_size", step_size, at_least=0)
-        require_number("IAAT.momentum", momentum, at_least=0, at_most=1)
+        steps = require_whole("IAAT.steps", steps, at_least=1)
+        gamma = require_number("IAAT.gamma", gamma, at_least=0)
+        step_size = require_number("IAAT.step_size", step_size, at_least=0)
+        momentum = require_number("IAAT.momentum", momentum, at_least=0, at_most=1)
+        seed = require_seed("IAAT.seed", seed)
         require_choice("IAAT.mode", mode, MODES)
         self.threat, self.loss, self.steps, self.gamma = threat, loss, steps, gamma
         self.step_size, self.momentum, self.seed, self.mode = step_size, momentum, seed, mode

@@ -12,9 +12,9 @@ from unmoved import noise
 from unmoved.attacks.ascent import MODES, Best, attacking, broken, gradient_at, value_at
 from unmoved.attacks.smooth import smoothed
 from unmoved.attacks.stopping import StoppingRule
-from unmoved.errors import UnmovedError, require_choice, require_number
+from unmoved.errors import UnmovedError, keep_field, number_field, require_choice, require_seed, whole_field
 from unmoved.protocols import Batch, Image, Logits, PerSample, Term
-from unmoved.schedule import Ramp, number, require_ramp
+from unmoved.schedule import Ramp, number, ramp_field
 from unmoved.terms import CE
 from unmoved.threat import ThreatModel
 from unmoved.views import Views
@@ -60,14 +60,15 @@ class PGD:
     smooth: float = 0.0
 
     def __post_init__(self) -> None:
-        require_number("PGD.steps", self.steps, at_least=0)
-        require_number("PGD.restarts", self.restarts, at_least=1)
+        whole_field(self, "PGD.steps", at_least=0)
+        whole_field(self, "PGD.restarts", at_least=1)
+        keep_field(self, "PGD.seed", require_seed)
         require_choice("PGD.start", self.start, STARTS)
         require_choice("PGD.keep", self.keep, ("last", "best"))
         require_choice("PGD.mode", self.mode, MODES)
-        require_number("PGD.smooth", self.smooth, at_least=0)
+        number_field(self, "PGD.smooth", at_least=0)
         if self.step_size is not None:
-            require_ramp("PGD.step_size", self.step_size, at_least=0)
+            ramp_field(self, "PGD.step_size", at_least=0)
         if self.stop is not None and self.keep == "best":
             raise UnmovedError('PGD: a stopping rule decides which point is kept; use keep="last" with it')
 

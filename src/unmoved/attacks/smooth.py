@@ -33,7 +33,7 @@ def smoothed(alpha: float) -> AbstractContextManager[Any]:
     Deviations: calls that overwrite their argument (``relu_``) keep their own derivative; ``nn.ReLU(inplace=True)``
     does not, and needs memory for its result.
     """
-    require_number("smooth", alpha, at_least=0)
+    alpha = require_number("smooth", alpha, at_least=0)
     return _Softplus(alpha) if alpha else nullcontext()
 
 

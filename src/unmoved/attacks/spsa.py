@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from unmoved import noise
 from unmoved.attacks.ascent import Best, attacking, broken, like, value_at
-from unmoved.errors import require_number
+from unmoved.errors import keep_field, number_field, require_seed, whole_field
 from unmoved.protocols import Batch, Image, Term
 from unmoved.terms import Margin
 from unmoved.threat import ThreatModel
@@ -55,11 +55,12 @@ class SPSA:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require_number("SPSA.steps", self.steps, at_least=1)
-        require_number("SPSA.samples", self.samples, at_least=1)
-        require_number("SPSA.delta", self.delta, above=0)
+        whole_field(self, "SPSA.steps", at_least=1)
+        whole_field(self, "SPSA.samples", at_least=1)
+        number_field(self, "SPSA.delta", above=0)
         if self.step_size is not None:
-            require_number("SPSA.step_size", self.step_size, above=0)
+            number_field(self, "SPSA.step_size", above=0)
+        keep_field(self, "SPSA.seed", require_seed)
 
     def __call__(self, model: nn.Module, batch: Batch) -> Image:
         if self.threat.radius == 0 or len(batch) == 0:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from unmoved.attacks.ascent import Best, broken, value_at
 from unmoved.attacks.boundary import searching
 from unmoved.attacks.windows import Draws, Flips, Tiles, mosaic, stripes
-from unmoved.errors import UnmovedError, require_number
+from unmoved.errors import UnmovedError, keep_field, number_field, require_seed, whole_field
 from unmoved.protocols import Batch, Image, PerSample, Term
 from unmoved.terms import Margin
 from unmoved.threat import ThreatModel
@@ -61,9 +61,10 @@ class Square:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require_number("Square.queries", self.queries, at_least=1)
-        require_number("Square.p", self.p, above=0, at_most=1)
-        require_number("Square.restarts", self.restarts, at_least=1)
+        whole_field(self, "Square.queries", at_least=1)
+        number_field(self, "Square.p", above=0, at_most=1)
+        whole_field(self, "Square.restarts", at_least=1)
+        keep_field(self, "Square.seed", require_seed)
 
     def __call__(self, model: nn.Module, batch: Batch) -> Image:
         if batch.x.ndim != 4:

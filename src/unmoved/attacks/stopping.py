@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from unmoved.errors import require_number
+from unmoved.errors import number_field, whole_field
 from unmoved.protocols import Label, Logits, PerSample, Term
 from unmoved.terms import CE
 
@@ -73,7 +73,7 @@ class Sensible:
     adaptive: bool = True
 
     def __post_init__(self) -> None:
-        require_number("Sensible.c", self.c, above=0, at_most=1)
+        number_field(self, "Sensible.c", above=0, at_most=1)
 
     undo = True
     jitter = 0.0
@@ -112,8 +112,8 @@ class Friendly:
     omega: float = 0.0
 
     def __post_init__(self) -> None:
-        require_number("Friendly.tau", self.tau, at_least=0)
-        require_number("Friendly.omega", self.omega, at_least=0)
+        whole_field(self, "Friendly.tau", at_least=0)
+        number_field(self, "Friendly.omega", at_least=0)
 
     undo = False
     inert = False

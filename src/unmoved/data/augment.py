@@ -13,8 +13,7 @@ import torch
 from torch.nn import functional
 
 from unmoved import noise
-from unmoved.data.checks import require_whole
-from unmoved.errors import UnmovedError, require_choice, require_number
+from unmoved.errors import UnmovedError, number_field, require_choice, whole_field
 from unmoved.protocols import Batch
 
 MODES = {"zeros": "constant", "reflect": "reflect"}
@@ -44,7 +43,7 @@ class PadCrop:
     mode: str = "zeros"
 
     def __post_init__(self) -> None:
-        require_whole("crop.pad", self.pad, at_least=0)
+        whole_field(self, "crop.pad", at_least=0)
         require_choice("crop.mode", self.mode, MODES)
 
     def __call__(self, batch: Batch, seed: int) -> Batch:
@@ -72,7 +71,7 @@ class Flip:
     p: float = 0.5
 
     def __post_init__(self) -> None:
-        require_number("flip.p", self.p, at_least=0, at_most=1)
+        number_field(self, "flip.p", at_least=0, at_most=1)
 
     def __call__(self, batch: Batch, seed: int) -> Batch:
         draw = noise.uniform(batch.index, (1, 1, 1), seed=seed, step=batch.step, stream=FLIP)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unmoved.errors import UnmovedError, require_choice, require_number
+from unmoved.errors import UnmovedError, require_choice, require_number, require_seed, require_whole
 from unmoved.preconditions import require_images, require_labels
 
 CHANNELS = (1, 2, 3, 4)
@@ -45,13 +44,6 @@ def require_file(name: str, path: Path) -> None:
         raise UnmovedError(f"{name}: expected a regular file, came {str(path)!r}; correct the path")
 
 
-def require_whole(name: str, value: int, *, at_least: int, at_most: float = math.inf) -> None:
-    """Raise `UnmovedError` unless ``value`` is an integer of at least ``at_least``, at most ``at_most``."""
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise UnmovedError(f"{name}: expected a whole number, came {value!r}")
-    require_number(name, value, at_least=at_least, at_most=at_most)
-
-
 def require_flag(name: str, value: bool) -> None:
     """Raise `UnmovedError` unless ``value`` is True or False."""
     if not isinstance(value, bool):
@@ -64,11 +56,9 @@ def held_out(name: str, size: float, total: int) -> int:
     Raises:
         UnmovedError: neither, or one side would be empty.
     """
-    if isinstance(size, float) and size > 1 and size.is_integer():
-        size = int(size)  # recipes know one kind of number
-    if isinstance(size, bool) or not isinstance(size, int | float) or (isinstance(size, float) and not 0 < size < 1):
-        raise UnmovedError(f"{name}: expected a share such as 0.1 or a count such as 1000, came {size!r}")
-    count = size if isinstance(size, int) else round(size * total)
+    advice = "expected is a share such as 0.1 or a count such as 1000"
+    size = require_number(name, size, advice=advice)
+    count = round(size * total) if 0 < size < 1 else require_whole(name, size, advice=advice)
     if not 0 < count < total:
         raise UnmovedError(
             f"{name}: expected at least one sample on each side, came {size!r}, which is {count} of {total} samples"
@@ -78,9 +68,7 @@ def held_out(name: str, size: float, total: int) -> int:
 
 def seeded(seed: int) -> torch.Generator:
     """A CPU generator of its own, so that the caller's random state stays and all devices see the same order."""
-    if not isinstance(seed, int) or isinstance(seed, bool) or not -(2**63) <= seed < 2**63:
-        raise UnmovedError(f"seed: expected a whole number of at most 63 bits, came {seed!r}")
-    return torch.Generator().manual_seed(seed)
+    return torch.Generator().manual_seed(require_seed("seed", seed))
 
 
 def as_tensor(what: str, values: Any) -> Tensor:

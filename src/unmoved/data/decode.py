@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from unmoved.errors import UnmovedError
+from unmoved.errors import UnmovedError, require_whole
 from unmoved.reading import brief
 
 # EPS and WMF run other programs, the rest are stubs that only know a format's name.
@@ -34,12 +34,14 @@ class Pixels:
     @staticmethod
     def of(size: int | tuple[int, int] | None, grey: bool) -> Pixels:
         """The same from a recipe's settings; one number means a square."""
-        sides = (size, size) if isinstance(size, int) else size
-        if sides is not None:
-            whole = isinstance(sides, tuple | list) and len(sides) == 2 and all(type(side) is int for side in sides)
-            if not whole or min(sides) < 1:
-                raise UnmovedError(f"size: expected a side such as 32, or [height, width], came {size!r}")
-            sides = (sides[0], sides[1])
+        sides = None
+        if size is not None:
+            pair = size if isinstance(size, tuple | list) else (size, size)
+            advice = f"expected is a side such as 32, or [height, width], came {size!r}"
+            if len(pair) != 2:
+                raise UnmovedError(f"size: {advice}")
+            height, width = (require_whole("size", side, at_least=1, advice=advice) for side in pair)
+            sides = (height, width)
         if not isinstance(grey, bool):
             raise UnmovedError(f"grey: expected true or false, came {grey!r}")
         return Pixels(sides, grey)

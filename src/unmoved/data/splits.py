@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unmoved.data.checks import as_classes, as_images, as_labels, held_out, require_whole, seeded
-from unmoved.errors import UnmovedError
+from unmoved.data.checks import as_classes, as_images, as_labels, held_out, seeded
+from unmoved.errors import UnmovedError, require_whole
 from unmoved.protocols import Batch, Image, Index, Label
 
 
@@ -101,7 +101,7 @@ class ArraySplit:
 
         The order is a function of the seed ``shuffle`` alone, the same on every device; without it, as stored.
         """
-        require_whole("batch size", size, at_least=1)
+        size = require_whole("batch size", size, at_least=1)
         order = None if shuffle is None else torch.randperm(len(self), generator=seeded(shuffle))
         return self._batches(size, None if order is None else order.to(self.images.device))
 
@@ -113,7 +113,7 @@ class ArraySplit:
 
     def take(self, n: int, seed: int | None = None) -> ArraySplit:
         """The first ``n`` samples, or ``n`` random ones; with one seed, fewer samples are a part of more."""
-        require_whole(f"{self.name}: number of samples", n, at_least=1)
+        n = require_whole(f"{self.name}: number of samples", n, at_least=1)
         if n > len(self):
             raise UnmovedError(f"{self.name}: expected at most its {len(self)} samples, came {n}; ask for fewer")
         return self.select(torch.arange(n) if seed is None else torch.randperm(len(self), generator=seeded(seed))[:n])
@@ -131,8 +131,8 @@ class ArraySplit:
         Raises:
             UnmovedError: a number outside 0..of-1, or fewer samples than parts.
         """
-        require_whole(f"{self.name}: number of parts", of, at_least=1)
-        require_whole(f"{self.name}: part", number, at_least=0, at_most=of - 1)
+        of = require_whole(f"{self.name}: number of parts", of, at_least=1)
+        number = require_whole(f"{self.name}: part", number, at_least=0, at_most=of - 1)
         if of > len(self):
             raise UnmovedError(f"{self.name}: expected at most {len(self)} parts, as many as samples, came {of}")
         size = len(self) // of

@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 
 from unmoved import weights
 from unmoved.defenses.plain import Plain
-from unmoved.errors import require_choice, require_number
-from unmoved.schedule import Ramp, number, require_ramp
+from unmoved.errors import number_field, require_choice, whole_field
+from unmoved.schedule import Ramp, number, ramp_field
 
 
 @dataclass(frozen=True)
@@ -52,14 +52,14 @@ class APD:
     relative: bool = False
 
     def __post_init__(self) -> None:
-        require_ramp("APD.eps", self.eps, at_least=0)
-        require_number("APD.steps", self.steps, at_least=1)
+        ramp_field(self, "APD.eps", at_least=0)
+        whole_field(self, "APD.steps", at_least=1)
         require_choice("APD.p", self.p, (2, math.inf))
         require_choice("APD.risk", self.risk, ("mean", "last"))
         if self.n is not None:
-            require_number("APD.n", self.n, at_least=1)
+            whole_field(self, "APD.n", at_least=1)
         if self.step_size is not None:
-            require_number("APD.step_size", self.step_size, at_least=0)
+            number_field(self, "APD.step_size", at_least=0)
 
     def __call__(self, model: nn.Module, optimizer: Optimizer, backward: Callable[[], Tensor]) -> Tensor:
         if self.eps == 0:

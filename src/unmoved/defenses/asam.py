@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 
 from unmoved import weights
 from unmoved.defenses.plain import Plain
-from unmoved.errors import require_number
-from unmoved.schedule import Ramp, number, require_ramp
+from unmoved.errors import number_field
+from unmoved.schedule import Ramp, number, ramp_field
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class ASAM:
     eta: float = 0.01
 
     def __post_init__(self) -> None:
-        require_ramp("ASAM.rho", self.rho, at_least=0)
-        require_number("ASAM.eta", self.eta, at_least=0)
+        ramp_field(self, "ASAM.rho", at_least=0)
+        number_field(self, "ASAM.eta", at_least=0)
 
     def __call__(self, model: nn.Module, optimizer: Optimizer, backward: Callable[[], Tensor]) -> Tensor:
         if self.rho == 0:

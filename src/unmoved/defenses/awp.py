@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from unmoved import weights
 from unmoved.defenses.plain import Plain
-from unmoved.schedule import Ramp, number, require_ramp
+from unmoved.schedule import Ramp, number, ramp_field
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class AWP:
     gamma: float | Ramp = 0.01
 
     def __post_init__(self) -> None:
-        require_ramp("AWP.gamma", self.gamma, at_least=0)
+        ramp_field(self, "AWP.gamma", at_least=0)
 
     def __call__(self, model: nn.Module, optimizer: Optimizer, backward: Callable[[], Tensor]) -> Tensor:
         if self.gamma == 0:

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from unmoved import weights
 from unmoved.defenses.plain import Plain
-from unmoved.schedule import Ramp, number, require_ramp
+from unmoved.schedule import Ramp, number, ramp_field
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class SAM:
     rho: float | Ramp = 0.05
 
     def __post_init__(self) -> None:
-        require_ramp("SAM.rho", self.rho, at_least=0)
+        ramp_field(self, "SAM.rho", at_least=0)
 
     def __call__(self, model: nn.Module, optimizer: Optimizer, backward: Callable[[], Tensor]) -> Tensor:
         if self.rho == 0:

@@ -8,8 +8,8 @@ from typing import Literal
 
 from torch import nn
 
-from unmoved.errors import UnmovedError, require_choice, require_number
-from unmoved.models.entrance import entrance, require_count
+from unmoved.errors import UnmovedError, require_choice, require_number, require_whole
+from unmoved.models.entrance import entrance, require_sizes
 
 _HIDDEN = 200
 ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU, "softplus": nn.Softplus}
@@ -51,10 +51,11 @@ def small_cnn(
     Raises:
         UnmovedError: an image too small for the padding, or a setting out of its bounds; otherwise as `entrance`.
     """
+    shape, num_classes = require_sizes(shape, num_classes)
     first = entrance(shape, num_classes, mean, std)
-    require_number("dropout", dropout, at_least=0, at_most=1)
-    require_count("padding", padding, at_least=0)
-    require_count("width", width)
+    dropout = require_number("dropout", dropout, at_least=0, at_most=1)
+    padding = require_whole("padding", padding, at_least=0)
+    width = require_whole("width", width, at_least=1)
     require_choice("activation", activation, ACTIVATIONS)
     channels, height, breadth = shape
     left = _side(height, padding) * _side(breadth, padding)

@@ -4,20 +4,12 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from numbers import Integral
 
 import torch
 from torch import Tensor, nn
 
-from unmoved.errors import UnmovedError, require_number
+from unmoved.errors import UnmovedError, require_number, require_whole
 from unmoved.protocols import Image
-
-
-def require_count(name: str, value: int, *, at_least: int = 1, advice: str = "") -> None:
-    """Raise `UnmovedError` unless ``value`` is an integer of at least ``at_least``."""
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < at_least:
-        ending = f"; {advice}" if advice else ""
-        raise UnmovedError(f"{name}: expected an integer >= {at_least}, came {value!r}{ending}")
 
 
 class Images(nn.Module):
@@ -88,6 +80,21 @@ def normalized(model: nn.Module, mean: Sequence[float], std: Sequence[float]) ->
     return nn.Sequential(OrderedDict(normalize=Normalize(mean, std), model=model))
 
 
+def require_sizes(shape: Sequence[int], num_classes: int) -> tuple[tuple[int, int, int], int]:
+    """(channels, height, width) and the number of classes as plain ints.
+
+    Raises:
+        UnmovedError: a shape that is not (C, H, W), or fewer than two classes.
+    """
+    if not isinstance(shape, Sequence) or isinstance(shape, str) or len(shape) != 3:
+        raise UnmovedError(f"shape: expected (channels, height, width), each at least 1, came {shape!r}")
+    names = ("channels", "height", "width")
+    channels, height, width = (
+        require_whole(f"shape: {name}", n, at_least=1) for name, n in zip(names, shape, strict=True)
+    )
+    return (channels, height, width), require_whole("num_classes", num_classes, at_least=2)
+
+
 def entrance(
     shape: Sequence[int], num_classes: int, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> dict[str, nn.Module]:
@@ -96,10 +103,7 @@ def entrance(
     Raises:
         UnmovedError: a shape that is not (C, H, W), fewer than two classes, or mean and std that do not fit.
     """
-    sizes = list(shape) if isinstance(shape, Sequence) else []
-    if len(sizes) != 3 or any(not isinstance(n, Integral) or n < 1 for n in sizes):
-        raise UnmovedError(f"shape: expected (channels, height, width), each at least 1, came {shape!r}")
-    require_count("num_classes", num_classes, at_least=2)
+    sizes, _ = require_sizes(shape, num_classes)
     layers: dict[str, nn.Module] = {"images": Images(sizes)}
     if mean is None and std is None:
         return layers

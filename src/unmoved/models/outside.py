@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from unmoved.errors import UnmovedError, did_you_mean
-from unmoved.models.entrance import entrance
+from unmoved.models.entrance import entrance, require_sizes
 
 _WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
@@ -53,7 +53,8 @@ def timm(
         UnmovedError: timm is not installed or does not import, the name is unknown, the weights cannot be fetched, or
             the model cannot take images of this shape; otherwise as `entrance`.
     """
-    entrance(shape, num_classes, mean, std)
+    shape, num_classes = require_sizes(shape, num_classes)
+    entrance(shape, num_classes, mean, std)  # mean and std are refused before the library is loaded
     library = _library()
     if ":" not in model and not library.is_model(model):
         raise UnmovedError(f"model timm: unknown name {model!r}" + did_you_mean(model, library.list_models()))

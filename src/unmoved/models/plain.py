@@ -9,8 +9,8 @@ from itertools import pairwise
 
 from torch import nn
 
-from unmoved.errors import UnmovedError
-from unmoved.models.entrance import entrance, require_count
+from unmoved.errors import UnmovedError, require_whole
+from unmoved.models.entrance import entrance, require_sizes
 
 
 def linear(
@@ -21,6 +21,7 @@ def linear(
     std: Sequence[float] | None = None,
 ) -> nn.Sequential:
     """Softmax regression: ``W x + b`` on the flattened image, (B, C, H, W) to (B, K); raises as `entrance`."""
+    shape, num_classes = require_sizes(shape, num_classes)
     first = entrance(shape, num_classes, mean, std)
     return nn.Sequential(OrderedDict(first, flatten=nn.Flatten(), linear=nn.Linear(math.prod(shape), num_classes)))
 
@@ -41,13 +42,13 @@ def mlp(
     Raises:
         UnmovedError: a hidden width below 1; otherwise as `entrance`.
     """
+    shape, num_classes = require_sizes(shape, num_classes)
     layers: dict[str, nn.Module] = {**entrance(shape, num_classes, mean, std), "flatten": nn.Flatten()}
     if not isinstance(hidden, Sequence):
         raise UnmovedError(
             f"hidden: expected a list of widths, came {hidden!r}; for one hidden layer write ({hidden!r},)"
         )
-    for width in hidden:
-        require_count("hidden", width)
+    hidden = tuple(require_whole("hidden", width, at_least=1) for width in hidden)
     for depth, (before, after) in enumerate(pairwise((math.prod(shape), *hidden)), start=1):
         layers |= {f"fc{depth}": nn.Linear(before, after), f"relu{depth}": nn.ReLU()}
     width = hidden[-1] if hidden else math.prod(shape)

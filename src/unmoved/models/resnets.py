@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 
-from unmoved.errors import UnmovedError, require_number
-from unmoved.models.entrance import entrance, require_count
+from unmoved.errors import UnmovedError, require_number, require_whole
+from unmoved.models.entrance import entrance, require_sizes
 
 
 class PreActBlock(nn.Module):
@@ -79,8 +79,9 @@ def preact_resnet18(
     Raises:
         UnmovedError: a width below 1; otherwise as `entrance`.
     """
+    shape, num_classes = require_sizes(shape, num_classes)
     layers = entrance(shape, num_classes, mean, std)
-    require_count("width", width)
+    width = require_whole("width", width, at_least=1)
     layers["conv"] = nn.Conv2d(shape[0], width, 3, padding=1, bias=False)
     layers |= _stages(width, (width, 2 * width, 4 * width, 8 * width), blocks=2)
     if final_bn:
@@ -114,10 +115,11 @@ def wide_resnet(
     Raises:
         UnmovedError: a depth that is not 6n + 4, or a setting out of its bounds; otherwise as `entrance`.
     """
+    shape, num_classes = require_sizes(shape, num_classes)
     layers = entrance(shape, num_classes, mean, std)
-    require_count("depth", depth, at_least=10)
-    require_count("width", width)
-    require_number("dropout", dropout, at_least=0, at_most=1)
+    depth = require_whole("depth", depth, at_least=10)
+    width = require_whole("width", width, at_least=1)
+    dropout = require_number("dropout", dropout, at_least=0, at_most=1)
     blocks, rest = divmod(depth - 4, 6)
     if rest:
         raise UnmovedError(f"depth: expected 6n + 4, came {depth}; use {depth - rest} or {depth - rest + 6}")

@@ -18,7 +18,7 @@ from unmoved import pages
 from unmoved.built import Built
 from unmoved.data import ArraySplit
 from unmoved.disk import write_atomic
-from unmoved.errors import UnmovedError
+from unmoved.errors import UnmovedError, require_whole
 from unmoved.evaluation import opened, weights_digest
 from unmoved.judged import Judged
 from unmoved.outcomes import CLEAN, WORST, by_sample
@@ -104,6 +104,7 @@ def subjects(
         UnmovedError: fewer than ``least`` runs; one run twice; runs on other data, classes or (where it matters) in
             other balls; a run without weights.
     """
+    n = None if n is None else require_whole("n", n, at_least=1)
     if len(runs) < least:
         raise UnmovedError(f"expected at least {least} runs, came {len(runs)}; train more (unmoved compare)")
     paths = [run.path.resolve() for run in runs]

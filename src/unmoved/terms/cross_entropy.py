@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch.nn import functional as F
 
-from unmoved.errors import require_choice, require_number
+from unmoved.errors import number_field, require_choice
 from unmoved.protocols import PerSample
 from unmoved.views import Views
 
@@ -32,7 +32,7 @@ class CE:
 
     def __post_init__(self) -> None:
         require_choice("CE.view", self.view, VIEWS)
-        require_number("CE.label_smoothing", self.label_smoothing, at_least=0, at_most=1)
+        number_field(self, "CE.label_smoothing", at_least=0, at_most=1)
 
     def __call__(self, views: Views) -> PerSample:
         return F.cross_entropy(views.logits(self.view), views.y, reduction="none", label_smoothing=self.label_smoothing)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unmoved import processes
-from unmoved.errors import UnmovedError, require_choice, require_number
+from unmoved.errors import UnmovedError, require_choice, require_number, require_whole
 from unmoved.protocols import Logits, PerSample, StatefulTerm
 from unmoved.views import Views
 
@@ -55,12 +55,12 @@ class GlobalProbability(StatefulTerm):
         momentum: float = 0.99,
     ) -> None:
         super().__init__()
-        require_number("GlobalProbability.num_classes", num_classes, at_least=2)
+        num_classes = require_whole("GlobalProbability.num_classes", num_classes, at_least=2)
         require_choice("GlobalProbability.divergence", divergence, DIVERGENCES)
         require_choice("GlobalProbability.update", update, ("gradient", "ema"))
         require_choice("GlobalProbability.view", view, ("adv", "clean", "both"))
-        require_number("GlobalProbability.init", init, above=0, at_most=1 / (1 + math.exp(-THETA_BOUND)))
-        require_number("GlobalProbability.momentum", momentum, at_least=0, at_most=1)
+        init = require_number("GlobalProbability.init", init, above=0, at_most=1 / (1 + math.exp(-THETA_BOUND)))
+        momentum = require_number("GlobalProbability.momentum", momentum, at_least=0, at_most=1)
         self.num_classes, self.divergence, self.how = num_classes, divergence, update
         self.view, self.init, self.momentum = view, init, momentum
         theta = torch.full((num_classes,), math.log(init / (1 - init)))

@@ -32,7 +32,7 @@ class Sum:
             raise UnmovedError("Sum: expected at least one (weight, term) pair, came none")
         flat: list[tuple[float | Ramp, Term]] = []
         for weight, term in terms:
-            require_ramp(f"weight of {type(term).__name__}", weight)
+            weight = require_ramp(f"weight of {type(term).__name__}", weight)
             if isinstance(term, Sum) and not isinstance(weight, Ramp) and weight == 1:
                 flat.extend(term.terms)
             else:

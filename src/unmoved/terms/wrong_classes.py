@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from unmoved import processes
-from unmoved.errors import UnmovedError, require_choice, require_number
+from unmoved.errors import UnmovedError, number_field, require_choice, whole_field
 from unmoved.protocols import Label, Logits, PerSample
 from unmoved.terms.cross_entropy import VIEWS
 from unmoved.views import Views
@@ -84,8 +84,8 @@ class PRSL:
 
     def __post_init__(self) -> None:
         require_choice("PRSL.view", self.view, VIEWS)
-        require_number("PRSL.start", self.start, at_least=0)
-        require_number("PRSL.end", self.end, at_least=self.start + 1)
+        whole_field(self, "PRSL.start", at_least=0)
+        whole_field(self, "PRSL.end", at_least=self.start + 1)
 
     def __call__(self, views: Views) -> PerSample:
         wrong = wrong_logits(views.logits(self.view), views.y, "PRSL")
@@ -151,7 +151,7 @@ class GuidedComplementEntropy:
     view: str = "clean"
 
     def __post_init__(self) -> None:
-        require_number("GuidedComplementEntropy.alpha", self.alpha, at_least=0)
+        number_field(self, "GuidedComplementEntropy.alpha", at_least=0)
         require_choice("GuidedComplementEntropy.view", self.view, VIEWS)
 
     def __call__(self, views: Views) -> PerSample:
