@@ -77,7 +77,7 @@ def test_texts_that_would_keep_a_parser_or_its_reader_busy(tmp_path: Path, text:
 def test_a_recipe_without_end_is_not_read_to_its_end() -> None:
     if not Path("/dev/zero").exists():
         pytest.skip("no /dev/zero here")
-    with pytest.raises(UnmovedError, match="expected at most 262144 characters"):
+    with pytest.raises(UnmovedError, match="expected a regular file, came a device"):
         config.read("/dev/zero")
 
 
@@ -427,7 +427,7 @@ ROWS = ",".join(outcomes.COLUMNS) + "\n100,0,pgd,0.3,linf,0,1,0.15,True,pgd\n101
         (",by\n", ",by" + ",x" * 10**6 + "\n", "came others beside them"),  # pandas takes minutes
         ("\n10", "\n7,10", "expected 10 values in a row, came more"),
         ("100", "\0", "expected an integer"),
-        ("100", '"' * 10_001, "expected an outcomes table in CSV"),
+        ("100", '"' * 1001, "expected an outcomes table in CSV"),
         ("\n", "\r", "missing: by"),
     ],
 )
@@ -540,7 +540,15 @@ def run(tmp_path: Path) -> Run:
     run.save_metrics([{"epoch": 1, "seconds": 0.5, "train_accuracy": 0.5, "parts": {"ce": 1.0}}])
     (run.path / "evaluation").mkdir()
     (run.path / "evaluation" / "outcomes.csv").write_text(ROWS)
-    facts = {"n": 2, "split": "s", "weights": "best", "attacks": {"pgd": "PGD()"}, "notes": [], "classes": ["a", "b"]}
+    facts = {
+        "n": 2,
+        "split": "s",
+        "weights": "best",
+        "weights_sha256": "0",
+        "attacks": {"pgd": "PGD()"},
+        "notes": [],
+        "classes": ["a", "b"],
+    }
     (run.path / "evaluation" / "evaluation.json").write_text(json.dumps(facts))
     images = np.zeros((2, 1, 4, 4), np.float32)
     arrays: dict[str, Any] = {"x": images, "x_adv": images, "attack": np.array(["pgd", "pgd"])}
@@ -562,7 +570,7 @@ def test_facts_of_other_types_are_named(run: Run, name: str, value: Any) -> None
     assert Judged.of(run).protocol.n == 2
     path = run.path / "evaluation" / "evaluation.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
-    with pytest.raises(UnmovedError, match=rf"evaluation's {name!r} is .*again|expected outcomes of") as caught:
+    with pytest.raises(UnmovedError, match=rf"evaluation.json: {name}.*: .*run `unmoved evaluate .*` again") as caught:
         Judged.of(run)
     assert str(run.path) in str(caught.value)
 
@@ -572,12 +580,7 @@ def test_facts_of_other_types_are_named(run: Run, name: str, value: Any) -> None
 )
 def test_a_log_without_numbers_is_named(run: Run, change: dict[str, Any]) -> None:
     run.save_metrics([{"epoch": 1, "seconds": 0.5, "train_accuracy": 0.5} | change])
-    if change == {"train_accuracy": {"a": 1}}:  # a column of another name: nothing is drawn from it
-        assert len(Judged.of(run).metrics) == 1
-        return
-    with pytest.raises(
-        UnmovedError, match=r"metrics.jsonl: expected a number '(epoch|seconds|validation_n)' in every line"
-    ):
+    with pytest.raises(UnmovedError, match=rf"metrics.jsonl: line 1: {next(iter(change))}: .* train again"):
         Judged.of(run)
 
 

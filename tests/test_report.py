@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -118,11 +119,16 @@ def seen_by_doctor(run: Any, *findings: dict[str, str], sentence: str = "") -> A
 def on_disk(folder: Path, fake: Any) -> Run:
     """The same run as a folder, its log left out."""
     run = Run.create(folder / f"{fake.path.name}", {"name": fake.name, "training": {"seed": fake.seed}})
-    told = dict(fake.evaluation)
+    about = {"weights": "best", "weights_sha256": "0"}
+    told = about | fake.evaluation | {"attacks": {"pgd": "PGD()", "square": "Square()"}}
     tables = [table.reset_index(drop=True) for table in (fake.outcomes, fake.curve)]
     run.save_evaluation(tables[0], told, curve=tables[1], gallery=fake.gallery)
     if fake.verdict is not None:
-        run.save_evaluation(fake.verdict_outcomes.reset_index(drop=True), fake.verdict, kind="verdict")
+        run.save_evaluation(
+            fake.verdict_outcomes.reset_index(drop=True),
+            about | fake.verdict | {"weights_sha256": told["weights_sha256"]},
+            kind="verdict",
+        )
     return Run.open(run.path)
 
 
@@ -451,19 +457,21 @@ def test_the_doctors_objection_stands_beside_the_number(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("spoil", ["findings", "grade", "measured"])
 def test_a_doctors_file_that_cannot_be_read_is_refused(spoil: str, tmp_path: Path) -> None:
-    run = seen_by_doctor(bare(), finding("note"))
+    said: dict[str, Any] = {"weights_sha256": "0", "n": 50, "sentence": "", "findings": [finding("note")]}
     if spoil == "findings":
-        run.doctor["findings"] = "none"
+        said["findings"] = "none"
     else:
-        run.doctor["findings"][0][spoil] = 3
-    with pytest.raises(UnmovedError, match=r"doctor\.json: expected findings with .* run `unmoved doctor"):
-        report.write([run], tmp_path / "r.html", "x")
+        said["findings"][0][spoil] = 3
+    (tmp_path / "doctor.json").write_text(json.dumps(said), encoding="utf-8")
+    with pytest.raises(UnmovedError, match=rf"doctor\.json: findings(\.0\.{spoil})?: .* run `unmoved doctor .*` again"):
+        _ = Run(tmp_path).doctor
 
 
 def test_the_doctors_file_is_read_from_the_run_folder(tmp_path: Path) -> None:
     assert Run(tmp_path).doctor is None
-    (tmp_path / "doctor.json").write_text('{"n": 50, "sentence": "", "findings": []}')
-    assert Run(tmp_path).doctor == {"n": 50, "sentence": "", "findings": []}
+    said = {"weights_sha256": "0", "n": 50, "sentence": "", "findings": []}
+    (tmp_path / "doctor.json").write_text(json.dumps(said), encoding="utf-8")
+    assert Run(tmp_path).doctor == said
     (tmp_path / "doctor.json").write_text('{"n": 50')
     with pytest.raises(UnmovedError, match=r"doctor\.json: not valid JSON"):
         _ = Run(tmp_path).doctor

@@ -24,6 +24,7 @@ RANKS = (
     ("noise", "schedule", "processes", "averaging", "cluster"),
     ("views", "threat", "weights", "precision", "outcomes", "provenance", "drawing"),
     ("journal", "workers", "opinion", "shelf", "checkpoint"),
+    ("records",),
     ("terms", "figures", "judged", "pages"),
     ("attacks", "defenses", "data", "models", "optim", "verdicts"),
     ("components", "beside", "checks", "engine", "sharing"),

@@ -28,8 +28,10 @@ from unmoved.components import (
 from unmoved.errors import UnmovedError, did_you_mean
 from unmoved.outcomes import CLEAN, WORST
 from unmoved.precision import PRECISIONS
-from unmoved.reading import LONGEST, require_plain, toml
+from unmoved.reading import LONGEST, require_plain, toml, toml_file
 from unmoved.threat import ThreatModel
+
+PIPES = (Path("/dev/fd"), Path("/dev"))
 
 
 class Threat(Settings):
@@ -231,14 +233,16 @@ def read(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = Path(path)
     try:
-        with path.open(encoding="utf-8") as file:
-            text = file.read(LONGEST + 1)
+        if path.is_fifo() and path.parent in PIPES:  # what a shell puts in the place of <(...)
+            with path.open(encoding="utf-8") as file:
+                tables = toml(file.read(LONGEST + 1), f"recipe {path}")
+        else:
+            tables = toml_file(path, f"recipe {path}")
     except FileNotFoundError:
         here = [str(p) for p in sorted(Path("recipes").glob("*/*.toml"))]
         raise UnmovedError(f"recipe {path}: no such file" + did_you_mean(str(path), here)) from None
-    except (OSError, ValueError) as error:
+    except (OSError, UnicodeError) as error:
         raise UnmovedError(f"recipe {path}: cannot be read: {error}") from error
-    tables = toml(text, f"recipe {path}")
     tables.setdefault("name", "/".join(part for part in (path.parent.name, path.stem) if part))
     for override in overrides:
         _override(tables, override)

@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from unmoved import components, config, doctor, exhibits, judge
+from unmoved import components, config, doctor, exhibits, judge, reading
 from unmoved.attacks import PGD, AutoAttack, Quick, Transfer
 from unmoved.built import Built
 from unmoved.data import ArraySplit
@@ -282,4 +282,9 @@ def _keeper(folder: Any) -> judge.Keep:
 
 def weights_digest(run: Run, weights: str) -> str:
     """The sha256 of a weights file: says which weights a verdict is about."""
-    return hashlib.sha256((run.path / f"{weights}.safetensors").read_bytes()).hexdigest()
+    path = run.path / f"{weights}.safetensors"
+    try:
+        with reading.regular(path) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]  # a buffered reader is one
+    except FileNotFoundError:
+        raise UnmovedError(f"{path}: expected a weights file, came none; train first") from None

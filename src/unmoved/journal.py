@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from unmoved import reading
 from unmoved.disk import append, write_atomic
 from unmoved.errors import UnmovedError
 
+MOST_JOURNAL = 2**28  # bytes: five million answers
 Answers = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
@@ -33,13 +35,11 @@ class Journal:
 
     def _load(self) -> None:
         try:
-            lines = self.path.read_text().split("\n")
-        except (FileNotFoundError, NotADirectoryError):
+            lines = reading.content(self.path, MOST_JOURNAL).decode().split("\n")
+        except FileNotFoundError:
             return
-        except (OSError, UnicodeDecodeError) as error:
-            raise UnmovedError(
-                f"{self.path}: cannot be read ({error}); delete it to start the evaluation anew"
-            ) from error
+        except (UnmovedError, UnicodeDecodeError) as error:
+            raise UnmovedError(f"{self.path}: {error}; delete it to start the evaluation anew") from error
         if lines[0] != self._head:
             self.path.unlink(missing_ok=True)
             return

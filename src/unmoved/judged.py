@@ -12,7 +12,6 @@ import numpy as np
 import pandas as pd
 
 from unmoved.errors import UnmovedError
-from unmoved.opinion import require_findings
 from unmoved.outcomes import CLEAN, ROBUST
 
 if TYPE_CHECKING:
@@ -63,10 +62,6 @@ class Judged:
             UnmovedError: it was not evaluated, or its outcomes do not hold the samples that its evaluation names.
         """
         evaluation, verdict, doctor, metrics = run.evaluation, run.verdict, run.doctor, run.metrics
-        for facts in (evaluation, verdict):
-            if facts is not None:
-                _require_facts(run, facts)
-        _require_log(run, metrics)
         table, autoattack, stale = run.outcomes if evaluation is not None else None, None, []
         judged = (verdict if table is None else evaluation) or {}
         if verdict is not None and verdict.get("weights_sha256") != judged.get("weights_sha256"):
@@ -78,8 +73,6 @@ class Judged:
         if doctor is not None and doctor.get("weights_sha256") != judged.get("weights_sha256"):
             stale.append(_stale("the doctor's opinion", run, f"doctor {run.path}"))
             doctor = None
-        if doctor is not None:
-            require_findings(doctor, run.path)
         # What lies beside an evaluation that was broken off is of nobody knows which weights.
         curve, gallery = (run.curve, run.gallery or {}) if table is not None else (None, {})
         if table is None:
@@ -156,34 +149,6 @@ def _require_whole(run: Run, facts: Mapping[str, Any], table: pd.DataFrame) -> N
         raise UnmovedError(
             f"{run.path}: expected outcomes of {facts['n']} samples, came {n}; run `unmoved evaluate {run.path}` again"
         )
-
-
-def _require_facts(run: Run, facts: Mapping[str, Any]) -> None:
-    """Raise `UnmovedError` unless what an evaluation says of itself has the types that it is written with."""
-    texts, whole = (str,), (int,)
-    kinds: dict[str, tuple[type, ...]] = {"n": whole, "split": texts, "weights": texts, "weights_sha256": texts}
-    kinds |= {"attacks": (dict, list), "notes": (list,), "classes": (list,)}
-    for name, kind in kinds.items():
-        value = facts.get(name)
-        good = value is None or isinstance(value, kind) and not isinstance(value, bool)
-        if not good or isinstance(value, list) and not all(isinstance(part, str) for part in value):
-            raise UnmovedError(
-                f"{run.path}: an evaluation's {name!r} is {str(value)[:80]!r}, which was not written by unmoved; "
-                f"run `unmoved evaluate {run.path}` again"
-            )
-        if name in ("n", "attacks") and name in facts and value is None:
-            raise UnmovedError(
-                f"{run.path}: an evaluation's {name!r} is empty; run `unmoved evaluate {run.path}` again"
-            )
-
-
-def _require_log(run: Run, metrics: pd.DataFrame) -> None:
-    """Raise `UnmovedError` unless the training log holds numbers where its curves are drawn from."""
-    drawn = ("train_accuracy", "validation_clean", "validation_robust", "validation_n")
-    names = ["epoch", "seconds", *(name for name in drawn if name in metrics)] if len(metrics) else []
-    bad = [name for name in names if name not in metrics or not pd.api.types.is_numeric_dtype(metrics[name])]
-    if bad:
-        raise UnmovedError(f"{run.path / 'metrics.jsonl'}: expected a number {bad[0]!r} in every line; train again")
 
 
 def _require_images(run: Run, gallery: Mapping[str, np.ndarray]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import sys
 import threading
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ from unmoved.disk import unwritten
 from unmoved.errors import UnmovedError
 
 NAME = ".lock"
+# Never through a link, which may lead to a file of somebody else's, and never waiting for the writer of a pipe.
+_OPEN = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 _held: set[tuple[str, int]] = set()  # (folder, thread): who holds a lock may enter it again
 
 if sys.platform == "win32":
@@ -60,7 +63,10 @@ def alone(folder: Path) -> Iterator[None]:
 
 def _locked(path: Path) -> int:
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = os.open(path, _OPEN, 0o666)
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise UnmovedError(f"{path}: expected a regular file, came something else; remove it")
         try:
             _take(descriptor)
             # Its last holder may have taken the name away after we opened the file: that lock is nobody's.

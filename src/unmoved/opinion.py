@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from unmoved.errors import UnmovedError
-
 if TYPE_CHECKING:
     from unmoved.judged import Judged
 
 GRADES = DO_NOT_BELIEVE, LOOK_CLOSER, NOTE = "do not believe", "look closer", "note"
-FIELDS = ("check", "grade", "measured", "why", "do")
 
 
 class Opinion(NamedTuple):
@@ -47,22 +44,6 @@ def opinion(runs: Sequence[Judged]) -> Opinion:
     said = list(by_grade[grade].items()) if grade in (DO_NOT_BELIEVE, LOOK_CLOSER) else []
     ordered = sorted(cards.values(), key=lambda card: GRADES.index(card["grade"]))
     return Opinion(grade, said, ordered, [run for run in runs if run.doctor is None])
-
-
-def require_findings(doctor: Mapping[str, Any], path: Any) -> None:
-    """Raise `UnmovedError` unless these are the words of a doctor about the run at this path."""
-    findings = doctor.get("findings")
-    good = isinstance(findings, list) and all(
-        isinstance(found, dict)
-        and all(isinstance(found.get(name), str) for name in FIELDS)
-        and found["grade"] in GRADES
-        for found in findings
-    )
-    if not good:
-        raise UnmovedError(
-            f"{path}/doctor.json: expected findings with {', '.join(FIELDS)}, of the grades {', '.join(GRADES)}; came "
-            f"something else; run `unmoved doctor {path}` again"
-        )
 
 
 def _sentence(findings: Sequence[Mapping[str, str]], grade: str) -> str:

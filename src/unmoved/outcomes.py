@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from unmoved import reading
 from unmoved.disk import write_atomic
 from unmoved.errors import UnmovedError
 
@@ -36,7 +37,8 @@ TYPES: dict[str, Any] = {
 COLUMNS = tuple(TYPES)
 EXPECTED = {np.int64: "an integer", object: "a name", np.float64: "a finite number >= 0", np.bool_: "True or False"}
 EXACT = 2**53  # up to here whole numbers survive a float, in which pandas may hold them
-MOST_HEADER = 1000  # bytes
+MOST_TABLE = 2**28  # bytes: four million rows
+MOST_HEADER, MOST_LINE = 1000, 2000  # bytes
 CLEAN, WORST = "clean", "worst case"
 ROBUST = "none"
 
@@ -59,7 +61,7 @@ def read(path: Path) -> pd.DataFrame:
     """
     mend = "evaluate the run again to write it anew"
     try:
-        whole = path.read_bytes()
+        whole = reading.content(path, MOST_TABLE)
         if not whole.endswith(b"\n"):
             raise UnmovedError(f"{path}: expected a line end after the last row, the file is cut short; {mend}")
         # A look at the first line alone: pandas takes minutes over a header of a million columns.
@@ -68,13 +70,16 @@ def read(path: Path) -> pd.DataFrame:
             missing = [name for name in COLUMNS if name not in header]
             came = f"missing: {', '.join(missing)}" if missing else "came others beside them"
             raise UnmovedError(f"{path}: expected columns {', '.join(COLUMNS)}; {came}; {mend}")
+        longest = int(np.diff(np.flatnonzero(np.frombuffer(whole, np.uint8) == ord("\n")), prepend=-1).max())
+        if longest > MOST_LINE:  # a row of a million values takes pandas minutes, too
+            raise UnmovedError(f"{path}: expected lines of at most {MOST_LINE} bytes, came one of {longest}; {mend}")
         table = pd.read_csv(io.BytesIO(whole), dtype=str, keep_default_na=False)
         if not isinstance(table.index, pd.RangeIndex):  # pandas takes what is too much in every row for their names
             raise UnmovedError(f"{path}: expected {len(COLUMNS)} values in a row, came more; {mend}")
     except FileNotFoundError:
         raise UnmovedError(f"{path}: expected an outcomes table, came no file; evaluate the run first") from None
-    except (OSError, UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
-        raise UnmovedError(f"{path}: expected an outcomes table in CSV, came {error}; {mend}") from error
+    except (UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+        raise UnmovedError(f"{path}: expected an outcomes table in CSV, came {reading.brief(error)}; {mend}") from error
     return checked(table, str(path))
 
 
@@ -135,8 +140,8 @@ def _typed(column: pd.Series, dtype: Any, source: str) -> pd.Series:
     if not good.all():
         row = int(np.flatnonzero(~good)[0])
         raise UnmovedError(
-            f"{source}: column {column.name!r}, row {row + 1}: expected {EXPECTED[dtype]}, came {column.iloc[row]!r}; "
-            "evaluate the run again"
+            f"{source}: column {column.name!r}, row {row + 1}: expected {EXPECTED[dtype]}, "
+            f"came {column.iloc[row]!r:.80}; evaluate the run again"
         )
     return typed.astype(dtype)
 

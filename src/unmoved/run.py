@@ -16,10 +16,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shlex
-import tomllib
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cached_property
@@ -31,12 +29,13 @@ import pandas as pd
 import tomli_w
 from torch import nn
 
-from unmoved import checkpoint, lock, models, outcomes
+from unmoved import checkpoint, lock, models, outcomes, reading, records
 from unmoved.disk import remove_leftovers, write_atomic
 from unmoved.errors import UnmovedError
 from unmoved.provenance import provenance
 
 FORMAT = 1
+GALLERY = ("x", "x_adv", "label", "clean_prediction", "adversarial_prediction", "attack")
 
 
 class Run:
@@ -66,7 +65,7 @@ class Run:
         if not run.path.is_dir():
             raise UnmovedError(f"run folder {run.path}: expected a folder made by 'unmoved train', found none")
         for name in ("recipe.toml", "provenance.json"):
-            if not (run.path / name).is_file():
+            if not os.path.lexists(run.path / name):  # what is no file is named by its reader
                 raise UnmovedError(
                     f"run folder {run.path}: {name} is missing, so this is no run or a half written one; train again"
                 )
@@ -80,13 +79,13 @@ class Run:
     @cached_property
     def recipe(self) -> dict[str, Any]:
         try:
-            return tomllib.loads((self.path / "recipe.toml").read_text())
-        except (OSError, ValueError) as error:
-            raise UnmovedError(f"run folder {self.path}: recipe.toml cannot be read: {error}") from error
+            return records.recipe(self.path / "recipe.toml", "train again")
+        except FileNotFoundError as error:
+            raise UnmovedError(f"run folder {self.path}: recipe.toml is missing; train again") from error
 
     @cached_property
     def provenance(self) -> dict[str, Any]:
-        return self._read_json("provenance.json") or {}
+        return records.read(records.Provenance, self.path / "provenance.json", "train again") or {}
 
     @property
     def name(self) -> str:
@@ -99,12 +98,7 @@ class Run:
     @property
     def metrics(self) -> pd.DataFrame:
         """One row an epoch; the objective's parts as columns ``parts.ce`` and so on."""
-        path = self.path / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        try:
-            return pd.json_normalize([json.loads(line) for line in lines])
-        except ValueError as error:
-            raise UnmovedError(f"{path}: a line is not JSON ({error}); the file was changed or torn") from error
+        return pd.json_normalize(records.log(self.path / "metrics.jsonl", "train again"))
 
     # --- training state
 
@@ -156,7 +150,7 @@ class Run:
 
     def load_weights(self, model: nn.Module, which: str) -> None:
         path = self.path / f"{which}.safetensors"
-        if not path.exists():
+        if not os.path.lexists(path):
             raise UnmovedError(f"run folder {self.path}: no {path.name} yet; train first (unmoved train --resume)")
         try:
             models.load_weights(model, path)
@@ -192,22 +186,25 @@ class Run:
 
     @property
     def evaluation(self) -> dict[str, Any] | None:
-        return self._read_json("evaluation/evaluation.json")
+        return self._facts("evaluation")
 
     @property
     def verdict(self) -> dict[str, Any] | None:
         """The facts of AutoAttack's verdict, or None."""
-        return self._read_json("verdict/verdict.json")
+        return self._facts("verdict")
 
     @property
     def validation(self) -> dict[str, Any] | None:
         """The facts of a judgement of validation images, or None."""
-        return self._read_json("validation/validation.json")
+        return self._facts("validation")
+
+    def _facts(self, kind: str) -> dict[str, Any] | None:
+        return records.read(records.Evaluation, self.path / kind / f"{kind}.json", self._again("evaluate"))
 
     @property
     def doctor(self) -> dict[str, Any] | None:
         """What `unmoved doctor` found and about which weights, or None where nobody looked."""
-        return self._read_json("doctor.json")
+        return records.read(records.Doctor, self.path / "doctor.json", self._again("doctor"))
 
     @property
     def outcomes(self) -> pd.DataFrame | None:
@@ -224,9 +221,11 @@ class Run:
     def _outcomes(self, name: str) -> pd.DataFrame | None:
         """A table, looked through once as long as its file is the same: a new one never has all of these alike."""
         path = self.path / name
-        if not path.exists():
+        try:
+            with reading.regular(path) as file:
+                status = os.fstat(file.fileno())
+        except FileNotFoundError:
             return None
-        status = path.stat()
         stamp = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
         if name not in self._tables or self._tables[name][0] != stamp:
             self._tables[name] = stamp, outcomes.read(path)
@@ -235,23 +234,15 @@ class Run:
     @property
     def gallery(self) -> dict[str, np.ndarray] | None:
         path = self.path / "evaluation" / "gallery.npz"
-        if not path.exists():
+        if not os.path.lexists(path):
             return None
         try:
-            # numpy leaves a torn file open, so it is opened here.
-            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-                return {name: arrays[name] for name in arrays.files} or None
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise UnmovedError(f"{path}: cannot be read ({error}); run 'unmoved evaluate {self.path}' again") from error
+            return reading.npz(path, GALLERY) or None
+        except UnmovedError as error:
+            raise UnmovedError(f"{error}; {self._again('evaluate')}") from error
 
-    def _read_json(self, name: str) -> dict[str, Any] | None:
-        path = self.path / name
-        if not path.exists():
-            return None
-        try:
-            return dict(json.loads(path.read_text()))
-        except (OSError, ValueError, TypeError) as error:
-            raise UnmovedError(f"{path}: not valid JSON ({error}); the file was changed or torn") from error
+    def _again(self, command: str) -> str:
+        return f"run `unmoved {command} {self.path}` again"
 
 
 def _json(value: dict[str, Any]) -> bytes:

@@ -92,9 +92,12 @@ def plain(words: str) -> str:
 
 
 def epochs_done(job: Any) -> int:
+    from unmoved import reading
+    from unmoved.errors import UnmovedError
+
     try:
-        return (Path(job.path) / "metrics.jsonl").read_bytes().count(b"\n")
-    except OSError:
+        return reading.content(Path(job.path) / "metrics.jsonl", 2**30).count(b"\n")
+    except (OSError, UnmovedError):
         return 0
 
 

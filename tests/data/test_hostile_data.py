@@ -397,7 +397,7 @@ def test_a_member_twice_is_read_once(tmp_path: Path) -> None:
     with warnings.catch_warnings(), zipfile.ZipFile(path, "a") as archive:
         warnings.simplefilter("ignore")
         archive.writestr("x.npy", pickle.dumps(os.system))
-    with pytest.raises(UnmovedError, match="expected an array 'x', came something else"):
+    with pytest.raises(UnmovedError, match="'x': expected an array, came something else"):
         arrays(path)
 
 

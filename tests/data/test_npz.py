@@ -75,7 +75,7 @@ def test_other_files_and_contents(tmp_path: Path) -> None:
         archive.writestr("x.txt", "hello")
         archive.writestr("x", "hello")
         archive.writestr("y", "hello")
-    with pytest.raises(UnmovedError, match="expected an array 'x', came something else"):
+    with pytest.raises(UnmovedError, match="'x': expected an array, came something else"):
         arrays(file)
     for labels, message in ((Y[:-1], "19 labels"), (Y / 2, "integer type"), (Y - 1, "came -1")):
         with pytest.raises(UnmovedError, match=f"mine.npz.*{message}"):

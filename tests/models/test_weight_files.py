@@ -386,5 +386,5 @@ def test_weights_with_normalisation_do_not_load_into_a_model_without(file: Path)
 def test_no_file_and_a_folder_are_named(tmp_path: Path) -> None:
     with pytest.raises(UnmovedError, match=r"absent\.safetensors: expected a safetensors file: No such file"):
         models.load_weights(small(), tmp_path / "absent.safetensors")
-    with pytest.raises(UnmovedError, match="expected a safetensors file: Is a directory"):
+    with pytest.raises(UnmovedError, match="expected a regular file, came a folder"):
         models.load_weights(small(), tmp_path)

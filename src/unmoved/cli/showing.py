@@ -36,6 +36,8 @@ def show(
 def list_() -> None:
     """Everything a recipe can name: terms, attacks, defenses, models, data; and the recipes in this folder."""
     from unmoved import components
+    from unmoved.errors import UnmovedError
+    from unmoved.reading import regular
 
     for kind, members in components.KINDS.items():
         console.print(f"[bold]{kind}[/bold]")
@@ -44,6 +46,9 @@ def list_() -> None:
             console.print(f"  {name:24} {summary}", markup=False, highlight=False, soft_wrap=True)
     console.print("[bold]recipes[/bold]")
     for path in sorted(Path("recipes").glob("*/*.toml")):
-        with path.open(encoding="utf-8", errors="replace") as file:
-            first = file.readline(200).removeprefix("#").strip()
+        try:
+            with regular(path) as file:
+                first = file.readline(200).decode(errors="replace").removeprefix("#").strip()
+        except (OSError, UnmovedError):
+            continue
         console.print(f"  {plain(str(path)):40} {plain(first)}", markup=False, highlight=False, soft_wrap=True)

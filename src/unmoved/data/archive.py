@@ -13,7 +13,7 @@ from typing import IO, Any
 
 from unmoved.data.checks import LARGEST, require_file
 from unmoved.errors import UnmovedError
-from unmoved.reading import brief, most_unpacked
+from unmoved.reading import brief, most_unpacked, regular
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2", ".tbz2")
 MOST_MEMBERS = 2_000_000
@@ -126,7 +126,7 @@ def opened(path: Path) -> Iterator[Archive]:
     require_file("archive", path)
     with ExitStack() as files:
         with _damage_named(path):
-            raw = files.enter_context(path.open("rb"))
+            raw = files.enter_context(regular(path))
             start = raw.read(5)
             raw.seek(0)
             unpack = next((unpack for magic, unpack in _UNPACK.items() if start.startswith(magic)), None)

@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from unmoved.errors import UnmovedError
+from unmoved.reading import npz
 
 FORMAT = "1"  # raise it when decoding changes its results
 
@@ -69,11 +70,11 @@ class Slot:
     def load(self) -> Decoded | None:
         """What was kept, if it is whole and its stamp fits."""
         try:
-            with self.file.open("rb") as stream, np.load(stream, allow_pickle=False) as kept:
-                if str(kept["stamp"]) != self.stamp:
-                    return None
-                texts = [tuple(str(text) for text in kept[key]) for key in ("classes", "skipped")]
-                found = Decoded(kept["images"], kept["labels"], int(kept["train"]), *texts)
+            if str(npz(self.file, ["stamp"])["stamp"]) != self.stamp:
+                return None
+            kept = npz(self.file)
+            texts = [tuple(str(text) for text in kept[key]) for key in ("classes", "skipped")]
+            found = Decoded(kept["images"], kept["labels"], int(kept["train"]), *texts)
         except Exception:  # a damaged cache has as many errors as zip and numpy have, and one remedy: decode again
             return None
         images, labels = found.images, found.labels

@@ -13,10 +13,12 @@ from unmoved.data.checks import require_path
 from unmoved.data.safe_pickle import StoredArray, loads
 from unmoved.data.splits import ArraySplit, DataSet
 from unmoved.errors import UnmovedError
+from unmoved.reading import content
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 SHAPE, PIXELS = (3, 32, 32), 3 * 32 * 32
 RECORDS = 10_000  # in each file of both forms; fewer means that something was lost
+MOST_BYTES = 2**20 + 4 * RECORDS * (1 + PIXELS)  # no form takes more a pixel; a larger claim is for the memory
 TRAIN, TEST = tuple(f"data_batch_{k}" for k in range(1, 6)), ("test_batch",)
 INSIDE = ("cifar-10-batches-bin", "cifar-10-batches-py", "cifar-10-binary.tar.gz", "cifar-10-python.tar.gz")
 
@@ -77,17 +79,17 @@ def _load(names: tuple[str, ...], read: Read, where: str) -> DataSet:
 
 def _bytes(path: Path) -> bytes:
     try:
-        _require_size(path.stat().st_size, str(path))
-        return path.read_bytes()
-    except OSError as error:
+        return content(path, MOST_BYTES)
+    except FileNotFoundError as error:
         raise UnmovedError(f"{path}: expected a readable file, came {error}") from error
 
 
 def _require_size(size: int, name: str) -> None:
-    """No form of a batch takes more than a few bytes a pixel; what claims more is an attack on the memory."""
-    most = 2**20 + 4 * RECORDS * (1 + PIXELS)
-    if size > most:
-        raise UnmovedError(f"{name}: expected at most {most} bytes, came {size}; download the official file again")
+    """Raise `UnmovedError` where a batch claims more than any form of one takes."""
+    if size > MOST_BYTES:
+        raise UnmovedError(
+            f"{name}: expected at most {MOST_BYTES} bytes, came {size}; download the official file again"
+        )
 
 
 def _binary(data: bytes, name: str) -> tuple[np.ndarray, np.ndarray]:

@@ -92,6 +92,8 @@ def decode(data: bytes, pixels: Pixels, formats: list[str]) -> np.ndarray:
                 return pixels(image)
     except UnmovedError:
         raise
+    except MemoryError as error:  # of this moment, not of the image
+        raise UnmovedError("expected memory to decode it, came none; free some, or set a smaller size") from error
     except UnidentifiedImageError as error:
         raise CorruptImage("of no known format") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:

@@ -16,6 +16,7 @@ import numpy as np
 from unmoved.data.checks import LARGEST
 from unmoved.data.decode import CorruptImage, Pixels, decode, known_formats, pillow_warnings
 from unmoved.errors import UnmovedError
+from unmoved.reading import content
 
 R = TypeVar("R")
 Progress = Callable[[int, int], None]
@@ -91,17 +92,15 @@ class _Room:
 def _attempt(place: int, name: str, data: Path | bytes, pixels: Pixels, formats: list[str], room: _Room) -> str | None:
     """What is wrong with the bytes, in words: an exception would hold on to the half decoded image."""
     try:
-        if isinstance(data, Path):
-            if data.stat().st_size > LARGEST:
-                raise UnmovedError(f"expected at most {LARGEST} bytes, came {data.stat().st_size}; remove the file")
-            data = data.read_bytes()
+        data = content(data, LARGEST) if isinstance(data, Path) else data
+    except OSError as error:
+        raise UnmovedError(f"{name}: expected a readable file, came {error}") from error
+    try:
         values = decode(data, pixels, formats)
     except CorruptImage as error:
         return str(error)
     except UnmovedError as error:
         raise UnmovedError(f"{name}: {error}") from error
-    except OSError as error:
-        raise UnmovedError(f"{name}: expected a readable file, came {error}") from error
     room.put(place, name, values)
     return None
 

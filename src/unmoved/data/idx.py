@@ -15,7 +15,7 @@ import numpy as np
 from unmoved.data.checks import require_path
 from unmoved.data.splits import ArraySplit, DataSet
 from unmoved.errors import UnmovedError
-from unmoved.reading import most_unpacked
+from unmoved.reading import most_unpacked, regular
 
 UINT8 = 0x08
 LARGEST = 4 * 2**30  # bytes; far above any published IDX file, far below a header of random bytes
@@ -67,7 +67,7 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
         UnmovedError: another magic number, sizes that do not match the content, or a damaged gzip stream.
     """
     try:
-        with path.open("rb") as raw:
+        with regular(path) as raw:
             zipped = raw.read(2) == b"\x1f\x8b"
             raw.seek(0)
             if not zipped:

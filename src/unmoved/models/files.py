@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from unmoved.disk import write_atomic
 from unmoved.errors import UnmovedError, is_want_of_memory
+from unmoved.reading import brief, regular
 
 _PICKLES = {".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt", ".tar"}
 _PICKLE_MAGIC = (b"PK\x03\x04", b"\x80")  # torch.save since 1.6 writes a zip; before it, and pickle itself, protocol 2+
@@ -24,6 +25,7 @@ _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel
 _COUNTED = "n_averaged"  # AveragedModel's count of updates, a buffer
 _COMPILED = "_orig_mod"  # what torch.compile puts into names
 CHECKSUM = "sha256"  # of names, types, shapes and values, in the file's own metadata
+MOST_UNSEEN = 2**30  # bytes of a file that is read before its names are looked at
 
 
 class DamagedFile(UnmovedError):
@@ -68,21 +70,31 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
         UnmovedError: no such file, a pickle, or names, shapes or types that do not fit.
         DamagedFile: a file that is not whole, or that changed since it was saved.
     """
-    path = Path(path)
-    state = model.state_dict()
+    path, state = Path(path), model.state_dict()
     names = _bare_names(model, state)
     own = {bare: state[name] for bare, name in names.items()}
-    tensors = _without_prefix(_read(path), own)
-    if missing := [name for name in own if name not in tensors]:
-        raise UnmovedError(f"{path}: {_several(missing)} missing: {_another(own, tensors)}")
-    if unexpected := [name for name in tensors if name not in own]:
-        raise UnmovedError(f"{path}: {_several(unexpected)} unexpected: {_another(own, tensors)}")
+
+    def fits(announced: dict[str, Tensor]) -> None:
+        """Look at names and shapes alone: the file of another model may be larger than the memory."""
+        found = _without_prefix(announced, own)
+        if missing := [name for name in own if name not in found]:
+            raise UnmovedError(f"{path}: {_several(missing)} missing: {_another(own, found)}")
+        if unexpected := [name for name in found if name not in own]:
+            raise UnmovedError(f"{path}: {_several(unexpected)} unexpected: {_another(own, found)}")
+        for name, value in found.items():
+            if value.shape != own[name].shape:
+                raise UnmovedError(
+                    f"{path}: {name!r}: expected shape {tuple(own[name].shape)}, came {tuple(value.shape)}; "
+                    "build the model with the settings it was saved with"
+                )
+
+    try:
+        read = _read(path, fits)  # what is damaged is told so first: names may be, too
+    except FileNotFoundError as error:
+        raise UnmovedError(f"{path}: expected a safetensors file: {error.strerror}") from error
+    fits(read)
+    tensors = _without_prefix(read, own)
     for name, value in tensors.items():
-        if value.shape != own[name].shape:
-            raise UnmovedError(
-                f"{path}: {name!r}: expected shape {tuple(own[name].shape)}, came {tuple(value.shape)}; "
-                "build the model with the settings it was saved with"
-            )
         if value.dtype != own[name].dtype and not (value.is_floating_point() and own[name].is_floating_point()):
             raise UnmovedError(f"{path}: {name!r}: expected {own[name].dtype}, came {value.dtype}")
     model.load_state_dict(state | {names[bare]: value for bare, value in tensors.items()})
@@ -142,21 +154,18 @@ def is_whole(path: Path) -> bool:
     """
     try:
         _read(path)
-    except DamagedFile:
+    except (DamagedFile, FileNotFoundError):
         return False
     except UnmovedError as error:
-        if error.__cause__ is not None and not isinstance(error.__cause__, FileNotFoundError):
+        if error.__cause__ is not None:
             raise
-        return False  # there is none, or a pickle in its place
+        return False  # a pickle in its place, or no regular file
     return True
 
 
-def _read(path: Path) -> dict[str, Tensor]:
-    try:
-        with open(path, "rb") as file:
-            start = file.read(9)
-    except OSError as error:
-        raise UnmovedError(f"{path}: expected a safetensors file: {error.strerror or error}") from error
+def _read(path: Path, fits: Callable[[dict[str, Tensor]], None] | None = None) -> dict[str, Tensor]:
+    with regular(path) as file:
+        start = file.read(9)
     # Eight bytes of length come first in safetensors, and may look like the magic; then the header, which is JSON.
     if start[8:] != b"{" and (path.suffix.lower() in _PICKLES or start.startswith(_PICKLE_MAGIC)):
         raise UnmovedError(
@@ -165,13 +174,18 @@ def _read(path: Path) -> dict[str, Tensor]:
         )
     try:
         with safe_open(path, framework="pt") as opened:
+            names = opened.keys()
+            if fits is not None and path.stat().st_size > MOST_UNSEEN:
+                fits({name: torch.empty(opened.get_slice(name).get_shape(), device="meta") for name in names})
             expected = (opened.metadata() or {}).get(CHECKSUM)  # files from elsewhere have none
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - it is no dict
+            tensors = {name: opened.get_tensor(name) for name in names}
             is_same = expected is None or expected == _checksum(tensors)
+    except UnmovedError:
+        raise
     except Exception as error:  # a header may claim what torch then refuses: sizes beyond 64 bits, types without views
         if is_want_of_memory(error) or isinstance(error, OSError):
             raise UnmovedError(f"{path}: cannot be read at the moment ({error or 'out of memory'})") from error
-        raise DamagedFile(f"{path}: not a whole safetensors file ({error}); copy or save it again") from error
+        raise DamagedFile(f"{path}: not a whole safetensors file ({brief(error)}); copy or save it again") from error
     if not is_same:
         raise DamagedFile(f"{path}: changed since it was saved (its checksum differs); copy or save it again")
     return tensors
