@@ -13,6 +13,7 @@ import torch
 
 from unmoved.disk import replacing
 from unmoved.errors import UnmovedError
+from unmoved.reading import require_regular
 
 NEWEST, PREVIOUS = "trainer.pt", "trainer.previous.pt"
 _SEAL = b"\nunmoved sha256 "  # and 64 hexadecimal digits, at the end of the file: all that comes before is whole
@@ -114,6 +115,7 @@ def load(folder: Path, tell: Callable[[str], None] = silent, *, mend: bool = Fal
 
 def _read(path: Path) -> dict[str, Any]:
     """A state; `_Damaged` where it is not what `save` wrote, any other error where that cannot be told now."""
+    require_regular(path, path.stat())
     with open(path, "rb") as file:
         _require_seal(file)
         file.seek(0)
@@ -130,14 +132,18 @@ def _read(path: Path) -> dict[str, Any]:
 def _require_seal(file: BinaryIO) -> None:
     """Read all of a file once, a piece at a time, and raise `_Damaged` unless it ends in its own checksum."""
     size = os.fstat(file.fileno()).st_size
-    left, digest, last = size - 64, hashlib.sha256(), b""
+    file.seek(max(size - 64 - len(_SEAL), 0))
+    if file.read(len(_SEAL)) != _SEAL:  # before all of it is read: it may be anything, and of any length
+        raise _Damaged("its checksum differs")
+    file.seek(0)
+    left, digest = size - 64, hashlib.sha256()
     while left > 0:
         piece = file.read(min(_CHUNK, left))
         if not piece:
             raise _Damaged("cut short")  # while it was read
         digest.update(piece)
-        left, last = left - len(piece), (last + piece)[-len(_SEAL) :]
-    if last != _SEAL or file.read() != digest.hexdigest().encode():
+        left -= len(piece)
+    if file.read() != digest.hexdigest().encode():
         raise _Damaged("its checksum differs")
 
 

@@ -43,7 +43,7 @@ def regular(path: Path) -> BinaryIO:
         UnmovedError: a folder, a pipe, a device or a socket; a file that may not be read.
     """
     try:
-        _require_regular(path, os.stat(path))  # first: to open a device may already do something
+        require_regular(path, os.stat(path))  # first: to open a device may already do something
         descriptor = os.open(path, _READING)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise FileNotFoundError(error.errno, error.strerror, str(path)) from None
@@ -54,14 +54,15 @@ def regular(path: Path) -> BinaryIO:
     except ValueError as error:  # characters that no path has
         raise UnmovedError(f"{str(path)!r:.500}: expected the path of a file, came: {brief(error)}") from error
     try:
-        _require_regular(path, os.fstat(descriptor))  # it may have been exchanged
+        require_regular(path, os.fstat(descriptor))  # it may have been exchanged
         return os.fdopen(descriptor, "rb")
     except BaseException:
         os.close(descriptor)
         raise
 
 
-def _require_regular(path: Path, status: os.stat_result) -> None:
+def require_regular(path: Path, status: os.stat_result) -> None:
+    """Raise `UnmovedError` unless this is the status of a regular file."""
     if not stat.S_ISREG(status.st_mode):
         kind = _KINDS.get(stat.S_IFMT(status.st_mode), "a device")
         raise UnmovedError(f"{path}: expected a regular file, came {kind}; correct the path, or remove it")

@@ -53,7 +53,7 @@ class Run:
     def create(cls, path: Path | str, recipe: dict[str, Any]) -> Run:
         """A new run folder; a folder that already holds a run is refused."""
         run = cls(path)
-        if (run.path / "recipe.toml").exists():
+        if os.path.lexists(run.path / "recipe.toml"):
             raise UnmovedError(f"{run.path} already holds a run: pass --resume to go on with it, or another --out")
         write_atomic(run.path / "provenance.json", _json({"format": FORMAT, **provenance(recipe)}))
         write_atomic(run.path / "recipe.toml", tomli_w.dumps(recipe).encode())

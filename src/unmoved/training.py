@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from pathlib import Path
@@ -94,7 +95,7 @@ def _is_done(run: Run, recipe: config.Recipe, progress: Callable[[dict[str, Any]
 
 def _begun(out: Path | str, tables: dict[str, Any]) -> Run | None:
     """The run of this recipe that the folder holds, if it holds one."""
-    if not (Path(out) / "recipe.toml").exists():
+    if not os.path.lexists(Path(out) / "recipe.toml"):
         return None
     run = Run.open(out)
     # Parsed: a folder of an older version lacks the keys that were added since, which have their defaults.
