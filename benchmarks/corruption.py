@@ -70,7 +70,7 @@ def main() -> None:
     times = {"seconds": seconds, "processor_seconds": processor, "load": load, "images_per_second": rate}
     result = {**facts, **settings, **times, "summary": summary}
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=2) + "\n")
+    options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

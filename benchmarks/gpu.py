@@ -135,7 +135,7 @@ def main(arguments: list[str] | None = None) -> None:
     facts |= {"timed_steps": options.steps, "rounds": options.rounds, "miniature": options.dry}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     facts |= {"rows": rows, "methods": table, "bars": judged}
-    options.out.write_text(json.dumps(facts, indent=2) + "\n")
+    options.out.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
 def line(row: dict[str, Any]) -> str:

@@ -131,7 +131,9 @@ def main() -> None:
     model, split, threat = load(args.run, args.n, args.all)
     table, seconds = run_peer(model, split, threat, args.alone, say=lambda line: print(line, flush=True))
     table.to_csv(args.out, index=False)
-    args.out.with_suffix(".json").write_text(json.dumps({"seconds": seconds, "threads": torch.get_num_threads()}))
+    args.out.with_suffix(".json").write_text(
+        json.dumps({"seconds": seconds, "threads": torch.get_num_threads()}), encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

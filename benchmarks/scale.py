@@ -144,7 +144,7 @@ def epoch(out: Path, samples: int, threads: int) -> None:
         exchange = seconds(lambda: engine.summed(fabric, gradients), 5, "cpu")
     if engine.rank() == 0:
         facts = {"epoch": log[1]["seconds"] - log[0]["seconds"], "exchange": exchange, "numbers": len(gradients)}
-        out.write_text(json.dumps(facts))
+        out.write_text(json.dumps(facts), encoding="utf-8")
 
 
 def by_processes(folder: Path, samples: int, repeats: int) -> dict[str, Any]:
@@ -156,7 +156,7 @@ def by_processes(folder: Path, samples: int, repeats: int) -> dict[str, Any]:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", __file__]
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
         subprocess.run([*command, WORKER, str(out), str(samples), str(threads)], check=True, env=environment)
-        rows[f"{count} x {threads}"].append(json.loads(out.read_text()))
+        rows[f"{count} x {threads}"].append(json.loads(out.read_text(encoding="utf-8")))
         out.unlink()
     return {
         name: {key: statistics.median(row[key] for row in found) for key in found[0]} for name, found in rows.items()
@@ -198,7 +198,7 @@ def main() -> None:
         print(f"an epoch of AT, processes x threads {name}: {row['epoch']:.1f} s, {ratio:.2f} times as fast as 1 x 1")
     numbers, exchange = found["2 x 1"]["numbers"], found["2 x 1"]["exchange"]
     print(f"exchange of {numbers:.0f} numbers between two processes: {exchange * 1e3:.1f} ms")
-    options.out.write_text(json.dumps(facts, indent=2) + "\n")
+    options.out.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ def main() -> None:
         print(f"{name:32}{1e3 * ours:8.1f}{1e3 * copies * theirs:9.1f}{ratio:8.3f}{bar:7.2f}{verdict}", flush=True)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     facts = {"hardware": hardware(), "torch": torch.__version__, "rounds": options.rounds, "rows": results}
-    options.out.write_text(json.dumps(facts, indent=2) + "\n")
+    options.out.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -136,7 +136,11 @@ def memory(who: str, name: str, what: str, device: str, precision: str) -> float
 def peak_mib() -> float:
     """The most that this process has held, where /proc tells; rusage would begin with the peak of its parent."""
     status = Path("/proc/self/status")
-    return int(status.read_text().partition("VmHWM:")[2].split()[0]) / 2**10 if status.exists() else float("nan")
+    return (
+        int(status.read_text(encoding="utf-8").partition("VmHWM:")[2].split()[0]) / 2**10
+        if status.exists()
+        else float("nan")
+    )
 
 
 def taught(name: str, device: str) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
@@ -216,7 +220,7 @@ def main() -> None:
             )
     options.out.parent.mkdir(parents=True, exist_ok=True)
     facts = {"hardware": hardware(), "torch": torch.__version__, "precision": options.precision, "pairs": options.pairs}
-    options.out.write_text(json.dumps(facts | {"strength": strengths, "rows": rows}, indent=2) + "\n")
+    options.out.write_text(json.dumps(facts | {"strength": strengths, "rows": rows}, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from unmoved import config, outcomes, pool
 from unmoved.errors import UnmovedError
 from unmoved.evaluation import evaluate_run, examine_run, weights_digest
 from unmoved.jobs import Job
+from unmoved.reading import readable
 from unmoved.run import Run
 from unmoved.training import train_recipe
 
@@ -42,7 +43,8 @@ def _done(job: Job, device: str) -> str:
         config.parse(job.tables), job.path, resume=True, allow=job.allow, device=device, progress=_say_notes
     )
     done = run.evaluation
-    if done is None or (done.get("weights_sha256"), done.get("asked")) != (weights_digest(run, "best"), job.attacks):
+    asked = weights_digest(run, "best"), readable(job.attacks)
+    if done is None or (done.get("weights_sha256"), done.get("asked")) != asked:
         evaluate_run(run, attacks=job.attacks, device=device, allow=job.allow)
     if (run.doctor or {}).get("weights_sha256") != weights_digest(run, "best"):
         examine_run(run, n=DOCTOR_SAMPLES, device=device, allow=job.allow)

@@ -28,7 +28,7 @@ from unmoved.components import (
 from unmoved.errors import UnmovedError, did_you_mean
 from unmoved.outcomes import CLEAN, WORST
 from unmoved.precision import PRECISIONS
-from unmoved.reading import LONGEST, require_plain, toml, toml_file
+from unmoved.reading import LONGEST, readable, require_plain, toml, toml_file
 from unmoved.threat import ThreatModel
 
 PIPES = (Path("/dev/fd"), Path("/dev"))
@@ -243,7 +243,9 @@ def read(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         raise UnmovedError(f"recipe {path}: no such file" + did_you_mean(str(path), here)) from None
     except (OSError, UnicodeError) as error:
         raise UnmovedError(f"recipe {path}: cannot be read: {error}") from error
-    tables.setdefault("name", "/".join(part for part in (path.parent.name, path.stem) if part))
+    tables.setdefault(
+        "name", readable("/".join(part for part in (path.parent.name, path.stem) if part)).replace("\\", "-")
+    )
     for override in overrides:
         _override(tables, override)
     return parse(tables, str(path))

@@ -159,7 +159,7 @@ def save(figure: Figure, path: Path) -> None:
     """
     if path.suffix != ".svg":
         raise UnmovedError(f"figure: expected a path ending in .svg, came {path}; for others use figure.savefig")
-    path.write_text(to_svg(figure), encoding="utf-8")
+    path.write_text(to_svg(figure), encoding="utf-8", errors="backslashreplace")
 
 
 def to_html(svg: str, name: str, label: str) -> str:

@@ -120,7 +120,7 @@ def evaluate_run(
                 "weights_sha256": weights_digest(run, weights),
                 "precision": precision,
                 "threat": {"norm": built.threat.norm, "eps": built.threat.radius},
-                "asked": attacks,
+                "asked": reading.readable(attacks),
                 "attacks": {name: repr(attack) for name, attack in chosen.items()},
                 "notes": [note for attack in chosen.values() for note in _notes(attack, split.num_classes)],
                 "classes": list(built.data.test.classes),

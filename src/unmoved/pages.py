@@ -89,8 +89,8 @@ def _save(path: Path, page: str, files: Mapping[Path, str]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         for file, svg in files.items():
             file.parent.mkdir(exist_ok=True)
-            file.write_text(svg, encoding="utf-8")
-        unfinished.write_text(page, encoding="utf-8")
+            file.write_text(svg, encoding="utf-8", errors="backslashreplace")
+        unfinished.write_text(page, encoding="utf-8", errors="backslashreplace")
         unfinished.replace(path)
     except OSError as error:
         with contextlib.suppress(OSError):

@@ -13,13 +13,15 @@ from typing import Any
 
 import torch
 
+from unmoved.reading import readable
+
 PACKAGES = ("unmoved", "torch", "lightning-fabric", "numpy", "scipy", "scikit-learn", "pandas", "pillow")
 
 
 def provenance(recipe: dict[str, Any]) -> dict[str, Any]:
     """A record of this machine and moment."""
     return {
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": readable(" ".join([Path(sys.argv[0]).name, *sys.argv[1:]])),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "seed": recipe.get("training", {}).get("seed"),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
@@ -53,7 +55,7 @@ def _version(package: str) -> str | None:
 
 def _processor() -> str:
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     except OSError:
@@ -64,8 +66,9 @@ def _processor() -> str:
 def _git() -> dict[str, Any] | None:
     """The commit of the current folder's repository and whether it has changes; None outside one."""
     try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
-        status = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, timeout=10)
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, timeout=10, check=True)
+        status = subprocess.run(["git", "status", "--porcelain"], capture_output=True, timeout=10)
     except (OSError, subprocess.SubprocessError):
         return None
-    return {"commit": commit.stdout.strip(), "dirty": bool(status.stdout.strip())}
+    # Bytes: the names of files may be of any encoding.
+    return {"commit": commit.stdout.decode("ascii").strip(), "dirty": bool(status.stdout.strip())}

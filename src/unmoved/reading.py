@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import stat
 import tomllib
 import zipfile
@@ -27,6 +28,7 @@ DOTS = 200  # in a line: tomllib's time grows with the square of a key's parts
 DEEPEST = 32  # tables and lists inside each other
 # What compressed files may grow to: far above what images and arrays do, far below what a bomb does (1000 times).
 ROOM, GROWTH = 2**30, 100
+_UNPAIRED = re.compile("[\ud800-\udfff]")  # what Python makes of such bytes, and no file in UTF-8 can hold
 WHOLE = range(-(2**63), 2**63)  # what TOML promises of an integer
 
 
@@ -249,8 +251,17 @@ def brief(error: Exception) -> str:
     return f"{type(error).__name__}: {words if len(words) <= 200 else words[:200] + ' ...'}"
 
 
+def readable(name: str) -> str:
+    """A path, or another word of the operating system, as text: bytes that are no UTF-8 become ``\\xff``."""
+    try:
+        data = name.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # no bytes of the system's, but half a character
+        data = name.encode("utf-8", "backslashreplace")
+    return data.decode("utf-8", "backslashreplace")
+
+
 def require_plain(value: Any, where: str) -> None:
-    """Raise `UnmovedError` where plain data is deeper than 32, a number larger than 64 bits, or a key not printable."""
+    """Raise `UnmovedError` where plain data is too deep, a number too large, a key not printable or a text no UTF-8."""
     waiting = [(value, 0)]
     while waiting:
         value, depth = waiting.pop()
@@ -263,5 +274,10 @@ def require_plain(value: Any, where: str) -> None:
             waiting += [(part, depth + 1) for part in value.values()]
         elif isinstance(value, list | tuple):
             waiting += [(part, depth + 1) for part in value]
+        elif isinstance(value, str) and _UNPAIRED.search(value):
+            raise UnmovedError(
+                f"{where}: expected text, came bytes that are no UTF-8: {value!r:.80}; give the file another name, or "
+                "a link to it"
+            )
         elif isinstance(value, int) and value not in WHOLE:
             raise UnmovedError(f"{where}: expected whole numbers of at most 64 bits, came one of {value.bit_length()}")

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from unmoved import screen
-from unmoved.cli.options import Allow, Device, Overrides, RecipePath, RunPath, app, console
+from unmoved.cli.options import Allow, Device, Overrides, RecipePath, RunPath, app
 
 
 @app.command()
@@ -34,7 +34,7 @@ def train(
 
     parsed = config.read(recipe, overrides)
     first = engine.rank(devices, nodes) == 0
-    console.quiet = not first  # the others would say the same
+    screen.console.quiet = not first  # the others would say the same
     epochs = parsed.training.epochs
     log = screen.tensorboard_log(out) if tensorboard and first else None
     with screen.bars() as add:
@@ -48,7 +48,7 @@ def train(
 
         def progress(record: dict[str, Any]) -> None:
             if "note" in record:
-                console.print(f"note: {record['note']}", highlight=False, soft_wrap=True)
+                screen.say(f"note: {record['note']}")
                 return
             if "share" in record:
                 advance(record["epoch"] + record["share"])
@@ -68,7 +68,7 @@ def train(
             progress=progress,
             loading=read,
         )
-    console.print(f"trained: {run.path}\nnext: unmoved evaluate {run.path}", soft_wrap=True)
+    screen.say(f"trained: {run.path}\nnext: unmoved evaluate {run.path}")
 
 
 @app.command()
@@ -118,15 +118,15 @@ def evaluate(
     for kind, table in tables.items():
         screen.print_summary({opened.name: table})
         for note in (getattr(opened, kind) or {}).get("notes", []):
-            console.print(f"note: {note}", soft_wrap=True)
-        console.print(f"saved: {run / kind}", soft_wrap=True)
+            screen.say(f"note: {note}")
+        screen.say(f"saved: {run / kind}")
     if validation:
         return  # neither a report nor the doctor reads it
     if ask_doctor:
         with screen.follow() as advance:
             answer = evaluation.examine_run(opened, allow=allow, device=device, progress=advance)
-        console.print(f"doctor: {answer['sentence'] or 'no objection'}", highlight=False, soft_wrap=True)
-    console.print(f"next: unmoved report {run}", soft_wrap=True)
+        screen.say(f"doctor: {answer['sentence'] or 'no objection'}")
+    screen.say(f"next: unmoved report {run}")
 
 
 @app.command()
@@ -143,4 +143,4 @@ def doctor(
     with screen.follow() as advance:
         answer = evaluation.examine_run(runs.Run.open(run), n=n, allow=allow, device=device, progress=advance)
     screen.print_findings(answer)
-    console.print(f"saved: {run / 'doctor.json'}", soft_wrap=True)
+    screen.say(f"saved: {run / 'doctor.json'}")

@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from unmoved.screen import console as console
-
+# In help texts a square bracket is markup; a backslash before it makes it a bracket.
 app = typer.Typer(
     help="Train image classifiers that small worst-case perturbations do not move, and measure how far that is true.",
     epilog="Start with: unmoved compare recipes/digits/standard.toml recipes/digits/at.toml",

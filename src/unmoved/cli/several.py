@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from unmoved import screen
-from unmoved.cli.options import Allow, Device, Overrides, app, console
+from unmoved.cli.options import Allow, Device, Overrides, app
 
 if TYPE_CHECKING:
     from unmoved.cluster import Cluster
@@ -25,7 +25,7 @@ def compare(
     workers: Annotated[
         int | None, typer.Option(min=1, help="Processes at a time; one a core by default, or all that a cluster holds.")
     ] = None,
-    on: Annotated[str, typer.Option(help="local, or ray: a Ray cluster that shares OUT (unmoved[ray]).")] = "local",
+    on: Annotated[str, typer.Option(help="local, or ray: a Ray cluster that shares OUT (unmoved\\[ray]).")] = "local",
     ray_address: Annotated[
         str | None, typer.Option(metavar="HOST:PORT", help="... this one; a running one by default, or a local one.")
     ] = None,
@@ -79,7 +79,7 @@ def compare(
         advance = add(f"{len(jobs)} runs", sum(job.epochs for job in jobs))
 
         def done(job: plans.Job, error: str | None) -> None:
-            console.print(f"failed: {job.label}" if error else f"done: {job.label}")
+            screen.say(f"failed: {job.label}" if error else f"done: {job.label}")
 
         def poll() -> None:
             advance(sum(map(screen.epochs_done, jobs)))
@@ -99,7 +99,7 @@ def compare(
                 sections += answer.sections
     path = reports.write(runs, out / "report.html", extra=sections, title=f"{_count(parsed, 'recipe')}, {runs_words}")
     screen.print_summary({f"{run.name} seed {run.seed}" if runs_each > 1 else run.name: run.outcomes for run in runs})
-    console.print(f"report: {path}", soft_wrap=True)
+    screen.say(f"report: {path}")
 
 
 def _cluster(on: str, address: str | None, cpus: int | None, gpus: float | None) -> Cluster | None:
@@ -133,7 +133,7 @@ def analyze(
     top: Annotated[int | None, typer.Option(min=1, help="corruption: corrupt at most this many weights.")] = None,
     deep: Annotated[bool, typer.Option("--deep/--no-deep", help="corruption: also layers and loss surfaces.")] = True,
     with_hessian: Annotated[
-        bool, typer.Option("--hessian", help="corruption: also trace and top eigenvalue (unmoved[hessian]).")
+        bool, typer.Option("--hessian", help="corruption: also trace and top eigenvalue (unmoved\\[hessian]).")
     ] = False,
     weights: Annotated[str, typer.Option(help="best (by validation robust accuracy) or last.")] = "best",
     allow: Allow = [],  # noqa: B006
@@ -157,8 +157,8 @@ def analyze(
         answer = studies.study(what, found, progress=advance, **settings)
     page = answer.write(out)
     for sentence in answer.verdict:
-        console.print(f"- {sentence}", highlight=False, soft_wrap=True)
-    console.print(f"saved: {page.parent}\npage: {page}", soft_wrap=True)
+        screen.say(f"- {sentence}")
+    screen.say(f"saved: {page.parent}\npage: {page}")
 
 
 def _numbers(option: str, text: str | None) -> list[float] | None:
@@ -184,4 +184,4 @@ def report(
     from unmoved import run as folders
 
     path = reports.write([folders.Run.open(run) for run in runs], out, title=title)
-    console.print(f"report: {path}", soft_wrap=True)
+    screen.say(f"report: {path}")

@@ -11,8 +11,8 @@ from typing import Annotated
 import tomli_w
 import typer
 
-from unmoved.cli.options import Overrides, app, console
-from unmoved.screen import plain
+from unmoved import screen
+from unmoved.cli.options import Overrides, app
 
 
 @app.command()
@@ -40,15 +40,15 @@ def list_() -> None:
     from unmoved.reading import regular
 
     for kind, members in components.KINDS.items():
-        console.print(f"[bold]{kind}[/bold]")
+        screen.say(kind, style="bold")
         for name, factory in sorted(members.items()):
             summary = (inspect.getdoc(factory) or "").split("\n")[0]
-            console.print(f"  {name:24} {summary}", markup=False, highlight=False, soft_wrap=True)
-    console.print("[bold]recipes[/bold]")
+            screen.say(f"  {name:24} {summary}")
+    screen.say("recipes", style="bold")
     for path in sorted(Path("recipes").glob("*/*.toml")):
         try:
             with regular(path) as file:
                 first = file.readline(200).decode(errors="replace").removeprefix("#").strip()
         except (OSError, UnmovedError):
             continue
-        console.print(f"  {plain(str(path)):40} {plain(first)}", markup=False, highlight=False, soft_wrap=True)
+        screen.say(f"  {path!s:40} {first}")

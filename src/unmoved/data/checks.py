@@ -13,6 +13,7 @@ from torch import Tensor
 
 from unmoved.errors import UnmovedError, require_choice, require_number, require_seed, require_whole
 from unmoved.preconditions import require_images, require_labels
+from unmoved.reading import readable
 
 CHANNELS = (1, 2, 3, 4)
 MOST_CLASSES = 1_000_000  # a larger label is no label, and its names alone would fill the memory
@@ -159,7 +160,7 @@ def as_classes(what: str, classes: Sequence[str] | None, largest: int) -> tuple[
     """At least two distinct class names that cover the labels; ``"0"``, ``"1"``, ... unless they are given."""
     if isinstance(classes, str):
         raise UnmovedError(f"{what}: expected a sequence of class names, came the single text {classes!r}")
-    names = numbered(what, largest) if classes is None else tuple(str(name) for name in classes)
+    names = numbered(what, largest) if classes is None else tuple(readable(str(name)) for name in classes)
     if len(names) < 2 or len(set(names)) < len(names):
         raise UnmovedError(f"{what}: expected at least two classes with distinct names, came {names[:10]}")
     if largest >= len(names):

@@ -16,6 +16,7 @@ from unmoved.data.decode_all import Progress, decode_all
 from unmoved.data.splits import ArraySplit, DataSet
 from unmoved.data.trees import Tree, tree
 from unmoved.errors import UnmovedError
+from unmoved.reading import readable
 
 
 def folder(
@@ -79,9 +80,10 @@ def _decoded(source: Tree, pixels: Pixels, skip_corrupt: bool, progress: Progres
 
 def _data_set(decoded: Decoded, name: str, test: float, seed: int) -> DataSet:
     images, labels = torch.from_numpy(decoded.images), torch.from_numpy(decoded.labels)
+    classes = tuple(map(readable, decoded.classes))
 
     def part(x: torch.Tensor, y: torch.Tensor) -> ArraySplit:
-        return ArraySplit(x, y, torch.arange(len(y)), decoded.classes, name)
+        return ArraySplit(x, y, torch.arange(len(y)), classes, name)
 
     cut = decoded.train
     whole = cut == len(labels)

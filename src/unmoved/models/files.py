@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from unmoved.disk import write_atomic
 from unmoved.errors import UnmovedError, is_want_of_memory
-from unmoved.reading import brief, regular
+from unmoved.reading import brief, readable, regular
 
 _PICKLES = {".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt", ".tar"}
 _PICKLE_MAGIC = (b"PK\x03\x04", b"\x80")  # torch.save since 1.6 writes a zip; before it, and pickle itself, protocol 2+
@@ -173,7 +174,7 @@ def _read(path: Path, fits: Callable[[dict[str, Tensor]], None] | None = None) -
             "it, convert it: safetensors.torch.save_file(torch.load(path, weights_only=True), 'weights.safetensors')"
         )
     try:
-        with safe_open(path, framework="pt") as opened:
+        with _named(path) as place, safe_open(place, framework="pt") as opened:
             names = opened.keys()
             if fits is not None and path.stat().st_size > MOST_UNSEEN:
                 fits({name: torch.empty(opened.get_slice(name).get_shape(), device="meta") for name in names})
@@ -189,6 +190,16 @@ def _read(path: Path, fits: Callable[[dict[str, Tensor]], None] | None = None) -
     if not is_same:
         raise DamagedFile(f"{path}: changed since it was saved (its checksum differs); copy or save it again")
     return tensors
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[str]:
+    """The path; another name of the same file, that lasts as long, where safetensors refuses it: it is no UTF-8."""
+    if not str(path).isascii() and str(path) != readable(str(path)):
+        with regular(path) as file:
+            yield f"/dev/fd/{file.fileno()}"
+    else:
+        yield str(path)
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> str:
