@@ -320,7 +320,7 @@ def test_each_pass_of_a_defense_sees_the_same_adversarial_images() -> None:
         fit(model, Method(PGD(THREAT, steps=2), CE(), defense), PART.take(64))
         hook.remove()
         assert len(seen) == passes
-        assert all(part is seen[0] for part in seen)
+        assert all(torch.equal(part, seen[0]) for part in seen)
 
 
 def test_terms_and_attacks_that_remember_are_updated_once_a_step() -> None:

@@ -50,7 +50,7 @@ def trained() -> dict[str, nn.Module]:
 
 def first_gradient(model: nn.Module, batch: Batch, form: str = "float32") -> tuple[Tensor, Tensor]:
     """The gradient that an attack's first step goes by, and the logits."""
-    with precision.autocast(form, "cpu"), attacking(model, batch, "eval") as views:
+    with precision.autocast(form, "cpu"), attacking(model, batch, LINF) as views:
         _, gradient, logits = gradient_at(views, batch.x, terms.CE())
     return gradient, logits
 

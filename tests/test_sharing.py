@@ -56,7 +56,7 @@ class InPlace:
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
         kept, _ = batch.x.clone(), CLIMB(model, batch)
-        batch.x.add_(0.1)
+        batch.x.add_(0.1).clamp_(0, 1)
         x_adv = CLIMB(model, batch)
         batch.x.copy_(kept)
         return x_adv

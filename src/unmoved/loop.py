@@ -26,7 +26,7 @@ from unmoved.schedule import Phases
 from unmoved.state import Means, TrainerState
 from unmoved.step import train_step
 from unmoved.terms.sum import snake_case, stateful
-from unmoved.threat import ThreatModel
+from unmoved.threat import ThreatModel, bounds_of
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -92,6 +92,8 @@ def train(
     if validation is not None and threat is None:
         raise UnmovedError("train: validation needs the threat model to judge by; pass threat=ThreatModel(...)")
     phases = Phases.of(method)
+    # A phase without an attack sees the same images as the others.
+    bounds = next(filter(None, (bounds_of(m.attack) for _, m in phases.phases)), None)
     fabric = engine.prepare(device) if fabric is None else fabric
     rank, count = fabric.global_rank, fabric.world_size
     if count > 1:
@@ -153,6 +155,7 @@ def train(
                             attacked=attacked,
                             backward=backward,
                             watch=watch,
+                            bounds=bounds,
                         )
                     except UnmovedError as error:
                         raise _stopped(error, epoch, run) from error

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from unmoved.errors import UnmovedError
 
@@ -19,7 +22,7 @@ _without_waiting: ContextVar[bool] = ContextVar("without_waiting", default=False
 
 @contextmanager
 def without_waiting() -> Iterator[None]:
-    """Inside, values on a device other than the CPU are taken on trust: to look at them is to wait for the device."""
+    """Inside, images and labels are taken on trust: to look at what lies on a GPU is to wait for it."""
     token = _without_waiting.set(True)
     try:
         yield
@@ -28,7 +31,7 @@ def without_waiting() -> Iterator[None]:
 
 
 def _may_look(values: Tensor) -> bool:
-    return values.numel() > 0 and (values.device.type == "cpu" or not _without_waiting.get())
+    return values.numel() > 0 and not _without_waiting.get()
 
 
 def require_images(x: Tensor, bounds: tuple[float, float] = (0.0, 1.0), where: str = "images") -> None:
@@ -59,8 +62,8 @@ def _cause(x: Tensor, low: float, high: float) -> str:
             "images are made"
         )
     least, most, width = finite.min().item(), finite.max().item(), high - low
-    if least > low - 0.02 * width and most < high + 0.02 * width:
-        return f"they are just outside, as after a resize or an augmentation: use images.clamp({low:g}, {high:g})"
+    if least > low - 0.02 * width and most < high + width:
+        return f"they leave it a little, as after a resize or an augmentation: use images.clamp({low:g}, {high:g})"
     if least >= 0 and high <= 1:
         return f"they look like images of {'0..255: divide by 255' if most <= 255 else '16 bits: divide by 65535'}"
     return (
@@ -100,7 +103,7 @@ def require_per_sample(values: object, size: int, name: str) -> None:
         size: number of samples.
         name: what the message calls the term.
     """
-    if isinstance(values, Tensor) and values.shape == (size,) and values.is_floating_point():
+    if _is_per_sample(values, size):
         return
     came = f"{values.dtype} of shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
     advice = "return a tensor with the value of each sample"
@@ -112,3 +115,95 @@ def require_per_sample(values: object, size: int, name: str) -> None:
         elif math.prod(values.shape[:1]) == size:
             advice = "sum over the classes, as values.sum(dim=1) does"
     raise UnmovedError(f"{name}: expected a loss of each sample, floats of shape ({size},), came {came}; {advice}")
+
+
+def _is_per_sample(values: object, size: int) -> bool:
+    return isinstance(values, Tensor) and values.shape == (size,) and values.is_floating_point()
+
+
+def require_callable(name: str, value: object, arguments: str, order: str = "") -> None:
+    """Raise `UnmovedError` unless ``value`` can be called with ``arguments``, words such as ``"model, batch"``.
+
+    A signature that Python cannot read is taken on trust.
+
+    Args:
+        order: what to do, for whoever has confused two things.
+    """
+    words = f"{name}: expected something that is called with ({arguments}), came "
+    advice = f"; {order}" if order else ""
+    if isinstance(value, type) or _is_factory(value):
+        own = getattr(value, "__name__", "")
+        raise UnmovedError(f"{words}the {'class' if isinstance(value, type) else 'function'} {own}; use {own}(...)")
+    if not callable(value):
+        raise UnmovedError(f"{words}{_kind(value)}{advice}")
+    signature = _signature_of(value)
+    if signature is not None:
+        try:
+            signature.bind(*arguments.split(", "))
+        except TypeError:
+            raise UnmovedError(f"{words}{_kind(value)}, which takes {signature}{advice}") from None
+
+
+_TERM = (
+    'a term is called with the views of a batch and returns (B,): terms.CE("adv"), or a function of views.adv and '
+    "views.y"
+)
+
+
+def require_term(name: str, value: object) -> None:
+    """`require_callable` for a term, which is called with views."""
+    require_callable(name, value, "views", _TERM)
+
+
+def require_loss(name: str, value: object) -> None:
+    """Raise `UnmovedError` unless ``value`` may be the loss of an attack; how it is called is seen with its values."""
+    if not callable(value) or isinstance(value, type) or _is_factory(value):
+        require_term(name, value)
+
+
+def values_of(term: Callable[[Any], Any], views: Any, what: str) -> Tensor:
+    """``term(views)``, (B,); ``what`` the term is, such as ``"term"``, comes before its repr in messages.
+
+    Raises:
+        UnmovedError: the term takes other arguments, as the losses of torch do, or returns something else.
+    """
+    try:
+        values = term(views)
+    except TypeError:
+        require_term(f"{what} {term!r:.80}", term)
+        raise
+    if not _is_per_sample(values, len(views.y)):  # asked first: a repr takes longer than all this
+        require_per_sample(values, len(views.y), f"{what} {term!r:.80}")
+    return cast(Tensor, values)
+
+
+def require_attack(name: str, value: object) -> None:
+    """`require_callable` for an attack."""
+    require_callable(name, value, "model, batch", "an attack is one of unmoved.attacks, such as PGD(threat)")
+
+
+def _is_factory(value: object) -> bool:
+    """Whether it is one of our functions that make a term or an attack, and are none."""
+    return inspect.isfunction(value) and value.__module__.startswith(("unmoved.attacks.", "unmoved.terms."))
+
+
+def _signature_of(value: Callable[..., object]) -> inspect.Signature | None:
+    """The signature of a function, or of the calls of an object; a module's is that of its forward."""
+    with suppress(ValueError):
+        if isinstance(value, nn.Module):
+            return inspect.signature(value.forward)
+        if inspect.isroutine(value) or isinstance(value, functools.partial):
+            return inspect.signature(value)
+        return _signature_of_kind(type(value))  # type: ignore[arg-type]
+    return None
+
+
+@functools.cache  # frozen values are made anew at each step of a ramp
+def _signature_of_kind(kind: type) -> inspect.Signature:
+    signature = inspect.signature(kind.__call__)
+    return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+
+def _kind(value: object) -> str:
+    """What came, in a word or two."""
+    return "None" if value is None else str(getattr(value, "__name__", type(value).__name__))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from unmoved.errors import UnmovedError
+from unmoved.preconditions import require_attack, require_callable, require_term
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -185,11 +186,22 @@ class Method:
     """What a training step does: the attack makes x_adv, the objective is minimised, the defense takes the step.
 
     ``attack=None`` trains on clean images (the adversarial view is then the clean one); ``defense=None`` is `Plain`.
+
+    Raises:
+        UnmovedError: a class in place of what it makes, or one kind of component in the place of another.
     """
 
     attack: Attack | None
     objective: Term
     defense: ParameterDefense | None = None
+
+    def __post_init__(self) -> None:
+        if self.attack is not None:
+            require_attack("Method.attack", self.attack)
+        require_term("Method.objective", self.objective)
+        if self.defense is not None:
+            order = "a defense is one of unmoved.defenses, such as AWP()"
+            require_callable("Method.defense", self.defense, "model, optimizer, backward", order)
 
 
 class Split(Protocol):

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from unmoved.errors import UnmovedError, keep_field, number_field, require_number
+from unmoved.errors import UnmovedError, keep_field, number_field, require_number, require_whole
 from unmoved.protocols import Method
 
 
@@ -87,6 +87,10 @@ class Phases:
     phases: tuple[tuple[int, Method], ...]
 
     def __init__(self, *phases: tuple[int, Method]) -> None:
+        for phase in phases:
+            if not isinstance(phase, tuple | list) or len(phase) != 2 or not isinstance(phase[1], Method):
+                raise UnmovedError(f"phases: expected pairs (from_epoch, Method(...)), came {phase!r:.80}")
+        phases = tuple((require_whole("phases: from_epoch", start), method) for start, method in phases)
         object.__setattr__(self, "phases", phases)
         starts = [start for start, _ in phases]
         if not starts or starts[0] != 0 or any(b <= a for a, b in zip(starts, starts[1:], strict=False)):
@@ -99,7 +103,11 @@ class Phases:
     def of(method: Method | Phases | Sequence[tuple[int, Method]]) -> Phases:
         if isinstance(method, Phases):
             return method
-        return Phases((0, method)) if isinstance(method, Method) else Phases(*method)
+        if isinstance(method, Method):
+            return Phases((0, method))
+        if not isinstance(method, Sequence):
+            raise UnmovedError(f"method: expected Method(attack, objective, defense), came {type(method).__name__}")
+        return Phases(*method)
 
     def at(self, epoch: float, epochs: int) -> Method:
         """The method at a fractional epoch of a training of ``epochs`` epochs, with its ramps resolved."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,8 +15,10 @@ from unmoved import precision as formats
 from unmoved import processes, sharing
 from unmoved.defenses import Plain
 from unmoved.errors import UnmovedError
+from unmoved.preconditions import require_images, without_waiting
 from unmoved.protocols import Batch, Method, StatefulAttack
 from unmoved.terms.sum import as_sum, stateful
+from unmoved.threat import bounds_of
 from unmoved.views import Views
 
 
@@ -44,6 +47,7 @@ def train_step(
     attacked: nn.Module | None = None,
     backward: Callable[[Tensor], Any] = Tensor.backward,
     watch: bool = True,
+    bounds: tuple[float, float] | None = None,
 ) -> Step:
     """One step of a method: make x_adv once, then let the defense take gradient and step.
 
@@ -54,11 +58,31 @@ def train_step(
         precision: ``"auto"``, ``"float32"`` or ``"bf16"``; parameters stay float32.
         attacked: the bare module where ``model`` is a wrapper.
         backward: what turns a loss into gradients, where an engine has its own.
-        watch: whether to look at the loss, for which a GPU has to be waited for.
+        watch: whether to look at images, labels and the loss, for which a GPU has to be waited for.
+        bounds: smallest and largest valid pixel value, where the attack has no threat model that says it; [0, 1].
 
     Raises:
-        UnmovedError: with ``watch``, a loss that is not finite; raised before anything is changed.
+        UnmovedError: with ``watch``, images out of bounds, labels beyond the logits, a loss that is
+            not finite; a term that does not return (B,). Raised before anything is changed.
     """
+    with nullcontext() if watch else without_waiting():
+        if not isinstance(method, Method) or not isinstance(batch, Batch):
+            came = f"{type(method).__name__} and {type(batch).__name__}"
+            raise UnmovedError(f"train_step: expected a Method and a Batch, came {came}; use Method(attack, objective)")
+        require_images(batch.x, bounds_of(method.attack) or bounds or (0.0, 1.0))
+        return _step(model, method, optimizer, batch, precision, attacked, backward, watch)
+
+
+def _step(
+    model: nn.Module,
+    method: Method,
+    optimizer: Optimizer,
+    batch: Batch,
+    precision: str,
+    attacked: nn.Module | None,
+    backward: Callable[[Tensor], Any],
+    watch: bool,
+) -> Step:
     objective, bare = as_sum(method.objective), model if attacked is None else attacked
     shared = sharing.Clean(model, batch, precision) if sharing.is_modeless(bare) else None
     x_adv = None

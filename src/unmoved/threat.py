@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from unmoved import noise
-from unmoved.errors import UnmovedError, require_choice
+from unmoved.errors import UnmovedError, require_choice, require_number
 from unmoved.protocols import Batch, Image, PerSample
 from unmoved.schedule import Ramp, number, ramp_field
 
@@ -49,6 +51,30 @@ def _soft_threshold(size: Tensor, room: Tensor, eps: float | Tensor) -> Tensor:
     return torch.where(total > goal, kept * (goal / total.clamp_min(1e-30)), kept)
 
 
+def require_threat(name: str, value: object) -> None:
+    """Raise `UnmovedError` unless ``value`` is a `ThreatModel`."""
+    if not isinstance(value, ThreatModel):
+        came = f"the class {value.__name__}" if isinstance(value, type) else f"{value!r:.80}"
+        raise UnmovedError(f'{name}: expected a ThreatModel, such as ThreatModel("linf", 8 / 255), came {came}')
+
+
+def bounds_of(attack: object) -> tuple[float, float] | None:
+    """Smallest and largest pixel value of the images that an attack was made for; None where it does not tell."""
+    threat = getattr(attack, "threat", None)
+    return threat.bounds if isinstance(threat, ThreatModel) else None
+
+
+def _bounds(bounds: Any) -> tuple[float, float]:
+    """As plain numbers."""
+    ends = list(bounds) if isinstance(bounds, Iterable) and not isinstance(bounds, str) else []
+    if len(ends) != 2:
+        raise UnmovedError(f"threat.bounds: expected (smallest, largest) pixel value, came {bounds!r:.80}")
+    low, high = (require_number("threat.bounds", end) for end in ends)
+    if not low < high:
+        raise UnmovedError(f"threat.bounds: expected (smallest, largest) pixel value, came {(low, high)}")
+    return low, high
+
+
 @dataclass(frozen=True)
 class ThreatModel:
     """The ball ``{x' : ||x' - x||_norm <= eps}`` intersected with the box of valid images.
@@ -69,8 +95,7 @@ class ThreatModel:
     def __post_init__(self) -> None:
         require_choice("threat.norm", self.norm, NORMS)
         ramp_field(self, "threat.eps", at_least=0)
-        if not self.bounds[0] < self.bounds[1]:
-            raise UnmovedError(f"threat.bounds: expected (smallest, largest) pixel value, came {self.bounds}")
+        object.__setattr__(self, "bounds", _bounds(self.bounds))
         largest = max(self.eps.start, self.eps.stop) if isinstance(self.eps, Ramp) else self.eps
         if self.norm == "linf" and largest > self.bounds[1] - self.bounds[0]:
             raise UnmovedError(

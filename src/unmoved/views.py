@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from unmoved.errors import UnmovedError, require_choice
+from unmoved.preconditions import require_labels
 from unmoved.protocols import Batch, Image, Index, Label, Logits
 
 
@@ -19,7 +20,7 @@ def logits(model: nn.Module, x: Image) -> Logits:
     Raises:
         UnmovedError: the model returns something other than a (B, K) tensor.
     """
-    out: Any = model(x)
+    out: Any = model(x.clone())  # a forward may write into its input
     if not isinstance(out, Tensor):
         raise UnmovedError(
             f"model {type(model).__name__}: expected logits of shape (B, K), came a {type(out).__name__}; "
@@ -43,7 +44,7 @@ class Views:
 
     ``Views(model, batch, x_adv)`` computes logits when they are first asked for, unless ``given`` has those of the
     clean images then. Without ``x_adv`` the adversarial view is the clean one. ``Views.of(y=..., clean=..., adv=...)``
-    takes ready logits.
+    takes ready logits. Labels that the logits have no column for are refused with the first logits of a batch.
 
     Attributes:
         y: (B,) int64 labels.
@@ -68,6 +69,7 @@ class Views:
         self._constant: Logits | None = None
         self._adv: Logits | None = None
         self._target: Label | None = batch.target
+        self._fits = False
         self.y: Label = batch.y
         self.index: Index = batch.index
 
@@ -85,23 +87,25 @@ class Views:
         views = cls.__new__(cls)
         views._model = views._batch = views._x_adv = views._base = views._given = None
         views._clean, views._constant, views._adv = clean, None, adv
-        views.y, views._target = y, target
+        views.y, views._target, views._fits = y, target, False
         views.index = torch.arange(len(y), device=y.device) if index is None else index
         for name, value in (("clean", clean), ("adv", adv)):
             if value is not None and (value.ndim != 2 or len(value) != len(y)):
                 raise UnmovedError(f"Views.of {name}: expected ({len(y)}, K) logits, came {tuple(value.shape)}")
+            if value is not None:
+                views._fit(value)
         return views
 
     def at(self, x_adv: Image) -> Views:
         """The same batch with another adversarial image; the clean logits are computed once for all and constant."""
         views = Views(self.model, self.batch, x_adv)
-        views._base, views._target = self, self._target
+        views._base, views._target, views._fits = self, self._target, self._fits
         return views
 
     def take(self, which: Tensor) -> Views:
         """The views of the samples chosen by a mask or by positions, with the clean logits already computed."""
         views = Views(self.model, self.batch.take(which), None if self._x_adv is None else self._x_adv[which])
-        views._base = None if self._base is None else self._base.take(which)
+        views._base, views._fits = None if self._base is None else self._base.take(which), self._fits
         views._clean = None if self._clean is None else self._clean[which]
         views._constant = None if self._constant is None else self._constant[which]
         views._adv = None if self._adv is None else self._adv[which]
@@ -153,6 +157,7 @@ class Views:
                 self._clean = None if self._given is None else self._given()
                 if self._clean is None:
                     self._clean = logits(self._model, self._batch.x)
+                self._fit(self._clean)
             else:
                 raise UnmovedError("this term needs the clean logits: pass Views.of(..., clean=logits)")
         return self._clean
@@ -168,6 +173,7 @@ class Views:
                 if self._constant is None:
                     with torch.no_grad():
                         self._constant = logits(self.model, x)
+                self._fit(self._constant)
         return self._constant
 
     @property
@@ -176,7 +182,19 @@ class Views:
             if self._model is None:
                 raise UnmovedError("this term needs the adversarial logits: pass Views.of(..., adv=logits)")
             self._adv = self.clean if self._x_adv is None else logits(self._model, self._x_adv)
+            self._fit(self._adv)
         return self._adv
+
+    def _fit(self, logits: Logits) -> None:
+        """Before any term indexes logits by labels, once for a batch: each label, and each class aimed at, has one."""
+        if self._fits:
+            return
+        require_labels(self.y, logits.shape[1])
+        if self._target is not None:
+            require_labels(self._target, logits.shape[1], "Batch.target")
+        self._fits = True
+        if self._base is not None:
+            self._base._fits = True
 
     def has(self, view: str) -> bool:
         """Whether the logits of ``"clean"`` or ``"adv"`` are there already, so that reading them costs no pass."""

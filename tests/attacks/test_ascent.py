@@ -38,7 +38,7 @@ def test_a_success_in_bf16_alone_is_none():
 def test_a_climb_in_bf16_ends_with_successes_of_float32_alone():
     model, y = Rounds(), torch.ones(3, dtype=torch.long)
     batch, attack = Batch(torch.full((3, 1, 2, 2), 0.5), y), APGD(ThreatModel("linf", 0.1), steps=3)
-    with torch.autocast("cpu", dtype=torch.bfloat16), attacking(model, batch, "eval") as views:
+    with torch.autocast("cpu", dtype=torch.bfloat16), attacking(model, batch, attack.threat) as views:
         assert not attack._climb(views, batch.x, None).wrong.any()
 
 

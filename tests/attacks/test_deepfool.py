@@ -117,7 +117,7 @@ def test_refuses_what_it_cannot():
         def forward(self, x):
             return model(x.detach())
 
-    with pytest.raises(UnmovedError, match="differentiable in its input"):
+    with pytest.raises(UnmovedError, match="differentiable in the image"):
         DeepFool(BALLS["l2"])(Cut(), batch)
     with pytest.raises(UnmovedError, match=r"DeepFool: expected norm linf or l2, came l1.*use FMN"):
         DeepFool(ThreatModel("l1", 1.0))

@@ -136,11 +136,11 @@ def test_comes_back_from_a_first_point_that_is_far(norm):
 
 def test_the_nearest_point_is_kept():
     model, batch = linear(2, n=3)
-    with searching(model, Batch(batch.x, torch.tensor([1, 0, 1]))) as views:
+    with searching(model, Batch(batch.x, torch.tensor([1, 0, 1])), BALLS["l2"]) as views:
         lost = views.clean.argmax(1) != views.y
         assert lost.any()
         assert torch.equal(Nearest(views, "l2").distance == 0, lost)
-    with searching(model, batch) as views:
+    with searching(model, batch, BALLS["l2"]) as views:
         kept = Nearest(views, "l2")
         far, near = batch.x + 0.1, batch.x + 0.05
         yes = torch.ones(3, dtype=torch.bool)

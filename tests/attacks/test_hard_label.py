@@ -52,7 +52,7 @@ def test_the_estimated_normal():
     towards = -(2 * batch.y - 1)[:, None, None, None] * (w / w.norm()).reshape(1, 1, 4, 4)
     boundary = batch.x + towards * nearest(model, batch, "l2")[:, None, None, None]
     attack, radius = HopSkipJump(BALLS["l2"]), torch.full((len(batch),), 0.1, dtype=torch.float64)
-    with searching(model, batch) as views, torch.no_grad():
+    with searching(model, batch, BALLS["l2"]) as views, torch.no_grad():
         for share, cosine in ((0.0, 0.9), (0.4, 0.85)):
             normals = [attack._normal(views, boundary + share * 0.1 * towards, radius, 200, t) for t in (1, 2)]
             units = [normal / normal.flatten(1).norm(dim=1)[:, None, None, None] for normal in normals]

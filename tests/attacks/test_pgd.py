@@ -101,7 +101,7 @@ def test_best_includes_the_final_iterate_and_never_the_clean_image(trained):
 def test_kl_needs_its_start(trained):
     """T8: at the clean image the gradient of KL is rounding noise; from the gaussian start it is not."""
     model, batch = trained
-    with attacking(model, batch, "eval") as views:
+    with attacking(model, batch, LINF) as views:
         _, at_clean, _ = gradient_at(views, batch.x, KL())
         start = PGD(LINF, loss=KL(), start="gaussian", steps=0)(model, batch)
         _, at_start, _ = gradient_at(views, start, KL())
@@ -164,7 +164,7 @@ def test_summed_loss_survives_a_saturated_model(trained):
     model, batch = trained
     from unmoved.attacks.ascent import attacking, gradient_at
 
-    with attacking(model, batch, "eval") as views:
+    with attacking(model, batch, LINF) as views:
         _, whole, _ = gradient_at(views, batch.x, CE())
         _, single, _ = gradient_at(views.take(torch.tensor([5])), batch.x[5:6], CE())
     assert torch.allclose(whole[5:6], single, atol=1e-6)

@@ -50,7 +50,7 @@ def test_the_estimate_is_the_gradient_on_average():
     weight = (model[1].weight[1] - model[1].weight[0]).reshape(1, 1, 4, 4)
     truth = -weight * (2 * batch.y - 1)[:, None, None, None]
     for samples in (100, 1600):
-        with attacking(model, batch, "eval") as views, torch.no_grad():
+        with attacking(model, batch, LINF) as views, torch.no_grad():
             estimate = SPSA(LINF, samples=samples)._estimate(views, views.x, step=3)
         error = (estimate - truth).flatten(1).norm(dim=1).square().mean().sqrt() / weight.norm()
         assert float(error) == pytest.approx((15 / samples) ** 0.5, rel=0.3)

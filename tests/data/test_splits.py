@@ -136,7 +136,7 @@ Y = np.array([0, 1, 0, 1])
 @pytest.mark.parametrize(
     ("images", "labels", "settings", "message"),
     [
-        (GOOD.astype(float) + 1.5, Y, {}, r"in \[0, 1\], came 1.5 to 1.5; .*divide by 255"),
+        (GOOD.astype(float) + 1.5, Y, {}, r"in \[0, 1\], came 1.5 to 1.5; .*augmentation"),
         (GOOD - 0.1, Y, {}, r"in \[0, 1\]"),
         (np.full(GOOD.shape, np.nan), Y, {}, r"in \[0, 1\], came nan to nan"),
         (np.full(GOOD.shape, np.inf), Y, {}, r"in \[0, 1\]"),

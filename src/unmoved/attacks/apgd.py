@@ -17,9 +17,10 @@ from unmoved.attacks.rounds import Retired, Round, compacts, in_rounds
 from unmoved.attacks.smooth import smoothed
 from unmoved.errors import UnmovedError, keep_field, number_field, require_seed, whole_field
 from unmoved.precision import exact
+from unmoved.preconditions import require_loss
 from unmoved.protocols import Batch, Image, Term
 from unmoved.terms import CE
-from unmoved.threat import ThreatModel
+from unmoved.threat import ThreatModel, require_threat
 from unmoved.views import Views
 
 
@@ -66,6 +67,8 @@ class APGD:
     smooth: float = 0.0
 
     def __post_init__(self) -> None:
+        require_threat("APGD.threat", self.threat)
+        require_loss("APGD.loss", self.loss)
         number_field(self, "APGD.smooth", at_least=0)
         for name, least in (("steps", 1), ("restarts", 1), ("targets", 0), ("draws", 1)):
             whole_field(self, f"APGD.{name}", at_least=least)
@@ -74,9 +77,9 @@ class APGD:
             raise UnmovedError(f"APGD.large_first: expected the norm l1, came {self.threat.norm}; leave it out")
 
     def __call__(self, model: nn.Module, batch: Batch) -> Image:
-        if self.threat.radius == 0 or len(batch) == 0:
-            return batch.x.detach().clone()
-        with attacking(model, batch, "eval") as views, smoothed(self.smooth), self._own_randomness():
+        with attacking(model, batch, self.threat) as views, smoothed(self.smooth), self._own_randomness():
+            if self.threat.radius == 0 or len(batch) == 0:
+                return views.x.clone()
             return in_rounds(
                 views, self.restarts, self.targets, self._start, self._climb, until_broken=self.until_broken
             )

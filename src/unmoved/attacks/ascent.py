@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from unmoved import views as seen
 from unmoved.errors import UnmovedError
 from unmoved.precision import exact
+from unmoved.preconditions import require_images, values_of
 from unmoved.protocols import Batch, Image, Label, Logits, PerSample, Term
+from unmoved.threat import ThreatModel
 from unmoved.views import Views
 from unmoved.weights import evaluating
 
@@ -20,10 +22,23 @@ MODES = ("eval", "train")
 
 
 @contextmanager
-def attacking(model: nn.Module, batch: Batch, mode: str) -> Iterator[Views]:
-    """The views of a batch with gradients on (also inside no_grad and inference_mode), the model in ``mode``."""
+def attacking(model: nn.Module, batch: Batch, threat: ThreatModel, mode: str = "eval") -> Iterator[Views]:
+    """The views of a batch with gradients on (also inside no_grad and inference_mode), the model in ``mode``.
+
+    Raises:
+        UnmovedError: as `require_attackable`; with the first logits, labels that they have no column for.
+    """
+    require_attackable(model, batch, threat)
     with torch.inference_mode(False), torch.enable_grad(), evaluating(model, mode):
         yield Views(model, replace(batch, x=_usable(batch.x), y=_usable(batch.y), index=_usable(batch.index)))
+
+
+def require_attackable(model: object, batch: object, threat: ThreatModel) -> None:
+    """Raise `UnmovedError` unless these are a model and a batch whose images lie within the threat model's bounds."""
+    if not isinstance(model, nn.Module) or not isinstance(batch, Batch):
+        came = f"({type(model).__name__}, {type(batch).__name__})"
+        raise UnmovedError(f"attack: expected a model, an nn.Module, and a Batch(images, labels), came {came}")
+    require_images(batch.x, threat.bounds)
 
 
 def _usable(tensor: Tensor) -> Tensor:
@@ -39,35 +54,53 @@ def gradient_at(base: Views, x_adv: Image, loss: Term, draws: int = 1) -> tuple[
     Parameter gradients are neither computed nor touched.
 
     Raises:
-        UnmovedError: the loss does not depend on the adversarial image.
+        UnmovedError: the loss does not depend on the adversarial image, or is not one number a sample.
     """
     if draws > 1:
         several = [gradient_at(base, x_adv, loss) for _ in range(draws)]
-        value, gradient, logits = (torch.stack(part).mean(0) for part in zip(*several, strict=True))
-        return value, gradient, logits
+        loss_, slope, logits = (torch.stack(part).mean(0) for part in zip(*several, strict=True))
+        return loss_, slope, logits
     x = x_adv.detach().requires_grad_(True)
     views = base.at(x)
-    value = loss(views)
-    if not value.requires_grad:
-        raise _constant(loss)
-    (gradient,) = torch.autograd.grad(value.sum(), x, allow_unused=True)
+    value = values_of(loss, views, "attack loss")
+    gradient = input_gradient(value, x)
     if gradient is None:
-        raise _constant(loss)
+        raise UnmovedError(
+            f"attack loss {loss!r}: expected a differentiable term of the adversarial view, but its gradient over the "
+            f'image does not exist; use a term of "adv", such as CE("adv"), and {_DIFFERENTIABLE}'
+        )
     return value.detach(), gradient, views.adv.detach()
+
+
+def input_gradient(values: Tensor, x: Image, *, retain: bool = False) -> Tensor | None:
+    """The gradient of the sum of ``values`` over ``x``; None where they do not depend on it.
+
+    Args:
+        retain: whether the graph is needed again.
+    """
+    if not values.requires_grad:
+        return None
+    return torch.autograd.grad(values.sum(), x, retain_graph=retain, allow_unused=True)[0]
+
+
+def not_differentiable(model: nn.Module) -> UnmovedError:
+    """For attacks that need the gradient of the logits themselves."""
+    return UnmovedError(
+        f"model {type(model).__name__}: expected logits that are differentiable in the image, but their gradient does "
+        f"not exist; use {_DIFFERENTIABLE}"
+    )
+
+
+_DIFFERENTIABLE = (
+    "a model that neither detaches nor binarises its input, or an attack without gradients, such as SPSA or Square"
+)
 
 
 def value_at(base: Views, x_adv: Image, loss: Term) -> tuple[PerSample, Logits]:
     """Loss (B,) and logits (B, K) at ``x_adv``, without a gradient."""
     with torch.no_grad():
         views = base.at(x_adv)
-        return loss(views), views.adv
-
-
-def _constant(loss: Term) -> UnmovedError:
-    return UnmovedError(
-        f"attack loss {loss!r}: expected a differentiable term of the adversarial view, but its gradient over the "
-        'image does not exist; use a term of "adv", such as CE("adv"), and a model that does not detach its input'
-    )
+        return values_of(loss, views, "attack loss"), views.adv
 
 
 def broken(model: nn.Module, x_adv: Image, logits: Logits | None, y: Label) -> Tensor:

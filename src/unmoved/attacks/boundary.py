@@ -15,15 +15,16 @@ from unmoved.precision import exact
 from unmoved.protocols import Batch, Image, Label, Logits, PerSample
 from unmoved.terms import Margin
 from unmoved.terms.margin import margin
+from unmoved.threat import ThreatModel
 from unmoved.views import Views
 
 MARGIN = Margin()
 
 
 @contextmanager
-def searching(model: nn.Module, batch: Batch) -> Iterator[Views]:
+def searching(model: nn.Module, batch: Batch, threat: ThreatModel) -> Iterator[Views]:
     """`attacking` in evaluation mode and outside autocast: a boundary found in bf16 is not the one that is judged."""
-    with exact(batch.x.device), attacking(model, batch, "eval") as views:
+    with attacking(model, batch, threat) as views, exact(views.x.device):
         yield views
 
 

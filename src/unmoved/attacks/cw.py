@@ -12,7 +12,7 @@ from unmoved.attacks.ascent import gradient_at, like
 from unmoved.attacks.boundary import MARGIN, Nearest, crossed, searching
 from unmoved.errors import UnmovedError, number_field, whole_field
 from unmoved.protocols import Batch, Image, PerSample
-from unmoved.threat import ThreatModel
+from unmoved.threat import ThreatModel, require_threat
 from unmoved.views import Views
 
 # How far inside the box (a share of its width) tanh space begins: at the very edge its gradient is zero for ever.
@@ -56,6 +56,7 @@ class CW:
     minimum_norm = True
 
     def __post_init__(self) -> None:
+        require_threat("CW.threat", self.threat)
         whole_field(self, "CW.steps", at_least=1)
         whole_field(self, "CW.search_steps", at_least=1)
         number_field(self, "CW.confidence", at_least=0)
@@ -65,7 +66,7 @@ class CW:
             raise UnmovedError(f"CW: expected norm l2, came {self.threat.norm}; use FMN for other norms")
 
     def __call__(self, model: nn.Module, batch: Batch) -> Image:
-        with searching(model, batch) as views:
+        with searching(model, batch, self.threat) as views:
             nearest = Nearest(views, "l2")
             if len(nearest.open):
                 self._search(nearest)

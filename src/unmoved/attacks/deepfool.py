@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from unmoved.attacks.ascent import like
+from unmoved.attacks.ascent import input_gradient, like, not_differentiable
 from unmoved.attacks.boundary import Nearest, crossed, searching
 from unmoved.attacks.hyperplanes import dual_length, length
 from unmoved.errors import UnmovedError, number_field, whole_field
 from unmoved.protocols import Batch, Image, PerSample
-from unmoved.threat import ThreatModel
+from unmoved.threat import ThreatModel, require_threat
 from unmoved.views import Views, ranked_wrong
 
 
@@ -50,6 +50,7 @@ class DeepFool:
     minimum_norm = True
 
     def __post_init__(self) -> None:
+        require_threat("DeepFool.threat", self.threat)
         whole_field(self, "DeepFool.steps", at_least=1)
         number_field(self, "DeepFool.overshoot", at_least=0)
         whole_field(self, "DeepFool.candidates", at_least=1)
@@ -60,7 +61,7 @@ class DeepFool:
             )
 
     def __call__(self, model: nn.Module, batch: Batch) -> Image:
-        with searching(model, batch) as views:
+        with searching(model, batch, self.threat) as views:
             nearest = Nearest(views, self.threat.norm)
             if len(nearest.open):
                 self._walk(nearest)
@@ -89,15 +90,15 @@ class DeepFool:
         """The step to the nearest linear boundary, who is misclassified already (B,), and the candidates (B, k)."""
         x = x_adv.detach().requires_grad_(True)
         z = views.at(x).adv
-        if not z.requires_grad:
-            raise UnmovedError("DeepFool: expected a model that is differentiable in its input; use SPSA for others")
         if classes is None:
             classes = ranked_wrong(z.detach(), views.y)[:, : self.candidates]
         gap = z.gather(1, classes) - z.gather(1, views.y[:, None])
         shortest: PerSample = torch.full_like(gap[:, 0].detach(), torch.inf)
         nearest_normal = torch.zeros_like(x_adv)
         for k in range(gap.shape[1]):
-            (normal,) = torch.autograd.grad(gap[:, k].sum(), x, retain_graph=k + 1 < gap.shape[1])
+            normal = input_gradient(gap[:, k], x, retain=k + 1 < gap.shape[1])
+            if normal is None:
+                raise not_differentiable(views.model)
             size = dual_length(normal.flatten(1), self.threat.norm)
             away = gap[:, k].detach().abs() / size
             nearer = away < shortest  # false where there is no slope: then away is inf or nan

@@ -10,13 +10,15 @@ from torch import Tensor, nn
 
 from unmoved import views
 from unmoved.attacks.apgd import APGD
+from unmoved.attacks.ascent import require_attackable
 from unmoved.attacks.fab import FAB
 from unmoved.attacks.square import Square
 from unmoved.errors import keep_field, number_field, require_choice, require_seed
 from unmoved.precision import exact
+from unmoved.preconditions import require_labels
 from unmoved.protocols import Attack, Batch, Image
 from unmoved.terms import CE, DLR, Margin, TargetedDLR, TargetedMargin
-from unmoved.threat import ThreatModel
+from unmoved.threat import ThreatModel, require_threat
 from unmoved.weights import evaluating
 
 VERSIONS = ("standard", "rand")
@@ -50,6 +52,7 @@ class AutoAttack:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        require_threat("AutoAttack.threat", self.threat)
         require_choice("AutoAttack.version", self.version, VERSIONS)
         keep_field(self, "AutoAttack.seed", require_seed)
 
@@ -106,6 +109,7 @@ class Quick:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        require_threat("Quick.threat", self.threat)
         number_field(self, "Quick.reach", at_least=1)
         keep_field(self, "Quick.seed", require_seed)
 
@@ -149,6 +153,7 @@ class Near:
     reach: float = 1.25
 
     def __call__(self, model: nn.Module, batch: Batch) -> Image:
+        require_attackable(model, batch, self.threat)
         x_adv = batch.x.detach().clone()
         if len(batch) == 0 or self.threat.radius == 0:
             return x_adv
@@ -171,6 +176,7 @@ def in_turn(
 
     Every success is checked in float32, on the whole image in the ball, before the sample is left.
     """
+    require_attackable(model, batch, threat)
     x_adv = batch.x.detach().clone()
     by = torch.full_like(batch.y, -1)
     wrong, num_classes = _wrong(model, x_adv, batch.y)
@@ -191,4 +197,5 @@ def _wrong(model: nn.Module, x: Image, y: Tensor) -> tuple[Tensor, int]:
     """(misclassified in float32 (B,), the number of classes)."""
     with torch.no_grad(), evaluating(model), exact(x.device):
         logits = views.logits(model, x)
+    require_labels(y, logits.shape[1])
     return logits.argmax(dim=1) != y, logits.shape[1]

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from unmoved import noise
-from unmoved.attacks.ascent import Best, like
+from unmoved.attacks.ascent import Best, input_gradient, like, not_differentiable
 from unmoved.attacks.boundary import rounding, searching
 from unmoved.attacks.hyperplanes import dual_length, length, to_hyperplane
 from unmoved.attacks.rounds import Retired, Round, compacts, in_rounds
-from unmoved.errors import UnmovedError, keep_field, number_field, require_seed, whole_field
+from unmoved.errors import keep_field, number_field, require_seed, whole_field
 from unmoved.protocols import Batch, Image, Label, Logits, PerSample
 from unmoved.terms.margin import margin
-from unmoved.threat import ThreatModel
+from unmoved.threat import ThreatModel, require_threat
 from unmoved.views import Views
 
 
@@ -67,6 +67,7 @@ class FAB:
     minimum_norm = True
 
     def __post_init__(self) -> None:
+        require_threat("FAB.threat", self.threat)
         for name in ("steps", "restarts", "targets"):
             whole_field(self, f"FAB.{name}", at_least=1)
         keep_field(self, "FAB.seed", require_seed)
@@ -75,9 +76,9 @@ class FAB:
         number_field(self, "FAB.eta", at_least=1)
 
     def __call__(self, model: nn.Module, batch: Batch) -> Image:
-        if len(batch) == 0:
-            return batch.x.detach().clone()
-        with searching(model, batch) as views:
+        with searching(model, batch, self.threat) as views:
+            if len(batch) == 0:
+                return views.x.clone()
             with torch.no_grad():
                 right = torch.nonzero(views.clean.argmax(dim=1) == views.y).flatten()
             x_adv = views.x.clone()
@@ -132,12 +133,9 @@ class FAB:
         shortest: PerSample = torch.full_like(gap[:, 0].detach(), torch.inf)
         excess, normal = torch.zeros_like(shortest), torch.zeros_like(x.detach()).flatten(1)
         for k in range(gap.shape[1]):
-            slope = None
-            if gap.requires_grad:
-                more = k + 1 < gap.shape[1]
-                (slope,) = torch.autograd.grad(gap[:, k].sum(), x, retain_graph=more, allow_unused=True)
+            slope = input_gradient(gap[:, k], x, retain=k + 1 < gap.shape[1])
             if slope is None:
-                raise UnmovedError("FAB: expected a model that is differentiable in its input; use SPSA for others")
+                raise not_differentiable(base.model)
             value, w = gap[:, k].detach(), slope.flatten(1)
             if gap.shape[1] == 1:
                 return value.to(w.dtype), w

@@ -13,7 +13,7 @@ from unmoved.attacks.boundary import MARGIN, Nearest, crossed, searching
 from unmoved.attacks.hyperplanes import dual_length, length
 from unmoved.errors import number_field, whole_field
 from unmoved.protocols import Batch, Image, PerSample
-from unmoved.threat import ThreatModel
+from unmoved.threat import ThreatModel, require_threat
 
 
 def annealed(start: float, stop: float, share: float) -> float:
@@ -61,12 +61,13 @@ class FMN:
     minimum_norm = True
 
     def __post_init__(self) -> None:
+        require_threat("FMN.threat", self.threat)
         whole_field(self, "FMN.steps", at_least=1)
         number_field(self, "FMN.step_size", above=0)
         number_field(self, "FMN.gamma", above=0, at_most=1)
 
     def __call__(self, model: nn.Module, batch: Batch) -> Image:
-        with searching(model, batch) as views:
+        with searching(model, batch, self.threat) as views:
             nearest = Nearest(views, self.threat.norm)
             if len(nearest.open):
                 self._breathe(nearest)

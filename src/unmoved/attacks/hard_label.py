@@ -16,7 +16,7 @@ from unmoved.attacks.boundary import Nearest, searching
 from unmoved.attacks.hyperplanes import length
 from unmoved.errors import UnmovedError, keep_field, require_seed, whole_field
 from unmoved.protocols import Batch, Image
-from unmoved.threat import ThreatModel
+from unmoved.threat import ThreatModel, require_threat
 from unmoved.views import Views
 
 # Images in one forward pass, about; the result does not depend on it.
@@ -63,6 +63,7 @@ class HopSkipJump:
     minimum_norm = True
 
     def __post_init__(self) -> None:
+        require_threat("HopSkipJump.threat", self.threat)
         whole_field(self, "HopSkipJump.queries", at_least=1)
         whole_field(self, "HopSkipJump.samples", at_least=1)
         whole_field(self, "HopSkipJump.starts", at_least=1)
@@ -71,7 +72,7 @@ class HopSkipJump:
             raise UnmovedError(f"HopSkipJump: expected norm linf or l2, came {self.threat.norm}; use FMN")
 
     def __call__(self, model: nn.Module, batch: Batch) -> Image:
-        with searching(model, batch) as views, torch.no_grad():
+        with searching(model, batch, self.threat) as views, torch.no_grad():
             nearest = Nearest(views, self.threat.norm)
             if len(nearest.open):
                 self._search(nearest)

@@ -6,11 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from unmoved import processes
-from unmoved.attacks.ascent import MODES, attacking, gradient_at
+from unmoved import views as seen
+from unmoved.attacks.ascent import MODES, attacking, gradient_at, require_attackable
 from unmoved.errors import require_choice, require_number, require_seed, require_whole
+from unmoved.preconditions import require_loss
 from unmoved.protocols import Batch, Image, Term
 from unmoved.terms import CE
-from unmoved.threat import ThreatModel
+from unmoved.threat import ThreatModel, require_threat
 from unmoved.weights import evaluating
 
 
@@ -50,6 +52,8 @@ class IAAT:
         seed: int = 0,
         mode: str = "eval",
     ) -> None:
+        require_threat("IAAT.threat", threat)
+        require_loss("IAAT.loss", loss)
         steps = require_whole("IAAT.steps", steps, at_least=1)
         gamma = require_number("IAAT.gamma", gamma, at_least=0)
         step_size = require_number("IAAT.step_size", step_size, at_least=0)
@@ -95,6 +99,7 @@ class IAAT:
         self._index, self._radius = state["index"].clone(), state["radius"].clone()
 
     def __call__(self, model: nn.Module, batch: Batch) -> Image:
+        require_attackable(model, batch, self.threat)
         return self._attack(model, batch, self.radius(batch.index))
 
     def update(self, model: nn.Module, batch: Batch, x_adv: Image) -> None:
@@ -102,7 +107,9 @@ class IAAT:
         tried = (old + self.gamma).clamp_max(self.threat.radius)
         further = self._attack(model, batch, tried)
         with torch.no_grad(), evaluating(model):
-            right, right_old, right_further = (model(x).argmax(dim=1) == batch.y for x in (batch.x, x_adv, further))
+            right, right_old, right_further = (
+                seen.logits(model, x).argmax(dim=1) == batch.y for x in (batch.x, x_adv, further)
+            )
         new = torch.where(right_further, tried, torch.where(right_old, old, old - self.gamma))
         new = (new * right).clamp_min(0)
         # A sample may be another process's in the next epoch: all of them remember all radii.
@@ -111,7 +118,7 @@ class IAAT:
 
     def _attack(self, model: nn.Module, batch: Batch, radius: Tensor) -> Image:
         step = (2 * radius / self.steps).clamp_min(self.step_size).reshape(-1, *[1] * (batch.x.ndim - 1))
-        with attacking(model, batch, self.mode) as views:
+        with attacking(model, batch, self.threat, self.mode) as views:
             x_adv = self.threat.start(views.batch, seed=self.seed, radius=radius)
             for _ in range(self.steps):
                 _, gradient, _ = gradient_at(views, x_adv, self.loss)

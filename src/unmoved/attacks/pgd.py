@@ -13,10 +13,11 @@ from unmoved.attacks.ascent import MODES, Best, attacking, broken, gradient_at, 
 from unmoved.attacks.smooth import smoothed
 from unmoved.attacks.stopping import StoppingRule
 from unmoved.errors import UnmovedError, keep_field, number_field, require_choice, require_seed, whole_field
+from unmoved.preconditions import require_callable, require_loss
 from unmoved.protocols import Batch, Image, Logits, PerSample, Term
 from unmoved.schedule import Ramp, number, ramp_field
 from unmoved.terms import CE
-from unmoved.threat import ThreatModel
+from unmoved.threat import ThreatModel, require_threat
 from unmoved.views import Views
 
 STARTS = ("uniform", "gaussian", "none")
@@ -60,6 +61,8 @@ class PGD:
     smooth: float = 0.0
 
     def __post_init__(self) -> None:
+        require_threat("PGD.threat", self.threat)
+        require_loss("PGD.loss", self.loss)
         whole_field(self, "PGD.steps", at_least=0)
         whole_field(self, "PGD.restarts", at_least=1)
         keep_field(self, "PGD.seed", require_seed)
@@ -69,13 +72,15 @@ class PGD:
         number_field(self, "PGD.smooth", at_least=0)
         if self.step_size is not None:
             ramp_field(self, "PGD.step_size", at_least=0)
+        if self.stop is not None:
+            require_callable("PGD.stop", self.stop, "logits, y, value, step, memory")
         if self.stop is not None and self.keep == "best":
             raise UnmovedError('PGD: a stopping rule decides which point is kept; use keep="last" with it')
 
     def __call__(self, model: nn.Module, batch: Batch) -> Image:
-        if self.threat.radius == 0 or (self.stop is not None and self.stop.inert):
-            return batch.x.detach().clone()
-        with attacking(model, batch, self.mode) as views, smoothed(self.smooth):
+        with attacking(model, batch, self.threat, self.mode) as views, smoothed(self.smooth):
+            if self.threat.radius == 0 or (self.stop is not None and self.stop.inert):
+                return views.x.clone()
             if self.restarts == 1:
                 return self._climb(views, restart=0)
             best = Best()

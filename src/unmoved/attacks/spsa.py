@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from unmoved import noise
 from unmoved.attacks.ascent import Best, attacking, broken, like, value_at
 from unmoved.errors import keep_field, number_field, require_seed, whole_field
+from unmoved.preconditions import require_loss
 from unmoved.protocols import Batch, Image, Term
 from unmoved.terms import Margin
-from unmoved.threat import ThreatModel
+from unmoved.threat import ThreatModel, require_threat
 from unmoved.views import Views
 
 # Images in one forward pass, about; the estimate does not depend on it.
@@ -55,6 +56,8 @@ class SPSA:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        require_threat("SPSA.threat", self.threat)
+        require_loss("SPSA.loss", self.loss)
         whole_field(self, "SPSA.steps", at_least=1)
         whole_field(self, "SPSA.samples", at_least=1)
         number_field(self, "SPSA.delta", above=0)
@@ -63,9 +66,9 @@ class SPSA:
         keep_field(self, "SPSA.seed", require_seed)
 
     def __call__(self, model: nn.Module, batch: Batch) -> Image:
-        if self.threat.radius == 0 or len(batch) == 0:
-            return batch.x.detach().clone()
-        with attacking(model, batch, "eval") as views, torch.no_grad():
+        with attacking(model, batch, self.threat) as views, torch.no_grad():
+            if self.threat.radius == 0 or len(batch) == 0:
+                return views.x.clone()
             return self._climb(views)
 
     def _climb(self, views: Views) -> Image:

@@ -14,9 +14,10 @@ from unmoved.attacks.ascent import Best, broken, value_at
 from unmoved.attacks.boundary import searching
 from unmoved.attacks.windows import Draws, Flips, Tiles, mosaic, stripes
 from unmoved.errors import UnmovedError, keep_field, number_field, require_seed, whole_field
+from unmoved.preconditions import require_loss
 from unmoved.protocols import Batch, Image, PerSample, Term
 from unmoved.terms import Margin
-from unmoved.threat import ThreatModel
+from unmoved.threat import ThreatModel, require_threat
 from unmoved.views import Views
 
 # After each of these iterations the share of the image that a window covers is halved.
@@ -61,17 +62,20 @@ class Square:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        require_threat("Square.threat", self.threat)
+        require_loss("Square.loss", self.loss)
         whole_field(self, "Square.queries", at_least=1)
         number_field(self, "Square.p", above=0, at_most=1)
         whole_field(self, "Square.restarts", at_least=1)
         keep_field(self, "Square.seed", require_seed)
 
     def __call__(self, model: nn.Module, batch: Batch) -> Image:
-        if batch.x.ndim != 4:
-            raise UnmovedError(f"Square: expected images (B, C, H, W), came {tuple(batch.x.shape)}; windows need both")
-        if self.threat.radius == 0:
-            return batch.x.detach().clone()
-        with searching(model, batch) as views, torch.no_grad():
+        with searching(model, batch, self.threat) as views, torch.no_grad():
+            if views.x.ndim != 4:
+                came = tuple(views.x.shape)
+                raise UnmovedError(f"Square: expected images (B, C, H, W), came {came}; windows need both")
+            if self.threat.radius == 0:
+                return views.x.clone()
             best, rest = Best(), torch.arange(len(batch), device=batch.x.device)
             for restart in range(self.restarts):
                 best.offer(*self._search(views if restart == 0 else views.take(rest), restart), rest)

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from unmoved.attacks.ascent import require_attackable
 from unmoved.attacks.pgd import PGD
 from unmoved.errors import UnmovedError
+from unmoved.preconditions import require_callable
 from unmoved.protocols import Attack, Batch, Image, MinimumNormAttack
-from unmoved.threat import ThreatModel
+from unmoved.threat import ThreatModel, require_threat
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,9 @@ class Transfer:
     attack: Attack | None = None
 
     def __post_init__(self) -> None:
+        require_threat("Transfer.threat", self.threat)
+        if self.attack is not None:
+            require_callable("Transfer.attack", self.attack, "model, batch")
         if not isinstance(self.source, nn.Module):
             raise UnmovedError(f"Transfer.source: expected an nn.Module, came {type(self.source).__name__}")
 
@@ -55,6 +60,7 @@ class Transfer:
         return isinstance(self.attack, MinimumNormAttack) and self.attack.minimum_norm
 
     def __call__(self, model: nn.Module, batch: Batch) -> Image:
+        require_attackable(model, batch, self.threat)
         for tensor in (*self.source.parameters(), *self.source.buffers()):
             if tensor.device != batch.x.device:
                 raise UnmovedError(

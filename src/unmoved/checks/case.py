@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from unmoved import views
 from unmoved.attacks import APGD, PGD
-from unmoved.attacks.ascent import attacking
+from unmoved.attacks.ascent import attacking, input_gradient
 from unmoved.protocols import Attack, Batch, Image, Logits, PerSample, Term
 from unmoved.terms import CE, DLR, Margin, TargetedDLR, TargetedMargin
 from unmoved.threat import ThreatModel
@@ -97,12 +97,10 @@ class Case:
 
     def gradient(self, batch: Batch, loss: Term) -> tuple[PerSample, Tensor] | None:
         """A loss (B,) and its gradient over the image; None where there is none, since the model cut the graph."""
-        with attacking(self.model, batch, "eval") as base:
+        with attacking(self.model, batch, self.threat) as base:
             x = batch.x.detach().clone().requires_grad_(True)
             value = loss(base.at(x))
-            if not value.requires_grad:
-                return None
-            (gradient,) = torch.autograd.grad(value.sum(), x, allow_unused=True)
+            gradient = input_gradient(value, x)
             return None if gradient is None else (value.detach(), gradient)
 
     @cached_property

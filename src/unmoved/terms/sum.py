@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from unmoved.errors import UnmovedError
+from unmoved.preconditions import require_term, values_of
 from unmoved.protocols import PerSample, StatefulTerm, Term
 from unmoved.schedule import Ramp, require_ramp
 from unmoved.views import Views
@@ -32,6 +33,7 @@ class Sum:
             raise UnmovedError("Sum: expected at least one (weight, term) pair, came none")
         flat: list[tuple[float | Ramp, Term]] = []
         for weight, term in terms:
+            require_term("Sum", term)
             weight = require_ramp(f"weight of {type(term).__name__}", weight)
             if isinstance(term, Sum) and not isinstance(weight, Ramp) and weight == 1:
                 flat.extend(term.terms)
@@ -47,7 +49,7 @@ class Sum:
 
     def parts(self, views: Views) -> dict[str, PerSample]:
         """Each term's own value (B,), unweighted, under its name; terms of weight zero are left out."""
-        return {name: term(views) for name, (weight, term) in self.named().items() if weight != 0}
+        return {name: values_of(term, views, "term") for name, (weight, term) in self.named().items() if weight != 0}
 
     def combine(self, parts: dict[str, PerSample]) -> PerSample:
         """The weighted sum of what `parts` returned."""
