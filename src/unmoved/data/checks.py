@@ -59,6 +59,8 @@ def held_out(name: str, size: float, total: int) -> int:
     """
     advice = "expected is a share such as 0.1 or a count such as 1000"
     size = require_number(name, size, advice=advice)
+    if size == 1 and isinstance(size, float):  # all of the samples, or one of them?
+        raise UnmovedError(f"{name}: came {size!r}; {advice}")
     count = round(size * total) if 0 < size < 1 else require_whole(name, size, advice=advice)
     if not 0 < count < total:
         raise UnmovedError(
