@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Collection
 from typing import Any
 
@@ -22,23 +21,38 @@ from unmoved.threat import ThreatModel
 class Built:
     """The objects of a recipe: model, data, phases and the rest of what the loop and the judge are handed.
 
+    Args:
+        recipe: what to build.
+        allow: packages of strangers whose code may run.
+        progress: told of images that are decoded.
+        source: the recipe's data, where it was made already for another recipe with the same.
+
+    Attributes:
+        source: the data as the recipe names it; ``data`` has the training part that the recipe asks for.
+
     Raises:
         UnmovedError: whatever a component refuses, before training starts.
     """
 
-    def __init__(self, recipe: config.Recipe, allow: Collection[str] = (), progress: Any = None) -> None:
+    def __init__(
+        self,
+        recipe: config.Recipe,
+        allow: Collection[str] = (),
+        progress: Any = None,
+        source: data.DataSet | None = None,
+    ) -> None:
         self.recipe, self._allow = recipe, tuple(allow)
         seed = recipe.training.seed
         self.threat = ThreatModel(recipe.threat.norm, recipe.threat.eps)
-        self.data: data.DataSet = self._build("data", recipe.data, progress=progress)
-        if not isinstance(self.data, data.DataSet):
-            came = type(self.data).__name__
+        self.source: data.DataSet = (
+            self._build("data", recipe.data, progress=progress, lazily=True) if source is None else source
+        )
+        if not isinstance(self.source, data.DataSet):
+            came = type(self.source).__name__
             raise UnmovedError(f"data.use: expected a function that returns a DataSet, came {came}")
         part = recipe.training.part
-        if part is not None:
-            train = self.data.train.part(part.number, part.of, part.permutation)
-            self.data = dataclasses.replace(self.data, train=train)
-        self.shape, self.num_classes = self.data.train.shape, self.data.train.num_classes
+        self.data = self.source if part is None else self.source.part_of_train(part.number, part.of, part.permutation)
+        self.shape, self.num_classes = self.data.shape, len(self.data.classes)
         self.given = {"threat": self.threat, "seed": seed, "num_classes": self.num_classes, "shape": self.shape}
         self._terms: dict[str, Any] = {}
         self.phases = Phases(*((start, self._method(tables)) for start, tables in recipe.stretches()))
@@ -55,10 +69,16 @@ class Built:
             name: self._build("attacks", table, **self.given) for name, table in recipe.evaluation.attacks.items()
         } or {"pgd": PGD(self.threat, steps=20, keep="best", seed=seed), "apgd": APGD(self.threat, seed=seed)}
 
-    def parts(self) -> tuple[data.ArraySplit, data.ArraySplit | None]:
-        """(what weights are trained on, what is held out of it to choose an epoch or a setting, None if nothing is)."""
+    def parts(self) -> tuple[data.ArraySplit | data.Selection, data.Selection | None]:
+        """(what weights are trained on, what is held out of it to choose an epoch or a setting, None if nothing is).
+
+        Both are in the memory of the training data.
+        """
         share, train = self.recipe.training.validation, self.data.train
-        return train.hold_out(share if share < 1 else int(share), seed=0) if share else (train, None)
+        if not share:
+            return train, None
+        chosen = train.held_out(share if share < 1 else int(share), seed=0)
+        return train.lent(~chosen), train.lent(chosen, f"{train.name}/validation")
 
     def attack(self, name: str) -> Attack:
         """The attack of this name with its default settings, on the recipe's threat model."""

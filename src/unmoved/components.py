@@ -145,7 +145,7 @@ PLACES: dict[str, Place] = {
     "average": Place("an average", takes=("step", "total")),
 }
 # What the package gives a component, so that no recipe has to.
-INJECTED = {"threat", "num_classes", "shape", "progress"}
+INJECTED = {"threat", "num_classes", "shape", "progress", "lazily"}
 
 
 def _field_type(hint: Any) -> Any:

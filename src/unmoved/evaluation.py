@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from unmoved import components, config, doctor, exhibits, judge, reading
 from unmoved.attacks import PGD, AutoAttack, Quick, Transfer
 from unmoved.built import Built
-from unmoved.data import ArraySplit
+from unmoved.data import ArraySplit, DataSet, Selection
+from unmoved.data.splits import drawn
 from unmoved.disk import write_atomic
 from unmoved.errors import UnmovedError, did_you_mean, require_whole
 from unmoved.journal import Journal
@@ -80,8 +81,7 @@ def evaluate_run(
         built, model = opened(run, weights, device, allow)
         precision = resolve(precision, next(model.parameters()).device)  # another machine's "auto" may be another one
         count = n or built.recipe.evaluation.n
-        whole = _held_out(run, built) if validation else built.data.test
-        split = whole if count is None else whole.take(min(count, len(whole)), seed=0)
+        split = _judged(run, built, count, validation)
         tables: dict[str, pd.DataFrame] = {}
         kinds = _chosen(attacks, built, allow)
         if validation:
@@ -123,7 +123,7 @@ def evaluate_run(
                 "asked": reading.readable(attacks),
                 "attacks": {name: repr(attack) for name, attack in chosen.items()},
                 "notes": [note for attack in chosen.values() for note in _notes(attack, split.num_classes)],
-                "classes": list(built.data.test.classes),
+                "classes": list(built.data.classes),
             }
             extra: dict[str, Any] = {}
             if kind == "evaluation":
@@ -145,20 +145,35 @@ def evaluate_run(
     return tables
 
 
-def _held_out(run: Run, built: Built) -> ArraySplit:
-    held_out = built.parts()[1]
-    if held_out is None:
-        raise UnmovedError(
-            f"{run.path}: expected a run with validation images, came training.validation = 0: nothing was held out; "
-            "train it with some, or judge test images"
-        )
-    return held_out
+def _judged(run: Run, built: Built, count: int | None, validation: bool) -> ArraySplit | Selection:
+    """The images to judge, all or ``count`` of them; no others are held in memory."""
+    if not validation:
+        whole = built.data.test
+    else:
+        held_out = built.parts()[1]
+        if held_out is None:
+            raise UnmovedError(
+                f"{run.path}: expected a run with validation images, came training.validation = 0: nothing was held "
+                "out; train it with some, or judge test images"
+            )
+        whole = held_out.select(torch.arange(len(held_out)))
+    if count is None or count >= len(whole):
+        return whole
+    rows = drawn(whole, count, seed=0)
+    # Few images are copied and the others let go; of many a copy would cost more than it saves.
+    return whole.select(rows) if 2 * count <= len(whole) else whole.lent(rows)
 
 
-def opened(run: Run, weights: str, device: str, allow: Collection[str]) -> tuple[Built, nn.Module]:
-    """A run's objects and its model with these weights, in evaluation mode on the device."""
+def opened(
+    run: Run, weights: str, device: str, allow: Collection[str], source: DataSet | None = None
+) -> tuple[Built, nn.Module]:
+    """A run's objects and its model with these weights, in evaluation mode on the device.
+
+    Args:
+        source: the data of its recipe, where it was made already.
+    """
     require_device(device)
-    built = Built(config.parse(run.recipe, str(run.path / "recipe.toml")), allow)
+    built = Built(config.parse(run.recipe, str(run.path / "recipe.toml")), allow, source=source)
     model = built.model()
     run.load_weights(model, weights)
     where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
@@ -190,7 +205,8 @@ def examine_run(
     if facts is None or table is None:
         raise UnmovedError(f"{run.path}: expected an evaluated run, came none; run `unmoved evaluate {run.path}` first")
     built, model = opened(run, str(facts["weights"]), device, allow)
-    split = built.data.test.select(torch.from_numpy(np.isin(built.data.test.index.cpu().numpy(), table["index"])))
+    there = np.isin(built.data.index("test").cpu().numpy(), table["index"])
+    split = built.data.test.lent(torch.from_numpy(there))
     findings = doctor.examine(
         model,
         split,

@@ -215,19 +215,27 @@ def _require_no_bomb(path: Path, stream: BinaryIO, wanted: Collection[str] | Non
             key = member.filename.removesuffix(".npy")
             if wanted is None or key in wanted or member.filename in wanted:
                 with archive.open(member) as unpacked:
-                    _require_numbers(f"{path}: {key!r:.80}", unpacked, member.file_size)
+                    array_header(f"{path}: {key!r:.80}", unpacked, member.file_size)
     stream.seek(0)
 
 
-def _require_numbers(where: str, unpacked: Any, size: int) -> None:
-    """Raise `UnmovedError` unless an array of numbers or texts begins here that ``size`` bytes have room for."""
+def array_header(where: str, unpacked: Any, size: int) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """(shape, whether it is stored column by column, type) of the array of numbers or texts that begins here.
+
+    Args:
+        unpacked: a stream; afterwards it stands at the first number.
+        size: bytes that the array has room in.
+
+    Raises:
+        UnmovedError: no such array, or one that ``size`` bytes have no room for; it names ``where``.
+    """
     if unpacked.read(6) != b"\x93NUMPY":  # numpy would hand it out as bytes
         raise UnmovedError(f"{where}: expected an array, came something else; save with numpy.savez")
     version = tuple(unpacked.read(2))
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     if version not in readers:
         raise UnmovedError(f"{where}: expected numpy's format 1.0 or 2.0, came {version}; save with numpy.savez")
-    shape, _, dtype = readers[version](unpacked)
+    shape, columns, dtype = readers[version](unpacked)
     if dtype.hasobject:
         raise UnmovedError(
             f"{where}: expected arrays of numbers, came an array of objects, which is a pickle and never loaded; "
@@ -238,6 +246,7 @@ def _require_numbers(where: str, unpacked: Any, size: int) -> None:
     # An empty text has no bytes: as many as anybody likes would fit.
     if math.prod(shape) * max(dtype.itemsize, 1) > size:
         raise UnmovedError(f"{where}: expected {size} bytes, came the shape {shape!s:.80}; save or copy it again")
+    return shape, columns, dtype
 
 
 def most_unpacked(packed: int) -> int:

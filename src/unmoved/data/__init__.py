@@ -10,7 +10,8 @@ from unmoved.data.hub import hf
 from unmoved.data.idx import mnist
 from unmoved.data.images import folder
 from unmoved.data.npz import arrays
-from unmoved.data.splits import ArraySplit, DataSet
+from unmoved.data.sets import DataSet, Unread
+from unmoved.data.splits import ArraySplit, Selection
 
 __all__ = [
     "ArraySplit",
@@ -19,6 +20,8 @@ __all__ = [
     "DataSet",
     "Flip",
     "PadCrop",
+    "Selection",
+    "Unread",
     "arrays",
     "augmentation",
     "cifar10",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from unmoved.data.splits import ArraySplit, DataSet
+from unmoved.data.sets import DataSet
+from unmoved.data.splits import ArraySplit
 
 
 def digits(*, test: float = 0.25, seed: int = 0) -> DataSet:

@@ -12,6 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
+from unmoved.data.stored import Stored, stored
 from unmoved.errors import UnmovedError
 from unmoved.reading import npz
 
@@ -29,14 +30,14 @@ class Decoded:
     """A decoded folder, training images first.
 
     Attributes:
-        images: (N, C, H, W) uint8.
+        images: (N, C, H, W) uint8, in memory or in the cache.
         labels: (N,) int64.
         train: the first ``train`` images are the training part; N where the folder has no parts.
         classes: class names.
         skipped: names of files left out.
     """
 
-    images: np.ndarray
+    images: np.ndarray | Stored
     labels: np.ndarray
     train: int
     classes: tuple[str, ...]
@@ -68,22 +69,23 @@ class Slot:
         return Slot(folder / f"{path.name}-{key[:16]}.npz", _digest([key, *source.stamps()]))
 
     def load(self) -> Decoded | None:
-        """What was kept, if it is whole and its stamp fits."""
+        """What was kept, if its stamp fits; whether the images are whole is seen when they are read."""
         try:
-            if str(npz(self.file, ["stamp"])["stamp"]) != self.stamp:
+            kept = npz(self.file, ("stamp", "labels", "train", "classes", "skipped"))
+            if str(kept["stamp"]) != self.stamp:
                 return None
-            kept = npz(self.file)
             texts = [tuple(str(text) for text in kept[key]) for key in ("classes", "skipped")]
-            found = Decoded(kept["images"], kept["labels"], int(kept["train"]), *texts)
+            images = stored(self.file, ["images"])["images"]
+            found = Decoded(images, kept["labels"], int(kept["train"]), *texts)
         except Exception:  # a damaged cache has as many errors as zip and numpy have, and one remedy: decode again
             return None
-        images, labels = found.images, found.labels
-        fits = images.dtype == np.uint8 and images.ndim == 4 and labels.dtype == np.int64
-        fits = fits and labels.shape == images.shape[:1] and 0 < found.train <= len(images)
+        labels = found.labels
+        fits = images.dtype == np.uint8 and len(images.shape) == 4 and labels.dtype == np.int64
+        fits = fits and labels.shape == images.shape[:1] and 0 < found.train <= len(labels)
         return found if fits and labels.min() >= 0 and labels.max() < len(found.classes) else None
 
     def save(self, decoded: Decoded) -> None:
-        """Write to a file beside it and move that into place, so that nobody ever reads a half."""
+        """Of images in memory: write to a file beside it and move that into place, so that nobody ever reads a half."""
         temporary = None
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
@@ -92,7 +94,7 @@ class Slot:
                 np.savez(
                     stream,
                     stamp=np.array(self.stamp),
-                    images=decoded.images,
+                    images=np.asarray(decoded.images),
                     labels=decoded.labels,
                     train=np.array(decoded.train),
                     classes=np.array(decoded.classes, dtype=np.str_),

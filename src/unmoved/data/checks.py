@@ -11,14 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unmoved.errors import UnmovedError, require_choice, require_number, require_seed, require_whole
-from unmoved.preconditions import require_images, require_labels
+from unmoved.data.filling import Filling, as_own, pieces
+from unmoved.errors import UnmovedError, require_number, require_seed, require_whole
+from unmoved.preconditions import require_labels
 from unmoved.reading import readable
 
-CHANNELS = (1, 2, 3, 4)
 MOST_CLASSES = 1_000_000  # a larger label is no label, and its names alone would fill the memory
 LARGEST = 512 * 2**20  # bytes of one image or batch; a file that claims more is an attack on the memory
-LAYOUTS = ("NCHW", "NHWC")
 
 
 def require_path(name: str, path: str | os.PathLike[str]) -> Path:
@@ -76,58 +75,33 @@ def seeded(seed: int) -> torch.Generator:
 
 def as_tensor(what: str, values: Any) -> Tensor:
     """A tensor of its own memory made of a tensor or a numeric numpy array."""
-    if isinstance(values, Tensor):
-        return values.detach().clone(memory_format=torch.contiguous_format)
-    if not isinstance(values, np.ndarray):
-        raise UnmovedError(f"{what}: expected a torch tensor or a numpy array, came a {type(values).__name__}")
-    if values.dtype.kind not in "uif" or values.dtype.itemsize > 8:
-        raise UnmovedError(f"{what}: expected numbers, came a numpy array of {values.dtype}")
-    if values.dtype == np.uint64:  # torch computes little with unsigned types; a wrapped label is found negative
-        values = values.astype(np.int64)
-    return torch.from_numpy(np.array(values, dtype=values.dtype.newbyteorder("="), order="C"))
+    _require_array(what, values)
+    owned = as_own(values)
+    return owned.clone(memory_format=torch.contiguous_format) if isinstance(values, Tensor) else owned
 
 
 def as_images(what: str, values: Any, layout: str | None = None) -> Tensor:
-    """(N, C, H, W) uint8 where the pixels are k/255, otherwise float32 in [0, 1].
+    """(N, C, H, W) uint8 where the pixels are k/255, otherwise float32 in [0, 1]; a copy, and no other beside it.
 
     Args:
         what: how messages name these images.
         values: uint8 or float in [0, 1], of shape (N, H, W), (N, C, H, W) or (N, H, W, C).
         layout: ``"NCHW"`` or ``"NHWC"``, needed where the shape alone does not tell.
     """
-    if layout is not None:
-        require_choice(f"{what}: layout", layout, LAYOUTS)
-    images = as_tensor(what, values)
-    shape = tuple(images.shape)
-    if images.ndim == 3:
-        images = images[:, None]
-    elif images.ndim != 4:
-        raise UnmovedError(f"{what}: expected shape (N, H, W), (N, C, H, W) or (N, H, W, C), came {shape}")
-    elif (layout or _layout(what, shape)) == "NHWC":
-        images = images.permute(0, 3, 1, 2).contiguous()
-    if images.numel() == 0:
-        raise UnmovedError(f"{what}: expected at least one image of at least one pixel, came shape {shape}")
-    if images.dtype == torch.uint8:
-        return images
-    if not images.is_floating_point():
-        raise UnmovedError(
-            f"{what}: expected uint8 (0..255) or float in [0, 1], came {images.dtype}; "
-            "convert whole numbers 0..255 to uint8"
-        )
-    require_images(images, where=what)
-    images = images.float()
-    levels = (images * 255).round()
-    return levels.to(torch.uint8) if torch.equal(levels / 255, images) else images
+    _require_array(what, values)
+    room = Filling(what, values.shape, layout=layout, device=values.device if isinstance(values, Tensor) else "cpu")
+    for piece in pieces(values):
+        room.put(piece)
+    return room.images
 
 
-def _layout(what: str, shape: tuple[int, ...]) -> str:
-    first, last = shape[1] in CHANNELS, shape[3] in CHANNELS
-    if first == last:
-        raise UnmovedError(
-            f"{what}: shape {shape} may be (N, C, H, W) or (N, H, W, C): expected 1 to 4 channels in one of the two "
-            'places; say layout="NCHW" or layout="NHWC"'
-        )
-    return "NCHW" if first else "NHWC"
+def _require_array(what: str, values: Any) -> None:
+    if isinstance(values, Tensor):
+        return
+    if not isinstance(values, np.ndarray):
+        raise UnmovedError(f"{what}: expected a torch tensor or a numpy array, came a {type(values).__name__}")
+    if values.dtype.kind not in "uif" or values.dtype.itemsize > 8:
+        raise UnmovedError(f"{what}: expected numbers, came a numpy array of {values.dtype}")
 
 
 def as_labels(what: str, values: Any, count: int) -> Tensor:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 import numpy as np
+import torch
 
 from unmoved.data.archive import is_archive, opened
 from unmoved.data.checks import require_path
 from unmoved.data.safe_pickle import StoredArray, loads
-from unmoved.data.splits import ArraySplit, DataSet
+from unmoved.data.sets import DataSet, Unread
+from unmoved.data.splits import ArraySplit
 from unmoved.errors import UnmovedError
 from unmoved.reading import content
 
@@ -22,14 +25,15 @@ MOST_BYTES = 2**20 + 4 * RECORDS * (1 + PIXELS)  # no form takes more a pixel; a
 TRAIN, TEST = tuple(f"data_batch_{k}" for k in range(1, 6)), ("test_batch",)
 INSIDE = ("cifar-10-batches-bin", "cifar-10-batches-py", "cifar-10-binary.tar.gz", "cifar-10-python.tar.gz")
 
-Read = Callable[[str], bytes]
+Read = Callable[[tuple[str, ...]], Iterator[tuple[str, bytes]]]  # names of files -> each with its bytes, in any order
 
 
-def cifar10(path: str | os.PathLike[str]) -> DataSet:
+def cifar10(path: str | os.PathLike[str], *, lazily: bool = False) -> DataSet:
     """CIFAR-10 from the official binary or Python version.
 
     Args:
         path: the unpacked folder, the .tar.gz, or a folder that holds one of them under its official name.
+        lazily: read a part when it is asked for.
 
     Raises:
         UnmovedError: missing, damaged or hostile files; no code inside a pickle is ever run.
@@ -38,22 +42,51 @@ def cifar10(path: str | os.PathLike[str]) -> DataSet:
     if root.is_dir():
         for found in (root, *(root / name for name in INSIDE)):
             if found.is_dir() and (names := _batches([file.name for file in found.iterdir() if file.is_file()])):
-                return _load(names, lambda name, folder=found: _bytes(folder / name), str(found))  # type: ignore[misc]
+                return _data_set(names, partial(_from_folder, found), str(found), lazily)
             if found.is_file():
-                return cifar10(found)
+                return cifar10(found, lazily=lazily)
     elif is_archive(root):
         with opened(root) as archive:
             full = {PurePosixPath(name).name: name for name in archive.files}
             if names := _batches(list(full)):
                 for name in names:
                     _require_size(archive.files[full[name]], f"{root}: {name}")
-                # In the order of the archive: gzip cannot jump back.
-                data = {name: archive.read(full[name]) for name in full if name in names}
-                return _load(names, data.__getitem__, str(root))
+                return _data_set(names, partial(_from_archive, root), str(root), lazily)
     raise UnmovedError(
         f"cifar10.path: expected data_batch_1 .. data_batch_5 and test_batch (or the same with .bin) in {root}, "
         "came none of them; give the unpacked folder or the .tar.gz of the official binary or Python version"
     )
+
+
+def _data_set(names: tuple[str, ...], read: Read, where: str, lazily: bool) -> DataSet:
+    train, test = (
+        Unread(torch.arange(RECORDS * len(some)), CLASSES, SHAPE, partial(_load, some, read, where), where)
+        for some in (names[: len(TRAIN)], names[len(TRAIN) :])
+    )
+    found = DataSet.of(train, test, "cifar10")
+    return found if lazily else found.read()
+
+
+def _load(names: tuple[str, ...], read: Read, where: str) -> ArraySplit:
+    """The images of these files, each decoded into its place as soon as it is read."""
+    images, labels = np.empty((RECORDS * len(names), *SHAPE), np.uint8), np.empty(RECORDS * len(names), np.int64)
+    for name, data in read(names):
+        pixels, y = (_binary if name.endswith(".bin") else _pickled)(data, f"{where}: {name}")
+        place = slice(RECORDS * names.index(name), RECORDS * (names.index(name) + 1))
+        images[place], labels[place] = pixels, y
+    x, labelled = torch.from_numpy(images), torch.from_numpy(labels)
+    return ArraySplit(x, labelled, torch.arange(len(labels)), CLASSES, where)
+
+
+def _from_folder(folder: Path, names: tuple[str, ...]) -> Iterator[tuple[str, bytes]]:
+    yield from ((name, _bytes(folder / name)) for name in names)
+
+
+def _from_archive(path: Path, names: tuple[str, ...]) -> Iterator[tuple[str, bytes]]:
+    with opened(path) as archive:
+        for full in archive.files:  # in the order of the archive: gzip cannot jump back
+            if PurePosixPath(full).name in names:
+                yield PurePosixPath(full).name, archive.read(full)
 
 
 def _batches(there: list[str]) -> tuple[str, ...]:
@@ -66,15 +99,6 @@ def _batches(there: list[str]) -> tuple[str, ...]:
         if not missing:
             return names
     return ()
-
-
-def _load(names: tuple[str, ...], read: Read, where: str) -> DataSet:
-    parts = [(_binary if name.endswith(".bin") else _pickled)(read(name), f"{where}: {name}") for name in names]
-    splits = []
-    for which in (parts[: len(TRAIN)], parts[len(TRAIN) :]):
-        images, labels = (np.concatenate(arrays) for arrays in zip(*which, strict=True))
-        splits.append(ArraySplit.of(images, labels, classes=CLASSES, name=where, layout="NCHW"))
-    return DataSet.of(splits[0], splits[1], "cifar10")
 
 
 def _bytes(path: Path) -> bytes:

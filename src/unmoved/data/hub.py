@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import importlib
+from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
-from unmoved.data.checks import numbered
+from unmoved.data.checks import as_classes, as_labels, numbered
 from unmoved.data.decode import Pixels, pillow_warnings
-from unmoved.data.splits import ArraySplit, DataSet
+from unmoved.data.sets import DataSet, Unread
+from unmoved.data.splits import ArraySplit
 from unmoved.errors import UnmovedError
 
 
@@ -23,6 +27,7 @@ def hf(
     test: str = "test",
     size: int | tuple[int, int] | None = None,
     grey: bool = False,
+    lazily: bool = False,
 ) -> DataSet:
     """Images and labels of two splits of ``datasets.load_dataset(name)``.
 
@@ -31,6 +36,7 @@ def hf(
         label: the column of labels: class labels, whole numbers 0..K-1, or texts (classes in alphabetical order).
         train, test: names of the two splits.
         size, grey: as in `folder`.
+        lazily: decode the images of a part when they are asked for.
 
     Raises:
         UnmovedError: the library, the data set, a split or a column is missing; images of different sizes.
@@ -45,15 +51,21 @@ def hf(
             f"hf: expected the library 'datasets', came {error}; install it with: pip install 'unmoved[hf]'"
         ) from error
     tables = {part: _table(library, name, part) for part in (train, test)}
-    images = {part: _images(table, image, pixels, f"{name}/{part}") for part, table in tables.items()}
+    images = {part: _Images(table, image, pixels, f"{name}/{part}") for part, table in tables.items()}
     labels, classes = _labels(
         {part: _column(table, label, name) for part, table in tables.items()}, label, tables[train]
     )
-    splits = [
-        ArraySplit.of(images[part], labels[part], classes=classes, name=f"{name}/{part}", layout="NCHW")
-        for part in (train, test)
-    ]
-    return DataSet.of(splits[0], splits[1], name)
+    parts = []
+    for part, values in labels.items():
+        y = as_labels(f"{name}/{part} labels", values, len(tables[part]))
+        known = as_classes(f"{name}/{part} classes", classes, int(y.max()))
+        parts.append(Unread(torch.arange(len(y)), known, images[part].shape, partial(_load, images[part], y, known)))
+    found = DataSet.of(parts[0], parts[1], name)
+    return found if lazily else found.read()
+
+
+def _load(images: _Images, y: Tensor, classes: tuple[str, ...]) -> ArraySplit:
+    return ArraySplit(torch.from_numpy(images.decoded()), y, torch.arange(len(y)), classes, images.where)
 
 
 def _table(library: Any, name: str, part: str) -> Any:
@@ -72,26 +84,42 @@ def _column(table: Any, column: str, name: str) -> list[Any]:
     return list(table[column])
 
 
-def _images(table: Any, column: str | None, pixels: Pixels, where: str) -> np.ndarray:
-    if not len(table):
-        raise UnmovedError(f"hf: expected images in {where}, came an empty split")
-    if column is None:
-        found = [key for key, value in table[0].items() if isinstance(value, Image.Image)]
-        if len(found) != 1:
-            raise UnmovedError(f"hf: expected one column of images in {where}, came {found or 'none'}; say image = ...")
-        column = found[0]
-    if column not in table.column_names:
-        raise UnmovedError(f"hf: expected a column {column!r} in {where}, came {', '.join(table.column_names)}")
-    values: list[np.ndarray] = []
-    with pillow_warnings():
-        for row in range(len(table)):
-            values.append(_pixels(table, row, column, pixels, where))
-            if values[-1].shape != values[0].shape:
+class _Images:
+    """A column of images; one of them is decoded to see what they are."""
+
+    def __init__(self, table: Any, column: str | None, pixels: Pixels, where: str) -> None:
+        if not len(table):
+            raise UnmovedError(f"hf: expected images in {where}, came an empty split")
+        if column is None:
+            found = [key for key, value in table[0].items() if isinstance(value, Image.Image)]
+            if len(found) != 1:
                 raise UnmovedError(
-                    f"hf: expected images of one size in {where}, came {values[0].shape} in row 0 and "
-                    f"{values[-1].shape} in row {row}; set size, for instance size = 32"
+                    f"hf: expected one column of images in {where}, came {found or 'none'}; say image = ..."
                 )
-    return np.stack(values)
+            column = found[0]
+        if column not in table.column_names:
+            raise UnmovedError(f"hf: expected a column {column!r} in {where}, came {', '.join(table.column_names)}")
+        self._table, self._column, self._pixels, self.where = table, column, pixels, where
+        with pillow_warnings():
+            c, h, w = self._decode(0).shape
+        self.shape = c, h, w
+
+    def decoded(self) -> np.ndarray:
+        """(N, C, H, W) uint8, each image put into its place as soon as it is decoded."""
+        values = np.empty((len(self._table), *self.shape), np.uint8)
+        with pillow_warnings():
+            for row in range(len(values)):
+                one = self._decode(row)
+                if one.shape != self.shape:
+                    raise UnmovedError(
+                        f"hf: expected images of one size in {self.where}, came {self.shape} in row 0 and "
+                        f"{one.shape} in row {row}; set size, for instance size = 32"
+                    )
+                values[row] = one
+        return values
+
+    def _decode(self, row: int) -> np.ndarray:
+        return _pixels(self._table, row, self._column, self._pixels, self.where)
 
 
 def _pixels(table: Any, row: int, column: str, pixels: Pixels, where: str) -> np.ndarray:

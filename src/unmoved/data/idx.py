@@ -7,13 +7,18 @@ import math
 import os
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import Any
 
 import numpy as np
+import torch
 
-from unmoved.data.checks import require_path
-from unmoved.data.splits import ArraySplit, DataSet
+from unmoved.data.checks import as_classes, as_labels, require_path
+from unmoved.data.filling import PIECE
+from unmoved.data.sets import DataSet, Unread
+from unmoved.data.splits import ArraySplit
 from unmoved.errors import UnmovedError
 from unmoved.reading import most_unpacked, regular
 
@@ -22,28 +27,39 @@ LARGEST = 4 * 2**30  # bytes; far above any published IDX file, far below a head
 DIGITS = tuple("0123456789")
 
 
-def mnist(path: str | os.PathLike[str]) -> DataSet:
+def mnist(path: str | os.PathLike[str], *, lazily: bool = False) -> DataSet:
     """MNIST, or a data set packed like it, from a folder with its four IDX files, gzipped or not.
 
     Args:
         path: the folder, or the root that torchvision fills (``path/MNIST/raw``).
+        lazily: read the images of a part when they are asked for.
 
     Raises:
         UnmovedError: a missing or damaged file, or images and labels that do not match.
     """
     root = require_path("mnist.path", path)
     folders = [root, root / "MNIST" / "raw", root / "raw"]
-    return DataSet.of(_split(folders, "train"), _split(folders, "t10k"), "mnist")
+    found = DataSet.of(_unread(folders, "train"), _unread(folders, "t10k"), "mnist")
+    return found if lazily else found.read()
 
 
-def _split(folders: list[Path], part: str) -> ArraySplit:
+def _unread(folders: list[Path], part: str) -> Unread:
     images, labels = _find(folders, f"{part}-images", "idx3"), _find(folders, f"{part}-labels", "idx1")
-    x, y = read_idx(images, 3), read_idx(labels, 1)
-    if len(x) != len(y):
+    with _opened(images) as (stream, most):
+        count, *sides = _shape(stream, images, 3, most)
+    stored = read_idx(labels, 1)
+    if len(stored) != count:
         raise UnmovedError(
-            f"expected one label per image, came {len(x)} images in {images}, {len(y)} labels in {labels}"
+            f"expected one label per image, came {count} images in {images}, {len(stored)} labels in {labels}"
         )
-    return ArraySplit.of(x, y, classes=DIGITS, name=str(images))
+    y = as_labels(f"{labels} labels", stored, count)
+    classes = as_classes(f"{labels} classes", DIGITS, int(y.max()))
+
+    def load() -> ArraySplit:
+        x = torch.from_numpy(read_idx(images, 3))[:, None]
+        return ArraySplit(x, y, torch.arange(count), classes, str(images))
+
+    return Unread(torch.arange(count), classes, (1, sides[0], sides[1]), load, str(images))
 
 
 def _find(folders: list[Path], what: str, kind: str) -> Path:
@@ -66,46 +82,49 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
     Raises:
         UnmovedError: another magic number, sizes that do not match the content, or a damaged gzip stream.
     """
+    with _opened(path) as (stream, most):
+        shape = _shape(stream, path, dimensions, most)
+        values = np.empty(shape, np.uint8)  # memory is taken as it is filled, however much a header announces
+        room, filled = values.reshape(-1).data, 0
+        while came := stream.readinto(room[filled : filled + PIECE]):
+            filled += came
+        if filled < len(room) or stream.read(1):
+            words = f"{filled}" if filled < len(room) else "more"
+            raise UnmovedError(
+                f"{path}: expected {len(room)} bytes for the shape {shape}, came {words}; copy or download it again"
+            )
+        return values
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, int]]:
+    """The file, unpacked where it is gzipped, and how many bytes it may announce."""
     try:
         with regular(path) as raw:
             zipped = raw.read(2) == b"\x1f\x8b"
             raw.seek(0)
             if not zipped:
-                return _parse(raw, path, dimensions, LARGEST)
-            with gzip.GzipFile(fileobj=raw) as stream:
-                return _parse(stream, path, dimensions, min(LARGEST, most_unpacked(path.stat().st_size)))
-    except (OSError, EOFError, zlib.error) as error:
+                yield raw, LARGEST
+            else:
+                with gzip.GzipFile(fileobj=raw) as stream:
+                    yield stream, min(LARGEST, most_unpacked(path.stat().st_size))
+    except (OSError, EOFError, zlib.error, MemoryError) as error:
         raise UnmovedError(
             f"{path}: expected a readable IDX file, came {type(error).__name__}: {error}; copy or download it again"
         ) from error
 
 
-def _parse(stream: IO[bytes] | gzip.GzipFile, path: Path, dimensions: int, most: int) -> np.ndarray:
-    magic, expected = _read(stream, 4), bytes([0, 0, UINT8, dimensions])
+def _shape(stream: Any, path: Path, dimensions: int, most: int) -> tuple[int, ...]:
+    magic, expected = stream.read(4), bytes([0, 0, UINT8, dimensions])
     if magic != expected:
         raise UnmovedError(
             f"{path}: expected an IDX file of unsigned bytes with {dimensions} dimension(s), magic {expected.hex()}, "
             f"came {magic.hex() or 'nothing'}; is it the right file?"
         )
-    header = _read(stream, 4 * dimensions)
+    header = stream.read(4 * dimensions)
     if len(header) < 4 * dimensions:
         raise UnmovedError(f"{path}: expected {dimensions} sizes after the magic number, came the end of the file")
     shape = struct.unpack(f">{dimensions}I", header)
-    size = math.prod(shape)
-    if not 0 < size <= most:
+    if not 0 < math.prod(shape) <= most:
         raise UnmovedError(f"{path}: expected a size between 1 and {most} bytes, came the shape {shape}")
-    content = _read(stream, size + 1)  # one more than announced, to see that nothing follows
-    if len(content) != size:
-        came = "more" if len(content) > size else f"{len(content)}"
-        raise UnmovedError(
-            f"{path}: expected {size} bytes for the shape {shape}, came {came}; copy or download it again"
-        )
-    return np.frombuffer(content, np.uint8).reshape(shape)
-
-
-def _read(stream: IO[bytes] | gzip.GzipFile, size: int) -> bytearray:
-    """At most ``size`` bytes, taken piece by piece: a header may announce more than the memory holds."""
-    content = bytearray()
-    while len(content) < size and (piece := stream.read(min(size - len(content), 2**20))):
-        content += piece
-    return content
+    return shape

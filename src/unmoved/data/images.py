@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import PIL
@@ -10,10 +12,12 @@ import torch
 
 from unmoved.data import archive
 from unmoved.data.cache import Decoded, Slot
-from unmoved.data.checks import require_flag, require_path
+from unmoved.data.checks import held_out, require_flag, require_path
 from unmoved.data.decode import Pixels
 from unmoved.data.decode_all import Progress, decode_all
-from unmoved.data.splits import ArraySplit, DataSet
+from unmoved.data.filling import PIECE, Filling
+from unmoved.data.sets import DataSet, Unread
+from unmoved.data.splits import ArraySplit, stratified
 from unmoved.data.trees import Tree, tree
 from unmoved.errors import UnmovedError
 from unmoved.reading import readable
@@ -29,6 +33,7 @@ def folder(
     test: float = 0.2,
     seed: int = 0,
     progress: Progress | None = None,
+    lazily: bool = False,
 ) -> DataSet:
     """Images in one sub-folder per class, ``path/train/<class>`` and ``path/test/<class>``, or ``path/<class>``.
 
@@ -46,6 +51,7 @@ def folder(
             names, sizes, times and settings stay the same.
         test, seed: share or number of held-out samples and the seed of that choice, where there is no train/ and test/.
         progress: called with (done, total) while images are decoded.
+        lazily: leave decoded images in the cache until a part is asked for.
 
     Raises:
         UnmovedError: no such folder, an empty class, fewer than two classes, a corrupt image, different sizes.
@@ -54,12 +60,20 @@ def folder(
     require_flag("folder.skip_corrupt", skip_corrupt)
     source = tree(root)
     slot = Slot.of(cache, root, repr((pixels, skip_corrupt, PIL.__version__)), source)
+    name = archive.stem(root.absolute())
+
+    def decode() -> Decoded:
+        made = _decoded(source, pixels, skip_corrupt, progress)
+        if slot:
+            slot.save(made)
+        return made
+
     decoded = slot.load() if slot else None
     if decoded is None:
-        decoded = _decoded(source, pixels, skip_corrupt, progress)
-        if slot:
-            slot.save(decoded)
-    return _data_set(decoded, archive.stem(root.absolute()), test, seed)
+        decoded = decode()
+        decoded = (slot.load() if slot and lazily else None) or decoded
+    found = _data_set(decoded, name, test, seed, decode)
+    return found if lazily else found.read()
 
 
 def _decoded(source: Tree, pixels: Pixels, skip_corrupt: bool, progress: Progress | None) -> Decoded:
@@ -78,18 +92,43 @@ def _decoded(source: Tree, pixels: Pixels, skip_corrupt: bool, progress: Progres
     return Decoded(images, labels, train, layout.classes, tuple(skipped))
 
 
-def _data_set(decoded: Decoded, name: str, test: float, seed: int) -> DataSet:
-    images, labels = torch.from_numpy(decoded.images), torch.from_numpy(decoded.labels)
-    classes = tuple(map(readable, decoded.classes))
+def _data_set(decoded: Decoded, name: str, test: float, seed: int, decode: Callable[[], Decoded]) -> DataSet:
+    """The two parts; where the cache turns out to be damaged, images are decoded anew."""
+    labels, classes = torch.from_numpy(decoded.labels), tuple(map(readable, decoded.classes))
+    if parted := decoded.train < len(labels):
+        chosen = torch.arange(len(labels)) >= decoded.train
+    else:
+        chosen = stratified(labels, held_out(f"{name}: held-out size", test, len(labels)), seed)
+    masks = {"train": ~chosen, "test": chosen}
+    # In a folder with parts each numbers its own.
+    index = {part: torch.arange(int(m.sum())) if parted else m.nonzero().flatten() for part, m in masks.items()}
+    images = decoded.images
+    if isinstance(images, np.ndarray):
+        _put_last(images, chosen.numpy())
+        halves = dict(zip(masks, torch.from_numpy(images).split([len(i) for i in index.values()]), strict=True))
+        train, held = (
+            ArraySplit(halves[part], labels[mask], index[part], classes, name) for part, mask in masks.items()
+        )
+        return DataSet.of(train, held, name, decoded.skipped)
 
-    def part(x: torch.Tensor, y: torch.Tensor) -> ArraySplit:
-        return ArraySplit(x, y, torch.arange(len(y)), classes, name)
+    def load(part: str) -> ArraySplit:
+        try:
+            room = Filling(f"{name} images", images.shape, count=len(index[part]), layout="NCHW")
+            x = images.picked(masks[part], room)
+        except UnmovedError:  # a damaged cache has one remedy
+            anew: ArraySplit = getattr(_data_set(decode(), name, test, seed, decode), part)
+            return anew
+        return ArraySplit(x, labels[masks[part]], index[part], classes, name)
 
-    cut = decoded.train
-    whole = cut == len(labels)
-    train, held = (
-        part(images, labels).hold_out(test, seed)
-        if whole
-        else (part(images[:cut], labels[:cut]), part(images[cut:], labels[cut:]))
-    )
-    return DataSet.of(train, held, name, decoded.skipped)
+    _, c, h, w = images.shape
+    first, last = (Unread(index[part], classes, (c, h, w), partial(load, part), name) for part in masks)
+    return DataSet.of(first, last, name, decoded.skipped)
+
+
+def _put_last(images: np.ndarray, chosen: np.ndarray) -> None:
+    """Move the chosen images behind the others, in place: their array may be half of the memory."""
+    behind, stay = images[chosen], np.flatnonzero(~chosen)
+    step = max(1, PIECE // images[:1].nbytes)
+    for start in range(0, len(stay), step):  # each goes to a place that has been read already, or stays
+        images[start : start + step][: len(stay) - start] = images[stay[start : start + step]]
+    images[len(stay) :] = behind

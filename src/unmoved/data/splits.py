@@ -13,6 +13,8 @@ from unmoved.data.checks import as_classes, as_images, as_labels, held_out, seed
 from unmoved.errors import UnmovedError, require_whole
 from unmoved.protocols import Batch, Image, Index, Label
 
+MOVED = 4096  # images that go to another device at a time
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ArraySplit:
@@ -103,20 +105,18 @@ class ArraySplit:
         """
         size = require_whole("batch size", size, at_least=1)
         order = None if shuffle is None else torch.randperm(len(self), generator=seeded(shuffle))
-        return self._batches(size, None if order is None else order.to(self.images.device))
+        return self.gathered(None if order is None else order.to(self.images.device), size)
 
-    def _batches(self, size: int, order: Tensor | None) -> Iterator[Batch]:
-        for start in range(0, len(self), size):
+    def gathered(self, rows: Tensor | None, size: int) -> Iterator[Batch]:
+        """Batches of the samples at these positions, in their order; of all of them where there are none."""
+        for start in range(0, len(self) if rows is None else len(rows), size):
             chunk = slice(start, start + size)
-            where = chunk if order is None else order[chunk]
+            where = chunk if rows is None else rows[chunk]
             yield Batch(_as_floats(self.images[where]), self.labels[where], self.index[where])
 
     def take(self, n: int, seed: int | None = None) -> ArraySplit:
         """The first ``n`` samples, or ``n`` random ones; with one seed, fewer samples are a part of more."""
-        n = require_whole(f"{self.name}: number of samples", n, at_least=1)
-        if n > len(self):
-            raise UnmovedError(f"{self.name}: expected at most its {len(self)} samples, came {n}; ask for fewer")
-        return self.select(torch.arange(n) if seed is None else torch.randperm(len(self), generator=seeded(seed))[:n])
+        return self.select(drawn(self, n, seed))
 
     def select(self, positions: Tensor) -> ArraySplit:
         """The samples at these positions (or where a mask is true); identities stay."""
@@ -135,9 +135,7 @@ class ArraySplit:
         number = require_whole(f"{self.name}: part", number, at_least=0, at_most=of - 1)
         if of > len(self):
             raise UnmovedError(f"{self.name}: expected at most {len(self)} parts, as many as samples, came {of}")
-        size = len(self) // of
-        order = torch.randperm(len(self), generator=seeded(permutation))
-        return self.select(order[number * size : (number + 1) * size])
+        return self.select(positions_of_part(len(self), number, of, permutation))
 
     def to(self, device: torch.device | str) -> ArraySplit:
         """The split on a device; no copy where it is there already."""
@@ -152,15 +150,91 @@ class ArraySplit:
         Raises:
             UnmovedError: a size that leaves one side empty.
         """
-        chosen = _stratified(self.labels.cpu(), held_out(f"{self.name}: held-out size", size, len(self)), seed)
+        chosen = self.held_out(size, seed)
         return self.select(~chosen), replace(self.select(chosen), name=f"{self.name}/validation")
+
+    def held_out(self, size: float, seed: int) -> Tensor:
+        """A mask (N,) of the samples that `hold_out` holds out."""
+        return stratified(self.labels.cpu(), held_out(f"{self.name}: held-out size", size, len(self)), seed)
+
+    def lent(self, positions: Tensor, name: str | None = None) -> Selection:
+        """As `select`, without a copy of the images: they stay in this split's memory."""
+        where = positions.to(self.images.device)
+        rows = where.nonzero().flatten() if where.dtype == torch.bool else where
+        return Selection(self, rows, self.name if name is None else name)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Selection:
+    """Some samples of a split whose images stay in its memory: each batch is gathered from there.
+
+    Attributes:
+        whole: the split they are of.
+        rows: (N,) int64, their positions in it.
+        name: how tables and messages call it.
+    """
+
+    whole: ArraySplit
+    rows: Tensor
+    name: str
+
+    def __repr__(self) -> str:
+        return f"<Selection {self.name}: {len(self)} images {self.shape}, {self.num_classes} classes>"
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    classes = property(lambda self: self.whole.classes)
+    num_classes = property(lambda self: self.whole.num_classes)
+    shape = property(lambda self: self.whole.shape)
+    labels = property(lambda self: self.whole.labels[self.rows])
+    index = property(lambda self: self.whole.index[self.rows])
+    images = property(lambda self: self.whole.images[self.rows], doc="(N, C, H, W), a copy, as `ArraySplit.images`.")
+
+    def batches(self, size: int, *, shuffle: int | None = None) -> Iterator[Batch]:
+        """The batches of `ArraySplit.batches`."""
+        size = require_whole("batch size", size, at_least=1)
+        order = None if shuffle is None else torch.randperm(len(self), generator=seeded(shuffle))
+        rows = self.rows if order is None else self.rows[order.to(self.rows.device)]
+        return self.whole.gathered(rows, size)
+
+    def select(self, positions: Tensor) -> ArraySplit:
+        """The samples at these positions (or where a mask is true), with a copy of their images."""
+        return replace(self.whole.select(self.rows[positions.to(self.rows.device)]), name=self.name)
+
+    def take(self, n: int, seed: int | None = None) -> ArraySplit:
+        """As `ArraySplit.take`."""
+        return self.select(drawn(self, n, seed))
+
+    def to(self, device: torch.device | str) -> Selection | ArraySplit:
+        """The samples on a device, and no others there; no copy where they are there already."""
+        if torch.empty(0, device=device).device == self.rows.device:
+            return self
+        images = torch.empty((len(self), *self.shape), dtype=self.whole.images.dtype, device=device)
+        for start, rows in zip(range(0, len(self), MOVED), self.rows.split(MOVED), strict=True):
+            images[start : start + MOVED] = self.whole.images[rows].to(device)
+        return ArraySplit(images, self.labels.to(device), self.index.to(device), self.classes, self.name)
+
+
+def drawn(split: ArraySplit | Selection, n: int, seed: int | None = None) -> Tensor:
+    """The positions (n,) of the first samples of a split, or of random ones."""
+    n = require_whole(f"{split.name}: number of samples", n, at_least=1)
+    if n > len(split):
+        raise UnmovedError(f"{split.name}: expected at most its {len(split)} samples, came {n}; ask for fewer")
+    return torch.arange(n) if seed is None else torch.randperm(len(split), generator=seeded(seed))[:n]
+
+
+def positions_of_part(total: int, number: int, of: int, permutation: int) -> Tensor:
+    """The positions of the samples of `ArraySplit.part`, in a split of ``total``."""
+    size, order = total // of, torch.randperm(total, generator=seeded(permutation))
+    return order[number * size : (number + 1) * size]
 
 
 def _as_floats(images: Tensor) -> Image:
     return images.float() / 255 if images.dtype == torch.uint8 else images.clone()
 
 
-def _stratified(labels: Tensor, count: int, seed: int) -> Tensor:
+def stratified(labels: Tensor, count: int, seed: int) -> Tensor:
     """A mask of ``count`` true values, spread over the classes by largest remainder."""
     total, sizes = len(labels), labels.bincount()
     quota, remainder = sizes * count // total, sizes * count % total
@@ -171,38 +245,3 @@ def _stratified(labels: Tensor, count: int, seed: int) -> Tensor:
     chosen = torch.zeros(total, dtype=torch.bool)
     chosen[by_class] = rank < quota[labels[by_class]]
     return chosen
-
-
-@dataclass(frozen=True, eq=False)
-class DataSet:
-    """What a source gives: a training and a test split of the same classes and image shape.
-
-    Attributes:
-        train, test: the splits.
-        name: the source, without the part.
-        skipped: files left out because they could not be read, only where the user asked for that.
-
-    Raises:
-        UnmovedError: the two splits do not belong together.
-    """
-
-    train: ArraySplit
-    test: ArraySplit
-    name: str = "data"
-    skipped: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.train.shape != self.test.shape or self.train.classes != self.test.classes:
-            raise UnmovedError(
-                f"{self.name}: expected the same image shape and classes in both parts, came train {self.train.shape} "
-                f"with {self.train.num_classes} classes, test {self.test.shape} with {self.test.num_classes}"
-            )
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        return self.train.classes
-
-    @staticmethod
-    def of(train: ArraySplit, test: ArraySplit, name: str, skipped: tuple[str, ...] = ()) -> DataSet:
-        """The two parts, renamed ``name/train`` and ``name/test``."""
-        return DataSet(replace(train, name=f"{name}/train"), replace(test, name=f"{name}/test"), name, skipped)

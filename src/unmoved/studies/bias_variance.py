@@ -66,7 +66,7 @@ def groups_of(found: Sequence[Subject]) -> list[Group]:
             )
         seen: set[int] = set()
         for member in members:
-            own = set(member.built.data.train.index.tolist())
+            own = set(member.built.data.index("train").tolist())
             if seen & own:
                 raise UnmovedError(
                     f"bias-variance: expected models of {name!r} on disjoint parts of the data, came {len(seen & own)} "
