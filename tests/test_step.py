@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unmoved import preconditions, terms, train_step
+from unmoved import averaging, data, optim, preconditions, terms, train, train_step
 from unmoved.attacks import PGD, Transfer
 from unmoved.errors import UnmovedError
 from unmoved.protocols import Batch, Method
@@ -125,3 +125,22 @@ def test_only_a_watched_step_looks_at_values_on_a_device(watch: bool, monkeypatc
     step(MADRY, a_batch(), watch=watch)
     assert len(looked) >= 3
     assert set(looked) == {watch}
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"optimizer": optim.SGD}, r"optimizer: .*the class SGD; use SGD\(\.\.\.\)"),
+        ({"schedule": optim.Cosine}, "schedule: .*the class Cosine"),
+        ({"schedule": None}, "schedule: .*came None"),
+        ({"average": averaging.EMA}, "average: .*the class EMA"),
+        ({"augment": data.Flip}, "augment: .*the class Flip"),
+        ({"check": PGD}, "check: .*the class PGD"),
+        ({"check": terms.CE()}, "check: .*came CE"),
+        ({"threat": "linf"}, "threat: expected a ThreatModel"),
+    ],
+)
+def test_a_training_refuses_classes_in_place_of_what_they_make(settings: dict[str, Any], words: str) -> None:
+    split = data.ArraySplit.of(a_batch().x, a_batch().y, layout="NCHW")
+    with pytest.raises(UnmovedError, match=words):
+        train(Copying(), CLEAN, split, epochs=1, **({"validation": split, "threat": THREAT} | settings))

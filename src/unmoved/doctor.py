@@ -23,7 +23,7 @@ from unmoved.checks import (
 from unmoved.errors import UnmovedError, require_seed, require_whole
 from unmoved.preconditions import require_labels
 from unmoved.protocols import Batch, Split
-from unmoved.threat import ThreatModel
+from unmoved.threat import ThreatModel, require_threat
 
 __all__ = ["Finding", "examine", "verdict"]
 
@@ -84,6 +84,7 @@ def examine(
     Raises:
         UnmovedError: no data; images out of range; a model that returns no logits (B, K); labels beyond the logits.
     """
+    require_threat("threat", threat)
     n, seed = require_whole("n", n, at_least=1), require_seed("seed", seed)
     if len(split) == 0:
         raise UnmovedError("examine: expected at least one sample, came none")

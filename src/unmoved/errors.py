@@ -67,6 +67,19 @@ def require_seed(name: str, value: Any) -> int:
     return require_whole(name, value, at_least=-(2**63), at_most=2**63 - 1)
 
 
+def require_flag(name: str, value: Any) -> bool:
+    """``value`` as True or False.
+
+    Raises:
+        UnmovedError: it is neither, such as the text "no", which Python takes for true.
+    """
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):
+        value = value.item()
+    if not isinstance(value, bool):
+        raise UnmovedError(f"{name}: expected true or false, came {value!r:.80}")
+    return value
+
+
 def number_field(owner: object, name: str, **bounds: Any) -> None:
     """`require_number` for a field of a frozen value, kept as a plain number, so that ``repr`` rebuilds the value.
 
@@ -80,6 +93,11 @@ def number_field(owner: object, name: str, **bounds: Any) -> None:
 def whole_field(owner: object, name: str, **bounds: Any) -> None:
     """`require_whole` for a field of a frozen value; otherwise as `number_field`."""
     keep_field(owner, name, require_whole, **bounds)
+
+
+def flag_field(owner: object, name: str) -> None:
+    """`require_flag` for a field of a frozen value; otherwise as `number_field`."""
+    keep_field(owner, name, require_flag)
 
 
 def keep_field(owner: object, name: str, require: Callable[..., Any], **bounds: Any) -> None:
@@ -121,4 +139,6 @@ def require_choice(name: str, value: object, choices: Iterable[object]) -> None:
     """Raise `UnmovedError` unless ``value`` is one of ``choices``."""
     options = list(choices)
     if value not in options:
-        raise UnmovedError(f"{name}: unknown value {value!r}" + did_you_mean(str(value), options))
+        is_quoted = isinstance(value, str) and value in map(str, options)
+        advice = "; leave out the quotes" if is_quoted else did_you_mean(str(value), options)
+        raise UnmovedError(f"{name}: unknown value {value!r:.80}{advice}")

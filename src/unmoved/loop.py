@@ -19,6 +19,7 @@ from unmoved import precision as formats
 from unmoved.attacks import PGD
 from unmoved.errors import UnmovedError, require_seed, require_whole
 from unmoved.optim import SGD, Constant
+from unmoved.preconditions import require_callable
 from unmoved.protocols import Attack, Batch, Method, Split
 from unmoved.rehearsal import rehearse
 from unmoved.run import Run
@@ -26,7 +27,7 @@ from unmoved.schedule import Phases
 from unmoved.state import Means, TrainerState
 from unmoved.step import train_step
 from unmoved.terms.sum import snake_case, stateful
-from unmoved.threat import ThreatModel, bounds_of
+from unmoved.threat import ThreatModel, bounds_of, require_threat
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -92,6 +93,17 @@ def train(
     if validation is not None and threat is None:
         raise UnmovedError("train: validation needs the threat model to judge by; pass threat=ThreatModel(...)")
     phases = Phases.of(method)
+    for name, value, arguments in (
+        ("optimizer", optimizer, "groups"),
+        ("schedule", schedule, "optimizer, total, per_epoch"),
+        ("augment", augment, "batch, seed"),
+        ("average", average, "step, total"),
+        ("check", check, "model, batch"),
+    ):
+        if value is not None or name in ("optimizer", "schedule"):
+            require_callable(name, value, arguments)
+    if threat is not None:
+        require_threat("threat", threat)
     # A phase without an attack sees the same images as the others.
     bounds = next(filter(None, (bounds_of(m.attack) for _, m in phases.phases)), None)
     fabric = engine.prepare(device) if fabric is None else fabric

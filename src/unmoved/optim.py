@@ -10,7 +10,7 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LRScheduler, MultiStepLR, OneCycleLR
 
-from unmoved.errors import UnmovedError, number_field, require_whole
+from unmoved.errors import UnmovedError, flag_field, number_field, require_whole
 
 Groups = list[dict[str, Any]]
 
@@ -27,6 +27,7 @@ class SGD:
     def __post_init__(self) -> None:
         number_field(self, "optimizer.lr", at_least=0)
         number_field(self, "optimizer.momentum", at_least=0)
+        flag_field(self, "optimizer.nesterov")
         number_field(self, "optimizer.weight_decay", at_least=0)
 
     def __call__(self, groups: Groups) -> Optimizer:
@@ -42,6 +43,7 @@ class Adam:
     decoupled: bool = False
 
     def __post_init__(self) -> None:
+        flag_field(self, "optimizer.decoupled")
         number_field(self, "optimizer.lr", at_least=0)
         number_field(self, "optimizer.weight_decay", at_least=0)
 

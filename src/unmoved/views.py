@@ -20,7 +20,8 @@ def logits(model: nn.Module, x: Image) -> Logits:
     Raises:
         UnmovedError: the model returns something other than a (B, K) tensor.
     """
-    out: Any = model(x.clone())  # a forward may write into its input
+    # A forward may write into its input. What torch.compile returned warns of a copy that has a history.
+    out: Any = model(x if x.requires_grad and hasattr(model, "_orig_mod") else x.clone())
     if not isinstance(out, Tensor):
         raise UnmovedError(
             f"model {type(model).__name__}: expected logits of shape (B, K), came a {type(out).__name__}; "

@@ -51,6 +51,17 @@ class Detached(Net):
         return super().forward(x.detach())
 
 
+class _NoBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 1.0
+
+
+class NoBackward(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(_NoBackward.apply(x))
+
+
 def made(name: str, threat: Any = None, **settings: Any) -> Any:
     """The attack of this name in a ball that it knows, short."""
     maker = getattr(attacks, name)
@@ -124,7 +135,7 @@ def test_a_forward_that_writes_into_its_input_changes_nothing(name: str, batch: 
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("kind", [Binary, Detached])
+@pytest.mark.parametrize("kind", [Binary, Detached, NoBackward])
 def test_a_model_without_a_gradient(name: str, kind: type[Net], batch: Batch) -> None:
     model = network(kind)
     known_right = replace(batch, y=model(batch.x).argmax(dim=1))

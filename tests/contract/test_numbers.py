@@ -60,6 +60,14 @@ SETTINGS = [
 ]
 
 
+FLAGS = [
+    pytest.param(maker, parameter, id=f"{name}.{parameter.name}")
+    for name, maker in MAKERS.items()
+    for parameter in inspect.signature(maker).parameters.values()
+    if str(parameter.annotation) == "bool"
+]
+
+
 def made(maker: Callable[..., Any], parameter: inspect.Parameter, value: Any) -> Any:
     needed = {name: NEEDED[name] for name in inspect.signature(maker).parameters if name in NEEDED}
     needed = {name: needed[name] for name in needed if is_required(maker, name)}
@@ -87,6 +95,7 @@ def test_the_settings_are_found() -> None:
     names = {str(case.id) for case in SETTINGS}
     assert len(names) > 70
     assert {"attacks.PGD.steps", "attacks.IAAT.gamma", "defenses.APD.n", "optim.MultiStep.milestones"} <= names
+    assert len(FLAGS) >= 10
     assert {"terms.GlobalProbability.num_classes", "models.mlp.hidden", "attacks.Square.p", "augment.Flip.p"} <= names
 
 
@@ -129,6 +138,18 @@ def test_what_is_no_number_is_refused_when_the_value_is_made(
             made(maker, parameter, value)
 
 
+@pytest.mark.parametrize(("maker", "parameter"), FLAGS)
+def test_a_flag_is_true_or_false(maker: Callable[..., Any], parameter: inspect.Parameter) -> None:
+    value = parameter.default
+    torch.manual_seed(0)
+    plain = repr(made(maker, parameter, value))
+    torch.manual_seed(0)
+    assert repr(made(maker, parameter, np.bool_(value))) == plain
+    for wrong in ("no", "false", 0, 1, None, 1.0):
+        with pytest.raises(UnmovedError, match=rf"{parameter.name}: expected true or false, came"):
+            made(maker, parameter, wrong)
+
+
 def test_the_messages_say_what_to_do() -> None:
     with pytest.raises(UnmovedError, match=r"steps: expected a whole number >= 1, came 2.5; round it$"):
         require_whole("steps", 2.5, at_least=1)
@@ -136,6 +157,8 @@ def test_the_messages_say_what_to_do() -> None:
         require_number("eps", "8/255", at_least=0)
     with pytest.raises(UnmovedError, match=r"steps: expected a whole number <= 9, came one of 33220 bits"):
         require_whole("steps", 10**10_000, at_most=9)
+    with pytest.raises(UnmovedError, match=r"APD.p: unknown value 'inf'; leave out the quotes"):
+        defenses.APD(0.1, p="inf")  # type: ignore[arg-type]
     with pytest.raises(UnmovedError, match="seed: expected a whole number"):
         require_seed("seed", 2**63)
     assert require_whole("steps", (8 / 255) / (2 / 255)) == 4

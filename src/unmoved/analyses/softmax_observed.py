@@ -16,9 +16,9 @@ from unmoved import views
 from unmoved.attacks import FMN
 from unmoved.errors import UnmovedError, require_whole
 from unmoved.precision import exact
-from unmoved.preconditions import require_images, require_labels
+from unmoved.preconditions import require_attack, require_images, require_labels
 from unmoved.protocols import Attack, Batch, Image, Index, Label, Logits, MinimumNormAttack, PerSample, Split, Table
-from unmoved.threat import ThreatModel
+from unmoved.threat import ThreatModel, require_threat
 from unmoved.weights import evaluating
 
 STATISTICS = ("variance", "std", "entropy", "gap", "p_true", "margin")
@@ -166,6 +166,8 @@ def collect_batch(
     Raises:
         UnmovedError: as `observe`; images out of range; an attack that leaves the threat model.
     """
+    require_attack("attack", attack)
+    require_threat("threat", threat)
     batch = batch.to(next((p.device for p in model.parameters()), torch.device("cpu")))
     require_images(batch.x, threat.bounds)
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []

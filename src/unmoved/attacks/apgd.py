@@ -15,7 +15,7 @@ from unmoved.attacks.ascent import Best, attacking, broken, gradient_at, like, v
 from unmoved.attacks.pace import MomentumPace, SparsePace
 from unmoved.attacks.rounds import Retired, Round, compacts, in_rounds
 from unmoved.attacks.smooth import smoothed
-from unmoved.errors import UnmovedError, keep_field, number_field, require_seed, whole_field
+from unmoved.errors import UnmovedError, flag_field, keep_field, number_field, require_seed, whole_field
 from unmoved.precision import exact
 from unmoved.preconditions import require_loss
 from unmoved.protocols import Batch, Image, Term
@@ -73,6 +73,8 @@ class APGD:
         for name, least in (("steps", 1), ("restarts", 1), ("targets", 0), ("draws", 1)):
             whole_field(self, f"APGD.{name}", at_least=least)
         keep_field(self, "APGD.seed", require_seed)
+        for name in ("until_broken", "large_first", "compat"):
+            flag_field(self, f"APGD.{name}")
         if self.large_first and self.threat.norm != "l1":
             raise UnmovedError(f"APGD.large_first: expected the norm l1, came {self.threat.norm}; leave it out")
 

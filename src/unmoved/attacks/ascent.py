@@ -73,14 +73,17 @@ def gradient_at(base: Views, x_adv: Image, loss: Term, draws: int = 1) -> tuple[
 
 
 def input_gradient(values: Tensor, x: Image, *, retain: bool = False) -> Tensor | None:
-    """The gradient of the sum of ``values`` over ``x``; None where they do not depend on it.
+    """The gradient of the sum of ``values`` over ``x``; None where there is none.
 
     Args:
         retain: whether the graph is needed again.
     """
     if not values.requires_grad:
         return None
-    return torch.autograd.grad(values.sum(), x, retain_graph=retain, allow_unused=True)[0]
+    try:
+        return torch.autograd.grad(values.sum(), x, retain_graph=retain, allow_unused=True)[0]
+    except NotImplementedError:  # a function of the model's own without a backward pass
+        return None
 
 
 def not_differentiable(model: nn.Module) -> UnmovedError:

@@ -12,7 +12,7 @@ from unmoved.attacks.ascent import Best, input_gradient, like, not_differentiabl
 from unmoved.attacks.boundary import rounding, searching
 from unmoved.attacks.hyperplanes import dual_length, length, to_hyperplane
 from unmoved.attacks.rounds import Retired, Round, compacts, in_rounds
-from unmoved.errors import keep_field, number_field, require_seed, whole_field
+from unmoved.errors import flag_field, keep_field, number_field, require_seed, whole_field
 from unmoved.protocols import Batch, Image, Label, Logits, PerSample
 from unmoved.terms.margin import margin
 from unmoved.threat import ThreatModel, require_threat
@@ -74,6 +74,8 @@ class FAB:
         for name in ("alpha_max", "beta"):
             number_field(self, f"FAB.{name}", at_least=0, at_most=1)
         number_field(self, "FAB.eta", at_least=1)
+        flag_field(self, "FAB.targeted")
+        flag_field(self, "FAB.until_broken")
 
     def __call__(self, model: nn.Module, batch: Batch) -> Image:
         with searching(model, batch, self.threat) as views:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from unmoved.attacks.ascent import Best, broken, value_at
 from unmoved.attacks.boundary import searching
 from unmoved.attacks.windows import Draws, Flips, Tiles, mosaic, stripes
-from unmoved.errors import UnmovedError, keep_field, number_field, require_seed, whole_field
+from unmoved.errors import UnmovedError, flag_field, keep_field, number_field, require_seed, whole_field
 from unmoved.preconditions import require_loss
 from unmoved.protocols import Batch, Image, PerSample, Term
 from unmoved.terms import Margin
@@ -67,6 +67,7 @@ class Square:
         whole_field(self, "Square.queries", at_least=1)
         number_field(self, "Square.p", above=0, at_most=1)
         whole_field(self, "Square.restarts", at_least=1)
+        flag_field(self, "Square.rescale_schedule")
         keep_field(self, "Square.seed", require_seed)
 
     def __call__(self, model: nn.Module, batch: Batch) -> Image:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from unmoved.errors import number_field, whole_field
+from unmoved.errors import flag_field, number_field, whole_field
 from unmoved.protocols import Label, Logits, PerSample, Term
 from unmoved.terms import CE
 
@@ -74,6 +74,7 @@ class Sensible:
 
     def __post_init__(self) -> None:
         number_field(self, "Sensible.c", above=0, at_most=1)
+        flag_field(self, "Sensible.adaptive")
 
     undo = True
     jitter = 0.0

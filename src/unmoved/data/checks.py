@@ -44,12 +44,6 @@ def require_file(name: str, path: Path) -> None:
         raise UnmovedError(f"{name}: expected a regular file, came {str(path)!r}; correct the path")
 
 
-def require_flag(name: str, value: bool) -> None:
-    """Raise `UnmovedError` unless ``value`` is True or False."""
-    if not isinstance(value, bool):
-        raise UnmovedError(f"{name}: expected true or false, came {value!r}")
-
-
 def held_out(name: str, size: float, total: int) -> int:
     """How many of ``total`` samples a share in (0, 1) or a count in 1..total-1 means.
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from unmoved.errors import UnmovedError, require_whole
+from unmoved.errors import UnmovedError, require_flag, require_whole
 from unmoved.reading import brief
 
 # EPS and WMF run other programs, the rest are stubs that only know a format's name.
@@ -42,9 +42,7 @@ class Pixels:
                 raise UnmovedError(f"size: {advice}")
             height, width = (require_whole("size", side, at_least=1, advice=advice) for side in pair)
             sides = (height, width)
-        if not isinstance(grey, bool):
-            raise UnmovedError(f"grey: expected true or false, came {grey!r}")
-        return Pixels(sides, grey)
+        return Pixels(sides, require_flag("grey", grey))
 
     def __call__(self, image: Image.Image) -> np.ndarray:
         """(C, H, W) uint8: turned upright, transparency dropped, resized (bilinear, antialiased).

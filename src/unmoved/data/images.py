@@ -12,14 +12,14 @@ import torch
 
 from unmoved.data import archive
 from unmoved.data.cache import Decoded, Slot
-from unmoved.data.checks import held_out, require_flag, require_path
+from unmoved.data.checks import held_out, require_path
 from unmoved.data.decode import Pixels
 from unmoved.data.decode_all import Progress, decode_all
 from unmoved.data.filling import PIECE, Filling
 from unmoved.data.sets import DataSet, Unread
 from unmoved.data.splits import ArraySplit, stratified
 from unmoved.data.trees import Tree, tree
-from unmoved.errors import UnmovedError
+from unmoved.errors import UnmovedError, require_flag
 from unmoved.reading import readable
 
 
@@ -57,7 +57,7 @@ def folder(
         UnmovedError: no such folder, an empty class, fewer than two classes, a corrupt image, different sizes.
     """
     root, pixels = require_path("folder.path", path), Pixels.of(size, grey)
-    require_flag("folder.skip_corrupt", skip_corrupt)
+    skip_corrupt = require_flag("folder.skip_corrupt", skip_corrupt)
     source = tree(root)
     slot = Slot.of(cache, root, repr((pixels, skip_corrupt, PIL.__version__)), source)
     name = archive.stem(root.absolute())

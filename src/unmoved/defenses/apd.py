@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from unmoved import weights
 from unmoved.defenses.plain import Plain
-from unmoved.errors import number_field, require_choice, whole_field
+from unmoved.errors import flag_field, number_field, require_choice, whole_field
 from unmoved.schedule import Ramp, number, ramp_field
 
 
@@ -55,6 +55,7 @@ class APD:
         ramp_field(self, "APD.eps", at_least=0)
         whole_field(self, "APD.steps", at_least=1)
         require_choice("APD.p", self.p, (2, math.inf))
+        flag_field(self, "APD.relative")
         require_choice("APD.risk", self.risk, ("mean", "last"))
         if self.n is not None:
             whole_field(self, "APD.n", at_least=1)

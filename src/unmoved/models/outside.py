@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from unmoved.errors import UnmovedError, did_you_mean
+from unmoved.errors import UnmovedError, did_you_mean, require_flag
 from unmoved.models.entrance import entrance, require_sizes
 
 _WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
@@ -54,6 +54,7 @@ def timm(
             the model cannot take images of this shape; otherwise as `entrance`.
     """
     shape, num_classes = require_sizes(shape, num_classes)
+    pretrained = require_flag("pretrained", pretrained)
     entrance(shape, num_classes, mean, std)  # mean and std are refused before the library is loaded
     library = _library()
     if ":" not in model and not library.is_model(model):

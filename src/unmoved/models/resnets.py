@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 
-from unmoved.errors import UnmovedError, require_number, require_whole
+from unmoved.errors import UnmovedError, require_flag, require_number, require_whole
 from unmoved.models.entrance import entrance, require_sizes
 
 
@@ -84,7 +84,7 @@ def preact_resnet18(
     width = require_whole("width", width, at_least=1)
     layers["conv"] = nn.Conv2d(shape[0], width, 3, padding=1, bias=False)
     layers |= _stages(width, (width, 2 * width, 4 * width, 8 * width), blocks=2)
-    if final_bn:
+    if require_flag("final_bn", final_bn):
         layers |= {"bn": nn.BatchNorm2d(8 * width), "relu": nn.ReLU()}
     return nn.Sequential(OrderedDict(layers, pool=GlobalMean(), linear=nn.Linear(8 * width, num_classes)))
 
