@@ -37,6 +37,7 @@ eps = 0.1
 epochs = 2
 batch_size = 64
 precision = "float32"
+checkpoint_share = 1.0
 
 [optimizer]
 use = "adam"

@@ -537,7 +537,7 @@ def test_a_forged_table_is_made_again(tmp_path: Path, body: str) -> None:
 def run(tmp_path: Path) -> Run:
     """A judged run of two samples, as files."""
     run = Run.create(tmp_path / "run", {"name": "r", "training": {"seed": 0}})
-    run.save_metrics([{"epoch": 1, "seconds": 0.5, "train_accuracy": 0.5, "parts": {"ce": 1.0}}])
+    run.log.add({"epoch": 1, "seconds": 0.5, "train_accuracy": 0.5, "parts": {"ce": 1.0}})
     (run.path / "evaluation").mkdir()
     (run.path / "evaluation" / "outcomes.csv").write_text(ROWS)
     facts = {
@@ -579,7 +579,8 @@ def test_facts_of_other_types_are_named(run: Run, name: str, value: Any) -> None
     "change", [{"epoch": "x"}, {"seconds": None}, {"seconds": [1]}, {"train_accuracy": {"a": 1}}, {"validation_n": "n"}]
 )
 def test_a_log_without_numbers_is_named(run: Run, change: dict[str, Any]) -> None:
-    run.save_metrics([{"epoch": 1, "seconds": 0.5, "train_accuracy": 0.5} | change])
+    (run.path / "metrics.jsonl").unlink()
+    run.log.add({"epoch": 1, "seconds": 0.5, "train_accuracy": 0.5} | change)
     with pytest.raises(UnmovedError, match=rf"metrics.jsonl: line 1: {next(iter(change))}: .* train again"):
         Judged.of(run)
 

@@ -87,7 +87,7 @@ def test_a_training_in_progress_is_not_disturbed_by_a_second_or_by_those_who_loo
     nursery: Nursery, tmp_path: Path
 ) -> None:
     path, run = ROOT / "recipes" / "digits" / "trades_awp.toml", tmp_path / "run"
-    small = ["training.epochs=6", "model.width=4", "data.test=1500", "attack.steps=1"]
+    small = ["training.epochs=6", "model.width=4", "data.test=1500", "attack.steps=1", "training.checkpoint_share=1"]
     command = ["train", path, *(part for change in small for part in ("--set", change)), "--resume", "--out"]
     unmoved(*command, tmp_path / "uncut").fine()
     with ThreadPoolExecutor(1) as threads:

@@ -159,6 +159,7 @@ def test_an_evil_trainer_state_is_refused_and_not_executed(tmp_path: Path, kind:
             return torch.load(io.BytesIO(data), weights_only=False)
 
     (tmp_path / "run" / "trainer.pt").write_bytes(buffer.getvalue())
+    (tmp_path / "run" / "metrics.jsonl").unlink()  # with a whole log nobody would look at the state
     command = ("train", path, "--out", tmp_path / "run", "--set", "training.epochs=1", "--resume")
     assert "not a trainer state that can be read safely" in unmoved(*command).mistake()
     assert not target.exists()

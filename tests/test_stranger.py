@@ -269,7 +269,8 @@ def test_a_strangers_code_that_changed_under_a_run_is_named(lab: Path) -> None:
     recipe(lab, THEIRS, "theirs")
     unmoved("train", "theirs.toml", "--out", "run", "--allow", "my_lab", "--set", "training.epochs=2").fine()
     state = Run.open("run").load_state()
-    Run.open("run").save_state(state | {"log": state["log"][:1]})
+    Run.open("run").save_state(state | {"epochs": 1})
+    Path("run/metrics.jsonl").unlink()  # with a whole log nobody would look at the state
     (lab / "my_lab" / "nets.py").write_text(LAB["nets"].replace("nn.Tanh()", "nn.Linear(width, width)"))
     for name in [name for name in sys.modules if name.split(".")[0] == "my_lab"]:
         del sys.modules[name]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from time import monotonic
 from typing import IO, Any, BinaryIO, cast
 
 import torch
@@ -56,6 +58,44 @@ class _Hashed:
             raise self.stopped
         self.digest.update(_SEAL)
         self.file.write(_SEAL + self.digest.hexdigest().encode())
+
+
+class Budget:
+    """When to save: as often as a share of the time allows, of training and saving together.
+
+    Only when it is saved depends on the clock, never what: a training that is gone on with ends in the same bits from
+    whatever epoch. A kill loses what was trained since, about (seconds of a save) / share.
+
+    Args:
+        share: in [0, 1]; 1 allows every epoch, 0 none.
+        expected: seconds that the first save is thought to take; each later one, what the last one took.
+    """
+
+    def __init__(self, share: float, expected: float) -> None:
+        self.share, self.expected = share, expected
+        self.trained = self.spent = 0.0
+
+    def allows(self, seconds: float) -> bool:
+        """Whether to save now, ``seconds`` of training after the last time that this was asked."""
+        self.trained += seconds
+        saving = self.spent + self.expected
+        return saving <= self.share * (self.trained + saving)
+
+    @contextlib.contextmanager
+    def spending(self) -> Iterator[None]:
+        """Count the time of a save."""
+        began = monotonic()
+        yield
+        self.expected = monotonic() - began
+        self.spent += self.expected
+
+
+def guessed(tensors: Any) -> float:
+    """Seconds that saving all tensors within takes, as a disk of 200 MB/s would: known better after the first time."""
+    if isinstance(tensors, torch.Tensor):
+        return tensors.nbytes / 200e6
+    parts = tensors.values() if isinstance(tensors, dict) else tensors if isinstance(tensors, list | tuple) else ()
+    return sum(map(guessed, parts))
 
 
 def save(folder: Path, state: dict[str, Any]) -> None:
@@ -124,8 +164,8 @@ def _read(path: Path) -> dict[str, Any]:
         except (pickle.UnpicklingError, EOFError, LookupError, TypeError, ValueError, AttributeError) as error:
             # Sealed, so it is what was saved; but `save` writes nothing that torch refuses.
             raise _Damaged(type(error).__name__) from error
-    if not isinstance(state, dict) or not isinstance(state.get("log"), list):
-        raise _Damaged("no log")
+    if not isinstance(state, dict) or not isinstance(state.get("log"), dict):
+        raise _Damaged("of another version of unmoved")
     return state
 
 

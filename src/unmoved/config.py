@@ -81,6 +81,9 @@ class Training(Settings):
     precision: str = "auto"
     compiled: bool = Field(False, description="passes made by torch.compile: slow to begin, made for GPUs")
     sync_batchnorm: bool = Field(False, description="BatchNorm over the samples of all processes; on GPUs")
+    checkpoint_share: Number = Field(
+        0.03, ge=0, le=1, description="most of the time that saving may take; 1 saves every epoch"
+    )
 
     @field_validator("precision")
     @classmethod

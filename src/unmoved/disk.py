@@ -58,8 +58,11 @@ def replacing(path: Path, *, previous: Path | None = None) -> Iterator[BinaryIO]
             temporary.unlink()
 
 
-def append(path: Path, data: bytes) -> None:
-    """Add to the end of a file; it is on disk when this returns. A crash may leave a part at the end.
+def append(path: Path, data: bytes, *, synced: bool = True) -> None:
+    """Add to the end of a file. A crash may leave a part at the end.
+
+    Args:
+        synced: whether it is on disk when this returns, and no crash of the machine can lose it any more.
 
     Raises:
         UnmovedError: as `write_atomic`.
@@ -69,7 +72,30 @@ def append(path: Path, data: bytes) -> None:
         with open(path, "ab") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            if synced:
+                os.fsync(file.fileno())
+    except OSError as error:
+        raise unwritten(path, error) from error
+
+
+def sync(path: Path) -> None:
+    """Wait until what was appended to a file is on disk.
+
+    Raises:
+        UnmovedError: as `write_atomic`.
+    """
+    append(path, b"")
+
+
+def cut(path: Path, size: int) -> None:
+    """Take away what a file has beyond ``size`` bytes; a file that is missing has none.
+
+    Raises:
+        UnmovedError: as `write_atomic`.
+    """
+    try:
+        if path.exists() and path.stat().st_size > size:
+            os.truncate(path, size)
     except OSError as error:
         raise unwritten(path, error) from error
 

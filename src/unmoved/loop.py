@@ -53,6 +53,7 @@ def train(
     compiled: bool = False,
     sync_batchnorm: bool = False,
     seed: int = 0,
+    checkpoint_share: float = 0.03,
     device: str = "auto",
     fabric: Fabric | None = None,
     run: Run | None = None,
@@ -77,7 +78,10 @@ def train(
         device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"mps"``.
         fabric: an engine that is launched already, in place of ``device``: one of several processes takes its part of
             each batch, and all of them make the step that one would make. Only the first is given a ``run``.
-        run: where to save after each epoch; if it holds a saved state, training goes on from there.
+        checkpoint_share: the share of the time that saving into ``run`` may take, in [0, 1]: what a kill loses was
+            trained in about (seconds of a save) / share. 1 saves every epoch; the last one is always saved.
+        run: where to log and save; if it holds a saved state, training goes on from there. What terms report by class
+            is then in ``run.per_class``, and not in the log.
         progress: called with the latest record after each step (``{"epoch", "share"}``) and epoch; and with
             ``{"note"}``, a sentence, where something damaged was found in ``run`` and mended.
 
@@ -130,7 +134,8 @@ def train(
     running = [b for b in model.buffers() if b.is_floating_point()]
     averaged = None if average is None else averaging.Average(model, average)
     attacks = _unique(m.attack for _, m in phases.phases)
-    state = TrainerState(model, opt, scheduler, terms, attacks, run, None if averaged is None else averaged.model)
+    average_model = None if averaged is None else averaged.model
+    state = TrainerState(model, opt, scheduler, terms, attacks, run, average_model, checkpoint_share)
 
     def backward(loss: Tensor) -> None:
         fabric.backward(loss)
@@ -145,7 +150,7 @@ def train(
         torch.random.fork_rng([fabric.device] if fabric.device.type == "cuda" else []),
     ):
         state.restore(engine.told(fabric, state.saved(tell)), tell)
-        for epoch in range(len(state.log), epochs):
+        for epoch in range(state.epochs, epochs):
             torch.manual_seed(_mix(seed, epoch) + rank)  # what a model draws, such as dropout, is not keyed by sample
             model.train()
             began, log = monotonic(), Means()
@@ -170,7 +175,7 @@ def train(
                             bounds=bounds,
                         )
                     except UnmovedError as error:
-                        raise _stopped(error, epoch, run) from error
+                        raise _stopped(error, epoch, state) from error
                     except RuntimeError as error:
                         if not compiled or not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
                             raise
@@ -185,7 +190,7 @@ def train(
                 if progress is not None and watch:
                     progress({"epoch": epoch, "share": (k + 1) / per_epoch, "loss": float(step.loss)})
             if not torch.stack([p.detach().isfinite().all() for p in model.parameters()]).all():  # one look at a device
-                raise _stopped(UnmovedError(f"a weight became NaN or infinite by step {batch.step}"), epoch, run)
+                raise _stopped(UnmovedError(f"a weight became NaN or infinite by step {batch.step}"), epoch, state)
             record = {"epoch": epoch + 1, "step": (epoch + 1) * per_epoch, "lr": opt.param_groups[0]["lr"]}
             record |= {
                 "eps": _eps(current.attack),
@@ -195,10 +200,10 @@ def train(
                 try:
                     record |= _validate(state.kept, validation, check, threat, batch_size, fabric)
                 except UnmovedError as error:
-                    raise _stopped(error, epoch, run, mend="") from error
+                    raise _stopped(error, epoch, state, mend="") from error
             reports = {snake_case(type(term).__name__): term.report() for term in learned}
             record |= {"terms": {name: facts for name, facts in reports.items() if facts}}
-            state.commit(record, monotonic() - began)
+            state.commit(record, monotonic() - began, last=epoch + 1 == epochs)
             if progress is not None:
                 progress(state.log[-1])
     if averaged is not None:
@@ -207,10 +212,10 @@ def train(
 
 
 def _stopped(
-    error: UnmovedError, epoch: int, run: Run | None, mend: str = "; try a smaller lr or a ramp of eps"
+    error: UnmovedError, epoch: int, state: TrainerState, mend: str = "; try a smaller lr or a ramp of eps"
 ) -> UnmovedError:
-    kept = f"; {run.path} keeps the state after epoch {epoch}" if run is not None and epoch else ""
-    return UnmovedError(f"{error}, in epoch {epoch + 1}: training stopped{kept}{mend}")
+    kept = f"; {state.run.path} keeps the state after epoch {state.saved_epochs}" if state.run is not None else ""
+    return UnmovedError(f"{error}, in epoch {epoch + 1}: training stopped{kept if state.saved_epochs else ''}{mend}")
 
 
 def _validate(

@@ -13,6 +13,7 @@ from unmoved.errors import UnmovedError
 from unmoved.opinion import GRADES
 
 MOST_LOG = 2**26  # bytes of a training log
+MOST_PER_CLASS = 2**30  # of what it says of each class
 MOST_CELLS = 5 * 10**7  # of its table: lines that have no key in common make one of the square of their number
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
@@ -91,6 +92,13 @@ class Epoch(Record):
     parts: dict[str, float | None] = {}
 
 
+class ByClass(Record):
+    """A line of ``per_class.jsonl``: beside the epoch, for each term, lists with a number for each class."""
+
+    epoch: Count
+    __pydantic_extra__: dict[str, dict[str, list[Any]]] = Field(init=False)
+
+
 class _Training(Record):
     seed: int = 0
 
@@ -151,12 +159,33 @@ def log(path: Path, mend: str) -> list[dict[str, Any]]:
         data = reading.content(path, MOST_LOG)
     except FileNotFoundError:
         return []
-    lines = reading.json_lines(data, str(path))
+    lines = reading.json_lines(data[: data.rfind(b"\n") + 1], str(path))  # what follows was torn as it was appended
     names: set[str] = set()
     for number, line in enumerate(lines, start=1):
         require(Epoch, line, f"{path}: line {number}", mend)
         names.update(_leaves(line))
         if len(lines) * len(names) > MOST_CELLS:
+            raise UnmovedError(f"{path}: expected at most {MOST_CELLS} numbers, came more; {mend}")
+    return lines
+
+
+def per_class(path: Path, mend: str) -> list[dict[str, Any]] | None:
+    """The lines of a training's numbers by class, or None where there is no such file.
+
+    Raises:
+        UnmovedError: as `log`.
+    """
+    try:
+        data = reading.content(path, MOST_PER_CLASS)
+    except FileNotFoundError:
+        return None
+    lines, rows, names = reading.json_lines(data[: data.rfind(b"\n") + 1], str(path)), 0, set[str]()
+    for number, line in enumerate(lines, start=1):
+        require(ByClass, line, f"{path}: line {number}", mend)
+        for facts in (value for key, value in line.items() if key != "epoch"):
+            rows += max(map(len, facts.values()), default=0)
+            names.update(facts)
+        if rows * (len(names) + 3) > MOST_CELLS:
             raise UnmovedError(f"{path}: expected at most {MOST_CELLS} numbers, came more; {mend}")
     return lines
 

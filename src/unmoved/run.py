@@ -3,9 +3,10 @@
 recipe.toml          the fully resolved recipe
 provenance.json      versions, hardware, seed, git state, times
 metrics.jsonl        one record an epoch
+per_class.jsonl      what terms report by class, one line an epoch; only where one does
 best.safetensors     weights with the highest validation robust accuracy
-last.safetensors     weights after the last finished epoch
-trainer.pt           everything that --resume needs; written last, so it is the point a run comes back to
+last.safetensors     weights after the last saved epoch
+trainer.pt           everything that --resume needs; written after the weights, so it is the point a run comes back to
 trainer.previous.pt  the one before, for when trainer.pt is damaged
 evaluation/          outcomes.csv, curve.csv, gallery.npz, evaluation.json
 verdict/             outcomes.csv, verdict.json: AutoAttack's
@@ -32,6 +33,7 @@ from torch import nn
 from unmoved import checkpoint, lock, models, outcomes, reading, records
 from unmoved.disk import remove_leftovers, write_atomic
 from unmoved.errors import UnmovedError
+from unmoved.log import METRICS, PER_CLASS, Log, by_class, divided
 from unmoved.provenance import provenance
 
 FORMAT = 1
@@ -98,7 +100,16 @@ class Run:
     @property
     def metrics(self) -> pd.DataFrame:
         """One row an epoch; the objective's parts as columns ``parts.ce`` and so on."""
-        return pd.json_normalize(records.log(self.path / "metrics.jsonl", "train again"))
+        return pd.json_normalize(records.log(self.path / METRICS, "train again"))
+
+    @property
+    def per_class(self) -> pd.DataFrame:
+        """A row for each epoch, term and class, of what terms report by class, such as `GlobalProbability`'s q."""
+        lines = records.per_class(self.path / PER_CLASS, "train again")
+        if lines is None:  # an older version kept it in the log
+            log = records.log(self.path / METRICS, "train again")
+            lines = [{"epoch": record["epoch"], **divided(record)[1]} for record in log]
+        return by_class(lines)
 
     # --- training state
 
@@ -141,12 +152,28 @@ class Run:
                 models.save_tensors(tensors, path)
                 tell(f"{path} was missing or damaged: restored from the trainer's state")
 
-    def save_metrics(self, records: list[dict[str, Any]]) -> None:
-        lines = "".join(json.dumps(record) + "\n" for record in records)
-        write_atomic(self.path / "metrics.jsonl", lines.encode())
+    @cached_property
+    def log(self) -> Log:
+        """The files that training appends an epoch's record to."""
+        return Log(self.path)
 
-    def save_weights(self, model: nn.Module, which: str) -> None:
-        models.save_weights(model, self.path / f"{which}.safetensors")
+    def mend_log(self, state: dict[str, Any], tell: Callable[[str], None] = checkpoint.silent) -> None:
+        """Bring the log to where it was when this state of `load_state` was saved, its own epoch the last line."""
+        self.log.go_back(state["log"], state["epochs"], tell)
+        self.log.add(state["record"])
+
+    def is_done(self, epochs: int) -> bool:
+        """Whether all epochs are saved, which the log says, and their weights are whole; nothing else is read."""
+        try:
+            logged = [line["epoch"] for line in records.log(self.path / METRICS, "")]
+        except UnmovedError:
+            return False
+        weights = (self.path / f"{which}.safetensors" for which in ("best", "last"))
+        return logged == list(range(1, epochs + 1)) and all(map(models.is_whole, weights))
+
+    def save_weights(self, model: nn.Module, which: str, state: dict[str, Any] | None = None) -> None:
+        """The weights of a model, or those that its ``state_dict`` returned at another time."""
+        models.save_weights(model, self.path / f"{which}.safetensors", state)
 
     def load_weights(self, model: nn.Module, which: str) -> None:
         path = self.path / f"{which}.safetensors"

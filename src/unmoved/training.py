@@ -77,6 +77,7 @@ def train_recipe(
                     compiled=recipe.training.compiled,
                     sync_batchnorm=recipe.training.sync_batchnorm,
                     seed=recipe.training.seed,
+                    checkpoint_share=recipe.training.checkpoint_share,
                     fabric=fabric,
                     run=run,
                     progress=progress if first else None,
@@ -85,11 +86,19 @@ def train_recipe(
 
 
 def _is_done(run: Run, recipe: config.Recipe, progress: Callable[[dict[str, Any]], None] | None) -> bool:
-    """Whether all epochs are saved; weights files that are missing or damaged are then mended."""
+    """Whether all epochs are saved; a log or weights that are missing or damaged are then mended."""
+    if run.is_done(recipe.training.epochs):
+        return True
     saved = run.load_state()
-    if saved is None or len(saved["log"]) < recipe.training.epochs:
+    if saved is None or saved["epochs"] < recipe.training.epochs:
         return False
-    run.mend_weights(saved, lambda words: None if progress is None else progress({"note": words}))
+
+    def tell(words: str) -> None:
+        if progress is not None:
+            progress({"note": words})
+
+    run.mend_weights(saved, tell)
+    run.mend_log(saved, tell)
     return True
 
 

@@ -33,16 +33,19 @@ class DamagedFile(UnmovedError):
     """A weights file that is not what was saved: cut short, or with bits flipped."""
 
 
-def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
+def save_weights(model: nn.Module, path: str | os.PathLike[str], state: Mapping[str, Any] | None = None) -> None:
     """Write parameters and buffers to a safetensors file; equal weights give equal files, byte for byte.
 
     Tensors are stored under all their names, contiguous, whatever their memory format; beside them only a checksum.
     What wraps a model (``torch.compile``, DataParallel, DDP, ``AveragedModel``) leaves no trace in the names.
 
+    Args:
+        state: what the model's ``state_dict`` returned at another time, in place of what it returns now.
+
     Raises:
         UnmovedError: another ending than .safetensors, a state that is not of dense tensors, an unwritable folder.
     """
-    state = model.state_dict()
+    state = model.state_dict() if state is None else state
     save_tensors({bare: state[own] for bare, own in _bare_names(model, state).items()}, path)
 
 
@@ -51,13 +54,18 @@ def save_tensors(state: Mapping[str, Any], path: str | os.PathLike[str]) -> None
     path = Path(path)
     if path.suffix != ".safetensors":
         raise UnmovedError(f"{path}: expected a file name that ends in .safetensors")
-    tensors = {}
+    tensors, memory = {}, set[int]()
     for name, value in state.items():
         if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
             kind = f"{value.layout} on {value.device}" if isinstance(value, Tensor) else type(value).__name__
             raise UnmovedError(f"weights {name!r}: expected a dense tensor with data, came {kind}; it cannot be saved")
-        # Tied and channels_last tensors: safetensors refuses shared memory and gaps, so each gets its own copy.
-        tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        value = value.detach().cpu()
+        # Tied and channels_last tensors: safetensors refuses shared memory and gaps, so these get their own copy.
+        place = value.untyped_storage().data_ptr()
+        if place in memory or not value.is_contiguous():
+            value = value.clone(memory_format=torch.contiguous_format)
+        memory.add(place)
+        tensors[name] = value
     write_atomic(path, save(tensors, metadata={CHECKSUM: _checksum(tensors)}))
 
 

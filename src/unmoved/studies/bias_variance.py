@@ -245,9 +245,9 @@ def _learned(group: Group) -> Tensor | None:
     """q (k, K) that ProbsCut's global term has learned, where the runs trained with it."""
     learned = []
     for member in group.members:
-        column = "terms.global_probability.q"
-        log = member.run.metrics
-        if column not in log or log[column].dropna().empty:
+        table = member.run.per_class
+        rows = table[table["term"] == "global_probability"]
+        if rows.empty:
             return None
-        learned.append(torch.tensor(log[column].dropna().iloc[-1], dtype=torch.float64))
+        learned.append(torch.tensor(rows[rows["epoch"] == rows["epoch"].max()]["q"].to_numpy(dtype=float)))
     return torch.stack(learned)
