@@ -7,9 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from unmoved.errors import number_field
+from unmoved.weights import assign, buffers, is_writable, write
 
 Averaging = Callable[[int, int], float]
 
@@ -63,24 +64,74 @@ def none() -> None:
 class Average:
     """A model beside the trained one, which follows it as an `Averaging` says.
 
-    Floating-point buffers, such as the running statistics of BatchNorm, are averaged alike; others are copied.
+    Each tensor counts once, under however many names it stands. Floating-point buffers, such as the running statistics
+    of BatchNorm, are averaged alike, also those that ``state_dict`` leaves out; other tensors are copied.
     """
 
     def __init__(self, model: nn.Module, averaging: Averaging) -> None:
         self.model = copy.deepcopy(model).requires_grad_(False)
         self._averaging = averaging
+        # Where infinity says "never", as in a mask, or "nothing yet", it has no mean with a number, nor with itself.
+        self._boundless = {
+            (k, name)
+            for k, module in enumerate(self.model.modules())
+            for name, value in buffers(module).items()
+            if value is not None and _has_mean(value) and not value.isfinite().all()
+        }
 
     @torch.no_grad()
     def follow(self, model: nn.Module, step: int, total: int) -> None:
         """Take in the weights after optimizer step ``step`` (from 0) of ``total``."""
         share = self._averaging(step, total)
-        mine, theirs = self.model.state_dict().values(), model.state_dict().values()
-        pairs = list(zip(mine, theirs, strict=True))
-        floats = [(a, b) for a, b in pairs if a.is_floating_point()]
-        torch._foreach_lerp_([a for a, _ in floats], [b for _, b in floats], share)
-        for a, b in pairs:
-            if not a.is_floating_point():
-                a.copy_(b)
+        pairs = list(zip(self.model.parameters(), model.parameters(), strict=True))
+        moving = [pair for pair in pairs if _has_mean(pair[0])]
+        if moving:
+            torch._foreach_lerp_([mine for mine, _ in moving], [theirs for _, theirs in moving], share)
+        for mine, theirs in pairs:
+            if not _has_mean(mine):
+                mine.copy_(theirs)
+        self._follow_buffers(model, share)
+
+    def _follow_buffers(self, model: nn.Module, share: float) -> None:
+        """By new tensors: buffers may share memory, with each other or within themselves, and be written to twice."""
+        moving: list[tuple[nn.Module, str, Tensor, Tensor]] = []
+        for k, (mine, theirs) in enumerate(zip(self.model.modules(), model.modules(), strict=True)):
+            before = buffers(mine)
+            for name, now in buffers(theirs).items():
+                if name in theirs._buffers and name not in mine._buffers:
+                    is_saved = name not in theirs._non_persistent_buffers_set
+                    mine.register_buffer(name, None, persistent=is_saved)
+                old = before.get(name)
+                if now is None or old is None or (k, name) in self._boundless or not _are_like(old, now):
+                    assign(mine, name, None if now is None else now.detach().clone())
+                else:
+                    moving.append((mine, name, old, now))
+        if moving:
+            averages = torch._foreach_lerp([old for *_, old, _ in moving], [now for *_, now in moving], share)
+            for (mine, name, _, _), new in zip(moving, averages, strict=True):
+                assign(mine, name, new)
+
+    @torch.no_grad()
+    def give(self, model: nn.Module) -> None:
+        """Set parameters and buffers of ``model``, which this average has followed, to the averaged ones."""
+        pairs: list[tuple[Tensor, Tensor]] = list(zip(model.parameters(), self.model.parameters(), strict=True))
+        for mine, theirs in zip(self.model.modules(), model.modules(), strict=True):
+            values = buffers(mine)
+            for name, now in buffers(theirs).items():
+                value = values.get(name)
+                if now is None or value is None or not is_writable(now):
+                    assign(theirs, name, None if value is None else value.clone())
+                else:
+                    pairs.append((now, value.clone()))
+        write(pairs)
+
+
+def _has_mean(tensor: Tensor) -> bool:
+    return (tensor.is_floating_point() or tensor.is_complex()) and tensor.layout is torch.strided
+
+
+def _are_like(old: Tensor, now: Tensor) -> bool:
+    return _has_mean(now) and (old.shape, old.dtype) == (now.shape, now.dtype)
 
 
 AVERAGES = (none, EMA, SWA)

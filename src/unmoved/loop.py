@@ -207,7 +207,7 @@ def train(
             if progress is not None:
                 progress(state.log[-1])
     if averaged is not None:
-        model.load_state_dict(averaged.model.state_dict())
+        averaged.give(model)
     return state.log
 
 

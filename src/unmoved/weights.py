@@ -5,25 +5,31 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.optim import Optimizer
 
 from unmoved.errors import UnmovedError, require_choice, require_number, require_whole
 
 Tensors = TypeVar("Tensors", Tensor, list[Tensor])
 
 
-def trainable(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that a corruption may touch: those that require a gradient."""
-    return [p for p in model.parameters() if p.requires_grad]
+def trainable(model: nn.Module, optimizer: Optimizer | None = None) -> list[nn.Parameter]:
+    """The parameters that a corruption may touch: those that require a gradient and that ``optimizer`` steps."""
+    owned = None if optimizer is None else _owned(optimizer)
+    return [p for p in model.parameters() if p.requires_grad and (owned is None or id(p) in owned)]
+
+
+def _owned(optimizer: Optimizer) -> set[int]:
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
 
 
 def norm(tensors: Iterable[Tensor]) -> Tensor:
-    """The l2 norm of several tensors taken together as one vector."""
-    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(t) for t in tensors]))
+    """The l2 norm of several tensors taken together as one vector; 0 of none."""
+    lengths = [torch.linalg.vector_norm(t) for t in tensors]
+    return torch.linalg.vector_norm(torch.stack(lengths)) if lengths else torch.zeros(())
 
 
 def steepest(g: Tensors, eps: float, p: float = 2, n: int | None = None) -> Tensors:
@@ -117,44 +123,113 @@ def perturbed(parameters: Sequence[Tensor], corruption: Sequence[Tensor]) -> Ite
 
 
 @contextmanager
+def constant_beside(optimizer: Optimizer, *modules: nn.Module) -> Iterator[None]:
+    """Inside, what ``optimizer`` does not step is constant: it requires no gradient and has none.
+
+    A gradient that nobody zeroes would grow from step to step, and steer whatever reads it. After the block each
+    parameter of ``modules`` requires a gradient as before, and its ``.grad`` is what the caller left there.
+    """
+    owned = _owned(optimizer)
+    others = [
+        (p, p.requires_grad, p.grad)
+        for module in modules
+        for p in module.parameters()
+        if (p.requires_grad or p.grad is not None) and id(p) not in owned
+    ]
+    try:
+        for p, _, _ in others:
+            p.requires_grad, p.grad = False, None
+        yield
+    finally:
+        for p, required, gradient in others:
+            p.requires_grad, p.grad = required, gradient
+
+
+@contextmanager
 def evaluating(model: nn.Module, mode: str = "eval") -> Iterator[None]:
-    """The model in the mode an attack wants, every submodule's own mode restored after it.
+    """The model in the mode an attack wants, every submodule's own mode and every buffer restored after it.
 
     Args:
         mode: ``"eval"``; or ``"train"``: batch statistics and dropout in the submodules that are training already,
-            with the running statistics frozen and the random state restored.
+            with the random state restored too.
     """
     require_choice("mode", mode, ("eval", "train"))
     if mode == "train":
-        with frozen_batchnorm(model), torch.random.fork_rng(_cuda_devices(model)):
+        with frozen_buffers(model), torch.random.fork_rng(_cuda_devices(model)):
             yield
         return
     modes = [(module, module.training) for module in model.modules()]
     try:
-        for module, _ in modes:
-            module.training = False
-        yield
+        with frozen_buffers(model):
+            for module, _ in modes:
+                module.training = False
+            yield
     finally:
         for module, training in modes:
             module.training = training
 
 
+def buffers(module: nn.Module) -> dict[str, Tensor | None]:
+    """A module's own tensors beside its parameters, by name: buffers, saved with it or not, and plain attributes.
+
+    Attributes that carry a graph, such as a weight that is computed in each pass, are left out.
+    """
+    # The exact type: to ask torch whether something is one of its tensors costs five times as much.
+    plain = {name: value for name, value in module.__dict__.items() if type(value) is Tensor}
+    return {**module._buffers, **{name: value for name, value in plain.items() if not value.requires_grad}}
+
+
+def assign(module: nn.Module, name: str, value: Tensor | None) -> None:
+    """Let a buffer or a plain attribute of a module be this tensor."""
+    (module._buffers if name in module._buffers else module.__dict__)[name] = value
+
+
+@torch.no_grad()
+def write(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Give each first tensor the numbers of the second, in place, where others may see them too.
+
+    Autograd does not count it as a change: graphs that need the same numbers go on. A tensor of another shape takes
+    the second's memory.
+    """
+    for tensor, value in pairs:
+        if tensor.shape != value.shape:
+            tensor.data = value
+    if pairs:
+        torch._foreach_copy_([tensor.data for tensor, _ in pairs], [value for _, value in pairs])
+
+
+def is_writable(tensor: Tensor) -> bool:
+    """Whether torch writes into it: a dense tensor whose entries do not share memory, as those of ``expand`` do."""
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided:
+        return False
+    steps = tensor.stride()
+    return 0 not in steps or all(n <= 1 or step for n, step in zip(tensor.shape, steps, strict=True))
+
+
 @contextmanager
-def frozen_batchnorm(model: nn.Module) -> Iterator[None]:
-    """Normalisation by batch statistics without moving the running ones (nor ``num_batches_tracked``)."""
-    norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.training and m.track_running_stats]
-    # BatchNorm without tracking uses the batch and moves nothing; InstanceNorm moves all the same, so it is put back.
-    tracking = [m for m in norms if isinstance(m, _BatchNorm)]
-    saved = [(b, b.clone()) for m in norms if not isinstance(m, _BatchNorm) for b in m.buffers(recurse=False)]
+def frozen_buffers(model: nn.Module) -> Iterator[None]:
+    """Passes inside leave no trace in the model's buffers (and tensors that are plain attributes).
+
+    What a pass changes is seen by looking, whatever layer does it: running statistics, the vectors of spectral norm,
+    a counter, a tensor replaced by another. Only one of another shape stays: a cache that has grown.
+    """
+    held = [(module, name, value) for module in model.modules() for name, value in buffers(module).items()]
+    tensors = list({id(v): v for _, _, v in held if v is not None and is_writable(v)}.values())
+    with torch.no_grad():
+        copies = [torch.empty_like(value) for value in tensors]
+        if copies:
+            torch._foreach_copy_(copies, tensors)
     try:
-        for module in tracking:
-            module.track_running_stats = False
         yield
     finally:
-        for module in tracking:
-            module.track_running_stats = True
-        for buffer, old in saved:
-            buffer.copy_(old)
+        for module, name, value in held:
+            now = (module._buffers if name in module._buffers else module.__dict__).get(name)
+            if now is not value and (now is None or value is None or now.shape == value.shape):
+                assign(module, name, value)
+        write(list(zip(tensors, copies, strict=True)))
+
+
+frozen_batchnorm = frozen_buffers  # the name it had while it knew of no other layers
 
 
 def _cuda_devices(model: nn.Module) -> list[int]:

@@ -68,7 +68,7 @@ class APD:
         owned = [p for group in optimizer.param_groups for p in group["params"]]
         optimizer.zero_grad(set_to_none=True)
         loss = backward()
-        moved = [p for p in weights.trainable(model) if p.grad is not None]
+        moved = [p for p in weights.trainable(model, optimizer) if p.grad is not None]
         # The path is kept in units of the ball, so that a device need not tell the weights' norm to the host.
         unit = weights.norm(p.detach() for p in moved) if self.relative else 1.0
         eps = number("APD.eps", self.eps)
@@ -82,7 +82,7 @@ class APD:
             corruption = [a + d for a, d in zip(corruption, ascent, strict=True)]
             corruption = weights.project(corruption, eps, self.p, self.n)
             optimizer.zero_grad(set_to_none=True)
-            with weights.perturbed(moved, [unit * a for a in corruption]), weights.frozen_batchnorm(model):
+            with weights.perturbed(moved, [unit * a for a in corruption]), weights.frozen_buffers(model):
                 backward()
             total = [_add(sum_, p.grad) for sum_, p in zip(total, owned, strict=True)]
         if self.risk == "mean":

@@ -45,13 +45,14 @@ class ASAM:
             return Plain()(model, optimizer, backward)
         optimizer.zero_grad(set_to_none=True)
         loss = backward()
-        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad and p.grad is not None]
+        owned = {id(p) for p in weights.trainable(model, optimizer)}
+        named = [(name, p) for name, p in model.named_parameters() if id(p) in owned and p.grad is not None]
         scales = [p.detach().abs() + self.eta if "weight" in name else torch.ones_like(p) for name, p in named]
         scaled = [t * p.grad for t, (_, p) in zip(scales, named, strict=True) if p.grad is not None]
         factor = number("ASAM.rho", self.rho) / (weights.norm(scaled) + 1e-16)
         corruption = [factor * t * tg for t, tg in zip(scales, scaled, strict=True)]
         optimizer.zero_grad(set_to_none=True)
-        with weights.perturbed([p for _, p in named], corruption), weights.frozen_batchnorm(model):
+        with weights.perturbed([p for _, p in named], corruption), weights.frozen_buffers(model):
             backward()
         optimizer.step()
         return loss

@@ -44,9 +44,9 @@ class AWP:
             return Plain()(model, optimizer, backward)
         gamma = number("AWP.gamma", self.gamma)
         optimizer.zero_grad(set_to_none=True)
-        with weights.frozen_batchnorm(model):
+        with weights.frozen_buffers(model):
             loss = backward()
-        moved = [p for p in weights.trainable(model) if p.grad is not None and p.ndim > 1]
+        moved = [p for p in weights.trainable(model, optimizer) if p.grad is not None and p.ndim > 1]
         gradients = [p.grad for p in moved if p.grad is not None]
         corruption = [gamma * p.detach().norm() * g / (g.norm() + 1e-20) for p, g in zip(moved, gradients, strict=True)]
         optimizer.zero_grad(set_to_none=True)

@@ -38,11 +38,11 @@ class SAM:
             return Plain()(model, optimizer, backward)
         optimizer.zero_grad(set_to_none=True)
         loss = backward()
-        moved = [p for p in weights.trainable(model) if p.grad is not None]
+        moved = [p for p in weights.trainable(model, optimizer) if p.grad is not None]
         gradients = [p.grad.clone() for p in moved if p.grad is not None]
         scale = number("SAM.rho", self.rho) / weights.norm(gradients).clamp_min(1e-12)
         optimizer.zero_grad(set_to_none=True)
-        with weights.perturbed(moved, [scale * g for g in gradients]), weights.frozen_batchnorm(model):
+        with weights.perturbed(moved, [scale * g for g in gradients]), weights.frozen_buffers(model):
             backward()
         optimizer.step()
         return loss
