@@ -27,6 +27,13 @@ def did_you_mean(name: str, known: Iterable[object]) -> str:
     return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(names) or 'none'}"
 
 
+def several(names: Iterable[str]) -> str:
+    """``'a', 'b', 'c' and 5 more``: enough to see what is meant."""
+    first, *rest = [repr(name) for name in names]
+    shown = ", ".join([first, *rest[:2]])
+    return f"{shown} and {len(rest) - 2} more" if len(rest) > 2 else shown
+
+
 def require_number(
     name: str,
     value: Any,

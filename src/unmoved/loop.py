@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from unmoved import averaging, engine, judge, outcomes, processes
+from unmoved import averaging, engine, judge, outcomes, processes, weights
 from unmoved import precision as formats
 from unmoved.attacks import PGD
-from unmoved.errors import UnmovedError, require_seed, require_whole
+from unmoved.errors import UnmovedError, require_seed, require_whole, several
 from unmoved.optim import SGD, Constant
 from unmoved.preconditions import require_callable
 from unmoved.protocols import Attack, Batch, Method, Split
@@ -62,12 +62,15 @@ def train(
     """Train ``model`` in place and return the log, one record an epoch.
 
     Args:
-        model: images in [0, 1] -> logits.
+        model: images in [0, 1] -> logits. Submodules that come in evaluation mode, such as a BatchNorm that is to keep
+            its statistics, stay in it; a model that comes in evaluation mode as a whole is trained as a whole. In the
+            end every submodule is in the mode that it came in.
         method: a method, or phases of them ``[(from_epoch, method), ...]``; ramps are resolved at each step.
         split: the training data.
         validation: held-out data that picks the best epoch, attacked by ``check`` within ``threat``; ``check``
             defaults to a 10-step PGD.
-        optimizer: parameter groups -> optimizer, such as ``optim.SGD(lr=0.1)``.
+        optimizer: parameter groups -> optimizer, such as ``optim.SGD(lr=0.1)``. Parameters that it leaves out are
+            constant: no defense moves them, and their ``.grad`` stays what it was.
         schedule: (optimizer, total steps, steps an epoch) -> scheduler, stepped once per optimizer step.
         augment: (batch, seed) -> batch.
         average: `averaging.EMA` or `averaging.SWA`: validate, keep and return the averaged weights.
@@ -83,7 +86,8 @@ def train(
         run: where to log and save; if it holds a saved state, training goes on from there. What terms report by class
             is then in ``run.per_class``, and not in the log.
         progress: called with the latest record after each step (``{"epoch", "share"}``) and epoch; and with
-            ``{"note"}``, a sentence, where something damaged was found in ``run`` and mended.
+            ``{"note"}``, a sentence, where something damaged was found in ``run`` and mended, or where submodules stay
+            in evaluation mode.
 
     Raises:
         UnmovedError: a value outside its bounds, a loss that is not finite (naming the step; what was saved stays); a
@@ -128,10 +132,10 @@ def train(
     opt = optimizer(groups)
     scheduler = schedule(opt, per_epoch * epochs, per_epoch)
     attacked: Any = torch.compile(model) if compiled else model
-    wrapped, wrapped_opt = fabric.setup(attacked, opt)
+    with weights.constant_beside(opt, model):  # several processes wait for the gradients that are asked for here
+        wrapped, wrapped_opt = fabric.setup(attacked, opt)
     rehearse(model, phases, next(iter(split.batches(2))).to(fabric.device))
     split = engine.resident(split, fabric.device)
-    running = [b for b in model.buffers() if b.is_floating_point()]
     averaged = None if average is None else averaging.Average(model, average)
     attacks = _unique(m.attack for _, m in phases.phases)
     average_model = None if averaged is None else averaged.model
@@ -148,11 +152,14 @@ def train(
     with (
         nullcontext() if run is None else run.alone(),
         torch.random.fork_rng([fabric.device] if fabric.device.type == "cuda" else []),
+        weights.in_training(model) as (train_mode, frozen),
     ):
+        if frozen:
+            tell(f"in evaluation mode, as they came, stay {several(frozen)}; model.train() before training thaws them")
         state.restore(engine.told(fabric, state.saved(tell)), tell)
         for epoch in range(state.epochs, epochs):
             torch.manual_seed(_mix(seed, epoch) + rank)  # what a model draws, such as dropout, is not keyed by sample
-            model.train()
+            train_mode()  # again in each epoch: a callback may have left another
             began, log = monotonic(), Means()
             for k, batch in enumerate(split.batches(batch_size, shuffle=_mix(seed, epoch))):
                 batch, share = processes.Share.of(batch, rank, count)
@@ -181,7 +188,8 @@ def train(
                             raise
                         words = f"compiled: torch.compile cannot build this model here ({str(error).splitlines()[0]})"
                         raise UnmovedError(f"{words}; leave training.compiled out") from error
-                    processes.average(running)
+                    if share is not None:  # asked anew: a layer may have put another tensor in a buffer's place
+                        processes.average([b for b in model.buffers() if b.is_floating_point()])
                 losses = {"loss": step.loss, "train_accuracy": step.accuracy}
                 log.add(losses, step.parts, len(batch) if share is None else share.own)
                 if averaged is not None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from unmoved import precision as formats
-from unmoved import processes, sharing
+from unmoved import processes, sharing, weights
 from unmoved.defenses import Plain
 from unmoved.errors import UnmovedError
 from unmoved.preconditions import require_images, without_waiting
@@ -52,7 +52,8 @@ def train_step(
     """One step of a method: make x_adv once, then let the defense take gradient and step.
 
     Args:
-        model: in training mode, its parameters (and those of learned terms) in ``optimizer``.
+        model: in training mode, its parameters (and those of learned terms) in ``optimizer``. Those that are not there
+            are constant in the step: no defense moves them, and their ``.grad`` stays what it was.
         method: what to do.
         batch: images, labels, identities; set ``batch.step`` so that each step draws new noise.
         precision: ``"auto"``, ``"float32"`` or ``"bf16"``; parameters stay float32.
@@ -70,7 +71,9 @@ def train_step(
             came = f"{type(method).__name__} and {type(batch).__name__}"
             raise UnmovedError(f"train_step: expected a Method and a Batch, came {came}; use Method(attack, objective)")
         require_images(batch.x, bounds_of(method.attack) or bounds or (0.0, 1.0))
-        return _step(model, method, optimizer, batch, precision, attacked, backward, watch)
+        modules = (attacked or model, *stateful(as_sum(method.objective)))
+        with weights.constant_beside(optimizer, *modules):
+            return _step(model, method, optimizer, batch, precision, attacked, backward, watch)
 
 
 def _step(

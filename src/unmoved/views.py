@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from unmoved.errors import UnmovedError, require_choice
 from unmoved.preconditions import require_labels
 from unmoved.protocols import Batch, Image, Index, Label, Logits
+from unmoved.weights import frozen_buffers
 
 
 def logits(model: nn.Module, x: Image) -> Logits:
@@ -172,7 +173,7 @@ class Views:
                 x, known = self.batch.x, self.batch.known
                 self._constant = None if known is None else known(x)
                 if self._constant is None:
-                    with torch.no_grad():
+                    with torch.no_grad(), frozen_buffers(self.model):  # it is no view that anything is trained on
                         self._constant = logits(self.model, x)
                 self._fit(self._constant)
         return self._constant

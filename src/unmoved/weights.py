@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -169,6 +169,32 @@ def evaluating(model: nn.Module, mode: str = "eval") -> Iterator[None]:
             module.training = training
 
 
+@contextmanager
+def in_training(model: nn.Module) -> Iterator[tuple[Callable[[], None], list[str]]]:
+    """For a training: what puts the model in training mode but for what the caller froze, and the names of that.
+
+    Submodules that came in evaluation mode, such as a BatchNorm whose statistics are to stay, stay in it. A model that
+    is in evaluation mode as a whole, as loading and evaluating leave it, trains as a whole. All modes are restored.
+    """
+    modes = [(name, module, module.training) for name, module in model.named_modules()]
+    frozen = [(name, module) for name, module, training in modes if not training]
+    is_frozen = len(frozen) == len(modes)
+    frozen = [] if is_frozen else frozen
+
+    def train() -> None:
+        model.train()  # and not the flags alone: a model may have a `train` of its own
+        for _, module in frozen:
+            module.training = False
+
+    try:
+        yield train, [name or "the model itself" for name, _ in frozen]
+    finally:
+        if is_frozen:
+            model.eval()
+        for _, module, training in modes:
+            module.training = training
+
+
 def buffers(module: nn.Module) -> dict[str, Tensor | None]:
     """A module's own tensors beside its parameters, by name: buffers, saved with it or not, and plain attributes.
 
@@ -206,14 +232,28 @@ def is_writable(tensor: Tensor) -> bool:
     return 0 not in steps or all(n <= 1 or step for n, step in zip(tensor.shape, steps, strict=True))
 
 
+def holders(model: nn.Module, parameters: Iterable[Tensor]) -> list[nn.Module]:
+    """The modules whose buffers tell of these weights, such as their largest singular vectors.
+
+    They are the modules that hold one of the weights, and children of such a module that have no parameters.
+    """
+    wanted, found = {id(p) for p in parameters}, list[nn.Module]()
+    for module in model.modules():
+        if any(id(p) in wanted for p in module._parameters.values()):
+            plain = [child for child in module.children() if next(child.parameters(), None) is None]
+            found += [module, *(part for child in plain for part in child.modules())]
+    return found
+
+
 @contextmanager
-def frozen_buffers(model: nn.Module) -> Iterator[None]:
+def frozen_buffers(model: nn.Module, modules: Iterable[nn.Module] | None = None) -> Iterator[None]:
     """Passes inside leave no trace in the model's buffers (and tensors that are plain attributes).
 
-    What a pass changes is seen by looking, whatever layer does it: running statistics, the vectors of spectral norm,
+    With ``modules``, in the buffers of these of its modules alone. What a pass changes is seen by looking, whatever layer does it: running statistics, the vectors of spectral norm,
     a counter, a tensor replaced by another. Only one of another shape stays: a cache that has grown.
     """
-    held = [(module, name, value) for module in model.modules() for name, value in buffers(module).items()]
+    modules = model.modules() if modules is None else modules
+    held = [(module, name, value) for module in modules for name, value in buffers(module).items()]
     tensors = list({id(v): v for _, _, v in held if v is not None and is_writable(v)}.values())
     with torch.no_grad():
         copies = [torch.empty_like(value) for value in tensors]

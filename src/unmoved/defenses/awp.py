@@ -21,7 +21,8 @@ class AWP:
     ``v_l = gamma ||w_l|| g_l / ||g_l||`` for each weight tensor; ``w <- step(w + v, grad L(w + v)) - v``. Wu et al.
     2020, equations (8)-(10), with the scope of the authors' code: tensors of more than one dimension (no biases, no
     normalisation), each with its own relative radius; the optimizer step, weight decay included, is taken at w + v.
-    Two forward-backward passes. Running statistics of BatchNorm move in the second pass only, the one it steps from.
+    Two forward-backward passes. Running statistics of BatchNorm move in the second pass only, the one it steps from;
+    what tells of the weights, such as the vectors of spectral norm, in the first, at the uncorrupted ones.
     ``gamma = 0`` is `Plain`.
 
     Args:
@@ -43,10 +44,12 @@ class AWP:
         if self.gamma == 0:
             return Plain()(model, optimizer, backward)
         gamma = number("AWP.gamma", self.gamma)
+        tensors = [p for p in weights.trainable(model, optimizer) if p.ndim > 1]
+        holders = weights.holders(model, tensors)
         optimizer.zero_grad(set_to_none=True)
-        with weights.frozen_buffers(model):
+        with weights.frozen_buffers(model, set(model.modules()).difference(holders)):
             loss = backward()
-        moved = [p for p in weights.trainable(model, optimizer) if p.grad is not None and p.ndim > 1]
+        moved = [p for p in tensors if p.grad is not None]
         gradients = [p.grad for p in moved if p.grad is not None]
         corruption = [gamma * p.detach().norm() * g / (g.norm() + 1e-20) for p, g in zip(moved, gradients, strict=True)]
         optimizer.zero_grad(set_to_none=True)
@@ -58,7 +61,8 @@ class AWP:
             corrupted = [p.detach().clone() for p in moved]
         stepped = False
         try:
-            backward()
+            with weights.frozen_buffers(model, set(holders)):
+                backward()
             optimizer.step()
             stepped = True
         finally:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from unmoved.disk import write_atomic
-from unmoved.errors import UnmovedError, is_want_of_memory
+from unmoved.errors import UnmovedError, is_want_of_memory, several
 from unmoved.reading import brief, readable, regular
 
 _PICKLES = {".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt", ".tar"}
@@ -87,9 +87,9 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
         """Look at names and shapes alone: the file of another model may be larger than the memory."""
         found = _without_prefix(announced, own)
         if missing := [name for name in own if name not in found]:
-            raise UnmovedError(f"{path}: {_several(missing)} missing: {_another(own, found)}")
+            raise UnmovedError(f"{path}: {several(missing)} missing: {_another(own, found)}")
         if unexpected := [name for name in found if name not in own]:
-            raise UnmovedError(f"{path}: {_several(unexpected)} unexpected: {_another(own, found)}")
+            raise UnmovedError(f"{path}: {several(unexpected)} unexpected: {_another(own, found)}")
         for name, value in found.items():
             if value.shape != own[name].shape:
                 raise UnmovedError(
@@ -217,10 +217,3 @@ def _checksum(tensors: Mapping[str, Tensor]) -> str:
         told.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
         told.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return told.hexdigest()
-
-
-def _several(names: Iterable[str]) -> str:
-    """``'a', 'b', 'c' and 5 more``: enough to see what is wrong."""
-    first, *rest = [repr(name) for name in names]
-    shown = ", ".join([first, *rest[:2]])
-    return f"{shown} and {len(rest) - 2} more" if len(rest) > 2 else shown
