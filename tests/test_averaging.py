@@ -65,6 +65,99 @@ def test_running_statistics_are_averaged_and_counts_are_copied() -> None:
     assert not average.model.weight.requires_grad
 
 
+# --- each tensor once, whatever holds it
+
+
+class Shared(nn.Module):
+    """Its one number stands in a matrix under several names, and in buffers of every kind; `set` sets all of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other, self.parts = nn.Linear(2, 2), nn.Linear(2, 2), nn.ModuleList([nn.Linear(2, 2)])
+        self.other.weight = self.one.weight  # a tensor under two names
+        self.parts.append(self.parts[0])  # a module under two names
+        torch.nn.utils.parametrizations.orthogonal(self.parts[0], use_trivialization=False)
+        self.wide = nn.Parameter(torch.zeros(3, dtype=torch.complex64))
+        self.register_buffer("alias", self.one.weight.detach())  # the memory of a parameter
+        memory = torch.zeros(6)
+        self.register_buffer("front", memory[:4])  # and of each other, in part
+        self.register_buffer("back", memory[2:])
+        self.register_buffer("twin", self.front)
+        self.register_buffer("unsaved", torch.zeros(2), persistent=False)
+        self.register_buffer("replaced", torch.zeros(2))
+        self.register_buffer("count", torch.tensor(0))
+        self.plain = torch.zeros(2)
+
+    @torch.no_grad()
+    def set(self, value: float) -> None:
+        for tensor in (*self.parameters(), *self.buffers(), self.plain):
+            tensor.fill_(value)
+        self.replaced = torch.full((2,), value)
+
+
+HELD = ("alias", "front", "back", "twin", "unsaved", "replaced", "plain", "wide")
+
+
+@pytest.mark.parametrize(("averaging", "share"), [(EMA(0.5), 0.5), (SWA(0.0), 1 / 101)])
+def test_each_tensor_is_averaged_once_whatever_holds_it(averaging: Any, share: float) -> None:
+    """From 0 to 100 by the share of the step, exactly: under a second name it would move a second time."""
+    model = Shared()
+    model.set(0.0)
+    average = Average(model, averaging)
+    model.set(100.0)
+    average.follow(model, 100, 1000)
+    tensors = {name: getattr(average.model, name) for name in HELD} | dict(average.model.named_parameters())
+    for name, value in tensors.items():
+        assert torch.allclose(value, torch.full_like(value, 100 * share)), name
+    assert average.model.count == 100  # no number of which there is a mean
+    average.give(model)
+    for name, value in ({name: getattr(model, name) for name in HELD} | dict(model.named_parameters())).items():
+        assert torch.allclose(value, torch.full_like(value, 100 * share)), name
+    assert model.alias.data_ptr() == model.one.weight.data_ptr()  # and what shared memory shares it still
+    assert model.other.weight is model.one.weight
+    assert model.back.data_ptr() == model.front[2:].data_ptr()
+
+
+class Odd(nn.Module):
+    """Buffers of which there is no mean: a mask, a smallest value of nothing yet, one that comes later, one of many."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(2))
+        self.register_buffer("mask", torch.tensor([0.0, -torch.inf]), persistent=False)
+        self.register_buffer("smallest", torch.tensor(torch.inf))
+        self.register_buffer("late", None)
+        self.register_buffer("grows", torch.zeros(1))
+        self.register_buffer("spread", torch.zeros(1).expand(3))
+
+
+def test_what_has_no_mean_is_copied() -> None:
+    model = Odd()
+    average = Average(model, EMA(0.5))
+    model.smallest.fill_(3.0)
+    model.late, model.grows = torch.tensor([4.0]), torch.ones(2)
+    model.register_buffer("later", torch.tensor(5.0), persistent=False)
+    average.follow(model, 100, 1000)
+    for now in (average.model, model):
+        assert now.mask.tolist() == [0.0, -torch.inf]
+        assert [now.smallest, now.late, now.later] == [3.0, 4.0, 5.0]
+        assert now.grows.tolist() == [1.0, 1.0]
+        assert now.spread.tolist() == [0.0, 0.0, 0.0]
+        assert "later" not in now.state_dict()
+        average.give(model)
+    model.late.fill_(6.0)
+    assert average.model.late == 4.0, "a copy"
+
+
+def test_a_model_of_torchscript_is_averaged() -> None:
+    model = torch.jit.trace(nn.Linear(2, 1, bias=False), torch.zeros(1, 2))
+    torch.nn.init.zeros_(model.weight)
+    average = Average(model, EMA(0.5))
+    torch.nn.init.ones_(model.weight)
+    average.follow(model, 100, 1000)
+    assert average.model.weight.tolist() == [[0.5, 0.5]]
+
+
 def weights(path: Path) -> dict[str, torch.Tensor]:
     model = Built(read(path.parent / "recipe.toml")).model()
     load_weights(model, path)

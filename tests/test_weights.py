@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from unmoved.weights import evaluating, frozen_batchnorm, norm, perturbed, trainable
+from unmoved.weights import constant_beside, evaluating, frozen_buffers, in_training, norm, perturbed, trainable
 
 GUARDS: dict[str, Callable[[nn.Module], AbstractContextManager[None]]] = {
     "evaluating": evaluating,
     "evaluating in training mode": lambda net: evaluating(net, "train"),
-    "frozen_batchnorm": frozen_batchnorm,
+    "frozen_buffers": frozen_buffers,
     "perturbed": lambda net: perturbed(trainable(net), [torch.full_like(p, 1 / 3) for p in trainable(net)]),
 }
 EVERY_GUARD = pytest.mark.parametrize("guard", GUARDS.values(), ids=list(GUARDS))
@@ -182,15 +182,15 @@ def test_training_mode_leaves_frozen_submodules_frozen() -> None:
         assert [net[k].training for k in range(6)] == [True, False, False, True, True, True]
 
 
-# --- frozen_batchnorm
+# --- frozen_buffers
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])
-def test_frozen_batchnorm_normalises_by_the_batch_and_leaves_its_buffers(momentum: float | None) -> None:  # T1, T4
+def test_frozen_buffers_normalises_by_the_batch_and_leaves_its_buffers(momentum: float | None) -> None:  # T1, T4
     layer, x = nn.BatchNorm2d(3, momentum=momentum), 2 + 3 * torch.rand(8, 3, 4, 4)
     layer(x)
     before = bits(layer)
-    with frozen_batchnorm(layer):
+    with frozen_buffers(layer):
         out = layer(x + 5)
     assert same(bits(layer), before)
     assert before["num_batches_tracked"] == 1
@@ -200,12 +200,12 @@ def test_frozen_batchnorm_normalises_by_the_batch_and_leaves_its_buffers(momentu
     assert layer.num_batches_tracked == 2  # and afterwards they move again
 
 
-def test_frozen_batchnorm_reaches_every_dimension_and_leaves_evaluation_alone() -> None:
+def test_frozen_buffers_reaches_every_dimension_and_leaves_evaluation_alone() -> None:
     layers = nn.ModuleList([nn.BatchNorm1d(2), nn.BatchNorm2d(2), nn.BatchNorm3d(2)])
     still = nn.BatchNorm1d(2).eval()
     still.running_mean.fill_(5.0)
     before = bits(layers)
-    with frozen_batchnorm(nn.ModuleList([*layers, still])):
+    with frozen_buffers(nn.ModuleList([*layers, still])):
         for dimension, layer in enumerate(layers):
             layer(torch.rand(4, 2, *[3] * (dimension + 1)))
         torch.testing.assert_close(still(torch.full((3, 2), 5.0)), torch.zeros(3, 2))
@@ -214,7 +214,7 @@ def test_frozen_batchnorm_reaches_every_dimension_and_leaves_evaluation_alone() 
 
 def test_a_batchnorm_without_running_statistics_stays_without() -> None:
     layer = nn.BatchNorm2d(2, track_running_stats=False)
-    with frozen_batchnorm(layer):
+    with frozen_buffers(layer):
         pass
     assert layer.track_running_stats is False
 
@@ -225,6 +225,155 @@ def test_training_mode_freezes_the_statistics_of_instance_norm() -> None:  # T1
     with evaluating(layer, "train"):
         layer(torch.rand(4, 2, 5, 5))
     assert same(bits(layer), before)
+
+
+class Remembers(nn.Module):
+    """Every way in which a pass can leave something behind in a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("added", torch.zeros(2))
+        self.register_buffer("hidden", torch.zeros(2))  # written past autograd's count, as BatchNorm's kernel does
+        self.register_buffer("replaced", torch.zeros(2))
+        self.register_buffer("first", None)
+        self.register_buffer("removed", torch.zeros(2))
+        self.register_buffer("unsaved", torch.zeros(2), persistent=False)
+        self.register_buffer("resized", torch.zeros(2))
+        self.register_buffer("spread", torch.zeros(1).expand(2))
+        self.plain, self.plain_replaced = torch.zeros(2), torch.zeros(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            for tensor in (self.added, self.hidden.data, self.unsaved, self.plain):
+                tensor.add_(1)
+            self.replaced, self.plain_replaced, self.spread = (
+                self.replaced + 1,
+                self.plain_replaced + 1,
+                self.spread + 1,
+            )
+            self.first = torch.ones(2) if self.first is None else self.first + 1
+            del self.removed
+            self.resized.resize_(3).fill_(1)
+        return x + self.added.sum()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("guard", [frozen_buffers, evaluating, lambda net: evaluating(net, "train")])
+def test_a_pass_leaves_no_trace_in_any_tensor(
+    guard: Callable[[nn.Module], AbstractContextManager[None]], fails: bool
+) -> None:
+    net = Remembers()
+    before = {name: getattr(net, name) for name in (*net._buffers, "plain", "plain_replaced")}
+    try:
+        with guard(net):
+            net(torch.zeros(2))
+            assert [net.first.sum(), net.added.sum(), len(net.resized)] == [2, 2, 3]
+            if fails:
+                raise Failure
+    except Failure:
+        pass
+    for name, tensor in before.items():
+        assert getattr(net, name) is tensor, name
+        assert tensor is None or tensor.tolist() == [0, 0], name
+    net(torch.zeros(2))
+    assert net.added.tolist() == [1, 1]  # and afterwards they move again
+
+
+def old_spectral_norm() -> nn.Module:
+    return torch.nn.utils.spectral_norm(nn.Linear(4, 3))
+
+
+def new_spectral_norm() -> nn.Module:
+    return torch.nn.utils.parametrizations.spectral_norm(nn.Conv2d(2, 3, 1))
+
+
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (old_spectral_norm, (2, 4)),
+        (new_spectral_norm, (2, 2, 3, 3)),
+        (lambda: nn.BatchNorm1d(4, momentum=None), (8, 4)),
+        (lambda: nn.InstanceNorm1d(4, track_running_stats=True), (8, 4, 5)),
+        (lambda: torch.jit.script(nn.BatchNorm1d(4)), (8, 4)),
+    ],
+    ids=["spectral norm", "spectral norm as a parametrization", "batch", "instance", "script"],
+)
+def test_whatever_layer_of_torch_it_is(make: Callable[[], nn.Module], shape: tuple[int, ...]) -> None:
+    net = make().train()
+    before = bits(net)
+    with evaluating(net, "train"):
+        net(torch.rand(shape))
+        assert not same(bits(net), before), "it is one that remembers"
+    assert same(bits(net), before)
+
+
+def test_a_cache_that_has_grown_stays() -> None:
+    """Its owner may have written down how large it is."""
+    net = nn.Module()
+    net.register_buffer("cache", torch.zeros(2))
+    with frozen_buffers(net):
+        net.cache = torch.ones(5)
+    assert len(net.cache) == 5
+
+
+def test_a_graph_goes_on_after_the_guard() -> None:
+    """A pass that saved a buffer for its way back is not spoilt by putting the same numbers back."""
+    net = nn.Module()
+    net.register_buffer("scale", torch.full((2,), 3.0))
+    x = torch.ones(2, requires_grad=True)
+    y = (x * net.scale).sum()
+    with evaluating(net):
+        pass
+    y.backward()
+    assert x.grad.tolist() == [3.0, 3.0]
+
+
+# --- constant_beside and in_training
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_the_optimizer_does_not_step_is_constant_inside(fails: bool) -> None:
+    body, head, still = nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2).requires_grad_(False)
+    body.weight.grad = mine = torch.ones(2, 2)
+    still.weight.grad = torch.ones(2, 2)
+    net, x = nn.Sequential(body, head, still), torch.ones(1, 2)
+    try:
+        with constant_beside(torch.optim.SGD(head.parameters(), lr=1.0), net):
+            assert [p.requires_grad for p in net.parameters()] == [False, False, True, True, False, False]
+            assert all(p.grad is None for p in net.parameters())
+            net(x).sum().backward()
+            if fails:
+                raise Failure
+    except Failure:
+        pass
+    assert [p.requires_grad for p in net.parameters()] == [True, True, True, True, False, False]
+    assert body.weight.grad is mine
+    assert mine.tolist() == [[1, 1], [1, 1]]
+    assert body.bias.grad is None
+    assert head.weight.grad is not None
+    assert still.weight.grad is not None
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("frozen", [[], [1], [0, 2], [1, 2, 3], [0, 1, 2], [0, 1, 2, 3]])
+def test_in_training_keeps_what_is_frozen_but_a_model_that_is_frozen_as_a_whole(frozen: list[int], fails: bool) -> None:
+    net = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.BatchNorm1d(2)))
+    modules = list(net.modules())  # the whole, a layer, a part, and what is in the part
+    modes = [k not in frozen for k in range(4)]
+    for module, mode in zip(modules, modes, strict=True):
+        module.training = mode
+    try:
+        with in_training(net) as (train, names):
+            for _ in range(2):
+                train()
+                assert [m.training for m in modules] == (modes if any(modes) else [True] * 4)
+                net.eval()
+            assert len(names) == (len(frozen) if any(modes) else 0)
+            if fails:
+                raise Failure
+    except Failure:
+        pass
+    assert [m.training for m in modules] == modes
 
 
 # --- norms and parameters
@@ -242,3 +391,14 @@ def test_trainable_are_those_with_a_gradient_each_once() -> None:
     net[0].bias.requires_grad_(False)
     net[1].weight = net[0].weight
     assert [id(p) for p in trainable(net)] == [id(net[0].weight), id(net[1].bias)]
+
+
+def test_trainable_are_those_that_the_optimizer_steps() -> None:
+    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    net[1].bias.requires_grad_(False)
+    optimizer = torch.optim.SGD([{"params": [net[1].weight]}, {"params": [net[1].bias, nn.Parameter(torch.ones(1))]}])
+    assert [id(p) for p in trainable(net, optimizer)] == [id(net[1].weight)]
+
+
+def test_the_norm_of_nothing_is_zero() -> None:
+    assert norm([]) == 0

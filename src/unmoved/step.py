@@ -71,7 +71,7 @@ def train_step(
             came = f"{type(method).__name__} and {type(batch).__name__}"
             raise UnmovedError(f"train_step: expected a Method and a Batch, came {came}; use Method(attack, objective)")
         require_images(batch.x, bounds_of(method.attack) or bounds or (0.0, 1.0))
-        modules = (attacked or model, *stateful(as_sum(method.objective)))
+        modules = (model if attacked is None else attacked, *stateful(as_sum(method.objective)))
         with weights.constant_beside(optimizer, *modules):
             return _step(model, method, optimizer, batch, precision, attacked, backward, watch)
 

@@ -249,8 +249,9 @@ def holders(model: nn.Module, parameters: Iterable[Tensor]) -> list[nn.Module]:
 def frozen_buffers(model: nn.Module, modules: Iterable[nn.Module] | None = None) -> Iterator[None]:
     """Passes inside leave no trace in the model's buffers (and tensors that are plain attributes).
 
-    With ``modules``, in the buffers of these of its modules alone. What a pass changes is seen by looking, whatever layer does it: running statistics, the vectors of spectral norm,
-    a counter, a tensor replaced by another. Only one of another shape stays: a cache that has grown.
+    With ``modules``, in the buffers of these of its modules alone. What a pass changes is seen by looking, whatever
+    layer does it: running statistics, the vectors of spectral norm, a counter, a tensor replaced by another. Only one
+    of another shape stays: a cache that has grown.
     """
     modules = model.modules() if modules is None else modules
     held = [(module, name, value) for module in modules for name, value in buffers(module).items()]
@@ -263,7 +264,7 @@ def frozen_buffers(model: nn.Module, modules: Iterable[nn.Module] | None = None)
         yield
     finally:
         for module, name, value in held:
-            now = (module._buffers if name in module._buffers else module.__dict__).get(name)
+            now = module._buffers[name] if name in module._buffers else module.__dict__.get(name)
             if now is not value and (now is None or value is None or now.shape == value.shape):
                 assign(module, name, value)
         write(list(zip(tensors, copies, strict=True)))
