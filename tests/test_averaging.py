@@ -149,6 +149,7 @@ def test_what_has_no_mean_is_copied() -> None:
     assert average.model.late == 4.0, "a copy"
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_a_model_of_torchscript_is_averaged() -> None:
     model = torch.jit.trace(nn.Linear(2, 1, bias=False), torch.zeros(1, 2))
     torch.nn.init.zeros_(model.weight)
