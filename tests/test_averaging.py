@@ -149,16 +149,6 @@ def test_what_has_no_mean_is_copied() -> None:
     assert average.model.late == 4.0, "a copy"
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
-def test_a_model_of_torchscript_is_averaged() -> None:
-    model = torch.jit.trace(nn.Linear(2, 1, bias=False), torch.zeros(1, 2))
-    torch.nn.init.zeros_(model.weight)
-    average = Average(model, EMA(0.5))
-    torch.nn.init.ones_(model.weight)
-    average.follow(model, 100, 1000)
-    assert average.model.weight.tolist() == [[0.5, 0.5]]
-
-
 def weights(path: Path) -> dict[str, torch.Tensor]:
     model = Built(read(path.parent / "recipe.toml")).model()
     load_weights(model, path)

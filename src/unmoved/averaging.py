@@ -69,9 +69,7 @@ class Average:
     """
 
     def __init__(self, model: nn.Module, averaging: Averaging) -> None:
-        self.model = copy.deepcopy(model)
-        for p in self.model.parameters():  # one by one: TorchScript has no `requires_grad_` of a model
-            p.requires_grad_(False)
+        self.model = copy.deepcopy(model).requires_grad_(False)
         self._averaging = averaging
         # Where infinity says "never", as in a mask, or "nothing yet", it has no mean with a number, nor with itself.
         self._boundless = {

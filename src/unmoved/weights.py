@@ -100,6 +100,8 @@ def _largest(v: Tensor, n: int | None) -> Tensor:
 def _as_one_vector(tensors: Tensors, function: Callable[[Tensor], Tensor]) -> Tensors:
     if isinstance(tensors, Tensor):
         return function(tensors.flatten()).reshape(tensors.shape)
+    if not tensors:
+        return tensors
     whole = function(torch.cat([t.flatten() for t in tensors]))
     parts = whole.split([t.numel() for t in tensors])
     return [part.reshape(t.shape) for part, t in zip(parts, tensors, strict=True)]

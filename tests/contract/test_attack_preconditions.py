@@ -171,7 +171,11 @@ def test_losses_that_are_none(name: str, loss: Any, words: str, batch: Batch) ->
 
 
 @pytest.mark.parametrize("name", WITH_LOSS)
-@pytest.mark.parametrize("loss", [terms.CE, terms.TRADES, None, "ce", ThreatModel("linf", 0.1)], ids=str)
+@pytest.mark.parametrize(
+    "loss",
+    [terms.CE, terms.TRADES, None, "ce", ThreatModel("linf", 0.1)],
+    ids=["class", "function", "none", "name", "threat"],
+)
 def test_losses_that_cannot_be_called(name: str, loss: Any) -> None:
     with pytest.raises(UnmovedError, match=rf"{'PGD' if name == 'FGSM' else name}.loss: expected something that"):
         made(name, loss=loss)

@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import nn
 
+from unmoved import Batch, Method, train_step
 from unmoved.defenses import APD, ASAM, AWP, SAM, Plain
 from unmoved.errors import UnmovedError
+from unmoved.terms import CE
 
 
 def problem(seed=0):
@@ -111,6 +113,84 @@ def test_batchnorm_moves_in_the_uncorrupted_pass(defense, views):
     assert int(model[1].num_batches_tracked) == views
     tracked_pass = seen[-1] if isinstance(defense, AWP) else seen[0]
     assert torch.allclose(model[1].running_mean, 0.1 * tracked_pass)
+
+
+DEFENSES = [Plain(), SAM(0.5), ASAM(0.5), AWP(0.3), APD(0.5), APD(0.5, p=math.inf, risk="last")]
+
+
+@pytest.mark.parametrize("through_train_step", [False, True])
+@pytest.mark.parametrize("defense", DEFENSES, ids=repr)
+def test_only_what_the_optimizer_steps_is_corrupted_and_no_old_gradient_steers(defense, through_train_step):
+    """With the head alone in the optimizer, a step is that of the head as a model of its own on the body's features."""
+    model, _ = problem()
+    body, head = model[0], model[2]
+    x, y = torch.rand(11, 1, 1, 5, dtype=torch.float64), torch.arange(11) % 3
+    features = torch.tanh(body(x.flatten(1))).detach()
+    alone, optimizer = copy.deepcopy(head), torch.optim.SGD(head.parameters(), lr=0.3, momentum=0.9)
+    other = torch.optim.SGD(alone.parameters(), lr=0.3, momentum=0.9)
+    body.weight.grad = mine = torch.full_like(body.weight, 1e3)  # the caller's, from somewhere else
+    before, seen = values(body), []
+    body.register_forward_hook(lambda *_: seen.append(torch.equal(body.weight, before[0])))
+    whole = nn.Sequential(nn.Flatten(), model)
+    for _ in range(3):
+        if through_train_step:
+            train_step(whole, Method(None, CE("clean"), defense), optimizer, Batch(x, y), "float32")
+            assert body.weight.grad is mine
+            assert body.bias.grad is None
+            assert (mine == 1e3).all()
+        else:
+            step(defense, model, lambda m: nn.functional.cross_entropy(m(x.flatten(1)), y), optimizer)
+        step(defense, alone, lambda m: nn.functional.cross_entropy(m(features), y), other)
+    check(head, values(alone))
+    assert all(seen)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("defense", DEFENSES[1:], ids=repr)
+def test_a_model_that_the_optimizer_does_not_step_is_not_corrupted(defense):
+    model, loss = problem()
+    learned, before = nn.Parameter(torch.tensor(2.0, dtype=torch.float64)), values(model)
+    step(defense, model, lambda m: loss(m) * learned, torch.optim.SGD([learned], lr=0.1))
+    assert learned.item() == pytest.approx(2.0 - 0.1 * loss(model).item())
+    check(model, before)
+
+
+class Sees(nn.Module):
+    """Keeps what it saw last, and how often, in new tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("last", torch.zeros(6, dtype=torch.float64), persistent=False)
+        self.register_buffer("passes", torch.tensor(0))
+
+    def forward(self, x):
+        self.last, self.passes = x.detach().mean(0), self.passes + 1
+        return x
+
+
+@pytest.mark.parametrize("defense", DEFENSES, ids=repr)
+def test_every_buffer_moves_in_one_pass_of_a_step(defense):
+    """What layers of anybody's remember is that of the plain step; for AWP that of the pass it steps from.
+
+    What tells of the weights, such as their singular vectors, is that of the uncorrupted weights with every defense.
+    """
+    ends = []
+    for each in (defense, Plain()):
+        torch.manual_seed(0)
+        first = torch.nn.utils.parametrizations.spectral_norm(nn.Linear(4, 6))
+        old = torch.nn.utils.spectral_norm(nn.Linear(6, 6))
+        model = nn.Sequential(first, Sees(), old, nn.Tanh(), nn.BatchNorm1d(6), nn.Linear(6, 3)).double()
+        x, y = torch.randn(16, 4, dtype=torch.float64), torch.randint(3, (16,))
+        seen = []
+        model[1].register_forward_hook(lambda m, i, out, seen=seen: seen.append(out.detach().mean(0)))
+        loss = lambda m: nn.functional.cross_entropy(m(x), y)  # noqa: B023, E731
+        step(each, model, loss, torch.optim.SGD(model.parameters(), lr=0.0))
+        assert model[1].passes == model[4].num_batches_tracked == 1
+        assert torch.equal(model[1].last, seen[-1] if isinstance(each, AWP) else seen[0])
+        ends.append(dict(model.named_buffers()))
+    of_data = {"1.last", "4.running_mean", "4.running_var"} if isinstance(defense, AWP) else set()
+    for name in ends[0].keys() - of_data:
+        assert torch.equal(ends[0][name], ends[1][name]), name
 
 
 def test_frozen_and_unused_parameters_are_left_alone():
