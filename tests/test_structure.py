@@ -23,7 +23,7 @@ RANKS = (
     ("protocols", "lock", "pool", "foreign"),
     ("noise", "schedule", "processes", "weights", "cluster"),
     ("views", "threat", "averaging", "precision", "outcomes", "provenance", "drawing"),
-    ("journal", "workers", "opinion", "shelf", "checkpoint"),
+    ("journal", "log", "workers", "opinion", "shelf", "checkpoint"),
     ("records",),
     ("terms", "figures", "judged", "pages"),
     ("attacks", "defenses", "data", "models", "optim", "verdicts"),
