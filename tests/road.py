@@ -11,12 +11,14 @@ from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from unmoved import pool
 from unmoved.cli import main
 from unmoved.jobs import Job
+from unmoved.run import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -194,3 +196,18 @@ def here(patch: pytest.MonkeyPatch) -> None:
     """Jobs are done in this process, which keeps its one thread: where the processes are not what is tested."""
     patch.setattr(pool, "ProcessPoolExecutor", Inline)
     patch.setattr("torch.set_num_threads", lambda count: None)
+
+
+def interrupted(path: Path, run: Path, saves: int) -> None:
+    """Train a recipe until its state has been saved so many times, and press Ctrl-C then."""
+    real, saved = Run.save_state, []
+
+    def save_state(run: Run, state: dict[str, Any]) -> None:
+        real(run, state)
+        saved.append(run)
+        if len(saved) == saves:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "save_state", save_state)
+        assert unmoved("train", path, "--out", run).code == 130

@@ -9,12 +9,13 @@ import re
 import shlex
 import shutil
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from road import RECIPE, digests, recipe, unmoved
+from road import RECIPE, digests, interrupted, recipe, unmoved
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -32,23 +33,17 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]
     folder = tmp_path_factory.mktemp("stopped")
     path = recipe(folder, RECIPE.replace("epochs = 2", f"epochs = {EPOCHS}"))
     unmoved("train", path, "--out", folder / "finished").fine()
-    interrupted(path, folder / "stopped")
+    interrupted(path, folder / "stopped", saves=2)
     return path, folder / "finished", folder / "stopped"
 
 
-def interrupted(path: Path, run: Path) -> None:
-    """Train the recipe until its second epoch is saved."""
-    real, saved = Run.save_state, []
+def raising(error: Exception) -> Callable[..., None]:
+    """A function that raises this, whatever it is given."""
 
-    def save_state(run: Run, state: dict[str, Any]) -> None:
-        real(run, state)
-        saved.append(run)
-        if len(saved) == 2:
-            raise KeyboardInterrupt
+    def refuse(*anything: Any, **settings: Any) -> None:
+        raise error
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "save_state", save_state)
-        assert unmoved("train", path, "--out", run).code == 130
+    return refuse
 
 
 def flip(path: Path, place: int, bit: int = 0) -> None:
@@ -179,11 +174,7 @@ def test_a_state_that_cannot_be_read_now_is_not_damaged(
 ) -> None:
     """Nothing is removed, nobody is told to delete anything, and once the cause is gone it goes on."""
     run = Path(shutil.copytree(stopped[2], tmp_path / "run"))
-    before = digests(run)
-
-    def refuse(*anything: Any, **settings: Any) -> None:
-        raise error
-
+    before, refuse = digests(run), raising(error)
     with monkeypatch.context() as patch:
         if where == "torch.load":
             patch.setattr(torch, "load", refuse)
@@ -201,11 +192,7 @@ def test_no_room_to_restore_a_state_is_not_another_model(
     stopped: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     run = Path(shutil.copytree(stopped[2], tmp_path / "run"))
-    before = digests(run)
-
-    def refuse(*anything: Any, **settings: Any) -> None:
-        raise error
-
+    before, refuse = digests(run), raising(error)
     monkeypatch.setattr(torch.optim.Adam, "load_state_dict", refuse)
     message = unmoved("train", stopped[0], "--out", run, "--resume").mistake()
     assert "not enough memory" in message
@@ -219,11 +206,7 @@ def test_weights_that_cannot_be_read_now_are_not_damaged(
 ) -> None:
     """Nor written anew from the state: what is there may be somebody's."""
     run = Path(shutil.copytree(stopped[2], tmp_path / "run"))
-    before = digests(run)
-
-    def refuse(*anything: Any, **settings: Any) -> None:
-        raise error
-
+    before, refuse = digests(run), raising(error)
     monkeypatch.setattr(models.files, "safe_open", refuse)
     for command in (["train", stopped[0], "--out", run, "--resume"], ["evaluate", run, "--n", 5]):
         message = unmoved(*command).mistake()
@@ -369,7 +352,7 @@ def test_damaged_weights_are_named_and_the_command_that_it_says_restores_them(
     if when == "finished":
         unmoved("train", path, "--out", run).fine()
     else:
-        interrupted(path, run)
+        interrupted(path, run, saves=2)
     file = run / f"{which}.safetensors"
     whole = file.read_bytes()
     assert whole != (run / f"{ {'best': 'last', 'last': 'best'}[which] }.safetensors").read_bytes()

@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from road import RECIPE, recipe, unmoved
+from road import RECIPE, interrupted, recipe, unmoved
 
 from unmoved import disk
 from unmoved.errors import UnmovedError
@@ -217,17 +217,8 @@ def test_a_training_whose_log_is_damaged_says_so_and_ends_in_the_same_weights(
     trained: tuple[Path, Path], tmp_path: Path, name: str, how: str
 ) -> None:
     path, finished = trained
-    run, real, saved = tmp_path / "run", Run.save_state, []
-
-    def save_state(run: Run, state: dict[str, Any]) -> None:
-        real(run, state)
-        saved.append(run)
-        if len(saved) == 3:
-            raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "save_state", save_state)
-        assert unmoved("train", path, "--out", run).code == 130
+    run = tmp_path / "run"
+    interrupted(path, run, saves=3)
     file = run / name
     if how == "missing":
         file.unlink()

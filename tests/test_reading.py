@@ -115,6 +115,8 @@ def test_whatever_lies_in_the_place_of_the_trainers_state(
 ) -> None:
     """What is no file is named and left alone; what is none of ours is damaged, before a terabyte of it is read."""
     run = Path(shutil.copytree(whole, tmp_path / "run"))
+    log = run / "metrics.jsonl"  # cut: of a run whose log has its last epoch the state is not read
+    log.write_bytes(log.read_bytes().splitlines(keepends=True)[0])
     (run / "trainer.pt").unlink()
     make(run / "trainer.pt")
     shutil.copy(whole.parent / "tiny.toml", tmp_path)

@@ -155,12 +155,7 @@ def log(path: Path, mend: str) -> list[dict[str, Any]]:
     Raises:
         UnmovedError: as `read`; more cells than a log of any training has.
     """
-    try:
-        data = reading.content(path, MOST_LOG)
-    except FileNotFoundError:
-        return []
-    lines = reading.json_lines(data[: data.rfind(b"\n") + 1], str(path))  # what follows was torn as it was appended
-    names: set[str] = set()
+    lines, names = _lines(path, MOST_LOG) or [], set[str]()
     for number, line in enumerate(lines, start=1):
         require(Epoch, line, f"{path}: line {number}", mend)
         names.update(_leaves(line))
@@ -175,11 +170,10 @@ def per_class(path: Path, mend: str) -> list[dict[str, Any]] | None:
     Raises:
         UnmovedError: as `log`.
     """
-    try:
-        data = reading.content(path, MOST_PER_CLASS)
-    except FileNotFoundError:
+    lines = _lines(path, MOST_PER_CLASS)
+    if lines is None:
         return None
-    lines, rows, names = reading.json_lines(data[: data.rfind(b"\n") + 1], str(path)), 0, set[str]()
+    rows, names = 0, set[str]()
     for number, line in enumerate(lines, start=1):
         require(ByClass, line, f"{path}: line {number}", mend)
         for facts in (value for key, value in line.items() if key != "epoch"):
@@ -188,6 +182,15 @@ def per_class(path: Path, mend: str) -> list[dict[str, Any]] | None:
         if rows * (len(names) + 3) > MOST_CELLS:
             raise UnmovedError(f"{path}: expected at most {MOST_CELLS} numbers, came more; {mend}")
     return lines
+
+
+def _lines(path: Path, most: int) -> list[dict[str, Any]] | None:
+    """The objects of a file that grows by lines, or None where there is none; a line torn in appending is left out."""
+    try:
+        data = reading.content(path, most)
+    except FileNotFoundError:
+        return None
+    return reading.json_lines(data[: data.rfind(b"\n") + 1], str(path))
 
 
 def _leaves(line: dict[str, Any], prefix: str = "") -> Iterator[str]:
