@@ -15,7 +15,7 @@ from road import RECIPE, interrupted, recipe, unmoved
 
 from unmoved import disk
 from unmoved.errors import UnmovedError
-from unmoved.log import METRICS, PER_CLASS, Log, by_class, divided
+from unmoved.log import METRICS, PER_CLASS, Log, by_class, divided, joined
 from unmoved.run import Run
 
 CLASSES = 7
@@ -76,6 +76,13 @@ def test_numbers_by_class_are_a_table_of_epoch_term_and_class() -> None:
     expected = pd.DataFrame(rows, columns=["epoch", "term", "class", "q", "p", "n"])
     pd.testing.assert_frame_equal(by_class(lines), expected)
     assert by_class([]).columns.tolist() == ["epoch", "term", "class"]
+    for whole in (
+        record(1),
+        {"epoch": 1},
+        {"epoch": 1, "terms": {}},
+        {"epoch": 1, "terms": {"a": {"x": [1.0]}, "b": {"y": 2.0}}},
+    ):
+        assert joined(*divided(whole)) == whole
     assert divided({"epoch": 1}) == ({"epoch": 1}, {})
     assert divided({"epoch": 1, "terms": {}}) == ({"epoch": 1, "terms": {}}, {})
 
@@ -112,7 +119,7 @@ def test_what_was_logged_after_a_mark_is_cut_off(tmp_path: Path, more: int, torn
     for name in expected:
         disk.append(tmp_path / name, torn)
     again, notes = Log(tmp_path), list[str]()  # another process
-    assert again.records(mark, 3) == [divided(record(k))[0] for k in (1, 2)]
+    assert again.records(mark, 3) == [record(k) for k in (1, 2)]
     again.go_back(mark, 3, notes.append)
     assert files(tmp_path) == expected
     assert again.mark() == mark

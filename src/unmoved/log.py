@@ -31,6 +31,15 @@ def divided(record: dict[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str,
     return record | {"terms": rest}, lists
 
 
+def joined(record: dict[str, Any], lists: dict[str, Any]) -> dict[str, Any]:
+    """The record that `divided` made two of; ``lists`` may have its epoch beside the terms."""
+    terms = record.get("terms", {})
+    if not lists or not isinstance(terms, dict):  # a damaged log may say anything
+        return record
+    told = {name: terms.get(name, {}) | facts for name, facts in lists.items() if isinstance(facts, dict)}
+    return record | {"terms": terms | told}
+
+
 def by_class(lines: Iterable[dict[str, Any]]) -> pd.DataFrame:
     """A row for each epoch, term and class of ``{"epoch": 1, "term": {"q": [0.5, 0.4], ...}, ...}``."""
     columns: dict[str, list[Any]] = {"epoch": [], "term": [], "class": []}
@@ -76,7 +85,9 @@ class Log:
 
     def records(self, mark: dict[str, Any], before: int) -> list[dict[str, Any]]:
         """The records up to a mark, all of epochs below ``before``; of a damaged log those that can be read."""
-        return self._files[METRICS].read(mark[METRICS], before)
+        records, lists = (self._files[name].read(mark[name], before) for name in (METRICS, PER_CLASS))
+        by_epoch = {line["epoch"]: line for line in lists}
+        return [joined(record, by_epoch.get(record["epoch"], {})) for record in records]
 
     def go_back(self, mark: dict[str, Any] | None, before: int, tell: Callable[[str], None]) -> None:
         """Cut the files back to a mark, or empty them; those that are damaged keep what can be read, and it is told."""

@@ -84,7 +84,7 @@ def train(
         checkpoint_share: the share of the time that saving into ``run`` may take, in [0, 1]: what a kill loses was
             trained in about (seconds of a save) / share. 1 saves every epoch; the last one is always saved.
         run: where to log and save; if it holds a saved state, training goes on from there. What terms report by class
-            is then in ``run.per_class``, and not in the log.
+            is then in ``run.per_class`` too.
         progress: called with the latest record after each step (``{"epoch", "share"}``) and epoch; and with
             ``{"note"}``, a sentence, where something damaged was found in ``run`` and mended, or where submodules stay
             in evaluation mode.

@@ -12,7 +12,6 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from unmoved import checkpoint
 from unmoved.errors import UnmovedError, is_want_of_memory
-from unmoved.log import divided
 from unmoved.protocols import StatefulAttack
 from unmoved.run import Run
 
@@ -24,7 +23,7 @@ class TrainerState:
 
     Attributes:
         epochs: how many are done; ``saved_epochs`` of them are saved.
-        log: their records; with a run, without what goes to its `Run.per_class`.
+        log: their records.
     """
 
     def __init__(
@@ -68,7 +67,7 @@ class TrainerState:
                 part.load_state_dict(saved[name])
             self.best, self.best_model = tuple(saved["best"]), saved["best_model"]
             self.epochs, self.seconds = saved["epochs"], saved["record"]["seconds"]
-            self.log = [*saved["records"], divided(saved["record"])[0]]
+            self.log = [*saved["records"], saved["record"]]
         except (AttributeError, KeyError, MemoryError, RuntimeError, TypeError, ValueError) as error:
             where = "the run's trainer.pt" if self.run is None else self.run.path / "trainer.pt"
             if is_want_of_memory(error):
@@ -97,7 +96,7 @@ class TrainerState:
         is_best = not self.epochs or score > self.best or "validation_robust" not in record
         self.epochs, self.seconds = self.epochs + 1, self.seconds + seconds
         record = record | {"kept": is_best, "seconds": self.seconds}
-        self.log.append(record if self.run is None else divided(record)[0])
+        self.log.append(record)
         if is_best:
             self.best, self.best_model, self._best_is_saved = score, None, False
         if self.run is None:
