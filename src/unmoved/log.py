@@ -36,7 +36,8 @@ def joined(record: dict[str, Any], lists: dict[str, Any]) -> dict[str, Any]:
     terms = record.get("terms", {})
     if not lists or not isinstance(terms, dict):  # a damaged log may say anything
         return record
-    told = {name: terms.get(name, {}) | facts for name, facts in lists.items() if isinstance(facts, dict)}
+    pairs = {name: (terms.get(name, {}), facts) for name, facts in lists.items()}
+    told = {name: a | b for name, (a, b) in pairs.items() if isinstance(a, dict) and isinstance(b, dict)}
     return record | {"terms": terms | told}
 
 
