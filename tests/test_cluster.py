@@ -110,7 +110,7 @@ class Grid:
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(self.folder)
             patch.setattr("os.cpu_count", lambda: 1)  # one thread a run on both ways
-            return unmoved("compare", *recipes, "--allow", "mortal", "--out", "out", *options)
+            return unmoved("compare", *recipes, "--allow", "mortal_here", "--out", "out", *options)
 
     def runs(self) -> dict[str, dict[str, str]]:
         """Run -> the sha256 of its files, without those that tell time and place."""
@@ -131,11 +131,11 @@ class Grid:
 
 def grid(folder: Path) -> Grid:
     folder.mkdir()
-    (folder / "mortal.py").write_text(MORTAL)
+    (folder / "mortal_here.py").write_text(MORTAL)
     text = RECIPE.replace("epochs = 2", f"epochs = {EPOCHS}\nvalidation = 0")
     recipe(folder, 'name = "plain"\n' + text, "plain")
     for name in ("once", "always"):
-        mortal = f'[objective.ce]\nuse = "mortal:CrossEntropy"\nname = "{name}"'
+        mortal = f'[objective.ce]\nuse = "mortal_here:CrossEntropy"\nname = "{name}"'
         recipe(folder, f'name = "{name}"\n' + text.replace("[objective.ce]", mortal), name)
     return Grid(folder)
 

@@ -273,3 +273,19 @@ def test_ours_are_of_the_kinds_that_places_ask_for() -> None:
             assert PLACES["terms"].fits(thing), name
     for name in ("mlp", "small_cnn"):
         assert foreign.find(f"unmoved.models:{name}", ["unmoved"], PLACES["models"]) is getattr(models, name)
+
+
+def test_a_module_of_the_same_name_from_another_folder_is_not_taken_for_the_one_of_here(
+    lab: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (lab / "my_own.py").write_text("def net(): pass\n")
+    assert found("my_own:net", "models", "my_own").__name__ == "net"
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "my_own.py").write_text("def other(): pass\n")
+    monkeypatch.chdir(other)
+    with pytest.raises(UnmovedError, match=r"expected my_own from .*other.*, came .*start a new process"):
+        found("my_own:other", "models", "my_own")
+    del sys.modules["my_own"]
+    assert found("my_own:other", "models", "my_own").__name__ == "other"
+    assert str(lab) not in sys.path, "of two folders only the current one is on the path"

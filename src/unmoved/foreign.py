@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections.abc
 import functools
 import importlib
+import importlib.machinery
 import inspect
 import os
 import sys
@@ -24,6 +25,7 @@ from torch import nn
 from unmoved.errors import UnmovedError, did_you_mean
 
 Factory = Callable[..., Any]
+_stood: list[str] = []  # the folder that this module has put at the end of sys.path, if any
 _UNSAID = object()  # of a return annotation: there is none, or it says nothing
 
 
@@ -106,9 +108,8 @@ def require_made(use: str, made: Any, place: Place) -> None:
 
 
 def _imported(use: str, name: str) -> types.ModuleType:
-    here = os.getcwd()
-    if not {"", here} & set(sys.path):
-        sys.path.append(here)
+    _stand_here()
+    _require_of_here(use, name.split(".")[0])
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -117,6 +118,27 @@ def _imported(use: str, name: str) -> types.ModuleType:
         ) from error
     except Exception as error:  # whatever a stranger's module does
         raise UnmovedError(f"use = {use!r}: cannot import {name!r} ({type(error).__name__}: {error})") from error
+
+
+def _stand_here() -> None:
+    """Put the current folder at the end of the path of imports, in place of the one that stood there before."""
+    here = os.getcwd()
+    if _stood and _stood[0] != here and _stood[0] in sys.path:
+        sys.path.remove(_stood.pop())
+    if not {"", here} & set(sys.path):
+        sys.path.append(here)
+        _stood[:] = [here]
+
+
+def _require_of_here(use: str, package: str) -> None:
+    """Raise `UnmovedError` where this process holds another module of that name: Python would use that in silence."""
+    held = getattr(sys.modules.get(package), "__file__", None)
+    spec = importlib.machinery.PathFinder.find_spec(package) if held else None
+    if held and spec and spec.origin and os.path.realpath(held) != os.path.realpath(spec.origin):
+        raise UnmovedError(
+            f"use = {use!r}: expected {package} from {spec.origin}, came {held}, which this process imported before; "
+            "start a new process, or give one of the two another name"
+        )
 
 
 def _package(thing: Any, key: str = "__module__") -> str:
