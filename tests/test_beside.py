@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from unmoved.beside import beside, difference
+from unmoved.errors import UnmovedError
 from unmoved.verdicts import Judged, Verdict
 
 
@@ -113,3 +114,19 @@ def test_autoattack_is_compared_where_it_has_judged_both():
     assert "AutoAttack" not in beside([base, other, none]).columns  # another version is no comparison
     alone = [verdict("base", strong, autoattack=strong), verdict("a", strong, base="base", autoattack=strong)]
     assert "AutoAttack" not in beside(alone).columns  # it is the robust column already
+
+
+def test_samples_are_paired_by_their_identity_and_never_with_others():
+    draw = np.random.default_rng(1)
+    ours = [outcomes_of(np.ones(60, bool), draw.random(60) < share) for share in (0.3, 0.6)]
+    theirs = [outcomes_of(np.ones(60, bool), draw.random(60) < share) for share in (0.5, 0.4)]
+    right = difference(ours, theirs, "worst case")
+    shuffled = [ours[0].sample(frac=1, random_state=0), ours[1]], [theirs[0], theirs[1].sample(frac=1, random_state=1)]
+    assert difference(*shuffled, "worst case") == pytest.approx(right, abs=1e-12)
+    for other in (
+        theirs[1].assign(index=theirs[1]["index"] + 20),
+        theirs[1][theirs[1]["index"] < 59],
+        theirs[1].assign(label=1, clean_prediction=1, success=False, by="none", adversarial_prediction=1),
+    ):
+        with pytest.raises(UnmovedError, match="expected runs on the same data"):
+            difference(ours, [theirs[0], other], "worst case")

@@ -19,7 +19,7 @@ from unmoved import outcomes, pages, report, screen
 from unmoved.errors import UnmovedError
 from unmoved.pages import Section
 from unmoved.run import Run
-from unmoved.verdicts import verdicts
+from unmoved.verdicts import verdicts, without_seeds
 
 SAMPLES = 60
 
@@ -69,7 +69,7 @@ def make(name: str = "digits/at", seed: int = 0, clean: int = 57, robust: int = 
         path=Path(f"runs/{name.replace('/', '-')}-{seed}"),
         name=name,
         seed=seed,
-        recipe={"name": name, "train": {"seed": seed, "epochs": 3}},
+        recipe={"name": name, "training": {"seed": seed, "epochs": 3}},
         provenance={"versions": {"torch": "9.9"}, "command": "unmoved train recipe.toml", "git": {"dirty": False}},
         metrics=metrics,
         outcomes=pd.concat([attacked(clean, robust + 3, "pgd", 0.1), attacked(clean, robust, "square", 0.1)]),
@@ -231,7 +231,7 @@ def test_the_numbers_are_those_of_the_tables(written: Path) -> None:
     assert f"93.3 \xb1\xa02.4 52.5 \xb1\xa03.5 {100 * low:.1f} to {100 * high:.1f}" in words
     assert "57.5 \xb1\xa03.5 52.5 \xb1\xa03.5 60 2 1 min 15 s best" in words
     assert "versions.torch 9.9" in words
-    assert "train.epochs 3" in words
+    assert "training.epochs 3" in words
 
 
 def test_overlapping_intervals_are_said_to_settle_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -528,6 +528,15 @@ def spoil_samples(run: Any) -> None:
     run.evaluation["n"] = 50
 
 
+def spoil_identities(run: Any) -> None:
+    """As another data.seed does: as many images, a few of them the same, under their own labels."""
+    run.outcomes = run.outcomes.assign(index=run.outcomes["index"] + 3 * 17)
+
+
+def spoil_one_identity(run: Any) -> None:
+    run.outcomes = run.outcomes.assign(index=run.outcomes["index"].replace(59, 62))
+
+
 def spoil_labels(run: Any) -> None:
     run.outcomes = run.outcomes.assign(label=(run.outcomes["label"] + 1) % 3)
     run.outcomes["success"] = run.outcomes["label"] != run.outcomes["adversarial_prediction"]
@@ -554,6 +563,8 @@ def cut_outcomes(run: Any) -> None:
         (spoil_norm, "came norm = linf in .* and l2 in"),
         (spoil_attacks, "came attacks = "),
         (spoil_samples, "came n = 60 in .* and 50 in"),
+        (spoil_identities, r"whose test images differ \(60 and 60, 9 of them in both\)"),
+        (spoil_one_identity, r"whose test images differ \(60 and 60, 59 of them in both\)"),
         (spoil_labels, "same data, came other labels in .*b-0"),
         (forget_evaluation, "run `unmoved evaluate .*b-0` first"),
         (forget_outcomes, "run `unmoved evaluate .*b-0` first"),
@@ -570,13 +581,57 @@ def test_runs_that_do_not_compare_are_refused(spoil: Callable[[Any], None], mess
 
 def test_seeds_are_grouped_and_different_recipes_of_one_name_kept_apart() -> None:
     changed = make("digits/at", 2)
-    changed.recipe["train"]["epochs"] = 9
+    changed.recipe["training"]["epochs"] = 9
     names = [verdict.name for verdict in verdicts([*three(), changed])]
     assert names == ["digits/plain", "digits/at [runs/digits-at-0]", "digits/at [runs/digits-at-2]"]
     grouped = verdicts(three())
     assert [len(verdict.runs) for verdict in grouped] == [1, 2]
     assert grouped[1].measures["worst case"]["accuracy"] == pytest.approx(31.5 / 60)
     assert grouped[1].seconds == 75
+
+
+@pytest.mark.parametrize("spoil", [spoil_identities, spoil_one_identity, spoil_labels])
+@pytest.mark.parametrize("base", [None, "digits/plain"])
+def test_seeds_of_one_recipe_on_other_images_are_no_seeds(
+    spoil: Callable[[Any], None], base: str | None, tmp_path: Path
+) -> None:
+    """Nor is a mean taken of them, nor a difference."""
+    runs = [make("digits/plain", 0), make("digits/at", 0), make("digits/at", 1)]
+    for run in runs[1:]:
+        run.recipe["base"] = base
+    spoil(runs[2])
+    with pytest.raises(UnmovedError, match="expected runs on the same data"):
+        report.write(runs, tmp_path / "r.html", "x")
+
+
+def test_only_the_training_seed_and_the_part_are_left_out_of_a_recipe() -> None:
+    """Two runs that differ in another seed are runs of two recipes, and so are halves and thirds of the data."""
+    recipe = {"data": {"seed": 0}, "attack": {"seed": 1}, "training": {"seed": 2, "part": {"of": 2, "number": 0}}}
+    other = {"data": {"seed": 0}, "attack": {"seed": 1}, "training": {"seed": 3, "part": {"of": 2, "number": 1}}}
+    assert without_seeds(recipe) == without_seeds(other)
+    for changed in (
+        {"data": {"seed": 9}},
+        {"attack": {"seed": 9}},
+        {"training": {"seed": 3, "part": {"of": 3, "number": 1}}},
+        {"training": {"seed": 3}},
+    ):
+        assert without_seeds(recipe) != without_seeds({**other, **changed})
+    first, second = make(seed=0), make(seed=1)
+    for number, run in enumerate((first, second)):
+        run.recipe["data"] = {"seed": number}
+    assert [len(verdict.runs) for verdict in verdicts([first, second])] == [1, 1]
+
+
+def test_autoattack_on_more_images_of_one_seed_is_shown_where_it_has_judged_all_seeds() -> None:
+    (verdict,) = verdicts([settled(bare(seed=0), 30, 60), settled(bare(seed=1), 12, 40)])
+    assert verdict.autoattack is not None
+    assert (verdict.autoattack["n"], verdict.autoattack["accuracy"]) == (40, pytest.approx((30 / 40 + 12 / 40) / 2))
+    assert verdict.runs[0].stale == verdict.runs[1].stale
+    assert "judged 60, 40 images of its seeds; shown are the 40 in all of them" in verdict.runs[0].stale[0]
+    apart = settled(bare(seed=1), 12, 40)
+    apart.verdict_outcomes["index"] += 300
+    with pytest.raises(UnmovedError, match="none in common"):
+        verdicts([settled(bare(seed=0), 30, 60), apart])
 
 
 def test_a_seed_twice_or_mixed_weights_are_refused() -> None:

@@ -172,6 +172,8 @@ def test_runs_that_do_not_belong_together_are_refused(trained: Path, tmp_path: P
     first = paths(trained)[0]
     other = made(tmp_path, RECIPE.replace("test = 1500", "test = 1400"), "other")
     assert "test images differ" in unmoved("analyze", "softmax", first, other, "--out", tmp_path / "o").mistake()
+    drawn = made(tmp_path, RECIPE.replace("test = 1500", "test = 1500\nseed = 1"), "drawn")  # as many, others
+    assert "test images differ" in unmoved("analyze", "softmax", first, drawn, "--out", tmp_path / "o").mistake()
     ball = made(tmp_path, RECIPE.replace("eps = 0.1", "eps = 0.2"), "ball")
     assert "expected runs in one ball" in unmoved("analyze", "softmax", first, ball, "--out", tmp_path / "o").mistake()
     same = ("--set", "name=same")

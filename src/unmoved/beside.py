@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from unmoved import outcomes
+from unmoved.judged import require_same_samples
 from unmoved.outcomes import CLEAN, WORST
 from unmoved.verdicts import Verdict
 
@@ -29,15 +30,20 @@ def difference(
     interval speaks of the test images; what other seeds would give, it does not know.
 
     Args:
-        ours, theirs: outcomes of the same seeds on the same samples, in the same order, as they were read.
+        ours, theirs: outcomes of the same seeds on the same samples, as they were read.
         measure: ``"clean"``, an attack's name or ``"worst case"``.
+
+    Raises:
+        UnmovedError: tables of different samples.
     """
+    for table in (*ours, *theirs):
+        require_same_samples(ours[0], table, ("the first run", "another one"))
     pairs = [
         _by_sample(a).set_index("index")[measure].astype(float)
         - _by_sample(b).set_index("index")[measure].astype(float)
         for a, b in zip(ours, theirs, strict=True)
     ]
-    d = np.mean(np.stack([pair.to_numpy() for pair in pairs]), axis=0)
+    d = pd.concat(pairs, axis=1).mean(axis=1).to_numpy()
     half = 1.96 * float(d.std(ddof=1)) / math.sqrt(len(d)) if len(d) > 1 else math.inf
     mean = float(d.mean())
     return mean, mean - half, mean + half

@@ -136,6 +136,32 @@ class Judged:
         )
 
 
+def samples_of(table: pd.DataFrame) -> pd.DataFrame:
+    """The samples that a table is about: index and label, sorted, each once."""
+    return table[["index", "label"]].drop_duplicates().sort_values(["index", "label"], ignore_index=True)
+
+
+def require_same_samples(ours: pd.DataFrame, theirs: pd.DataFrame, names: tuple[object, object]) -> None:
+    """Raise `UnmovedError` unless two tables with columns index and label are about the same samples and labels.
+
+    Accuracies on other images are no seeds of one accuracy, and no difference of theirs is paired. Rows may repeat a
+    sample and come in any order.
+    """
+    first, second = samples_of(ours), samples_of(theirs)
+    if first.equals(second):
+        return
+    sets, (one, other) = [set(table["index"]) for table in (first, second)], names
+    if sets[0] != sets[1]:
+        raise UnmovedError(
+            f"expected runs on the same data, came {one} and {other}, whose test images differ ({len(sets[0])} and "
+            f"{len(sets[1])}, {len(sets[0] & sets[1])} of them in both); judge them on the same images (one data.seed, "
+            "one evaluation.n), or look at each data set apart"
+        )
+    raise UnmovedError(
+        f"expected runs on the same data, came other labels in {other} than in {one}; look at each data set apart"
+    )
+
+
 def _stale(what: str, run: Run, command: str) -> str:
     return (
         f"{run.path}: {what} is about other weights than the evaluation, so it is not shown; "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ import pandas as pd
 
 from unmoved import outcomes
 from unmoved.errors import UnmovedError
-from unmoved.judged import Judged, Protocol
+from unmoved.judged import Judged, Protocol, require_same_samples
 from unmoved.opinion import Opinion, opinion
 from unmoved.outcomes import CLEAN, WORST
 
@@ -137,13 +137,14 @@ class Verdict:
 
 
 def verdicts(runs: Sequence[Run]) -> list[Verdict]:
-    """The runs grouped by recipe, in order of appearance. Recipes that differ in more than seeds stay apart.
+    """The runs grouped by recipe, in order of appearance. Recipes that differ in more than training.seed stay apart.
 
     Different recipes of one name are told apart by the folder of their first run.
 
     Raises:
-        UnmovedError: no run; a run without evaluation; runs judged on different data, in different balls, by different
-            attacks; one recipe with a seed twice, or whose seeds were judged on best weights here and last ones there.
+        UnmovedError: no run; a run without evaluation; runs judged on different images, in different balls, by
+            different attacks; one recipe with a seed twice, or whose seeds were judged on best weights here and last
+            ones there; AutoAttack's verdicts on its seeds that share no image.
     """
     if not runs:
         raise UnmovedError("expected at least one run, came none")
@@ -162,7 +163,7 @@ def verdicts(runs: Sequence[Run]) -> list[Verdict]:
             raise UnmovedError(f"recipe {name!r}: seeds judged on {weights} weights in {paths}; evaluate them alike")
     names = [name for name, _ in groups]
     return [
-        Verdict(name if names.count(name) == 1 else f"{name} [{members[0].path}]", tuple(members))
+        Verdict(name if names.count(name) == 1 else f"{name} [{members[0].path}]", _where_all_are_settled(members))
         for (name, _), members in groups.items()
     ]
 
@@ -174,7 +175,7 @@ def worst(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _require_alike(runs: Sequence[Judged]) -> None:
-    first, labels = runs[0], runs[0].outcomes[["index", "label"]].drop_duplicates()
+    first = runs[0]
     for run in runs[1:]:
         for name, expected, came in zip(Protocol._fields, first.protocol, run.protocol, strict=True):
             if came != expected:
@@ -182,16 +183,40 @@ def _require_alike(runs: Sequence[Judged]) -> None:
                     f"expected runs judged alike, came {name} = {expected} in {first.path} and {came} in {run.path}; "
                     "evaluate them alike, or report on them apart"
                 )
-        labels = pd.concat([labels, run.outcomes[["index", "label"]]]).drop_duplicates()
-        if labels["index"].duplicated().any():
-            raise UnmovedError(
-                f"expected runs on the same data, came other labels in {run.path} than in {first.path}; "
-                "report on each data set apart"
-            )
+        require_same_samples(first.outcomes, run.outcomes, (first.path, run.path))
 
 
-def without_seeds(value: Any) -> Any:
-    """A recipe without what tells its runs apart: seeds, and which part of the training data."""
-    if not isinstance(value, Mapping):
-        return value
-    return {k: without_seeds(v) for k, v in value.items() if k not in ("seed", "number", "permutation")}
+def _where_all_are_settled(runs: Sequence[Judged]) -> tuple[Judged, ...]:
+    """The seeds of one recipe, what AutoAttack says of each cut down to the images on which it judged all of them.
+
+    Raises:
+        UnmovedError: it judged no image in all of them.
+    """
+    tables = [run.autoattack for run in runs if run.autoattack is not None]
+    asked = [set(table["index"]) for table in tables]
+    if not asked or all(one == asked[0] for one in asked):
+        return tuple(runs)
+    shared, counts = set.intersection(*asked), ", ".join(str(len(one)) for one in asked)
+    if not shared:
+        paths = ", ".join(str(run.path) for run in runs)
+        raise UnmovedError(f"expected AutoAttack on the same images of all seeds, came none in common in {paths}")
+    note = f"{runs[0].name}: AutoAttack judged {counts} images of its seeds; shown are the {len(shared)} in all of them"
+    return tuple(
+        run
+        if run.autoattack is None
+        else replace(run, autoattack=run.autoattack[run.autoattack["index"].isin(shared)], stale=(*run.stale, note))
+        for run in runs
+    )
+
+
+def without_seeds(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe without what tells its runs apart: training.seed, and which of the parts of training.part it took.
+
+    Every other seed is a setting: data.seed chooses the test images.
+    """
+    if not isinstance(recipe.get("training"), Mapping):
+        return dict(recipe)
+    training = {key: value for key, value in recipe["training"].items() if key != "seed"}
+    if isinstance(training.get("part"), Mapping):
+        training["part"] = {"of": training["part"].get("of")}
+    return {**recipe, "training": training}

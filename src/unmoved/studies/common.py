@@ -21,7 +21,7 @@ from unmoved.data import ArraySplit, DataSet
 from unmoved.disk import write_atomic
 from unmoved.errors import UnmovedError, require_whole
 from unmoved.evaluation import opened, weights_digest
-from unmoved.judged import Judged
+from unmoved.judged import Judged, require_same_samples, samples_of
 from unmoved.outcomes import CLEAN, WORST, by_sample
 from unmoved.pages import Section
 from unmoved.run import Run
@@ -140,35 +140,45 @@ class _Read(NamedTuple):
 
 
 def names_of(runs: Sequence[Run]) -> list[str]:
-    """The recipes' names, without a folder that all share; with the seed where one recipe has several runs."""
+    """The recipes' names, without a folder that all share; with the seed where one recipe has several runs.
+
+    With the run's folder where that does not tell them apart: no two names are the same.
+    """
     plain = [run.name for run in runs]
     folders = {name.partition("/")[0] for name in plain if "/" in name}
     if len(plain) > 1 and len(folders) == 1 and all("/" in name for name in plain):
         plain = [name.partition("/")[2] for name in plain]
-    return [
+    seeded = [
         name if plain.count(name) == 1 else f"{name} seed {run.seed}" for name, run in zip(plain, runs, strict=True)
     ]
+    return [name if seeded.count(name) == 1 else f"{name} [{run.path}]" for name, run in zip(seeded, runs, strict=True)]
 
 
 def _require_alike(first: Subject, run: Run, built: Built, split: ArraySplit, same_threat: bool) -> None:
     theirs, ours = first.built, built
-    same_images = split is first.split or (
-        len(split) == len(first.split) and torch.equal(split.images, first.split.images)
-    )
-    if theirs.data.classes != ours.data.classes or theirs.shape != ours.shape or not same_images:
+    if theirs.data.classes != ours.data.classes or theirs.shape != ours.shape:
         raise UnmovedError(
             f"expected runs on the same data, came {first.run.path} with {len(theirs.data.classes)} classes of images "
-            f"{theirs.shape} and {run.path} with {len(ours.data.classes)} of {ours.shape}"
-            + ("" if same_images else ", whose test images differ")
-            + "; study each data set apart"
+            f"{theirs.shape} and {run.path} with {len(ours.data.classes)} of {ours.shape}; study each data set apart"
         )
-    if not torch.equal(split.labels, first.split.labels):
-        raise UnmovedError(f"expected runs on the same labels, came others in {run.path} than in {first.run.path}")
+    require_same_samples(_samples(first.split), _samples(split), (first.run.path, run.path))
+    same_images = split is first.split or (
+        torch.equal(split.index, first.split.index) and torch.equal(split.images, first.split.images)
+    )
+    if not same_images:
+        raise UnmovedError(
+            f"expected runs on the same data, came {first.run.path} and {run.path}, whose test images differ under "
+            "the same identities; study each data set apart"
+        )
     if same_threat and theirs.threat != ours.threat:
         raise UnmovedError(
             f"expected runs in one ball, came {theirs.threat!r} in {first.run.path} and {ours.threat!r} in {run.path}; "
             "study each ball apart"
         )
+
+
+def _samples(split: ArraySplit) -> pd.DataFrame:
+    return pd.DataFrame({"index": split.index.cpu().numpy(), "label": split.labels.cpu().numpy()})
 
 
 def accuracies(found: Sequence[Subject]) -> tuple[dict[str, tuple[float, float]], str] | None:
@@ -190,8 +200,10 @@ def answers(found: Sequence[Subject]) -> tuple[dict[str, pd.DataFrame], str] | N
     evaluations = [None if one is None else one.outcomes for one in read]
     for tables in (verdicts, evaluations):
         whole = [table for table in tables if table is not None]
-        asked = {(tuple(sorted(set(t["attack"]))), tuple(sorted(set(t["index"])))) for t in whole}
-        if len(whole) == len(found) and len(asked) == 1:
+        asked = {tuple(sorted(set(table["attack"]))) for table in whole}
+        if len(whole) < len(found) or len(asked) > 1:
+            continue
+        if all(samples_of(table).equals(samples_of(whole[0])) for table in whole[1:]):
             source = "AutoAttack" if tables is verdicts else ", ".join(next(iter(asked))[0])
             samples = [by_sample(table, is_checked=True).sort_values("index", ignore_index=True) for table in whole]
             return {subject.name: table for subject, table in zip(found, samples, strict=True)}, source
