@@ -7,16 +7,20 @@ import os
 import re
 import shutil
 import signal
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from road import RECIPE, here, recipe, unmoved
 
 from unmoved import compare as grid
-from unmoved import config
+from unmoved import config, evaluation, studies
+from unmoved.built import Built
+from unmoved.data.stored import Stored
 from unmoved.errors import UnmovedError
 from unmoved.evaluation import evaluate_run
 from unmoved.jobs import Job, jobs_of
@@ -253,3 +257,86 @@ def test_no_job_computes_with_more_threads_than_torch_is_set_to(
     finally:
         torch.set_num_threads(before)
     assert seen == [1, 2, 2]
+
+
+# --- what a job reads and makes
+
+
+@pytest.fixture
+def npz_recipe(tmp_path: Path) -> Path:
+    """A recipe on images in a file of their own, whose every part can be seen being read."""
+    x = np.random.default_rng(0).integers(0, 256, (60, 8, 8), dtype=np.uint8)
+    y = np.arange(60) % 3
+    np.savez(tmp_path / "mine.npz", x_train=x[:40], y_train=y[:40], x_test=x[40:], y_test=y[40:])
+    data = f'use = "arrays"\npath = "{(tmp_path / "mine.npz").as_posix()}"'
+    return recipe(tmp_path, RECIPE.replace('use = "digits"\ntest = 1500', data).replace("n = 30", "n = 20"))
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often something is made or read."""
+    seen = Counter[str]()
+    pieces, init = Stored.pieces, Built.__init__
+
+    def read(self: Stored) -> Any:
+        seen[self.member] += 1
+        return pieces(self)
+
+    def build(self: Built, *arguments: Any, **settings: Any) -> None:
+        seen["built"] += 1
+        init(self, *arguments, **settings)
+
+    monkeypatch.setattr(Stored, "pieces", read)
+    monkeypatch.setattr(Built, "__init__", build)
+    return seen
+
+
+def test_a_job_builds_its_recipe_once_and_reads_its_images_once(
+    tmp_path: Path, npz_recipe: Path, counted: Counter[str]
+) -> None:
+    (job,) = jobs_of([config.read(npz_recipe)], [0], tmp_path / "out", (), threads=1)
+    job = replace(job, analyze=("softmax",), analysis_n=10)
+    grid.work(job)
+    assert counted == {"built": 1, "x_train.npy": 1, "x_test.npy": 1}
+    counted.clear()
+    grid.work(replace(job, analyze=()))  # all is done: nothing is made
+    assert counted == {}
+    (Path(job.path) / "doctor.json").unlink()
+    grid.work(replace(job, analyze=()))
+    assert counted == {"built": 1, "x_test.npy": 1}
+
+
+def test_judging_and_studying_read_the_test_images_alone_and_runs_share_them(
+    tmp_path: Path, npz_recipe: Path, counted: Counter[str]
+) -> None:
+    made = jobs_of([config.read(npz_recipe)], [0, 1, 2], tmp_path / "out", (), threads=1, attacks="pgd")
+    for job in made:
+        grid.work(job)
+    runs = [Run.open(job.path) for job in made]
+    for act in (
+        lambda: evaluate_run(runs[0]),
+        lambda: evaluate_run(runs[0], n=5),
+        lambda: evaluation.examine_run(runs[0]),
+    ):
+        counted.clear()
+        act()
+        assert counted == {"built": 1, "x_test.npy": 1}
+    for n in (None, 7):
+        counted.clear()
+        found = studies.subjects(runs, n)
+        assert counted == {"built": 3, "x_test.npy": 1}
+        assert len({id(subject.split) for subject in found}) == 1
+        assert len({subject.question["weights"] for subject in found}) == 3
+
+
+def test_runs_on_the_same_images_in_two_files_share_one_copy(tmp_path: Path, npz_recipe: Path) -> None:
+    shutil.copy(tmp_path / "mine.npz", tmp_path / "other.npz")
+    parsed = [
+        config.read(npz_recipe, [f"name={name}", f"data.path={tmp_path / name}.npz"]) for name in ("mine", "other")
+    ]
+    made = jobs_of(parsed, [0], tmp_path / "out", (), threads=1)
+    for job in made:
+        grid.work(job)
+    first, second = studies.subjects([Run.open(job.path) for job in made], None)
+    assert first.split is second.split
+    assert first.question["images"] == second.question["images"]

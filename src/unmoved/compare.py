@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import closing
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ import torch
 
 from unmoved import cluster as clusters
 from unmoved import config, outcomes, pool
+from unmoved.built import Built
 from unmoved.errors import UnmovedError
-from unmoved.evaluation import evaluate_run, examine_run, weights_digest
+from unmoved.evaluation import Opened, evaluate_run, examine_run, opened, weights_digest
 from unmoved.jobs import Job
 from unmoved.reading import readable
 from unmoved.run import Run
@@ -39,19 +40,29 @@ def work(job: Job, device: str = "auto") -> str:
 
 
 def _done(job: Job, device: str) -> str:
-    run = train_recipe(
-        config.parse(job.tables), job.path, resume=True, allow=job.allow, device=device, progress=_say_notes
-    )
+    recipe, tests = config.parse(job.tables), []
+
+    # Once, however many steps want them, and not at all where everything is done.
+    @cache
+    def build() -> Built:
+        return Built(recipe, job.allow)
+
+    @cache
+    def ready() -> Opened:
+        tests.append(build().data.test)  # held, or each step would read it again
+        return opened(run, "best", device, job.allow, built=build())
+
+    run = train_recipe(recipe, job.path, resume=True, allow=job.allow, device=device, progress=_say_notes, build=build)
     done = run.evaluation
     asked = weights_digest(run, "best"), readable(job.attacks)
     if done is None or (done.get("weights_sha256"), done.get("asked")) != asked:
-        evaluate_run(run, attacks=job.attacks, device=device, allow=job.allow)
+        evaluate_run(run, attacks=job.attacks, device=device, allow=job.allow, ready=ready)
     if (run.doctor or {}).get("weights_sha256") != weights_digest(run, "best"):
-        examine_run(run, n=DOCTOR_SAMPLES, device=device, allow=job.allow)
+        examine_run(run, n=DOCTOR_SAMPLES, device=device, allow=job.allow, ready=ready)
     if job.analyze:
         from unmoved import studies  # with all figures, for which other jobs need not wait
 
-        (subject,) = studies.subjects([run], job.analysis_n, device=device, allow=job.allow)
+        (subject,) = studies.subjects([run], job.analysis_n, device=device, allow=job.allow, ready=ready)
         for name in job.analyze:
             studies.prepare(name, subject)
     return job.path

@@ -8,9 +8,10 @@ import io
 import json
 import time
 from collections.abc import Callable, Collection, Mapping
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -47,6 +48,7 @@ def evaluate_run(
     validation: bool = False,
     allow: Collection[str] = (),
     progress: Callable[[float, str], None] | None = None,
+    ready: Callable[[], Opened] | None = None,
 ) -> dict[str, pd.DataFrame]:
     """Judge a run on the test part of its data and save what came out in its folder.
 
@@ -67,6 +69,7 @@ def evaluate_run(
         validation: judge what ``training.validation`` held out instead of the test part.
         allow: packages of strangers whose code may run.
         progress: called with (share of the work, what is known so far).
+        ready: gives what `opened` gives for these weights, where it was called already.
 
     Returns:
         Folder name -> the outcomes table of `judge.evaluate`.
@@ -78,7 +81,7 @@ def evaluate_run(
     n = None if n is None else require_whole("n", n, at_least=1)
     Run.open(run.path)  # before the lock, which would make a missing folder
     with run.alone():
-        built, model = opened(run, weights, device, allow)
+        built, model = opened(run, weights, device, allow) if ready is None else ready()
         precision = resolve(precision, next(model.parameters()).device)  # another machine's "auto" may be another one
         count = n or built.recipe.evaluation.n
         split = _judged(run, built, count, validation)
@@ -164,21 +167,36 @@ def _judged(run: Run, built: Built, count: int | None, validation: bool) -> Arra
     return whole.select(rows) if 2 * count <= len(whole) else whole.lent(rows)
 
 
+class Opened(NamedTuple):
+    """A run's objects and its model with some of its weights, in evaluation mode on the device."""
+
+    built: Built
+    model: nn.Module
+
+
 def opened(
-    run: Run, weights: str, device: str, allow: Collection[str], source: DataSet | None = None
-) -> tuple[Built, nn.Module]:
-    """A run's objects and its model with these weights, in evaluation mode on the device.
+    run: Run,
+    weights: str,
+    device: str,
+    allow: Collection[str],
+    *,
+    source: DataSet | None = None,
+    built: Built | None = None,
+) -> Opened:
+    """The run's objects and its model with these weights.
 
     Args:
         source: the data of its recipe, where it was made already.
+        built: the objects of its recipe, where they were.
     """
     require_device(device)
-    built = Built(config.parse(run.recipe, str(run.path / "recipe.toml")), allow, source=source)
+    if built is None:
+        built = Built(config.parse(run.recipe, str(run.path / "recipe.toml")), allow, source=source)
     model = built.model()
     run.load_weights(model, weights)
     where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     model.to(where).to(memory_format=layout(model, where))  # type: ignore[call-overload]  # the same numbers, faster
-    return built, model.eval()
+    return Opened(built, model.eval())
 
 
 def examine_run(
@@ -188,10 +206,12 @@ def examine_run(
     device: str = "auto",
     allow: Collection[str] = (),
     progress: Callable[[float, str], None] | None = None,
+    ready: Callable[[], Opened] | None = None,
 ) -> dict[str, Any]:
     """Ask the doctor about an evaluated run and save the answer as ``doctor.json`` in its folder.
 
     The doctor reads the evaluation, or AutoAttack's verdict where there is no other, and looks at ``n`` test images.
+    ``ready`` is that of `evaluate_run`, for the weights that were judged.
 
     Returns:
         What was saved: weights_sha256, n, sentence, and findings (check, grade, measured, why, do).
@@ -204,7 +224,7 @@ def examine_run(
     facts, table = (run.evaluation, run.outcomes) if kind == "evaluation" else (run.verdict, run.verdict_outcomes)
     if facts is None or table is None:
         raise UnmovedError(f"{run.path}: expected an evaluated run, came none; run `unmoved evaluate {run.path}` first")
-    built, model = opened(run, str(facts["weights"]), device, allow)
+    built, model = opened(run, str(facts["weights"]), device, allow) if ready is None else ready()
     there = np.isin(built.data.index("test").cpu().numpy(), table["index"])
     split = built.data.test.lent(torch.from_numpy(there))
     findings = doctor.examine(
@@ -300,7 +320,14 @@ def weights_digest(run: Run, weights: str) -> str:
     """The sha256 of a weights file: says which weights a verdict is about."""
     path = run.path / f"{weights}.safetensors"
     try:
-        with reading.regular(path) as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]  # a buffered reader is one
+        status = path.stat()
+        return _digest(path, (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns))
     except FileNotFoundError:
         raise UnmovedError(f"{path}: expected a weights file, came none; train first") from None
+
+
+@lru_cache(maxsize=64)
+def _digest(path: Path, stamp: tuple[int, ...]) -> str:
+    """Of a file with this stamp, which no other version of it has: weights may be large, and are asked about often."""
+    with reading.regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]  # a buffered reader is one

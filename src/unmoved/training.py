@@ -26,6 +26,7 @@ def train_recipe(
     nodes: int = 1,
     progress: Callable[[dict[str, Any]], None] | None = None,
     loading: Callable[[int, int], None] | None = None,
+    build: Callable[[], Built] | None = None,
 ) -> Run:
     """Train a recipe into a run folder; with ``resume`` go on where the folder stands, or start it.
 
@@ -34,7 +35,7 @@ def train_recipe(
     ``torchrun``. They share each batch and make the step that one process would make; the first has the folder.
 
     ``progress`` is that of `unmoved.train`; ``loading`` is called with (done, total) images where decoding takes
-    a while.
+    a while. ``build`` gives the objects of the recipe, for whoever wants them too.
 
     Raises:
         UnmovedError: a folder that holds a run (without ``resume``) or a run of another recipe, or in which another
@@ -50,7 +51,7 @@ def train_recipe(
             return run  # of several machines each must be told, or the others would wait for this one
         fabric = engine.prepare(device, devices, nodes)
         # Everything a recipe can get wrong is found before a folder is made, and before other processes are.
-        built = Built(recipe, allow, loading)
+        built = Built(recipe, allow, loading) if build is None else build()
         model = built.model()
         train_part, validation = built.parts()
         rehearse(model, built.phases, next(iter(train_part.batches(2))))

@@ -20,7 +20,7 @@ from unmoved.built import Built
 from unmoved.data import ArraySplit, DataSet
 from unmoved.disk import write_atomic
 from unmoved.errors import UnmovedError, require_whole
-from unmoved.evaluation import opened, weights_digest
+from unmoved.evaluation import Opened, opened, weights_digest
 from unmoved.judged import Judged, require_same_samples, samples_of
 from unmoved.outcomes import CLEAN, WORST, by_sample
 from unmoved.pages import Section
@@ -98,8 +98,11 @@ def subjects(
     device: str = "auto",
     allow: Collection[str] = (),
     same_threat: bool = True,
+    ready: Callable[[], Opened] | None = None,
 ) -> list[Subject]:
     """Runs that may be studied together, each with the same n test images (all, where there are fewer).
+
+    ``ready`` is that of `unmoved.evaluation.evaluate_run`, where there is one run.
 
     Raises:
         UnmovedError: fewer than ``least`` runs; one run twice; runs on other data, classes or (where it matters) in
@@ -117,7 +120,8 @@ def subjects(
     for run, name in zip(runs, names_of(runs), strict=True):
         asked = json.dumps(run.recipe.get("data"), sort_keys=True, default=str)
         held = read.get(asked)
-        built, model = opened(run, weights, device, allow, None if held is None else held.source)
+        source = None if held is None else held.source
+        built, model = opened(run, weights, device, allow, source=source) if ready is None else ready()
         if held is None:
             test = built.data.test
             split = test if n is None else test.take(min(n, len(test)), seed=0)
