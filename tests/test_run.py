@@ -19,7 +19,7 @@ from road import RECIPE, recipe, unmoved
 from torch import Tensor, nn
 
 import unmoved as package
-from unmoved import evaluation, judge, outcomes
+from unmoved import judge, load, outcomes
 from unmoved.attacks import PGD
 from unmoved.data import digits
 from unmoved.disk import write_atomic
@@ -353,7 +353,7 @@ def test_an_evaluation_says_which_weights_it_judged(tmp_path: Path) -> None:
     unmoved("evaluate", tmp_path / "run", "--n", "10").fine()
     run = Run.open(tmp_path / "run")
     facts = run.evaluation
-    assert facts["weights_sha256"] == evaluation.weights_digest(run, "best")
+    assert facts["weights_sha256"] == load.weights_digest(run, "best")
     assert (facts["n"], facts["weights"], facts["split"]) == (10, "best", "digits/test")
     assert facts["threat"] == {"norm": "linf", "eps": 0.1}
     assert facts["attacks"]["pgd"].startswith("PGD(threat=ThreatModel(norm='linf', eps=0.1")

@@ -33,6 +33,7 @@ RANKS = (
     ("analyses", "judge", "report", "state", "step"),
     ("rehearsal",),
     ("loop", "doctor", "exhibits"),
+    ("load",),
     ("evaluation", "jobs", "training"),
     ("studies",),
     ("compare", "testing", "screen"),

@@ -17,8 +17,9 @@ from unmoved import cluster as clusters
 from unmoved import config, outcomes, pool
 from unmoved.built import Built
 from unmoved.errors import UnmovedError
-from unmoved.evaluation import Opened, evaluate_run, examine_run, opened, weights_digest
+from unmoved.evaluation import evaluate_run, examine_run
 from unmoved.jobs import Job
+from unmoved.load import Opened, opened, weights_digest
 from unmoved.reading import readable
 from unmoved.run import Run
 from unmoved.training import train_recipe

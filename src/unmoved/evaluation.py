@@ -8,25 +8,25 @@ import io
 import json
 import time
 from collections.abc import Callable, Collection, Mapping
-from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from unmoved import components, config, doctor, exhibits, judge, reading
+from unmoved import components, doctor, exhibits, judge, reading
 from unmoved.attacks import PGD, AutoAttack, Quick, Transfer
 from unmoved.built import Built
-from unmoved.data import ArraySplit, DataSet, Selection
+from unmoved.data import ArraySplit, Selection
 from unmoved.data.splits import drawn
 from unmoved.disk import write_atomic
 from unmoved.errors import UnmovedError, did_you_mean, require_whole
 from unmoved.journal import Journal
-from unmoved.precision import layout, require_device, resolve
+from unmoved.load import Opened, opened, weights_digest
+from unmoved.precision import resolve
 from unmoved.protocols import Attack, Batch, Ensemble, Image
 from unmoved.run import Run
 
@@ -167,38 +167,6 @@ def _judged(run: Run, built: Built, count: int | None, validation: bool) -> Arra
     return whole.select(rows) if 2 * count <= len(whole) else whole.lent(rows)
 
 
-class Opened(NamedTuple):
-    """A run's objects and its model with some of its weights, in evaluation mode on the device."""
-
-    built: Built
-    model: nn.Module
-
-
-def opened(
-    run: Run,
-    weights: str,
-    device: str,
-    allow: Collection[str],
-    *,
-    source: DataSet | None = None,
-    built: Built | None = None,
-) -> Opened:
-    """The run's objects and its model with these weights.
-
-    Args:
-        source: the data of its recipe, where it was made already.
-        built: the objects of its recipe, where they were.
-    """
-    require_device(device)
-    if built is None:
-        built = Built(config.parse(run.recipe, str(run.path / "recipe.toml")), allow, source=source)
-    model = built.model()
-    run.load_weights(model, weights)
-    where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    model.to(where).to(memory_format=layout(model, where))  # type: ignore[call-overload]  # the same numbers, faster
-    return Opened(built, model.eval())
-
-
 def examine_run(
     run: Run,
     *,
@@ -314,20 +282,3 @@ def _keeper(folder: Any) -> judge.Keep:
         write_atomic(folder / f"{part}-{int(batch.index[0]):08d}.npz", buffer.getvalue())
 
     return keep
-
-
-def weights_digest(run: Run, weights: str) -> str:
-    """The sha256 of a weights file: says which weights a verdict is about."""
-    path = run.path / f"{weights}.safetensors"
-    try:
-        status = path.stat()
-        return _digest(path, (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns))
-    except FileNotFoundError:
-        raise UnmovedError(f"{path}: expected a weights file, came none; train first") from None
-
-
-@lru_cache(maxsize=64)
-def _digest(path: Path, stamp: tuple[int, ...]) -> str:
-    """Of a file with this stamp, which no other version of it has: weights may be large, and are asked about often."""
-    with reading.regular(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]  # a buffered reader is one

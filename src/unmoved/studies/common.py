@@ -20,8 +20,8 @@ from unmoved.built import Built
 from unmoved.data import ArraySplit, DataSet
 from unmoved.disk import write_atomic
 from unmoved.errors import UnmovedError, require_whole
-from unmoved.evaluation import Opened, opened, weights_digest
 from unmoved.judged import Judged, require_same_samples, samples_of
+from unmoved.load import Opened, opened, weights_digest
 from unmoved.outcomes import CLEAN, WORST, by_sample
 from unmoved.pages import Section
 from unmoved.run import Run

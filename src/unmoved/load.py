@@ -1,0 +1,68 @@
+"""A run's model as it was trained: built from its recipe, with the weights that were kept."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from unmoved import config, reading
+from unmoved.built import Built
+from unmoved.data import DataSet
+from unmoved.errors import UnmovedError
+from unmoved.precision import layout, require_device
+from unmoved.run import Run
+
+
+class Opened(NamedTuple):
+    """A run's objects and its model with some of its weights, in evaluation mode on the device."""
+
+    built: Built
+    model: nn.Module
+
+
+def opened(
+    run: Run,
+    weights: str,
+    device: str,
+    allow: Collection[str],
+    *,
+    source: DataSet | None = None,
+    built: Built | None = None,
+) -> Opened:
+    """The run's objects and its model with these weights.
+
+    Args:
+        source: the data of its recipe, where it was made already.
+        built: the objects of its recipe, where they were.
+    """
+    require_device(device)
+    if built is None:
+        built = Built(config.parse(run.recipe, str(run.path / "recipe.toml")), allow, source=source)
+    model = built.model()
+    run.load_weights(model, weights)
+    where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    model.to(where).to(memory_format=layout(model, where))  # type: ignore[call-overload]  # the same numbers, faster
+    return Opened(built, model.eval())
+
+
+def weights_digest(run: Run, weights: str) -> str:
+    """The sha256 of a weights file: says which weights a verdict is about."""
+    path = run.path / f"{weights}.safetensors"
+    try:
+        status = path.stat()
+        return _digest(path, (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns))
+    except FileNotFoundError:
+        raise UnmovedError(f"{path}: expected a weights file, came none; train first") from None
+
+
+@lru_cache(maxsize=64)
+def _digest(path: Path, stamp: tuple[int, ...]) -> str:
+    """Of a file with this stamp, which no other version of it has: weights may be large, and are asked about often."""
+    with reading.regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]  # a buffered reader is one
