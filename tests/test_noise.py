@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from unmoved import noise
 
@@ -48,6 +49,8 @@ def test_the_mixer_gives_the_published_sequence_of_splitmix64() -> None:
     ]
     state = torch.arange(1, 6) * noise._GOLDEN + 1234567
     assert [value % 2**64 for value in noise._mix(state).tolist()] == published
+    noise._mix_in_place(unsigned := state.numpy().view(np.uint64), np.empty(5, np.uint64))
+    assert unsigned.tolist() == published
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
@@ -65,6 +68,38 @@ def test_the_bits_are_those_of_unbounded_integers(seed: int, step: int, stream: 
         key = mix((key * golden + part + 1) % 2**64)
     expected = [(mix((key + n * golden) % 2**64) >> 40) / 2**24 for n in (1, 2, 3)]
     assert noise.uniform(torch.tensor([index]), (3,), seed=seed, step=step, stream=stream)[0].tolist() == expected
+
+
+@BOTH
+@pytest.mark.parametrize("shape", [(3,), (2, 8), (3, 7, 5), (257,)])
+def test_the_blocks_in_which_it_is_made_do_not_show(draw: Any, shape: tuple[int, ...], monkeypatch: Any) -> None:
+    """Several samples to a block, a block to a sample, several blocks to one, and a rest."""
+    index = torch.tensor([5, 0, 3, 10**12, -1])
+    monkeypatch.setattr(noise, "_BLOCK", 2**20)
+    whole = draw(index, shape, seed=9, step=4, stream=1)
+    for block in (1, 7, 16, 64):
+        monkeypatch.setattr(noise, "_BLOCK", block)
+        assert torch.allclose(draw(index, shape, seed=9, step=4, stream=1), whole, rtol=1e-6, atol=0), block  # a logarithm's last bit
+
+
+class Largest(TorchDispatchMode):
+    """How many numbers the largest tensor held that any operation made, views apart."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and not func.is_view and not out._is_view():
+            self.numbers = max(self.numbers, out.numel() if func.overloadpacket is not torch.ops.aten.empty else 0)
+        return out
+
+
+@BOTH
+def test_nothing_beside_the_noise_is_as_large_as_the_noise(draw: Any) -> None:
+    """What lies in between is made block by block: a batch of it does not fit into a processor's cache."""
+    with Largest() as seen:
+        assert draw(torch.arange(64), (3, 40, 40), seed=0).shape == (64, 3, 40, 40)
+    assert seen.numbers <= noise._BLOCK
 
 
 # --- distributions
