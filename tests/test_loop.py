@@ -409,6 +409,23 @@ def test_the_learning_rate_is_stepped_once_a_step() -> None:
 # --- what the log says
 
 
+def test_a_term_that_ramps_in_is_averaged_over_the_steps_that_computed_it() -> None:
+    """At the first step its weight is zero and it has no value: its mean is over the others alone."""
+    seen: list[float] = []
+
+    class Noted:
+        def __call__(self, views: Views) -> Tensor:
+            loss = nn.functional.cross_entropy(views.adv, views.y, reduction="none")
+            if loss.requires_grad:
+                seen.append(float(loss.detach().mean()))
+            return loss
+
+    ramped = Sum((1.0, CE()), (Ramp(0.0, 1.0), Noted()))
+    (record,) = fit(linear(), Method(None, ramped), PART.select(torch.arange(len(PART)) < 64 * (len(PART) // 64)))
+    assert len(seen) == len(PART) // 64 - 1 > 0
+    assert record["parts"]["noted"] == pytest.approx(sum(seen) / len(seen))
+
+
 def test_averages_are_over_samples_also_with_a_ragged_last_batch() -> None:
     """T23. With lr = 0 the weights stand still, so the means are those of the whole data."""
     model = linear()

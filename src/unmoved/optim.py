@@ -88,18 +88,34 @@ class Cosine:
 
 @dataclass(frozen=True)
 class OneCycle:
-    """`torch.optim.lr_scheduler.OneCycleLR` with the optimizer's learning rate as its peak, after ``warmup``."""
+    """`torch.optim.lr_scheduler.OneCycleLR` with the optimizer's learning rate as its peak, after ``warmup``.
+
+    Args:
+        warmup: the share of the training, in (0, 1), in which the rate rises.
+        cycle_momentum: let the momentum, or Adam's beta_1, go from 0.95 to 0.85 at the peak and back, whatever the
+            optimizer asks for (Smith 2018, torch's default). Otherwise the optimizer keeps its own.
+
+    Raises:
+        UnmovedError: a share outside (0, 1).
+    """
 
     warmup: float = 0.3
+    cycle_momentum: bool = False
 
     def __post_init__(self) -> None:
+        flag_field(self, "schedule.cycle_momentum")
         number_field(self, "schedule.warmup", above=0, advice="it is a share of the training in (0, 1)")
         if self.warmup >= 1:
             raise UnmovedError(f"schedule.warmup: expected a share of the training in (0, 1), came {self.warmup!r}")
 
     def __call__(self, optimizer: Optimizer, total: int, per_epoch: int) -> LRScheduler:
         peaks = [group["lr"] for group in optimizer.param_groups]
-        return OneCycleLR(optimizer, max_lr=peaks, total_steps=total + 1, pct_start=self.warmup)
+        steps, warmup = total + 1, self.warmup
+        if warmup * steps == 1:  # a rise of no steps, which torch divides by; a hair less starts at the peak
+            warmup *= 1 - 1e-9
+        return OneCycleLR(
+            optimizer, max_lr=peaks, total_steps=steps, pct_start=warmup, cycle_momentum=self.cycle_momentum
+        )
 
 
 OPTIMIZERS = (SGD, Adam)

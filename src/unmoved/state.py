@@ -132,21 +132,25 @@ def _copy(value: Any) -> Any:
 
 
 class Means:
-    """Means over samples, not over batches: the last batch may be smaller."""
+    """Means over samples, not over batches: the last batch may be smaller.
+
+    Each name's mean is over the samples for which it was given: a term whose weight is still zero has no value.
+    """
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
-        self.count = 0
+        self.counts: dict[str, int] = {}
 
     def add(self, values: dict[str, Tensor], parts: dict[str, Tensor], size: int) -> None:
         for name, value in (values | {f"parts.{name}": part for name, part in parts.items()}).items():
             self.sums[name] = self.sums.get(name, 0.0) + value.double() * size
-        self.count += size
+            self.counts[name] = self.counts.get(name, 0) + size
 
     def means(self, summed: Callable[[Tensor], Tensor] = lambda sums: sums) -> dict[str, Any]:
         """The means; ``summed`` adds up what several processes saw."""
-        device = next(iter(self.sums.values())).device
-        sums = summed(torch.stack([torch.tensor(float(self.count), device=device), *self.sums.values()]).double())
-        flat = dict(zip(self.sums, (sums[1:] / sums[0]).tolist(), strict=True))
+        sums = torch.stack([*self.sums.values()]).double()
+        counts = torch.tensor([*self.counts.values()], dtype=torch.float64, device=sums.device)
+        sums, counts = summed(torch.stack([sums, counts]))
+        flat = dict(zip(self.sums, (sums / counts).tolist(), strict=True))
         parts = {name.removeprefix("parts."): flat.pop(name) for name in list(flat) if name.startswith("parts.")}
         return {**flat, "parts": parts}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -185,3 +186,15 @@ def test_bad_settings(settings, message):
 def test_another_number_of_classes_is_refused():
     with pytest.raises(UnmovedError, match="expected num_classes = 4, as the model has, came 3"):
         GlobalProbability(3)(Views.of(y=torch.tensor([0]), adv=torch.zeros(1, 4)))
+
+
+def test_a_class_that_did_not_occur_has_no_mean_and_the_report_is_json() -> None:
+    term = GlobalProbability(3)
+    logits = torch.randn(3, 3, generator=torch.Generator().manual_seed(0))
+    term.update(Views.of(y=torch.tensor([0, 0, 1]), clean=logits, adv=-logits))
+    facts = json.loads(json.dumps(term.report(), allow_nan=False))
+    for view, z in (("clean", logits), ("adv", -logits)):
+        p = z.softmax(1)
+        assert facts[f"p_{view}_mean"] == [pytest.approx(float(p[:2, 0].mean())), pytest.approx(float(p[2, 1])), None]
+        assert facts[f"p_{view}_variance"][2] is None
+        assert facts[f"p_{view}_variance"][0] == pytest.approx(float(p[:2, 0].var(correction=0)))

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from unmoved.errors import number_field, require_choice
 from unmoved.protocols import PerSample
+from unmoved.terms.masked import ruled_out
 from unmoved.views import Views
 
 VIEWS = ("clean", "adv")
@@ -35,4 +36,10 @@ class CE:
         number_field(self, "CE.label_smoothing", at_least=0, at_most=1)
 
     def __call__(self, views: Views) -> PerSample:
-        return F.cross_entropy(views.logits(self.view), views.y, reduction="none", label_smoothing=self.label_smoothing)
+        z = views.logits(self.view)
+        cross_entropy = F.cross_entropy(z, views.y, reduction="none")
+        if not self.label_smoothing:
+            return cross_entropy
+        out = ruled_out(z)  # K counts the classes that are not, and their log p is what the rest of the mass meets
+        uniform = -F.log_softmax(z, dim=1).masked_fill(out, 0.0).sum(dim=1) / (~out).sum(dim=1)
+        return (1 - self.label_smoothing) * cross_entropy + self.label_smoothing * uniform

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from unmoved.protocols import PerSample
 from unmoved.schedule import Ramp
 from unmoved.terms.cross_entropy import CE
+from unmoved.terms.masked import expectation
 from unmoved.terms.sum import Sum
 from unmoved.views import Views
 
@@ -20,13 +21,13 @@ class KL:
     ``KL(p || p') = sum_c p_c (log p_c - log p'_c)``, p of the clean and p' of the adversarial view.
 
     The gradient flows through both arguments, as in the authors' code. TRADES: Zhang et al. 2019, eq. (5) with the
-    KL surrogate of section 3.3.
+    KL surrogate of section 3.3. A class that the clean logits rule out with minus infinity adds nothing.
     """
 
     def __call__(self, views: Views) -> PerSample:
         log_p = F.log_softmax(views.clean, dim=1)
         log_q = F.log_softmax(views.adv, dim=1)
-        return (log_p.exp() * (log_p - log_q)).sum(dim=1)
+        return expectation(log_p, log_p - log_q)
 
 
 def TRADES(beta: float | Ramp = 6.0) -> Sum:

@@ -125,13 +125,21 @@ class GlobalProbability(StatefulTerm):
         return sums.index_add_(1, y, torch.stack([p**power for power in range(powers)]))
 
     def report(self) -> dict[str, Any]:
-        """q, and per class the mean and variance of p_y since the last report, clean and adversarial."""
+        """q, and per class the mean and variance of p_y since the last report, clean and adversarial.
+
+        Of a class without a sample both are None, which JSON has and NaN it has not.
+        """
         facts: dict[str, Any] = {"q": self.q.tolist()}
         for row, name in enumerate(("clean", "adv")):
             count, total, square = self.seen[row]
             if count.any():
-                mean = total / count.clamp_min(1)
-                facts[f"p_{name}_mean"] = mean.tolist()
-                facts[f"p_{name}_variance"] = (square / count.clamp_min(1) - mean**2).clamp_min(0).tolist()
+                mean = total / count
+                facts[f"p_{name}_mean"] = _numbers(mean)
+                facts[f"p_{name}_variance"] = _numbers((square / count - mean**2).clamp_min(0))
         self.seen.zero_()
         return facts
+
+
+def _numbers(values: Tensor) -> list[float | None]:
+    """The values as Python's numbers, None in the place of 0 / 0."""
+    return [None if math.isnan(value) else value for value in values.tolist()]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +12,7 @@ from unmoved import processes
 from unmoved.errors import UnmovedError, number_field, require_choice, whole_field
 from unmoved.protocols import Label, Logits, PerSample
 from unmoved.terms.cross_entropy import VIEWS
+from unmoved.terms.masked import expectation, ruled_out
 from unmoved.views import Views
 
 
@@ -56,9 +56,10 @@ class DRSL:
 
     def __call__(self, views: Views) -> PerSample:
         wrong = wrong_logits(views.logits(self.view), views.y, "DRSL")
-        count = wrong.shape[1] + (self.mean_divisor == "K")
-        mean = wrong.sum(dim=1, keepdim=True) / count
-        return ((wrong - mean) ** 2).sum(dim=1)
+        out = ruled_out(wrong)
+        count = (~out).sum(dim=1, keepdim=True) + (self.mean_divisor == "K")
+        mean = wrong.masked_fill(out, 0.0).sum(dim=1, keepdim=True) / count
+        return ((wrong - mean).masked_fill(out, 0.0) ** 2).sum(dim=1)
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,8 @@ class LogitSqueeze:
         require_choice("LogitSqueeze.view", self.view, VIEWS)
 
     def __call__(self, views: Views) -> PerSample:
-        return torch.linalg.vector_norm(views.logits(self.view), dim=1)
+        z = views.logits(self.view)
+        return torch.linalg.vector_norm(z.masked_fill(ruled_out(z), 0.0), dim=1)
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ class ComplementEntropy:
 
     def __call__(self, views: Views) -> PerSample:
         z = views.logits(self.view)
-        return _negative_entropy(wrong_logits(z, views.y, "ComplementEntropy")) / z.shape[1]
+        return _negative_entropy(wrong_logits(z, views.y, "ComplementEntropy")) / _classes(z)
 
 
 @dataclass(frozen=True)
@@ -158,9 +160,14 @@ class GuidedComplementEntropy:
         z = views.logits(self.view)
         # exp of alpha log p: a power of a p that underflowed to zero would have an infinite slope.
         guide = (self.alpha * F.log_softmax(z, dim=1).gather(1, views.y[:, None]).squeeze(1)).exp()
-        return guide * _negative_entropy(wrong_logits(z, views.y, "GuidedComplementEntropy")) / math.log(z.shape[1])
+        return guide * _negative_entropy(wrong_logits(z, views.y, "GuidedComplementEntropy")) / _classes(z).log()
 
 
 def _negative_entropy(logits: Logits) -> PerSample:
     log_r = F.log_softmax(logits, dim=1)
-    return (log_r.exp() * log_r).sum(dim=1)
+    return expectation(log_r, log_r)
+
+
+def _classes(logits: Logits) -> PerSample:
+    """K, without the classes that are ruled out for the sample, (B,)."""
+    return (~ruled_out(logits)).sum(dim=1).to(logits.dtype)
