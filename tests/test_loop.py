@@ -318,7 +318,7 @@ def test_each_pass_of_a_defense_sees_the_same_adversarial_images() -> None:
         seen: list[Tensor] = []
         model = linear()
         hook = model.register_forward_pre_hook(lambda m, x, seen=seen: seen.append(x[0]) if m.training else None)
-        fit(model, Method(PGD(THREAT, steps=2), CE(), defense), PART.take(64))
+        fit(model, Method(PGD(THREAT, steps=2), CE(), defense), PART.take(64), rehearsal=False)
         hook.remove()
         assert len(seen) == passes
         assert all(torch.equal(part, seen[0]) for part in seen)
@@ -610,8 +610,11 @@ def test_a_validation_that_cannot_be_judged_stops_the_training_in_words(tmp_path
         def forward(self, x: Tensor) -> Tensor:
             return self.inner(x) if self.training else self.inner(x) * float("inf")
 
-    with pytest.raises(UnmovedError, match=r"expected finite logits.*in epoch 1: training stopped"):
-        fit(Blind(), Method(None, CE("clean")), validation=DATA.test.take(20), threat=THREAT)
+    data: dict[str, Any] = {"validation": DATA.test.take(20), "threat": THREAT}
+    with pytest.raises(UnmovedError, match=r"expected finite logits[^;]*; a verdict would mean nothing$"):
+        fit(Blind(), Method(None, CE("clean")), **data)  # before anything is trained
+    with pytest.raises(UnmovedError, match=r"expected finite logits.*in epoch 1: training stopped$"):
+        fit(Blind(), Method(None, CE("clean")), **data, rehearsal=False)
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,9 @@ PACKAGE = ROOT / "src" / "unmoved"
 # A room may import those of earlier ranks, never one of its own rank or a later one.
 RANKS = (
     ("errors",),
-    ("disk", "reading", "preconditions"),
+    ("disk", "failures", "reading", "preconditions"),
     ("protocols", "lock", "pool", "foreign"),
-    ("noise", "schedule", "processes", "weights", "cluster"),
+    ("noise", "passes", "schedule", "processes", "weights", "cluster"),
     ("views", "threat", "averaging", "precision", "outcomes", "provenance", "drawing"),
     ("journal", "log", "workers", "opinion", "shelf", "checkpoint"),
     ("records",),

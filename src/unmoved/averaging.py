@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from unmoved.errors import number_field
+from unmoved.errors import UnmovedError, number_field
 from unmoved.weights import assign, buffers, is_writable, write
 
 Averaging = Callable[[int, int], float]
@@ -69,7 +69,14 @@ class Average:
     """
 
     def __init__(self, model: nn.Module, averaging: Averaging) -> None:
-        self.model = copy.deepcopy(model).requires_grad_(False)
+        try:
+            self.model = copy.deepcopy(model).requires_grad_(False)
+        except Exception as error:  # a stranger's model may hold what cannot be copied
+            raise UnmovedError(
+                f"average: expected a model that copy.deepcopy copies, came {type(model).__name__} "
+                f"({str(error).partition(chr(10))[0]:.200}); keep no tensors of a pass in its attributes, or train "
+                "without average"
+            ) from error
         self._averaging = averaging
         # Where infinity says "never", as in a mask, or "nothing yet", it has no mean with a number, nor with itself.
         self._boundless = {

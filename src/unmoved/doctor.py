@@ -20,13 +20,14 @@ from unmoved.checks import (
     searches,
     tables,
 )
-from unmoved.errors import UnmovedError, require_seed, require_whole
-from unmoved.preconditions import require_labels
+from unmoved.errors import require_seed, require_whole
+from unmoved.preconditions import require_labels, require_model, require_split
 from unmoved.protocols import Batch, Split
 from unmoved.threat import ThreatModel, require_threat
 
 __all__ = ["Finding", "examine", "verdict"]
 
+ORDER = "examine(model, split, threat)"
 Check = Callable[[Case], Finding | None]
 # What the model is, before anything is attacked.
 OUTPUTS: tuple[Check, ...] = (
@@ -82,12 +83,13 @@ def examine(
         progress: called with (checks done, checks in all, the check at work).
 
     Raises:
-        UnmovedError: no data; images out of range; a model that returns no logits (B, K); labels beyond the logits.
+        UnmovedError: arguments that are no model, split and threat model; no data; images out of range; a model
+            that returns no logits (B, K); labels beyond the logits.
     """
+    require_model(model, ORDER)
+    require_split(split, ORDER)
     require_threat("threat", threat)
     n, seed = require_whole("n", n, at_least=1), require_seed("seed", seed)
-    if len(split) == 0:
-        raise UnmovedError("examine: expected at least one sample, came none")
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     # A randomised model draws from the global generator: its draws are fixed, and the caller's state is put back.
     with torch.random.fork_rng(devices):

@@ -15,13 +15,15 @@ from unmoved.attacks import APGD
 from unmoved.errors import UnmovedError, require_whole
 from unmoved.journal import Journal
 from unmoved.outcomes import CLEAN, COLUMNS, ROBUST
+from unmoved.passes import one_pass, require_distinct
 from unmoved.precision import autocast, exact
-from unmoved.preconditions import require_images, require_labels
+from unmoved.preconditions import require_attack, require_images, require_labels, require_model, require_split
 from unmoved.protocols import Attack, Batch, Ensemble, Image, Label, MinimumNormAttack, Split
-from unmoved.threat import ThreatModel
+from unmoved.threat import ThreatModel, require_threat
 from unmoved.weights import evaluating
 from unmoved.workers import Workers
 
+ORDER = "evaluate(model, split, {name: attack, ...}, threat)"
 Progress = Callable[[float, float, str], None]
 Keep = Callable[[str, Batch, Image, np.ndarray], None]
 
@@ -61,15 +63,22 @@ def evaluate(
         A table with the columns of `unmoved.outcomes`.
 
     Raises:
-        UnmovedError: no attack or no data; images or labels out of range; logits that are not finite; a proposal
-            outside the threat model.
+        UnmovedError: arguments that are no model, split, attacks by name and threat model; no attack or no data;
+            images or labels out of range; one identity for two samples; logits that are not finite; a proposal outside
+            the threat model.
     """
-    if not attacks:
-        raise UnmovedError("evaluate: expected at least one attack, came none")
+    require_model(model, ORDER)
+    require_split(split, ORDER)
+    if not isinstance(attacks, Mapping) or not attacks:
+        came = "none" if isinstance(attacks, Mapping) else type(attacks).__name__
+        raise UnmovedError(
+            f'attacks: expected at least one attack by its name, such as {{"pgd": PGD(threat)}}, came {came}'
+        )
+    for name, attack in attacks.items():
+        require_attack(f"attack {name!r}", attack)
+    require_threat("threat", threat)
     batch_size = require_whole("batch_size", batch_size, at_least=1)
     workers = require_whole("workers", workers, at_least=0)
-    if len(split) == 0:
-        raise UnmovedError("evaluate: expected at least one sample, came none")
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     tables = []
     # A randomised model draws from the global generator: its draws are fixed, and the caller's state is put back.
@@ -118,13 +127,18 @@ class _Clean:
     """What the model says of the clean images: one small number or two a sample."""
 
     def __init__(self, model: nn.Module, split: Split, size: int, threat: ThreatModel) -> None:
-        index, label, prediction = [], [], []
+        index: list[np.ndarray] = []
+        label: list[np.ndarray] = []
+        prediction: list[np.ndarray] = []
         for batch in checked_batches(model, split, size, threat):
-            predicted, self.num_classes = _predicted(model, batch.x, batch.y)
+            if len(index) == 1:  # what numbers each batch from 0 is seen here, before all data is read
+                require_distinct(torch.cat([torch.from_numpy(index[0]), batch.index.cpu()]))
+            guess, self.num_classes = predicted(model, batch.x, batch.y)
             index.append(batch.index.cpu().numpy())
             label.append(batch.y.cpu().numpy())
-            prediction.append(predicted.cpu().numpy())
+            prediction.append(guess.cpu().numpy())
         self.index, self.label, self.prediction = map(np.concatenate, (index, label, prediction))
+        require_distinct(torch.from_numpy(self.index))
         self.right = self.prediction == self.label
 
 
@@ -252,10 +266,10 @@ def predict(model: nn.Module, x: Image, y: Label, draws: int = 1) -> Label:
     Raises:
         UnmovedError: logits that are not finite, or labels that the logits have no column for.
     """
-    return _predicted(model, x, y, draws)[0]
+    return predicted(model, x, y, draws)[0]
 
 
-def _predicted(model: nn.Module, x: Image, y: Label, draws: int = 1) -> tuple[Label, int]:
+def predicted(model: nn.Module, x: Image, y: Label, draws: int = 1) -> tuple[Label, int]:
     """(the predicted class (B,), the number of classes)."""
     draws = require_whole("draws", draws, at_least=1)
     with torch.no_grad(), evaluating(model), exact(x.device):
@@ -270,7 +284,7 @@ def _predicted(model: nn.Module, x: Image, y: Label, draws: int = 1) -> tuple[La
 
 def checked_batches(model: nn.Module, split: Split, size: int, threat: ThreatModel) -> Iterator[Batch]:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    for batch in split.batches(size):
+    for batch in one_pass(split, size):
         require_images(batch.x, threat.bounds)
         require_labels(batch.y)
         yield batch.to(device)

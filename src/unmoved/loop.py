@@ -19,19 +19,21 @@ from unmoved import precision as formats
 from unmoved.attacks import PGD
 from unmoved.errors import UnmovedError, require_seed, require_whole, several
 from unmoved.optim import SGD, Constant
-from unmoved.preconditions import require_callable
+from unmoved.passes import one_epoch
+from unmoved.preconditions import require_callable, require_model, require_split
 from unmoved.protocols import Attack, Batch, Method, Split
-from unmoved.rehearsal import rehearse
+from unmoved.rehearsal import bounds_of_phases, rehearse, rehearse_validation, require_trained, smallest_batch
 from unmoved.run import Run
 from unmoved.schedule import Phases
 from unmoved.state import Means, TrainerState
-from unmoved.step import train_step
+from unmoved.step import Diverged, train_step
 from unmoved.terms.sum import snake_case, stateful
-from unmoved.threat import ThreatModel, bounds_of, require_threat
+from unmoved.threat import ThreatModel, require_threat
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
+ORDER = "train(model, method, split)"
 WATCHED = 50  # on a GPU, the loss of one step in so many is looked at
 
 
@@ -58,6 +60,7 @@ def train(
     fabric: Fabric | None = None,
     run: Run | None = None,
     progress: Callable[[dict[str, Any]], None] | None = None,
+    rehearsal: bool = True,
 ) -> list[dict[str, Any]]:
     """Train ``model`` in place and return the log, one record an epoch.
 
@@ -88,18 +91,24 @@ def train(
         progress: called with the latest record after each step (``{"epoch", "share"}``) and epoch; and with
             ``{"note"}``, a sentence, where something damaged was found in ``run`` and mended, or where submodules stay
             in evaluation mode.
+        rehearsal: whether to try a step of each phase first, on as few samples as an epoch's last batch has, and the
+            validation on two: what they refuse is then refused before anything is trained. Nothing changes by it.
 
     Raises:
-        UnmovedError: a value outside its bounds, a loss that is not finite (naming the step; what was saved stays); a
-            ``run`` that another process trains or evaluates, or whose saved states are all damaged.
+        UnmovedError: nothing to train, or arguments of other kinds; a value outside its bounds; a loss
+            that is not finite (naming the step; what was saved stays); a ``run`` that another process trains or
+            evaluates, or whose saved states are all damaged.
     """
     epochs = require_whole("epochs", epochs, at_least=1)
     batch_size, seed = require_whole("batch_size", batch_size, at_least=1), require_seed("seed", seed)
     formats.require_device(device)
-    if len(split) == 0:
-        raise UnmovedError("train: expected at least one sample, came none")
-    if validation is not None and threat is None:
-        raise UnmovedError("train: validation needs the threat model to judge by; pass threat=ThreatModel(...)")
+    require_model(model, ORDER)
+    require_split(split, ORDER)
+    if validation is not None:
+        require_split(validation, ORDER)
+        if threat is None:
+            raise UnmovedError("train: validation needs the threat model to judge by; pass threat=ThreatModel(...)")
+        check = PGD(threat, keep="best") if check is None else check
     phases = Phases.of(method)
     for name, value, arguments in (
         ("optimizer", optimizer, "groups"),
@@ -112,8 +121,8 @@ def train(
             require_callable(name, value, arguments)
     if threat is not None:
         require_threat("threat", threat)
-    # A phase without an attack sees the same images as the others.
-    bounds = next(filter(None, (bounds_of(m.attack) for _, m in phases.phases)), None)
+    require_trained(model)
+    bounds = bounds_of_phases(phases)
     fabric = engine.prepare(device) if fabric is None else fabric
     rank, count = fabric.global_rank, fabric.world_size
     if count > 1:
@@ -130,11 +139,17 @@ def train(
     model.to(memory_format=formats.layout(model, fabric.device))  # type: ignore[call-overload]  # the same numbers
     per_epoch = -(-len(split) // batch_size)
     opt = optimizer(groups)
+    require_trained(model, opt)
     scheduler = schedule(opt, per_epoch * epochs, per_epoch)
     attacked: Any = torch.compile(model) if compiled else model
     with weights.constant_beside(opt, model):  # several processes wait for the gradients that are asked for here
         wrapped, wrapped_opt = fabric.setup(attacked, opt)
-    rehearse(model, phases, next(iter(split.batches(2))).to(fabric.device))
+    if rehearsal:
+        batch = smallest_batch(split, batch_size, count).to(fabric.device)
+        stepped = [p for group in opt.param_groups for p in group["params"]]
+        rehearse(model, phases, batch, parameters=stepped, precision=precision, augment=augment, seed=seed)
+        if validation is not None and check is not None and threat is not None:
+            rehearse_validation(model, validation, check, threat)
     split = engine.resident(split, fabric.device)
     averaged = None if average is None else averaging.Average(model, average)
     attacks = _unique(m.attack for _, m in phases.phases)
@@ -161,7 +176,7 @@ def train(
             torch.manual_seed(_mix(seed, epoch) + rank)  # what a model draws, such as dropout, is not keyed by sample
             train_mode()  # again in each epoch: a callback may have left another
             began, log = monotonic(), Means()
-            for k, batch in enumerate(split.batches(batch_size, shuffle=_mix(seed, epoch))):
+            for k, batch in enumerate(one_epoch(split, batch_size, _mix(seed, epoch))):
                 batch, share = processes.Share.of(batch, rank, count)
                 batch = replace(batch.to(fabric.device), step=epoch * per_epoch + k)
                 batch = batch if augment is None else augment(batch, seed)
@@ -198,17 +213,17 @@ def train(
                 if progress is not None and watch:
                     progress({"epoch": epoch, "share": (k + 1) / per_epoch, "loss": float(step.loss)})
             if not torch.stack([p.detach().isfinite().all() for p in model.parameters()]).all():  # one look at a device
-                raise _stopped(UnmovedError(f"a weight became NaN or infinite by step {batch.step}"), epoch, state)
+                raise _stopped(Diverged(f"a weight became NaN or infinite by step {batch.step}"), epoch, state)
             record = {"epoch": epoch + 1, "step": (epoch + 1) * per_epoch, "lr": opt.param_groups[0]["lr"]}
             record |= {
                 "eps": _eps(current.attack),
                 **log.means(partial(engine.summed, fabric)),
             }
-            if validation is not None and threat is not None:
+            if validation is not None and check is not None and threat is not None:
                 try:
                     record |= _validate(state.kept, validation, check, threat, batch_size, fabric)
                 except UnmovedError as error:
-                    raise _stopped(error, epoch, state, mend="") from error
+                    raise _stopped(error, epoch, state) from error
             reports = {snake_case(type(term).__name__): term.report() for term in learned}
             record |= {"terms": {name: facts for name, facts in reports.items() if facts}}
             state.commit(record, monotonic() - began, last=epoch + 1 == epochs)
@@ -219,22 +234,20 @@ def train(
     return state.log
 
 
-def _stopped(
-    error: UnmovedError, epoch: int, state: TrainerState, mend: str = "; try a smaller lr or a ramp of eps"
-) -> UnmovedError:
+def _stopped(error: UnmovedError, epoch: int, state: TrainerState) -> UnmovedError:
+    mend = "; try a smaller lr or a ramp of eps" if isinstance(error, Diverged) else ""
     kept = f"; {state.run.path} keeps the state after epoch {state.saved_epochs}" if state.run is not None else ""
     return UnmovedError(f"{error}, in epoch {epoch + 1}: training stopped{kept if state.saved_epochs else ''}{mend}")
 
 
 def _validate(
-    model: nn.Module, validation: Split, check: Attack | None, threat: ThreatModel, batch_size: int, fabric: Fabric
+    model: nn.Module, validation: Split, check: Attack, threat: ThreatModel, batch_size: int, fabric: Fabric
 ) -> dict[str, Any]:
     """Accuracy clean and attacked; where a split can be selected from, each process takes its part of the samples."""
-    attack = PGD(threat, keep="best") if check is None else check
     n, count, select = len(validation), fabric.world_size, getattr(validation, "select", None)
     divided = select is not None and 1 < count <= n
     part = select(torch.arange(fabric.global_rank, n, count)) if select is not None and divided else validation
-    table = judge.evaluate(model, part, {"validation": attack}, threat, batch_size=batch_size)
+    table = judge.evaluate(model, part, {"validation": check}, threat, batch_size=batch_size)
     accuracy = outcomes.summary(table).set_index("measure")["accuracy"]
     right = torch.tensor([accuracy["clean"], accuracy["validation"]], dtype=torch.float64).mul(len(part)).round()
     if divided:

@@ -207,3 +207,61 @@ def _signature_of_kind(kind: type) -> inspect.Signature:
 def _kind(value: object) -> str:
     """What came, in a word or two."""
     return "None" if value is None else str(getattr(value, "__name__", type(value).__name__))
+
+
+def require_model(model: object, order: str) -> None:
+    """Raise `UnmovedError` unless ``model`` is a module whose weights are there.
+
+    Args:
+        model: what was given as the model.
+        order: the call with its arguments in order, for whoever has confused them.
+    """
+    if isinstance(model, type):
+        raise UnmovedError(f"model: expected an nn.Module, came the class {model.__name__}; use {model.__name__}(...)")
+    if not isinstance(model, nn.Module):
+        advice = f"the order is {order}"
+        if callable(getattr(model, "module", None)):
+            advice = "of an exported program, hand over program.module()"
+        elif callable(model):
+            advice = "call the function in the forward of an nn.Module, whose parameters and mode are then known"
+        raise UnmovedError(f"model: expected an nn.Module, came {_kind(model)}; {advice}")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if nn.parameter.is_lazy(tensor):
+            raise UnmovedError(
+                f"model {type(model).__name__}: expected weights, but {name!r} is lazy and has no shape yet; call the "
+                "model once on images of your data, such as model(images[:2])"
+            )
+        if tensor.is_meta:
+            raise UnmovedError(
+                f"model {type(model).__name__}: expected weights, but {name!r} is on the meta device and has no "
+                'values; use model.to_empty(device="cpu") and load its weights'
+            )
+
+
+def require_split(split: object, order: str) -> None:
+    """Raise `UnmovedError` unless ``split`` has a length of at least one and yields batches; ``order`` as above."""
+    yields = callable(getattr(split, "batches", None)) and not isinstance(split, type)
+    if not yields or not hasattr(split, "__len__"):
+        raise UnmovedError(
+            f"split: expected a data split with a length and batches(size), such as data.ArraySplit, came "
+            f"{_kind(split)}; " + _advice_for_data(split, yields, order)
+        )
+    if len(split) == 0:
+        raise UnmovedError("split: expected at least one sample, came none")
+
+
+def _advice_for_data(data: object, yields: bool, order: str) -> str:
+    """How to make a split of what was given in its place."""
+    if isinstance(data, torch.utils.data.DataLoader | torch.utils.data.Dataset):
+        items = "loader.dataset" if isinstance(data, torch.utils.data.DataLoader) else "dataset"
+        return (
+            "make one of images in [0, 1], before augmentation and normalisation: "
+            f"x, y = zip(*{items}); data.ArraySplit.of(torch.stack(x), torch.tensor(y))"
+        )
+    if isinstance(data, tuple | list | dict | Tensor) or type(data).__module__ == "numpy":
+        return "make one of images and labels: data.ArraySplit.of(images, labels)"
+    if yields:
+        return f"give {type(data).__name__} a __len__, the number of its samples"
+    if hasattr(data, "train") and hasattr(data, "test") and not isinstance(data, nn.Module):
+        return "that is a data set of two: hand over its .train or its .test"
+    return f"the order is {order}"

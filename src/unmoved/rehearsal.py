@@ -1,35 +1,173 @@
-"""A rehearsal: what a method would refuse in its first step, it refuses before training."""
+"""A rehearsal: what a first step, the last batch of an epoch or a validation would refuse, before training."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from unmoved.defenses import Plain
-from unmoved.protocols import Batch
-from unmoved.schedule import Phases
-from unmoved.terms.sum import Sum, as_sum, stateful
-from unmoved.views import Views
-from unmoved.weights import evaluating
+from unmoved import judge, weights
+from unmoved.errors import UnmovedError
+from unmoved.passes import one_pass, require_distinct
+from unmoved.protocols import Attack, Batch, Split, StatefulAttack
+from unmoved.schedule import Phases, resolve
+from unmoved.step import train_step
+from unmoved.terms.sum import stateful
+from unmoved.threat import ThreatModel, bounds_of
+
+EARLY = 1e-3  # the share of a phase that is tried: a ramp that begins at zero has left it there
+_CONTAINERS = (dict, OrderedDict, list, set, deque)
 
 
-def rehearse(model: nn.Module, phases: Phases, batch: Batch) -> None:
-    """Each phase's objective and defense on two samples and a copy: what they refuse, they refuse before training."""
-    twin = copy.deepcopy(model)
-    for start, _ in phases.phases:
-        method = phases.at(start, start + 1)
-        objective = as_sum(copy.deepcopy(method.objective))
-        learned = [p for term in stateful(objective) for p in term.parameters()]
+class _Still(torch.optim.Optimizer):
+    """An optimizer that takes no step and remembers nothing."""
 
-        def backward(objective: Sum = objective) -> Tensor:
-            loss = objective(Views(twin, batch, batch.x)).mean()
-            loss.backward()
-            return loss.detach()
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        super().__init__([{"params": parameters, "lr": 0.0}], {})
 
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Take none."""
+
+
+def rehearse(
+    model: nn.Module,
+    phases: Phases,
+    batch: Batch,
+    *,
+    parameters: list[nn.Parameter] | None = None,
+    precision: str = "float32",
+    augment: Callable[[Batch, int], Batch] | None = None,
+    seed: int = 0,
+) -> None:
+    """One step of each phase in training mode, its attack included, after which everything is as it was.
+
+    Args:
+        model: on the device of the batch.
+        phases: all of them are tried, their ramps just begun.
+        batch: as `smallest_batch` gives it.
+        parameters: those that the optimizer steps; None for all.
+        precision: as in `train_step`.
+        augment: (batch, seed) -> batch.
+        seed: of the augmentation.
+
+    Raises:
+        UnmovedError: what `train_step` refuses.
+    """
+    bounds = bounds_of_phases(phases)
+    for _, method in phases.phases:
+        terms = list(stateful(method.objective))
+        owned = [*model.parameters(), *(p for term in terms for p in term.parameters())]
         # A frozen value remembers nothing, so that trying it is harmless; a stranger's function might not be.
-        defense = method.defense if dataclasses.is_dataclass(method.defense) else Plain()
-        with evaluating(twin), torch.random.fork_rng(devices=[]):
-            defense(twin, torch.optim.SGD([*twin.parameters(), *learned], lr=0.0), backward)
+        defense = method.defense if dataclasses.is_dataclass(method.defense) else None
+        tried = dataclasses.replace(resolve(method, EARLY), defense=defense)
+        with as_found(model, *terms, method.attack), weights.in_training(model) as (train_mode, _):
+            train_mode()
+            seen = batch if augment is None else augment(batch, seed)
+            train_step(
+                model, tried, _Still(owned if parameters is None else parameters), seen, precision, bounds=bounds
+            )
+
+
+def bounds_of_phases(phases: Phases) -> tuple[float, float] | None:
+    """Smallest and largest pixel value: a phase without an attack sees the same images as the others."""
+    return next(filter(None, (bounds_of(method.attack) for _, method in phases.phases)), None)
+
+
+def rehearse_validation(model: nn.Module, split: Split, check: Attack, threat: ThreatModel) -> None:
+    """The validation's attack on two samples, as `judge.evaluate` asks for it; everything is as before after it.
+
+    Raises:
+        UnmovedError: what the judge refuses.
+    """
+    batch = next(judge.checked_batches(model, split, min(2, len(split)), threat))
+    with as_found(model, check):
+        num_classes = judge.predicted(model, batch.x, batch.y)[1]
+        for name, part in judge.parts_of("validation", check, num_classes).items():
+            judge.propose(model, part, batch, threat, name)
+
+
+def smallest_batch(split: Split, size: int, count: int = 1) -> Batch:
+    """A batch as large as the smallest of an epoch in batches of ``size``, of which ``count`` processes take shares.
+
+    Raises:
+        UnmovedError: a split whose batches are none, or number their samples anew.
+    """
+    last = (len(split) - 1) % size + 1
+    batches = one_pass(split, max(last // count, 1))
+    first = next(batches)
+    second = next(batches, first)
+    require_distinct(torch.cat([first.index.cpu(), *([] if second is first else [second.index.cpu()])]))
+    return first
+
+
+@contextmanager
+def as_found(*things: Any) -> Iterator[None]:
+    """Whatever the block does to models, terms and attacks, they are as before after it, and so is torch's randomness.
+
+    Weights, gradients, buffers and attributes are put back, and the contents of lists, sets and dictionaries; nothing
+    is copied that cannot be.
+    """
+    modules = list({id(m): m for t in things if isinstance(t, nn.Module) for m in t.modules()}.values())
+    parameters = list({id(p): p for m in modules for p in m.parameters(recurse=False)}.values())
+    values = [p.detach().clone() for p in parameters]
+    gradients = [p.grad for p in parameters]
+    states = [(t, copy.deepcopy(t.state_dict())) for t in things if isinstance(t, StatefulAttack)]
+    holders = [*modules, *(t for t in things if not isinstance(t, nn.Module))]
+    restores = [_attributes(holder) for holder in holders]
+    cuda = sorted({p.device.index for p in parameters if p.device.type == "cuda"})
+    try:
+        for p in parameters:
+            p.grad = None
+        with ExitStack() as kept, torch.random.fork_rng(cuda):
+            for thing in things:
+                if isinstance(thing, nn.Module):
+                    kept.enter_context(weights.frozen_buffers(thing))
+            yield
+    finally:
+        for restore in restores:
+            restore()
+        for thing, state in states:
+            thing.load_state_dict(state)
+        weights.write(list(zip(parameters, values, strict=True)))
+        torch.clear_autocast_cache()
+        for p, gradient in zip(parameters, gradients, strict=True):
+            p.grad = gradient
+
+
+def _attributes(thing: Any) -> Callable[[], None]:
+    """What puts an object's attributes back, and the contents of its lists, sets and dictionaries."""
+    now: dict[str, Any] = getattr(thing, "__dict__", {})
+    before = dict(now)
+    contents = [(value, copy.copy(value)) for value in before.values() if type(value) in _CONTAINERS]
+
+    def restore() -> None:
+        now.clear()
+        now.update(before)
+        for value, old in contents:
+            value.clear()
+            (value.update if isinstance(value, dict | set) else value.extend)(old)
+
+    return restore
+
+
+def require_trained(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Raise `UnmovedError` where no parameter of the model moves: none there, all frozen, none in the optimizer."""
+    kind = f"model {type(model).__name__}"
+    if next(model.parameters(), None) is None:
+        raise UnmovedError(f"{kind}: expected parameters to train, came none; evaluate and attacks take it as it is")
+    if not weights.trainable(model):
+        raise UnmovedError(
+            f"{kind}: expected parameters to train, but all are frozen; use requires_grad_(True) on the part that "
+            "is to learn"
+        )
+    if optimizer is not None and not weights.trainable(model, optimizer):
+        raise UnmovedError(
+            "optimizer: expected one that steps parameters of the model, came one that holds none of them (copies, or "
+            f"those of another model); make it of the groups that it is called with, as optim.SGD() does, for {kind}"
+        )

@@ -22,6 +22,10 @@ from unmoved.threat import bounds_of
 from unmoved.views import Views
 
 
+class Diverged(UnmovedError):
+    """The loss or a weight became NaN or infinite."""
+
+
 @dataclass(frozen=True)
 class Step:
     """What one optimizer step saw at the uncorrupted weights.
@@ -64,7 +68,8 @@ def train_step(
 
     Raises:
         UnmovedError: with ``watch``, images out of bounds, labels beyond the logits, a loss that is
-            not finite; a term that does not return (B,). Raised before anything is changed.
+            not finite (`Diverged`); a term that does not return (B,), a loss without a gradient. Raised before
+            anything is changed.
     """
     with nullcontext() if watch else without_waiting():
         if not isinstance(method, Method) or not isinstance(batch, Batch):
@@ -100,10 +105,12 @@ def _step(
             parts = objective.parts(views)
             values = objective.combine(parts)
             loss = processes.mean(values)
+        if not loss.requires_grad:
+            raise UnmovedError(_why_constant(bare, optimizer))
         means = {name: part.detach().mean() for name, part in parts.items()}
         if watch and not torch.isfinite(loss):
             words = ", ".join(f"{name} = {value:g}" for name, value in means.items())
-            raise UnmovedError(f"the loss became {loss.item():g} at step {batch.step} ({words})")
+            raise Diverged(f"the loss became {loss.item():g} at step {batch.step} ({words})")
         if not first:
             # A view that the objective did not ask for is not computed: its pass would move BatchNorm's statistics.
             logits = views.adv if views.has("adv") else views.clean
@@ -121,3 +128,17 @@ def _step(
         if isinstance(method.attack, StatefulAttack) and x_adv is not None:
             method.attack.update(bare, batch, x_adv)
     return step
+
+
+def _why_constant(model: nn.Module, optimizer: Optimizer) -> str:
+    """Why the loss has no gradient over anything that the optimizer steps, and what to do."""
+    expected = "train_step: expected a loss that depends on the parameters that the optimizer steps, but it "
+    if weights.trainable(model, optimizer):
+        return (
+            f"{expected}has no gradient; look for .detach(), .data, .numpy() or torch.no_grad() in the model's forward "
+            "and in the terms"
+        )
+    return (
+        f"{expected}steps none of the model's that require a gradient: they are frozen, or the optimizer holds copies "
+        "or those of another model; make it of model.parameters()"
+    )

@@ -6,13 +6,21 @@ import os
 from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
 
 from unmoved import config, engine, loop
 from unmoved.built import Built
 from unmoved.errors import UnmovedError
-from unmoved.rehearsal import rehearse
+from unmoved.precision import resolve
+from unmoved.protocols import Split
+from unmoved.rehearsal import rehearse, rehearse_validation, require_trained, smallest_batch
 from unmoved.run import Run
+from unmoved.terms.sum import stateful
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 
 def train_recipe(
@@ -54,7 +62,7 @@ def train_recipe(
         built = Built(recipe, allow, loading) if build is None else build()
         model = built.model()
         train_part, validation = built.parts()
-        rehearse(model, built.phases, next(iter(train_part.batches(2))))
+        _rehearse(model, built, train_part, validation, fabric)
         if first:
             held.enter_context(Run(out).alone())
             # Where the folder was missing, another process may have begun in the meantime.
@@ -82,8 +90,23 @@ def train_recipe(
                     fabric=fabric,
                     run=run,
                     progress=progress if first else None,
+                    rehearsal=False,
                 )
     return Run(out) if run is None else run
+
+
+def _rehearse(model: nn.Module, built: Built, train_part: Split, validation: Split | None, fabric: Fabric) -> None:
+    """As `train` does, on the device of this process, which is then the model's."""
+    size, precision = built.recipe.training.batch_size, resolve(built.recipe.training.precision, fabric.device)
+    fabric.to_device(model)
+    for _, method in built.phases.phases:
+        fabric.to_device(nn.ModuleList(stateful(method.objective)))
+    require_trained(model)
+    batch = smallest_batch(train_part, size, fabric.world_size).to(fabric.device)
+    seed = built.recipe.training.seed
+    rehearse(model, built.phases, batch, precision=precision, augment=built.augment, seed=seed)
+    if validation is not None:
+        rehearse_validation(model, validation, built.check, built.threat)
 
 
 def _is_done(run: Run, recipe: config.Recipe, progress: Callable[[dict[str, Any]], None] | None) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from unmoved.errors import UnmovedError, require_choice
+from unmoved.failures import explained
 from unmoved.preconditions import require_labels
 from unmoved.protocols import Batch, Image, Index, Label, Logits
 from unmoved.weights import frozen_buffers
@@ -19,10 +20,17 @@ def logits(model: nn.Module, x: Image) -> Logits:
     """The model's logits in float32 (float64 stays), so that losses never lose digits under autocast.
 
     Raises:
-        UnmovedError: the model returns something other than a (B, K) tensor.
+        UnmovedError: the model returns something other than a (B, K) tensor; as `failures.explained`.
     """
     # A forward may write into its input. What torch.compile returned warns of a copy that has a history.
-    out: Any = model(x if x.requires_grad and hasattr(model, "_orig_mod") else x.clone())
+    own = x if x.requires_grad and hasattr(model, "_orig_mod") else x.clone()
+    try:
+        out: Any = model(own)
+    except (RuntimeError, TypeError, ValueError) as error:
+        known = explained(error, model, x)
+        if known is None:
+            raise
+        raise known from error
     if not isinstance(out, Tensor):
         raise UnmovedError(
             f"model {type(model).__name__}: expected logits of shape (B, K), came a {type(out).__name__}; "

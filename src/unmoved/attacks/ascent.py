@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from unmoved import views as seen
 from unmoved.errors import UnmovedError
+from unmoved.failures import cause_in_graph
 from unmoved.precision import exact
 from unmoved.preconditions import require_images, values_of
 from unmoved.protocols import Batch, Image, Label, Logits, PerSample, Term
@@ -77,6 +78,9 @@ def input_gradient(values: Tensor, x: Image, *, retain: bool = False) -> Tensor 
 
     Args:
         retain: whether the graph is needed again.
+
+    Raises:
+        UnmovedError: the model's checkpoints are of a kind that has no such gradient.
     """
     if not values.requires_grad:
         return None
@@ -84,6 +88,11 @@ def input_gradient(values: Tensor, x: Image, *, retain: bool = False) -> Tensor 
         return torch.autograd.grad(values.sum(), x, retain_graph=retain, allow_unused=True)[0]
     except NotImplementedError:  # a function of the model's own without a backward pass
         return None
+    except RuntimeError as error:
+        known = cause_in_graph(error)
+        if known is None:
+            raise
+        raise UnmovedError(f"model: {known}") from error
 
 
 def not_differentiable(model: nn.Module) -> UnmovedError:
