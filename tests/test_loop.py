@@ -26,7 +26,7 @@ from unmoved.optim import SGD, Adam, Constant, Cosine, MultiStep, OneCycle
 from unmoved.protocols import Batch, Method, StatefulTerm
 from unmoved.run import Run
 from unmoved.schedule import Phases, Ramp
-from unmoved.terms import CE, DRSL, KL, MART, TRADES, Sum
+from unmoved.terms import CE, DRSL, KL, MART, TRADES, Sum, TargetedMargin
 from unmoved.threat import ThreatModel
 from unmoved.views import Views
 
@@ -298,6 +298,83 @@ def test_running_statistics_move_once_per_view_and_step(objective: Any, views: i
     assert model[1].num_batches_tracked == 2 * STEPS * views
 
 
+class Stays(nn.Module):
+    """Freezes its BatchNorm by a `train` of its own, as many fine-tuning scripts do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = network()
+
+    def train(self, mode: bool = True) -> Stays:
+        super().train(mode)
+        self.net[1].eval()
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+@pytest.mark.parametrize(
+    ("freeze", "moves"),
+    [
+        (lambda m: m, True),
+        (lambda m: m.eval(), True),
+        (lambda m: m[1].eval(), False),
+        (lambda m: m.eval()[5].train(), False),  # the head alone trains, in a model in evaluation mode
+        (lambda m: m[4].eval(), True),
+    ],
+    ids=["training", "as loaded", "BatchNorm", "all but the head", "dropout"],
+)
+def test_a_training_leaves_the_modes_that_the_caller_set(freeze: Any, moves: bool, tmp_path: Path) -> None:
+    """T2: what was frozen stays so in each epoch, after validation and after resuming; all modes are as before."""
+    notes, seen, models = [], set(), [network() for _ in range(2)]
+    for model, run in zip(models, (None, Run.create(tmp_path / "run", {})), strict=True):
+        freeze(model)
+        modes, before = [m.training for m in model.modules()], model[1].running_mean.clone()
+        model.register_forward_hook(lambda m, *_: seen.add(tuple(part.training for part in m.modules())))
+
+        def progress(record: dict[str, Any]) -> None:
+            notes.extend([record["note"]] if "note" in record else [])
+
+        settings: dict[str, Any] = {"validation": DATA.test.take(20), "threat": THREAT, "progress": progress}
+        for epochs in (2,) if run is None else (1, 2):
+            fit(model, MADRY, run=run, epochs=epochs, **settings)
+            assert [m.training for m in model.modules()] == modes
+        assert torch.equal(model[1].running_mean, before) != moves
+    expected = tuple(modes) if any(modes) else (True,) * len(modes)
+    assert seen == {expected, (False,) * len(modes)}  # in the steps, and in attacks and validation
+    assert bool(notes) == (not all(modes) and any(modes))
+
+
+def test_a_model_that_freezes_by_itself_does() -> None:
+    model = Stays()
+    before = model.net[1].running_mean.clone()
+    fit(model, MADRY)
+    assert torch.equal(model.net[1].running_mean, before)
+
+
+@pytest.mark.parametrize("defense", [Plain(), SAM(), AWP(), APD(0.1)], ids=repr)
+def test_an_optimizer_of_the_head_alone_leaves_the_body_and_its_gradients(defense: Any) -> None:
+    model = network()
+    body = [*model[0].parameters(), *model[1].parameters()]
+    before = [p.detach().clone() for p in body]
+    fit(
+        model,
+        Method(PGD(THREAT, steps=2), CE(), defense),
+        optimizer=lambda _: torch.optim.SGD(model[5].parameters(), 0.1),
+    )
+    assert all(torch.equal(p, old) for p, old in zip(body, before, strict=True))
+    assert all(p.grad is None and p.requires_grad for p in body)
+
+
+@pytest.mark.parametrize("objective", [TargetedMargin(), Sum((1, TargetedMargin()), (1, CE("clean")))], ids=repr)
+def test_to_choose_a_target_moves_no_statistics(objective: Any) -> None:
+    """T4: the pass that asks for the most likely wrong class is no view that is trained on."""
+    model = network()
+    fit(model, Method(PGD(THREAT, steps=2), objective))
+    assert model[1].num_batches_tracked == STEPS * (2 if isinstance(objective, Sum) else 1)
+
+
 @pytest.mark.parametrize("defense", [Plain(), SAM(), AWP()], ids=repr)
 def test_the_attack_is_called_once_a_step_on_the_weights_before_the_defense(defense: Any) -> None:
     model, spy, before = linear(), Spy(), []
@@ -422,8 +499,8 @@ def test_a_term_that_ramps_in_is_averaged_over_the_steps_that_computed_it() -> N
 
     ramped = Sum((1.0, CE()), (Ramp(0.0, 1.0), Noted()))
     (record,) = fit(linear(), Method(None, ramped), PART.select(torch.arange(len(PART)) < 64 * (len(PART) // 64)))
-    assert len(seen) == len(PART) // 64 - 1 > 0
-    assert record["parts"]["noted"] == pytest.approx(sum(seen) / len(seen))
+    computed = seen[-(len(PART) // 64 - 1) :]  # before them, a rehearsal may have asked
+    assert record["parts"]["noted"] == pytest.approx(sum(computed) / len(computed))
 
 
 def test_averages_are_over_samples_also_with_a_ragged_last_batch() -> None:

@@ -79,7 +79,9 @@ def test_the_blocks_in_which_it_is_made_do_not_show(draw: Any, shape: tuple[int,
     whole = draw(index, shape, seed=9, step=4, stream=1)
     for block in (1, 7, 16, 64):
         monkeypatch.setattr(noise, "_BLOCK", block)
-        assert torch.allclose(draw(index, shape, seed=9, step=4, stream=1), whole, rtol=1e-6, atol=0), block  # a logarithm's last bit
+        assert torch.allclose(draw(index, shape, seed=9, step=4, stream=1), whole, rtol=1e-6, atol=0), (
+            block
+        )  # a logarithm's last bit
 
 
 class Largest(TorchDispatchMode):

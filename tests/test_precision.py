@@ -199,6 +199,68 @@ def test_layout_is_channels_last_but_where_its_gradients_are_wrong(build: Any, i
     assert precision.layout(model, "cuda") == torch.channels_last
 
 
+class Point(nn.Module):
+    """A 1x1 convolution with a stride that is a call, no module: of its parameter, of other weights, or not yet."""
+
+    def __init__(self, kind: str, stride: int = 2, width: int = 2, classes: int = 3) -> None:
+        super().__init__()
+        self.first, self.kind, self.stride = nn.Conv2d(1, width, 3), kind, stride
+        self.kernel = nn.Parameter(torch.zeros(3, width, 1, 1)) if kind in ("parameter", "later") else None
+        self.matrix = nn.Linear(width, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        features = self.first(x)
+        if self.kind == "refuses":
+            raise ValueError(self.kind)
+        if self.kind == {True: "evaluation", False: "training"}[self.training] or self.kind == "later":
+            return features.mean((2, 3)) @ self.matrix.weight.T
+        weight = self.matrix.weight[:, :, None, None] if self.kernel is None else self.kernel
+        return nn.functional.conv2d(features, weight, stride=self.stride).mean((2, 3))
+
+
+@pytest.mark.parametrize(
+    ("build", "is_last"),
+    [
+        (lambda: Point("parameter"), False),
+        (lambda: Point("matrix"), False),
+        (lambda: nn.Sequential(nn.Identity(), Point("training")), False),
+        (lambda: Point("evaluation"), False),
+        (lambda: Point("later"), False),
+        (lambda: Point("refuses"), False),
+        (lambda: Point("matrix", stride=1), True),
+        (lambda: Point("matrix", width=16), True),
+        (lambda: torch.nn.utils.parametrizations.weight_norm(nn.Conv2d(1, 2, 1, stride=2)), False),
+        (lambda: nn.ConvTranspose2d(1, 2, 1, stride=2), False),
+    ],
+)
+def test_layout_sees_the_convolutions_that_are_calls(build: Any, is_last: bool) -> None:
+    model, x = build(), torch.rand(2, 1, 6, 6)
+    before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    form = precision.layout(model, "cpu", x)
+    assert form == (torch.channels_last if is_last else torch.contiguous_format)
+    assert model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_what_cannot_be_looked_at_stays_contiguous() -> None:
+    assert precision.layout(Point("matrix", stride=1), "cpu") == torch.contiguous_format
+
+
+def test_a_training_asks_for_the_layout_with_images_of_its_own() -> None:
+    """One step of a model whose convolution is a call is that of float64."""
+    torch.manual_seed(0)
+    model = Point("matrix", classes=10)
+    exact, part = copy.deepcopy(model).double(), DATA.train.take(32, seed=0)
+    batch = next(iter(part.batches(32)))
+    settings: dict[str, Any] = {"epochs": 1, "batch_size": 32, "precision": "float32", "device": "cpu"}
+    train(model, Method(None, terms.CE("clean")), part, optimizer=lambda g: torch.optim.SGD(g, lr=0.1), **settings)
+    assert model.first.weight.is_contiguous()
+    nn.functional.cross_entropy(exact(batch.x.double()), batch.y).backward()
+    for p, q in ((exact.first.weight, model.first.weight), (exact.matrix.weight, model.matrix.weight)):
+        assert torch.allclose(p - 0.1 * p.grad, q.double(), rtol=0, atol=1e-6)
+
+
 def test_in_its_layout_a_narrow_network_has_the_gradients_of_float64() -> None:
     """In channels_last, oneDNN writes past its memory here: wrong gradients, a crash or no end."""
     torch.manual_seed(0)

@@ -47,7 +47,8 @@ def opened(
     model = built.model()
     run.load_weights(model, weights)
     where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    model.to(where).to(memory_format=layout(model, where))  # type: ignore[call-overload]  # the same numbers, faster
+    form = layout(model, where, torch.zeros(2, *built.shape))
+    model.to(where).to(memory_format=form)  # type: ignore[call-overload]  # the same numbers, faster
     return Opened(built, model.eval())
 
 

@@ -136,7 +136,8 @@ def train(
     groups: list[dict[str, Any]] = [{"params": list(model.parameters())}]
     if any(True for _ in terms.parameters()):
         groups.append({"params": list(terms.parameters()), "weight_decay": 0.0})
-    model.to(memory_format=formats.layout(model, fabric.device))  # type: ignore[call-overload]  # the same numbers
+    form = formats.layout(model, fabric.device, next(iter(split.batches(2))).x)
+    model.to(memory_format=form)  # type: ignore[call-overload]  # the same numbers
     per_epoch = -(-len(split) // batch_size)
     opt = optimizer(groups)
     require_trained(model, opt)

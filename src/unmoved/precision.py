@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from unmoved.errors import UnmovedError, require_choice
+from unmoved.weights import evaluating, in_training
 
 PRECISIONS = ("auto", "float32", "bf16")
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -89,23 +92,65 @@ def _ieee() -> Iterator[None]:
 _BLOCK = 16
 
 
-def layout(model: nn.Module, device: torch.device | str) -> torch.memory_format:
-    """channels_last, in which convolutions are faster, wherever its gradients are right.
+def layout(model: nn.Module, device: torch.device | str, x: Tensor | None = None) -> torch.memory_format:
+    """channels_last, in which convolutions are faster, wherever its gradients are known to be right.
 
     On a CPU the weights' gradient of a 1x1 convolution with a stride and few input channels is wrong in channels_last,
     or the process crashes or hangs (uxlfoundation/oneDNN, issue 6035; torch 2.13 has it). A model with one, such as
-    a `preact_resnet18` narrower than 16, stays contiguous there, and is right.
+    a `preact_resnet18` narrower than 16, stays contiguous there, and is right. What a class outside torch and this
+    package computes is seen by looking: at ``x`` (B, C, H, W), in training and in evaluation mode, on a copy. Where
+    that is not possible, or a parameter could be such a kernel in a pass yet to come, the model stays contiguous, too.
     """
-    if torch.device(device).type == "cpu" and any(_miscomputed(module) for module in model.modules()):
+    if torch.device(device).type == "cpu" and not _is_right_in_channels_last(model, x):
         return torch.contiguous_format
     return torch.channels_last
 
 
-def _miscomputed(module: nn.Module) -> bool:
-    if not isinstance(module, nn.Conv2d):
+def _is_right_in_channels_last(model: nn.Module, x: Tensor | None) -> bool:
+    modules = list(getattr(model, "_orig_mod", model).modules())
+    convolutions = [m for m in modules if isinstance(m, nn.Conv2d | nn.ConvTranspose2d)]
+    if any(_is_miscomputed(m.weight.shape, m.stride, m.groups, m.transposed) for m in convolutions):
         return False
-    is_strided_point = max(module.kernel_size) == 1 and max(module.stride) > 1
-    return is_strided_point and module.in_channels // module.groups < _BLOCK
+    if all(type(m).__module__.startswith(("torch.nn.", "unmoved.")) and "forward" not in m.__dict__ for m in modules):
+        return True
+    known = {id(m) for m in convolutions}
+    loose = (p for m in modules if id(m) not in known for p in m.parameters(recurse=False))
+    if any(p.ndim == 4 and _is_miscomputed(p.shape, (2, 2), 1, False) for p in loose):
+        return False
+    return x is not None and _is_right_where_seen(modules[0], x)
+
+
+def _is_miscomputed(kernel: Sequence[int], stride: Sequence[int], groups: int, transposed: bool) -> bool:
+    """Of a kernel (out, in / groups, height, width); where it is transposed, both numbers of channels are looked at."""
+    channels = min(kernel[0] // groups, kernel[1]) if transposed else kernel[1]
+    return max(kernel[2:]) == 1 and max(stride) > 1 and channels < _BLOCK
+
+
+class _Convolutions(TorchDispatchMode):
+    """Looks at every convolution of the passes inside, whatever calls it."""
+
+    are_right = True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.convolution.default and args[1].ndim == 4:
+            _, weight, _, stride, _, _, transposed, _, groups = args
+            self.are_right &= not _is_miscomputed(weight.shape, stride, groups, transposed)
+        return func(*args, **(kwargs or {}))
+
+
+def _is_right_where_seen(model: nn.Module, x: Tensor) -> bool:
+    convolutions = _Convolutions()
+    try:
+        twin = copy.deepcopy(model)
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), convolutions:
+            with in_training(twin) as (train, _):
+                train()
+                twin(x)
+            with evaluating(twin):
+                twin(x)
+    except Exception:  # a stranger's model may refuse anything; the training says so in its own words
+        return False
+    return convolutions.are_right
 
 
 @contextmanager
