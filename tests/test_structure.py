@@ -30,7 +30,7 @@ RANKS = (
     ("components", "beside", "checks", "engine", "sharing"),
     ("config", "run"),
     ("built",),
-    ("analyses", "judge", "report", "state", "step"),
+    ("analyses", "judge", "report", "resuming", "state", "step"),
     ("rehearsal",),
     ("loop", "doctor", "exhibits"),
     ("load",),

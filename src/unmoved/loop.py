@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from unmoved import averaging, engine, judge, outcomes, processes, weights
+from unmoved import averaging, engine, judge, outcomes, processes, resuming, weights
 from unmoved import precision as formats
 from unmoved.attacks import PGD
 from unmoved.errors import UnmovedError, require_seed, require_whole, several
@@ -87,7 +87,8 @@ def train(
         checkpoint_share: the share of the time that saving into ``run`` may take, in [0, 1]: what a kill loses was
             trained in about (seconds of a save) / share. 1 saves every epoch; the last one is always saved.
         run: where to log and save; if it holds a saved state, training goes on from there. What terms report by class
-            is then in ``run.per_class`` too.
+            is then in ``run.per_class`` too. More epochs are trained where those that are trained already would have
+            been the same.
         progress: called with the latest record after each step (``{"epoch", "share"}``) and epoch; and with
             ``{"note"}``, a sentence, where something damaged was found in ``run`` and mended, or where submodules stay
             in evaluation mode.
@@ -97,7 +98,7 @@ def train(
     Raises:
         UnmovedError: nothing to train, or arguments of other kinds; a value outside its bounds; a loss
             that is not finite (naming the step; what was saved stays); a ``run`` that another process trains or
-            evaluates, or whose saved states are all damaged.
+            evaluates, that was trained with other settings, or whose saved states are all damaged.
     """
     epochs = require_whole("epochs", epochs, at_least=1)
     batch_size, seed = require_whole("batch_size", batch_size, at_least=1), require_seed("seed", seed)
@@ -141,7 +142,9 @@ def train(
     per_epoch = -(-len(split) // batch_size)
     opt = optimizer(groups)
     require_trained(model, opt)
+    settings = resuming.settings_of(opt, epochs=epochs, batch_size=batch_size, samples=len(split))
     scheduler = schedule(opt, per_epoch * epochs, per_epoch)
+    settings["schedule"] = resuming.name_of(scheduler)
     attacked: Any = torch.compile(model) if compiled else model
     with weights.constant_beside(opt, model):  # several processes wait for the gradients that are asked for here
         wrapped, wrapped_opt = fabric.setup(attacked, opt)
@@ -155,7 +158,7 @@ def train(
     averaged = None if average is None else averaging.Average(model, average)
     attacks = _unique(m.attack for _, m in phases.phases)
     average_model = None if averaged is None else averaged.model
-    state = TrainerState(model, opt, scheduler, terms, attacks, run, average_model, checkpoint_share)
+    state = TrainerState(model, opt, scheduler, terms, attacks, run, average_model, checkpoint_share, settings)
 
     def backward(loss: Tensor) -> None:
         fabric.backward(loss)
@@ -172,7 +175,19 @@ def train(
     ):
         if frozen:
             tell(f"in evaluation mode, as they came, stay {several(frozen)}; model.train() before training thaws them")
-        state.restore(engine.told(fabric, state.saved(tell)), tell)
+        saved = engine.told(fabric, state.saved(tell))
+        if saved is not None:
+            saved = resuming.followed(
+                saved,
+                settings,
+                optimizer=opt,
+                scheduler=scheduler,
+                steps=per_epoch,
+                phases=phases,
+                average=average,
+                where="the run" if run is None else str(run.path),
+            )
+        state.restore(saved, tell)
         for epoch in range(state.epochs, epochs):
             torch.manual_seed(_mix(seed, epoch) + rank)  # what a model draws, such as dropout, is not keyed by sample
             train_mode()  # again in each epoch: a callback may have left another

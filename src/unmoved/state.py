@@ -36,6 +36,7 @@ class TrainerState:
         run: Run | None,
         average: nn.Module | None = None,
         share: float = 1.0,
+        settings: dict[str, Any] | None = None,
     ) -> None:
         self.parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "schedule": scheduler, "terms": terms}
         stateful_attacks = [attack for attack in attacks if isinstance(attack, StatefulAttack)]
@@ -47,6 +48,7 @@ class TrainerState:
         self.epochs, self.saved_epochs, self.seconds = 0, 0, 0.0
         self.best_model: dict[str, Any] | None = None
         self._best_is_saved = True
+        self._settings = {} if settings is None else {"settings": settings}
         self._share, self._budget = share, None if share < 1 else checkpoint.Budget(share, 0.0)
 
     def saved(self, tell: Callable[[str], None] = lambda words: None) -> dict[str, Any] | None:
@@ -123,7 +125,7 @@ class TrainerState:
         if not self._best_is_saved:
             run.save_weights(self.kept, "best", state["best_model"])
         run.save_weights(self.kept, "last")
-        run.save_state(state | {"epochs": self.epochs, "record": record, "log": run.log.mark()})
+        run.save_state(state | self._settings | {"epochs": self.epochs, "record": record, "log": run.log.mark()})
         self.saved_epochs, self._best_is_saved = self.epochs, True
 
 
