@@ -19,7 +19,8 @@ PACKAGE = ROOT / "src" / "unmoved"
 # A room may import those of earlier ranks, never one of its own rank or a later one.
 RANKS = (
     ("errors",),
-    ("disk", "failures", "reading", "preconditions"),
+    ("failures", "reading", "preconditions"),
+    ("disk",),
     ("protocols", "lock", "pool", "foreign"),
     ("noise", "passes", "schedule", "processes", "weights", "cluster"),
     ("views", "threat", "averaging", "precision", "outcomes", "provenance", "drawing"),
@@ -32,7 +33,7 @@ RANKS = (
     ("built",),
     ("analyses", "judge", "report", "resuming", "state", "step"),
     ("rehearsal",),
-    ("loop", "doctor", "exhibits"),
+    ("loop", "doctor", "exhibits", "successes"),
     ("load",),
     ("evaluation", "jobs", "training"),
     ("studies",),

@@ -58,7 +58,9 @@ def _done(job: Job, device: str) -> str:
     asked = weights_digest(run, "best"), readable(job.attacks)
     if done is None or (done.get("weights_sha256"), done.get("asked")) != asked:
         evaluate_run(run, attacks=job.attacks, device=device, allow=job.allow, ready=ready)
-    if (run.doctor or {}).get("weights_sha256") != weights_digest(run, "best"):
+    seen, judged = run.doctor or {}, run.evaluation or run.verdict or {}
+    told = (judged.get("files") or {}).get("outcomes.csv")
+    if (seen.get("weights_sha256"), seen.get("evaluation")) != (asked[0], told):
         examine_run(run, n=DOCTOR_SAMPLES, device=device, allow=job.allow, ready=ready)
     if job.analyze:
         from unmoved import studies  # with all figures, for which other jobs need not wait

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, or grow line by line."""
+"""Files that are written whole or not at all, one or several together, or grow line by line."""
 
 from __future__ import annotations
 
@@ -6,14 +6,18 @@ import contextlib
 import errno
 import os
 import re
+import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO, cast
 
+from unmoved import reading
 from unmoved.errors import UnmovedError
 
+_FOLDER = ".folder"  # ends the name of a file that says which folder takes the place of another
+_SOURCE = re.compile(r"\.[a-z]+-[0-9a-f]+")
 _TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{32}\.tmp")
 
 
@@ -56,6 +60,92 @@ def replacing(path: Path, *, previous: Path | None = None) -> Iterator[BinaryIO]
     finally:
         with contextlib.suppress(OSError):  # after os.replace it is gone already
             temporary.unlink()
+
+
+def write_set(folder: Path, name: str, files: Mapping[str, bytes], folders: Mapping[str, str] = {}) -> None:
+    """Replace several files of a folder together: a crash leaves all the old ones or all the new ones.
+
+    They are written beside the old ones first. Then one rename makes them the set that is valid, ``.NAME.new``, and
+    from there each takes its place; whoever reads between the renames finds a file by `latest`.
+
+    Args:
+        name: what the set is called; a folder may hold several.
+        files: name, or path below the folder -> content.
+        folders: name -> the folder beside it that takes its place, which is given up; "" where there is to be none.
+
+    Raises:
+        UnmovedError: as `write_atomic`; the old files are as they were.
+    """
+    finish_set(folder, name)  # the one before, where a crash came between its renames
+    staged, valid = folder / f".{name}.{uuid.uuid4().hex}.tmp", folder / f".{name}.new"
+    writing = folder / name
+    try:
+        staged.mkdir(parents=True)
+        for file, data in files.items():
+            writing = folder / file
+            if writing.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            _write(staged / file, data)
+        for place, source in folders.items():
+            writing = folder / place
+            (folder / source).mkdir(exist_ok=True)
+            _write(staged / f"{place}{_FOLDER}", source.encode())
+        os.replace(staged, valid)
+    except OSError as error:
+        raise unwritten(writing, error) from error
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+    finish_set(folder, name)
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def finish_set(folder: Path, name: str) -> None:
+    """Put the files of a valid set into their places, where a crash kept `write_set` from it.
+
+    Raises:
+        UnmovedError: a folder that cannot be written.
+    """
+    valid = folder / f".{name}.new"
+    if valid.is_symlink() or not valid.is_dir():  # what a link leads to was never written here
+        return
+    try:
+        for mark in valid.glob(f"*{_FOLDER}"):
+            _replace_folder(folder / mark.name.removesuffix(_FOLDER), reading.content(mark, 100).decode())
+        for above, _, names in os.walk(valid, topdown=False):  # a page after the pictures that it shows
+            for file in sorted(names):
+                if not file.endswith(_FOLDER):
+                    place = folder / Path(above).relative_to(valid) / file
+                    place.parent.mkdir(parents=True, exist_ok=True)
+                    os.replace(Path(above) / file, place)
+        shutil.rmtree(valid)
+    except (OSError, ValueError) as error:
+        raise UnmovedError(
+            f"{valid}: saved, but its files cannot be put into their places in {folder} "
+            f"({getattr(error, 'strerror', None) or error}); mend that, and the next command does it"
+        ) from error
+
+
+def _replace_folder(place: Path, source: str) -> None:
+    new = place.with_name(source) if _SOURCE.fullmatch(source) else None
+    if new is not None and (new.is_symlink() or not new.is_dir()):
+        return  # it is in its place already
+    if place.is_dir() and not place.is_symlink():
+        shutil.rmtree(place)
+    if new is not None:
+        os.replace(new, place)
+
+
+def latest(folder: Path, name: str, file: str) -> Path:
+    """Where a file of a set is: in its place, or on its way there; its place, if there is none."""
+    valid = folder / f".{name}.new" / file
+    return valid if os.path.lexists(valid) else folder / file
 
 
 def append(path: Path, data: bytes, *, synced: bool = True) -> None:
@@ -101,7 +191,7 @@ def cut(path: Path, size: int) -> None:
 
 
 def remove_leftovers(folder: Path, *, older_than: float = 0.0, spare: str = "") -> None:
-    """Remove what killed processes left half written in a folder: the temporary files of `write_atomic`, no others.
+    """Remove what killed processes left half written in a folder: those of `write_atomic` and `write_set`, no others.
 
     Args:
         older_than: seconds; leave younger ones, where somebody else may be writing.
@@ -110,15 +200,16 @@ def remove_leftovers(folder: Path, *, older_than: float = 0.0, spare: str = "") 
     for path in folder.glob(".*.tmp"):
         match = _TEMPORARY.fullmatch(path.name)
         with contextlib.suppress(OSError):  # somebody else has removed it, or it may not be removed: it harms nobody
-            if match and match[1] != spare and time.time() - path.stat().st_mtime >= older_than:
-                path.unlink()
+            if match and match[1] != spare and time.time() - path.lstat().st_mtime >= older_than:
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def unwritten(path: Path, error: OSError) -> UnmovedError:
     """What to say where a file could not be written."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     what = "the disk is full" if full else str(error.strerror or error)
+    mend = "free some space" if full else "mend the folder"
     return UnmovedError(
-        f"could not write {path}: {what}; what was saved before is intact: free some space (or mend the folder) "
-        "and repeat the command, with --resume where it trains"
+        f"could not write {path}: {what}; what was saved before is intact: {mend} and repeat the command (train goes "
+        "on with --resume)"
     )

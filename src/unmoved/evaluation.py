@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
 import json
 import time
 from collections.abc import Callable, Collection, Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
 
-from unmoved import components, doctor, exhibits, judge, reading
+from unmoved import components, doctor, exhibits, judge, reading, successes
 from unmoved.attacks import PGD, AutoAttack, Quick, Transfer
 from unmoved.built import Built
 from unmoved.data import ArraySplit, Selection
@@ -25,9 +22,9 @@ from unmoved.data.splits import drawn
 from unmoved.disk import write_atomic
 from unmoved.errors import UnmovedError, did_you_mean, require_whole
 from unmoved.journal import Journal
-from unmoved.load import Opened, opened, weights_digest
+from unmoved.load import Opened, opened, question_about, weights_digest
 from unmoved.precision import resolve
-from unmoved.protocols import Attack, Batch, Ensemble, Image
+from unmoved.protocols import Attack, Ensemble
 from unmoved.run import Run
 
 CURVE_SAMPLES = 500
@@ -65,7 +62,8 @@ def evaluate_run(
         weights: ``"best"`` (highest validation robust accuracy) or ``"last"``.
         workers: threads that attack at a time on a CPU; 0 for as many as torch uses.
         precision: of the search alone; every success is judged in float32.
-        save_adversarial: also keep the successful images, as ``adversarial/*.npz`` beside the outcomes.
+        save_adversarial: also keep the successful images, as ``adversarial/*.npz`` beside the outcomes, when all are
+            there. Without it those of an evaluation that answered the same question stay, others go.
         validation: judge what ``training.validation`` held out instead of the test part.
         allow: packages of strangers whose code may run.
         progress: called with (share of the work, what is known so far).
@@ -85,6 +83,7 @@ def evaluate_run(
         precision = resolve(precision, next(model.parameters()).device)  # another machine's "auto" may be another one
         count = n or built.recipe.evaluation.n
         split = _judged(run, built, count, validation)
+        about = question_about(built, split, allow)
         tables: dict[str, pd.DataFrame] = {}
         kinds = _chosen(attacks, built, allow)
         if validation:
@@ -102,7 +101,11 @@ def evaluate_run(
             def follow(done: float, total: float, words: str, tell: Any = tell, most: float = most) -> None:
                 tell(most * done / total, words)
 
-            journal = Journal(folder / "journal.jsonl", _question(run, weights, attacks, chosen, split, precision))
+            question = _question(run, weights, attacks, chosen, precision) | about
+            answers = hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()
+            images = f".adversarial-{answers[:16]}" if save_adversarial else None
+            journal = Journal(folder / "journal.jsonl", question | {"kept": images})
+            successes.clear(folder, images)
             tables[kind] = table = judge.evaluate(
                 model,
                 split,
@@ -112,10 +115,12 @@ def evaluate_run(
                 precision=precision,
                 workers=workers,
                 journal=journal,
-                keep=_keeper(folder / "adversarial") if save_adversarial else None,
+                keep=None if images is None else successes.keeper(folder / images),
                 progress=follow,
             )
             facts: dict[str, Any] = {
+                "question": answers,
+                "images": split.digest,
                 "n": len(split),
                 "asked_n": count,
                 "split": split.name,
@@ -143,7 +148,7 @@ def evaluate_run(
                 name, shown = next(reversed(chosen.items()))
                 extra["gallery"] = exhibits.gallery(model, split, shown, built.threat, name=name)
             facts["seconds"] = round(time.monotonic() - began, 1)
-            run.save_evaluation(table, facts, kind=kind, **extra)
+            run.save_evaluation(table, facts, kind=kind, images=images, journal=journal.path.name, **extra)
             journal.close()
     return tables
 
@@ -192,7 +197,18 @@ def examine_run(
     facts, table = (run.evaluation, run.outcomes) if kind == "evaluation" else (run.verdict, run.verdict_outcomes)
     if facts is None or table is None:
         raise UnmovedError(f"{run.path}: expected an evaluated run, came none; run `unmoved evaluate {run.path}` first")
+    if weights_digest(run, facts["weights"]) != facts["weights_sha256"]:
+        raise UnmovedError(
+            f"{run.path}: expected the weights that were evaluated, came others: it was trained since; "
+            f"run `unmoved evaluate {run.path}` again"
+        )
     built, model = opened(run, str(facts["weights"]), device, allow) if ready is None else ready()
+    images = _judged(run, built, facts.get("asked_n"), validation=False).digest
+    if facts.get("images", images) != images:
+        raise UnmovedError(
+            f"{run.path}: expected the images that were evaluated, came others: its data changed since; "
+            f"run `unmoved evaluate {run.path}` again"
+        )
     there = np.isin(built.data.index("test").cpu().numpy(), table["index"])
     split = built.data.test.lent(torch.from_numpy(there))
     findings = doctor.examine(
@@ -207,6 +223,7 @@ def examine_run(
     )
     answer = {
         "weights_sha256": facts["weights_sha256"],
+        "evaluation": (facts.get("files") or {}).get("outcomes.csv"),
         "n": min(n, len(split)),
         "sentence": doctor.verdict(findings),
         "findings": [dataclasses.asdict(finding) for finding in findings],
@@ -255,30 +272,11 @@ def _notes(attack: Attack, num_classes: int) -> list[str]:
     return attack.notes(num_classes) if isinstance(attack, Ensemble) else []
 
 
-def _question(
-    run: Run, weights: str, asked: str, attacks: Mapping[str, Attack], split: Any, precision: str
-) -> dict[str, Any]:
+def _question(run: Run, weights: str, asked: str, attacks: Mapping[str, Attack], precision: str) -> dict[str, Any]:
     """What answers in a journal are answers to: anything that could change one of them."""
     return {
         "weights": weights_digest(run, weights),
         "attacks": {name: repr(attack) for name, attack in attacks.items()},
         "asked": asked,
-        "samples": hashlib.sha256(split.index.cpu().numpy().tobytes()).hexdigest(),
         "precision": precision,
-        "versions": [metadata.version("unmoved"), torch.__version__],
     }
-
-
-def _keeper(folder: Any) -> judge.Keep:
-    """Saves the successful images of each chunk: index, label, x_adv."""
-
-    def keep(part: str, batch: Batch, proposal: Image, success: np.ndarray) -> None:
-        if not success.any():
-            return
-        won = torch.from_numpy(success).to(proposal.device)
-        arrays: dict[str, Tensor] = {"index": batch.index[won], "label": batch.y[won], "x_adv": proposal[won]}
-        buffer = io.BytesIO()
-        np.savez_compressed(buffer, **{name: tensor.cpu().numpy() for name, tensor in arrays.items()})  # type: ignore[arg-type]
-        write_atomic(folder / f"{part}-{int(batch.index[0]):08d}.npz", buffer.getvalue())
-
-    return keep

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -56,7 +57,8 @@ def evaluate(
         precision: of the search alone: ``"float32"``, ``"bf16"`` or ``"auto"``.
         workers: threads that attack at a time on a CPU, each with a copy of the model; 0 for as many as torch uses.
         journal: where answers are written as they come, and read back from after an interruption.
-        keep: called with (part, batch, proposals, which are successes) for whoever wants the images.
+        keep: called with (part, batch, proposals, which are successes) for whoever wants the images; a part of several
+            attacks comes as ``attack,part``.
         progress: called with (work done, work in all, what is known so far).
 
     Returns:
@@ -86,6 +88,7 @@ def evaluate(
         torch.manual_seed(0)
         clean = _Clean(model, split, batch_size, threat)
         listed = {name: parts_of(name, attack, clean.num_classes) for name, attack in attacks.items()}
+        often = Counter(part for parts in listed.values() for part in parts)
         done, total = 0.0, float(sum(len(parts) for parts in listed.values()) * max(int(clean.right.sum()), 1))
         for name, parts in listed.items():
             sheet = _Sheet(name, clean, threat, cumulative=isinstance(attacks[name], Ensemble))
@@ -101,10 +104,11 @@ def evaluate(
                 def ask(own: nn.Module, chunk: _Chunk, part: str = part, attack: Attack = attack) -> _Answer:
                     return _answer(own, attack, chunk[1], threat, part, precision)
 
+                label = part if often[part] == 1 else f"{name},{part}"
                 right, ran = float(clean.right.sum()), 0
                 for (position, batch), (proposal, prediction, distance) in pool.map(ask, chunks):
                     if keep is not None:
-                        keep(part, batch, proposal, sheet.success(prediction, batch.y.cpu().numpy(), distance))
+                        keep(label, batch, proposal, sheet.success(prediction, batch.y.cpu().numpy(), distance))
                     if journal is not None:
                         journal.add(name, part, position, prediction, distance)
                     sheet.enter(part, position, prediction, distance)

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Collection
 from functools import lru_cache
+from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from unmoved import config, reading
 from unmoved.built import Built
-from unmoved.data import DataSet
+from unmoved.data import ArraySplit, DataSet, Selection
 from unmoved.errors import UnmovedError
 from unmoved.precision import layout, require_device
+from unmoved.provenance import code
 from unmoved.run import Run
 
 
@@ -65,5 +68,14 @@ def weights_digest(run: Run, weights: str) -> str:
 @lru_cache(maxsize=64)
 def _digest(path: Path, stamp: tuple[int, ...]) -> str:
     """Of a file with this stamp, which no other version of it has: weights may be large, and are asked about often."""
-    with reading.regular(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]  # a buffered reader is one
+    return reading.digest(path)
+
+
+def question_about(built: Built, split: ArraySplit | Selection, allow: Collection[str]) -> dict[str, Any]:
+    """What any answer about a run's model depends on, beside its weights and the settings of the question."""
+    recipe = json.dumps(built.recipe.tables(), sort_keys=True, default=str)
+    return {
+        "images": split.digest,
+        "recipe": hashlib.sha256(recipe.encode()).hexdigest(),
+        "versions": [metadata.version("unmoved"), torch.__version__, code(allow)],
+    }

@@ -49,8 +49,12 @@ def write(table: pd.DataFrame, path: Path) -> None:
     Raises:
         UnmovedError: see `checked`; a full disk or a folder that cannot be written.
     """
-    text = checked(table, str(path)).to_csv(index=False, lineterminator="\n")
-    write_atomic(path, text.encode())
+    write_atomic(path, as_csv(table, str(path)))
+
+
+def as_csv(table: pd.DataFrame, source: str = "outcomes") -> bytes:
+    """What `write` writes."""
+    return checked(table, source).to_csv(index=False, lineterminator="\n").encode()
 
 
 def read(path: Path) -> pd.DataFrame:

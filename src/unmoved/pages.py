@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from unmoved import drawing
+from unmoved.disk import write_set
 from unmoved.errors import UnmovedError
 
 
@@ -49,11 +48,18 @@ class Picture:
     svg: Markup
 
 
-def write(path: Path, template: str, drawn: Mapping[str, Sequence[tuple[str, Figure]]], **facts: Any) -> Path:
+def write(
+    path: Path,
+    template: str,
+    drawn: Mapping[str, Sequence[tuple[str, Figure]]],
+    beside: Mapping[str, bytes] | None = None,
+    **facts: Any,
+) -> Path:
     """Render a template to ``path`` and the figures to ``<stem>-figures/`` beside it; return ``path``.
 
     Args:
         drawn: by section: the figures, each with its heading ("" for none).
+        beside: further files of the same folder, which are written together with them.
         facts: the template's variables; ``pictures`` is added.
 
     Raises:
@@ -71,31 +77,22 @@ def write(path: Path, template: str, drawn: Mapping[str, Sequence[tuple[str, Fig
             html = Markup(drawing.to_html(svg, stem, f"{name}: {caption}" if name else caption))
             pictures[section_id].append(Picture(name, caption, f"{folder.name}/{stem}.svg", html))
     page = _environment().get_template(template).render(pictures=pictures, **facts)
-    _save(path, page, {folder / f"{stem}.svg": svg for stem, svg in files.items()})
+    texts = {f"{folder.name}/{stem}.svg": svg for stem, svg in files.items()} | {path.name: page}
+    written = {name: text.encode(errors="backslashreplace") for name, text in texts.items()}
+    try:
+        write_set(path.parent, path.name, {**(beside or {}), **written})
+    except UnmovedError as error:
+        raise UnmovedError(f"{error}; or choose another --out") from error
     return path
 
 
-def write_sections(path: Path, title: str, sections: Sequence[Section], lead: str = "") -> Path:
+def write_sections(
+    path: Path, title: str, sections: Sequence[Section], lead: str = "", beside: Mapping[str, bytes] | None = None
+) -> Path:
     """A page of sections alone; see `write`."""
     drawn = {section.id: [("", figure) for figure in section.figures] for section in sections}
     titles = {section.id: section.title for section in sections}
-    return write(path, "sections.html.jinja", drawn, title=title, titles=titles, sections=sections, lead=lead)
-
-
-def _save(path: Path, page: str, files: Mapping[Path, str]) -> None:
-    """The figures, then the page, which appears whole or not at all."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for file, svg in files.items():
-            file.parent.mkdir(exist_ok=True)
-            file.write_text(svg, encoding="utf-8", errors="backslashreplace")
-        unfinished.write_text(page, encoding="utf-8", errors="backslashreplace")
-        unfinished.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            unfinished.unlink()
-        raise UnmovedError(f"report: could not write {path}: {error.strerror}; choose another --out") from error
+    return write(path, "sections.html.jinja", drawn, beside, title=title, titles=titles, sections=sections, lead=lead)
 
 
 def _new_stem(words: str, taken: Mapping[str, str]) -> str:

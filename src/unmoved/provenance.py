@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import subprocess
 import sys
+from collections.abc import Collection
 from datetime import UTC, datetime
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -28,6 +31,29 @@ def provenance(recipe: dict[str, Any]) -> dict[str, Any]:
         "hardware": hardware(),
         "git": _git(),
     }
+
+
+def code(packages: Collection[str] = ()) -> str:
+    """The sha256 of the files of unmoved, and of what is loaded of these packages: a version may stand still."""
+    tops = {name.partition(".")[0] for name in packages}
+    theirs = [module for name, module in list(sys.modules.items()) if name.partition(".")[0] in tops]
+    files = {Path(file) for module in theirs if (file := getattr(module, "__file__", None))}
+    told = hashlib.sha256()
+    for digest in sorted([*_own_code(), *map(_sha256, files)]):
+        told.update(digest)
+    return told.hexdigest()
+
+
+@cache
+def _own_code() -> tuple[bytes, ...]:
+    return tuple(_sha256(path) for path in Path(__file__).parent.rglob("*.py"))
+
+
+def _sha256(path: Path) -> bytes:
+    try:
+        return hashlib.sha256(path.read_bytes()).digest()
+    except OSError:  # imported from an archive, or gone since
+        return str(path).encode()
 
 
 def hardware() -> dict[str, Any]:

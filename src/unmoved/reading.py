@@ -7,6 +7,7 @@ opens a file waits for ever where it is a pipe that nobody writes into, and read
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -68,6 +69,16 @@ def require_regular(path: Path, status: os.stat_result) -> None:
     if not stat.S_ISREG(status.st_mode):
         kind = _KINDS.get(stat.S_IFMT(status.st_mode), "a device")
         raise UnmovedError(f"{path}: expected a regular file, came {kind}; correct the path, or remove it")
+
+
+def digest(path: Path) -> str:
+    """The sha256 of a regular file.
+
+    Raises:
+        FileNotFoundError, UnmovedError: as `regular`.
+    """
+    with regular(path) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]  # a buffered reader is one
 
 
 def content(path: Path, most: int) -> bytes:

@@ -53,6 +53,9 @@ class Evaluation(Record):
     notes: list[str] = []
     classes: list[str] = []
     seconds: Finite = 0.0
+    question: str | None = None
+    images: str | None = None
+    files: dict[str, str] = {}
 
 
 def _a_grade(value: str) -> str:
@@ -76,6 +79,7 @@ class Doctor(Record):
 
     weights_sha256: str
     n: Count | None = None
+    evaluation: str | None = None
     sentence: str = ""
     findings: list[Objection]
 

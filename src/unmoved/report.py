@@ -35,7 +35,7 @@ TITLES = {
     "reading": "How to read this",
     "provenance": "Provenance",
 }
-WORDS = {"CLEAN": CLEAN, "WORST": WORST, "DO_NOT_BELIEVE": DO_NOT_BELIEVE, "LOOK_CLOSER": LOOK_CLOSER}
+WORDS: dict[str, Any] = {"CLEAN": CLEAN, "WORST": WORST, "DO_NOT_BELIEVE": DO_NOT_BELIEVE, "LOOK_CLOSER": LOOK_CLOSER}
 
 
 def write(runs: Sequence[Run], path: Path, title: str, extra: Sequence[Section] = ()) -> Path:

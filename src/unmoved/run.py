@@ -15,12 +15,13 @@ validation/          outcomes.csv, validation.json: of images held out of traini
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
 import shlex
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ import tomli_w
 from torch import nn
 
 from unmoved import checkpoint, lock, models, outcomes, reading, records
-from unmoved.disk import remove_leftovers, write_atomic
+from unmoved.disk import finish_set, latest, remove_leftovers, write_atomic, write_set
 from unmoved.errors import UnmovedError
 from unmoved.log import METRICS, PER_CLASS, Log, by_class, divided
 from unmoved.provenance import provenance
@@ -123,8 +124,10 @@ class Run:
         with lock.alone(self.path):
             remove_leftovers(self.path, spare="doctor.json")
             for kind in ("evaluation", "verdict", "validation"):
+                finish_set(self.path / kind, kind)
                 remove_leftovers(self.path / kind)
-                remove_leftovers(self.path / kind / "adversarial")
+                for folder in (self.path / kind).glob("*adversarial*"):
+                    remove_leftovers(folder)
             for folder in (self.path, self.path / "analysis"):  # where doctor and analyses may be writing right now
                 remove_leftovers(folder, older_than=3600.0)
             yield
@@ -197,19 +200,38 @@ class Run:
         kind: str = "evaluation",
         curve: pd.DataFrame | None = None,
         gallery: dict[str, np.ndarray] | None = None,
+        images: str | None = None,
+        journal: str | None = None,
     ) -> None:
-        """Into the folder ``kind``; ``<kind>.json`` comes last: an evaluation is there when it is."""
+        """Into the folder ``kind``, in the place of the evaluation that is there: as a whole, or not at all.
+
+        Args:
+            facts: with a ``question``, the images of an evaluation that answered the same one are kept.
+            images: the folder in there whose images become ``adversarial``.
+            journal: the file in there that has done its work; it is emptied.
+        """
         folder = self.path / kind
-        with suppress(NotADirectoryError):  # the writes below say it better
-            (folder / f"{kind}.json").unlink(missing_ok=True)
-        outcomes.write(table, folder / "outcomes.csv")
+        files = {"outcomes.csv": outcomes.as_csv(table, str(folder / "outcomes.csv"))}
         if curve is not None:
-            outcomes.write(curve, folder / "curve.csv")
+            files["curve.csv"] = outcomes.as_csv(curve, str(folder / "curve.csv"))
         if gallery is not None:
             buffer = io.BytesIO()
             np.savez_compressed(buffer, **gallery)  # type: ignore[arg-type]
-            write_atomic(folder / "gallery.npz", buffer.getvalue())
-        write_atomic(folder / f"{kind}.json", _json(facts))
+            files["gallery.npz"] = buffer.getvalue()
+        told = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+        files[f"{kind}.json"] = _json(facts | {"files": told})
+        if journal is not None:
+            files[journal] = b""  # with the rest: it would go on without the images that it has answers for
+        folders = {"adversarial": images or ""}
+        if images is None and self._answered(kind) == facts.get("question", ""):
+            folders = {}
+        write_set(folder, kind, files, folders)
+
+    def _answered(self, kind: str) -> str | None:
+        try:
+            return (self._facts(kind) or {}).get("question")
+        except UnmovedError:  # it is about to be replaced
+            return None
 
     @property
     def evaluation(self) -> dict[str, Any] | None:
@@ -226,7 +248,17 @@ class Run:
         return self._facts("validation")
 
     def _facts(self, kind: str) -> dict[str, Any] | None:
-        return records.read(records.Evaluation, self.path / kind / f"{kind}.json", self._again("evaluate"))
+        path = latest(self.path / kind, kind, f"{kind}.json")
+        return records.read(records.Evaluation, path, self._again("evaluate"))
+
+    def _require_own(self, kind: str, path: Path) -> None:
+        """Raise `UnmovedError` where a file is not the one that was saved with the facts beside it."""
+        expected = ((self._facts(kind) or {}).get("files") or {}).get(path.name)
+        if expected is not None and reading.digest(path) != expected:
+            raise UnmovedError(
+                f"{path}: expected what {kind}.json was saved with, came something else; if another process was "
+                f"saving just now, repeat the command, otherwise {self._again('evaluate')}"
+            )
 
     @property
     def doctor(self) -> dict[str, Any] | None:
@@ -235,38 +267,42 @@ class Run:
 
     @property
     def outcomes(self) -> pd.DataFrame | None:
-        return self._outcomes("evaluation/outcomes.csv")
+        return self._outcomes("evaluation", "outcomes.csv")
 
     @property
     def verdict_outcomes(self) -> pd.DataFrame | None:
-        return self._outcomes("verdict/outcomes.csv")
+        return self._outcomes("verdict", "outcomes.csv")
 
     @property
     def curve(self) -> pd.DataFrame | None:
-        return self._outcomes("evaluation/curve.csv")
+        return self._outcomes("evaluation", "curve.csv")
 
-    def _outcomes(self, name: str) -> pd.DataFrame | None:
+    def _outcomes(self, kind: str, name: str) -> pd.DataFrame | None:
         """A table, looked through once as long as its file is the same: a new one never has all of these alike."""
-        path = self.path / name
+        path = latest(self.path / kind, kind, name)
         try:
             with reading.regular(path) as file:
                 status = os.fstat(file.fileno())
         except FileNotFoundError:
             return None
-        stamp = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
-        if name not in self._tables or self._tables[name][0] != stamp:
-            self._tables[name] = stamp, outcomes.read(path)
-        return self._tables[name][1].copy()  # what a caller changes is his own
+        key, stamp = f"{kind}/{name}", (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+        if key not in self._tables or self._tables[key][0] != stamp:
+            table = outcomes.read(path)
+            self._require_own(kind, path)
+            self._tables[key] = stamp, table
+        return self._tables[key][1].copy()  # what a caller changes is his own
 
     @property
     def gallery(self) -> dict[str, np.ndarray] | None:
-        path = self.path / "evaluation" / "gallery.npz"
+        path = latest(self.path / "evaluation", "evaluation", "gallery.npz")
         if not os.path.lexists(path):
             return None
         try:
-            return reading.npz(path, GALLERY) or None
+            arrays = reading.npz(path, GALLERY)
         except UnmovedError as error:
             raise UnmovedError(f"{error}; {self._again('evaluate')}") from error
+        self._require_own("evaluation", path)
+        return arrays or None
 
     def _again(self, command: str) -> str:
         return f"run `unmoved {command} {self.path}` again"

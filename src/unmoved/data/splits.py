@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from unmoved.data.checks import as_classes, as_images, as_labels, held_out, seed
 from unmoved.errors import UnmovedError, require_whole
 from unmoved.protocols import Batch, Image, Index, Label
 
-MOVED = 4096  # images that go to another device at a time
+MOVED = 4096  # images that are copied at a time
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -97,6 +99,11 @@ class ArraySplit:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @cached_property
+    def digest(self) -> str:
+        """The sha256 of images, labels, identities and classes: other images of as many samples are other data."""
+        return _digest(self, self.images.split(MOVED))
 
     def batches(self, size: int, *, shuffle: int | None = None) -> Iterator[Batch]:
         """Batches of at most ``size`` samples, images as float32 in [0, 1].
@@ -191,6 +198,11 @@ class Selection:
     index = property(lambda self: self.whole.index[self.rows])
     images = property(lambda self: self.whole.images[self.rows], doc="(N, C, H, W), a copy, as `ArraySplit.images`.")
 
+    @cached_property
+    def digest(self) -> str:
+        """As `ArraySplit.digest`, and the same as that of a copy."""
+        return _digest(self, (self.whole.images[rows] for rows in self.rows.split(MOVED)))
+
     def batches(self, size: int, *, shuffle: int | None = None) -> Iterator[Batch]:
         """The batches of `ArraySplit.batches`."""
         size = require_whole("batch size", size, at_least=1)
@@ -228,6 +240,14 @@ def positions_of_part(total: int, number: int, of: int, permutation: int) -> Ten
     """The positions of the samples of `ArraySplit.part`, in a split of ``total``."""
     size, order = total // of, torch.randperm(total, generator=seeded(permutation))
     return order[number * size : (number + 1) * size]
+
+
+def _digest(split: ArraySplit | Selection, images: Iterable[Tensor]) -> str:
+    told = hashlib.sha256(repr((len(split), split.shape, split.classes)).encode())
+    for tensor in (*images, split.labels, split.index):
+        told.update(str(tensor.dtype).encode())
+        told.update(tensor.cpu().contiguous().numpy().data)
+    return told.hexdigest()
 
 
 def _as_floats(images: Tensor) -> Image:

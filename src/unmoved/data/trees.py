@@ -104,4 +104,5 @@ def _walk(root: Path) -> tuple[dict[str, str], set[str]]:
 
 
 def _stamp(status: os.stat_result) -> str:
-    return f"{status.st_size} {status.st_mtime_ns}"
+    # Times of content may be set, and copying tools do; the time of the last change of any kind may not.
+    return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"

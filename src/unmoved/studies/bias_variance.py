@@ -90,7 +90,7 @@ def predict(group: Group, eps: float, mode: str) -> Tensor:
     attack = PGD(threat, steps=STEPS, step_size=3 * eps / STEPS, start="none")
     asked = {"attack": repr(attack) if eps else None, "mode": mode if eps else None}
     if mode != "own" and eps:
-        asked["models"] = [member.question["weights"] for member in group.members]  # type: ignore[assignment]
+        asked["models"] = [member.question for member in group.members]  # type: ignore[assignment]
     every = []
     for k, member in enumerate(group.members):
 

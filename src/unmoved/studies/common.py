@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +9,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import nn
@@ -18,10 +16,9 @@ from torch import nn
 from unmoved import pages
 from unmoved.built import Built
 from unmoved.data import ArraySplit, DataSet
-from unmoved.disk import write_atomic
 from unmoved.errors import UnmovedError, require_whole
 from unmoved.judged import Judged, require_same_samples, samples_of
-from unmoved.load import Opened, opened, weights_digest
+from unmoved.load import Opened, opened, question_about, weights_digest
 from unmoved.outcomes import CLEAN, WORST, by_sample
 from unmoved.pages import Section
 from unmoved.run import Run
@@ -81,12 +78,11 @@ class Study:
             UnmovedError: a folder that cannot be written.
         """
         folder = out / self.name
-        for name, table in self.tables.items():
-            write_atomic(folder / f"{name}.csv", table.to_csv(index=False).encode())
+        files = {f"{name}.csv": table.to_csv(index=False).encode() for name, table in self.tables.items()}
         facts = {"verdict": list(self.verdict), "settings": dict(self.settings), "versions": _versions()}
-        write_atomic(folder / "verdict.json", (json.dumps(facts, indent=2) + "\n").encode())
+        files["verdict.json"] = (json.dumps(facts, indent=2) + "\n").encode()
         lead = f"{_count(len(self.settings['runs']), 'run')}, n = {self.settings['n']} test images"
-        return pages.write_sections(folder / "index.html", self.title, self.sections, lead=lead)
+        return pages.write_sections(folder / "index.html", self.title, self.sections, lead=lead, beside=files)
 
 
 def subjects(
@@ -125,12 +121,12 @@ def subjects(
         if held is None:
             test = built.data.test
             split = test if n is None else test.take(min(n, len(test)), seed=0)
-            read[asked] = held = _Read(built.source, split, _digest(split))
+            read[asked] = held = _Read(built.source, split)
         if found:
             _require_alike(found[0], run, built, held.split, same_threat)
-            if held.digest == found[0].question["images"]:  # files of other names, the same images
+            if held.split.digest == found[0].split.digest:  # files of other names, the same images
                 read[asked] = held = held._replace(split=found[0].split)
-        question = {"weights": weights_digest(run, weights), "images": held.digest, **_versions()}
+        question = {"weights": weights_digest(run, weights), **question_about(built, held.split, allow)}
         found.append(Subject(name, run, built, model, held.split, question))
     return found
 
@@ -140,7 +136,6 @@ class _Read(NamedTuple):
 
     source: DataSet
     split: ArraySplit
-    digest: str
 
 
 def names_of(runs: Sequence[Run]) -> list[str]:
@@ -220,13 +215,6 @@ def _count(number: int, name: str) -> str:
 
 def _evaluated(run: Run) -> bool:
     return run.evaluation is not None or run.verdict is not None
-
-
-def _digest(split: ArraySplit) -> str:
-    told = hashlib.sha256()
-    for tensor in (split.images, split.labels, split.index):
-        told.update(np.ascontiguousarray(tensor.cpu().numpy()).data)
-    return told.hexdigest()
 
 
 def _versions() -> dict[str, str]:
