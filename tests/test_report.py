@@ -302,7 +302,7 @@ def test_files_are_read_once() -> None:
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "_figures", lambda judged: {name: [] for name in report.TITLES})
     (tmp_path / "file").write_text("")
-    with pytest.raises(UnmovedError, match=r"could not write .*r\.html: .*; choose another --out"):
+    with pytest.raises(UnmovedError, match=r"could not write .*r\.html: .*; or choose another --out"):
         report.write([bare()], tmp_path / "file" / "r.html", "x")
 
 
@@ -750,7 +750,7 @@ def test_each_table_is_looked_through_once(tmp_path: Path, monkeypatch: pytest.M
     assert kept is not None
     assert kept["label"].max() < 7
     assert len(seen) == 9
-    outcomes.write(kept.assign(eps=0.2), runs[0].path / "evaluation" / "outcomes.csv")
+    runs[0].save_evaluation(kept.assign(eps=0.2), runs[0].evaluation or {})
     changed = runs[0].outcomes
     assert changed is not None
     assert set(changed["eps"]) == {0.2}
