@@ -342,15 +342,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     np.savez(folder / "darker.npz", **parts, x_test=x[160:] * 0.6)
     np.savez(folder / "labels.npz", **(parts | {"y_test": (y[160:] + 1) % 3}), x_test=x[160:])
     shutil.copy(folder / "first.npz", folder / "data.npz")
-    text = RECIPE.replace(
-        'use = "digits"\ntest = 1500', f'use = "arrays"\npath = "{folder / "data.npz"}"\nlayout = "NCHW"'
-    )
-    unmoved(
-        "train",
-        recipe(folder, text.replace("n = 30", "n = 60").replace("epochs = 2", "epochs = 30")),
-        "--out",
-        folder / "run",
-    ).fine()
+    data = f'use = "arrays"\npath = "{folder / "data.npz"}"\nlayout = "NCHW"'
+    text = RECIPE.replace('use = "digits"\ntest = 1500', data).replace("n = 30", "n = 60")
+    unmoved("train", recipe(folder, text), "--set", "training.epochs=30", "--out", folder / "run").fine()
     return folder
 
 
@@ -414,11 +408,9 @@ def test_after_an_interruption_all_images_are_there(
     broken_off(run, monkeypatch, 5, save_adversarial=before)
     assert not (run.path / "evaluation" / "adversarial").exists(), "until all are there"
     evaluate_run(run, batch_size=8, save_adversarial=True)
-    assert (
-        images_of(run).keys()
-        == images_of(whole).keys()
-        == set(table["index"][table["success"] & (table["by"] == "pgd")])
-    )
+    broken = set(table["index"][table["by"] == "pgd"])
+    assert images_of(run).keys() == images_of(whole).keys() == broken
+    assert len(broken) > 0
     assert not list((run.path / "evaluation").glob(".*"))
 
 
