@@ -234,6 +234,87 @@ def test_long_names_go_to_a_legend() -> None:
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["short", "x" * 40]
 
 
+def crowd(count: int) -> pd.DataFrame:
+    """Recipes scattered below a line, each third of them on it."""
+    draw, rows = np.random.default_rng(0), []
+    for k in range(count):
+        clean = 0.6 + 0.3 * k / count
+        worst = 0.9 - 0.5 * clean - (0 if k % 3 == 0 else 0.2 + 0.2 * draw.random())
+        for measure, value in (("clean", clean), ("worst case", worst)):
+            row = {"recipe": f"m{k}", "seed": 0, "measure": measure, "n": 200, "accuracy": value}
+            rows.append(row | {"low": value - 0.03, "high": value + 0.03})
+    return pd.DataFrame(rows)
+
+
+@pytest.mark.parametrize("count", [12, 13, 30, 160])
+def test_of_many_recipes_the_front_is_named_and_the_others_are_one_artist_that_says_how_many(count: int) -> None:
+    figure = figures.tradeoff(crowd(count))
+    (axes,) = figure.axes
+    named, others = len(axes.containers), count - drawing.MOST
+    assert named == drawing.MOST
+    if not others:
+        assert len(axes.texts) == count
+        assert not figure.legends
+        return
+    texts = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert len(texts) == named + 1
+    assert f"{others} other recipes" in texts
+    assert f"{others} other recipes" in str(figure.get_label())
+    (grey,) = [line for line in axes.lines if line.get_label() == f"{others} other recipes"]
+    assert np.isfinite(grey.get_xdata()).sum() == others  # all are there
+    on_front = {f"m{k}" for k in range(0, count, 3)}
+    assert len(on_front & set(texts)) == min(drawing.MOST, len(on_front))
+    assert not axes.texts
+
+
+def test_of_many_curves_the_most_robust_are_told_apart() -> None:
+    one = curve_table()[curve_table()["recipe"] == "a"]
+    lines = [one.assign(recipe=f"m{k}", accuracy=one["accuracy"] * (0.5 + k / 200)) for k in range(40)]
+    figure = figures.robustness_curve(pd.concat(lines), eps=0.1)
+    (axes,) = figure.axes
+    texts = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert set(texts) == {"28 other lines", *(f"m{k}" for k in range(28, 40))}
+    assert len(axes.collections) == 12
+    assert "28 other lines" in str(figure.get_label())
+    assert len(axes.lines) == 12 + 1 + 1  # the others are one, and eps has its line
+
+
+def test_legends_leave_the_picture_its_room() -> None:
+    def height(table: pd.DataFrame) -> float:
+        (axes,) = (figure := figures.tradeoff(table)).axes
+        return float(axes.get_position().height * figure.get_figheight())
+
+    assert height(crowd(160)) > 0.9 * height(crowd(3))
+    assert height(tradeoff_table(tuple(f"{k}" + "x" * 40 for k in range(12)))) > 0.9 * height(crowd(3))
+
+
+def test_names_are_placed_without_an_artist_for_each_place_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One text is measured and one annotation made for each name: not twelve, each laid out anew."""
+    made: list[int] = []
+    real = matplotlib.text.Text.__init__
+    axes: Any = drawing.canvas(5, 4).add_subplot()
+    points = [(float(k % 7), float(k), f"name {k}") for k in range(30)]
+    axes.plot(*np.array([p[:2] for p in points]).T)
+
+    def counted(self: Any, *args: Any, **settings: Any) -> None:
+        made.append(1)
+        real(self, *args, **settings)
+
+    axes.figure.draw_without_rendering()  # ticks have texts, too
+    monkeypatch.setattr(matplotlib.text.Text, "__init__", counted)
+    drawing.place_names(axes, points, [])
+    assert len(made) <= 2 * len(points)
+    assert sorted(text.get_text() for text in axes.texts) == sorted(name for *_, name in points)
+
+
+def test_the_front_is_what_no_point_beats_in_both() -> None:
+    draw = np.random.default_rng(1)
+    x, y = (pd.Series(draw.random(60)) for _ in range(2))
+    beaten = [any(x[j] >= x[k] and y[j] >= y[k] and j != k for j in range(60)) for k in range(60)]
+    assert sorted(drawing.front(x, y)) == [k for k in range(60) if not beaten[k]]
+    assert len(drawing.front(pd.Series(range(50)), -pd.Series(range(50)))) == drawing.MOST
+
+
 def test_the_curve_shows_accuracies_bands_and_the_verdict_eps() -> None:
     table = curve_table().sample(frac=1, random_state=0)  # order of rows must not matter
     (axes,) = (figure := figures.robustness_curve(table, norm="linf", eps=0.15)).axes

@@ -294,3 +294,22 @@ def test_a_log_axis_has_plain_numbers_on_every_range(factor: float) -> None:
     low, high = axes.get_xlim()
     assert sum(low <= tick <= high for tick in axes.get_xticks()) >= 2
     assert not [text for text in words(figure) if "$" in text]
+
+
+def test_of_many_runs_the_flattest_or_most_robust_are_shown_and_the_others_counted() -> None:
+    runs = tuple(f"m{k}" for k in range(40))  # the later, the flatter
+    curves = figures.corruption_curves(sweep_table(runs))
+    said = [text.get_text() for text in curves.legends[0].get_texts()]
+    named = {f"m{k} ({kind})" for k in range(28, 40) for kind in ("adversarial", "random")}
+    assert set(said) == named | {"28 other runs"}
+    assert "28 other runs" in str(curves.get_label())
+    layers = figures.corruption_layers(layer_table(runs))  # the earlier, the flatter
+    said = [text.get_text() for text in layers.legends[0].get_texts()]
+    assert set(said) == {f"m{k} ({kind})" for k in range(12) for kind in ("adversarial", "random mean")}
+    assert "28 runs" in str(layers.get_label())
+    scatter = figures.flatness(runs_table(40).assign(i_max=0.5 + np.arange(40)), "Undecided.")
+    said = [text.get_text() for text in scatter.legends[0].get_texts()]
+    assert set(said) == {f"digits/run-{k}" for k in range(12)} | {"28 other runs"}
+    assert "28 other runs" in str(scatter.get_label())
+    (grey,) = [line for line in scatter.axes[0].lines if line.get_label() == "28 other runs"]
+    assert np.isfinite(grey.get_xdata()).sum() == 28

@@ -128,3 +128,16 @@ def test_the_figure_needs_neither_torch_nor_an_analysis(name: str) -> None:
     ]
     assert "pandas" in names
     assert not [each for each in names if "torch" in each or "pyplot" in each or "analyses" in each]
+
+
+def test_of_many_methods_those_on_the_front_and_the_most_robust_have_a_look_of_their_own() -> None:
+    k = np.arange(40)
+    table = pd.DataFrame({"method": [f"m{j}" for j in k], "strength": np.nan, "clean": 0.9 - 0.01 * k, "n": 100})
+    table["robust"], table["on_front"] = np.where(k == 0, 0.2, 0.1 + 0.002 * k), k == 0
+    for name in ("clean", "robust"):
+        table[f"{name}_low"], table[f"{name}_high"] = table[name] - 0.02, table[name] + 0.02
+    figure = pareto(table)
+    said = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert set(said) == {"m0", *(f"m{j}" for j in range(29, 40)), "28 other methods"}
+    assert "28 other methods" in str(figure.get_label())
+    assert sum(len(line.get_xdata()) for line in marks(figure.axes[0])) >= 40

@@ -212,3 +212,13 @@ def test_a_view_or_a_correlation_that_is_not_there_is_refused() -> None:
         softmax.across(summary_table().drop(columns="variance"))
     with pytest.raises(UnmovedError, match=r"correlations: .* none of low"):
         softmax.across(summary_table(), correlation_table().drop(columns="low"))
+
+
+def test_of_many_runs_the_most_accurate_are_named_and_the_others_counted() -> None:
+    table = summary_table(tuple(f"m{k}" for k in range(40))).assign(robust_accuracy=0.2 + 0.01 * np.arange(40))
+    figure = softmax.across(table)
+    said = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert set(said) == {f"m{k}" for k in range(28, 40)} | {"28 other runs"}
+    assert "28 other runs" in str(figure.get_label())
+    assert "28 other runs" in words(figure)
+    assert not figure.axes[0].texts

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from xml.etree import ElementTree
 
 import matplotlib
@@ -20,15 +20,16 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
 from unmoved.errors import UnmovedError
 
+Key = TypeVar("Key")
 INK, GRID, PAPER = "#1b1b1a", "#dcdcd9", "#fefefd"  # no data has these colours, so a page may exchange them (dark mode)
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", INK)
 MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
 LINES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (6, 1.5, 1, 1.5, 1, 1.5)))
+MOST = 12  # series that a reader tells apart in one picture; where there are more, the others are grey
 STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 10.0,
@@ -105,42 +106,88 @@ def bar(low: Any, middle: Any, high: Any) -> np.ndarray:
     return np.maximum(np.stack([np.asarray(middle) - low, np.asarray(high) - middle]), 0)
 
 
+def foremost(keys: Sequence[Key], rank: Callable[[Key], Any]) -> tuple[list[Key], list[Key]]:
+    """The `MOST` keys of lowest rank, in the order in which they came, and the others; all, where there are as few."""
+    best = set(sorted(keys, key=rank)[:MOST])
+    return [key for key in keys if key in best], [key for key in keys if key not in best]
+
+
+def front(x: pd.Series, y: pd.Series) -> list[Any]:
+    """The labels of the points that no other beats in both, at most `MOST` of them, evenly along the front."""
+    found, best = list[Any](), -np.inf
+    for label in pd.DataFrame({"x": x, "y": y}).sort_values(["x", "y"], ascending=False, kind="stable").index:
+        if y[label] > best:
+            found.append(label)
+            best = y[label]
+    return [found[k] for k in np.linspace(0, len(found) - 1, min(MOST, len(found))).round().astype(int)]
+
+
+def draw_others(axes: Axes, lines: Sequence[tuple[Any, Any]], what: str, **looks: Any) -> str:
+    """Draw what has no look of its own as one grey artist, however many lines it is; return how it is to be told.
+
+    Args:
+        lines: x and y of each.
+        what: what they are, in the plural.
+    """
+    if not lines:
+        return ""
+    gap = [np.nan]
+    x, y = (np.concatenate([part for line in lines for part in (np.ravel(line[k]), gap)]) for k in (0, 1))
+    label = f"{len(lines)} other {what}"
+    grey: dict[str, Any] = {"color": INK, "alpha": 0.3, "linewidth": 0.7, "markersize": 4, "zorder": 0.8}
+    axes.plot(x, y, label=label, **grey | looks)
+    return label
+
+
+def legend_above(figure: Figure) -> None:
+    """What the first axes' series are, above the picture, which grows by the room that it takes."""
+    handles, names = figure.axes[0].get_legend_handles_labels()
+    columns = 2 if max(map(len, names)) <= 24 else 1
+    figure.set_figheight(figure.get_figheight() + 0.15 + 0.21 * -(-len(names) // columns))
+    figure.legend(handles, names, loc="outside upper center", ncols=columns)
+
+
 def place_names(axes: Axes, points: Sequence[tuple[float, float, str]], bars: Sequence[Any]) -> None:
-    """Write the name beside each point (x, y, name) where it hides least: no marker or name, few of the bars (2, 2)."""
+    """Write the name beside each point (x, y, name) where it hides least: no marker or name, few of the bars (2, 2).
+
+    One text is measured for each name, and one annotation made.
+    """
     figure: Any = axes.figure
     figure.draw_without_rendering()
-    renderer, frame = figure.canvas.get_renderer(), axes.get_window_extent()
-    taken = [(Bbox([place, place]).padded(9), 5.0) for place in axes.transData.transform([p[:2] for p in points])]
-    taken += [(Bbox(axes.transData.transform(ends)).padded(3), 1.0) for ends in bars]
-    sides = [(right, up) for reach in (5, 12, 20) for up in (reach, -reach) for right in (reach, -reach)]
-    for x, y, name in points:
-        tried, costs = [], []
-        for right, up in sides:
-            corner = {"relpos": (float(right < 0), float(up < 0)), "shrinkA": 0, "shrinkB": 4}
-            leader = {"arrowstyle": "-", "color": INK, "linewidth": 0.6, **corner} if abs(up) > sides[0][1] else None
-            text = axes.annotate(name, (x, y), xytext=(right, up), textcoords="offset points", arrowprops=leader)
-            text.set(ha="left" if right > 0 else "right", va="bottom" if up > 0 else "top", fontweight="bold")
-            text.set_bbox({"facecolor": PAPER, "alpha": 0.75, "linewidth": 0, "pad": 0.6})
-            text.set_in_layout(False)
-            text.update_positions(renderer)
-            box = Text.get_window_extent(text, renderer)  # an Annotation's own would count the leader
-            outside, hidden = _area(box) - _overlap(box, frame), sum(weight * _overlap(box, t) for t, weight in taken)
-            costs.append(10 * outside + hidden + 2 * abs(up))
-            tried.append((text, box))
-        best = int(np.argmin(costs))
-        for k, (text, _) in enumerate(tried):
-            if k != best:
-                text.remove()
-        taken.append((tried[best][1], 5.0))
+    renderer, frame = figure.canvas.get_renderer(), np.array([axes.get_window_extent().extents])
+    places = axes.transData.transform([p[:2] for p in points])
+    taken = [Bbox([place, place]).padded(9).extents for place in places]
+    taken += [Bbox(axes.transData.transform(ends)).padded(3).extents for ends in bars]
+    boxes, weights = np.array(taken), np.repeat([5.0, 1.0], [len(points), len(bars)])
+    # A bar's ends come in any order.
+    boxes = np.hstack([np.minimum(boxes[:, :2], boxes[:, 2:]), np.maximum(boxes[:, :2], boxes[:, 2:])])
+    offsets = [(right, up) for reach in (5, 12, 20) for up in (reach, -reach) for right in (reach, -reach)]
+    sides = np.array(offsets)
+    near, corners = sides[0, 1], sides * figure.dpi / 72
+    for (x, y, name), place in zip(points, places, strict=True):
+        text = axes.text(x, y, name, fontweight="bold")
+        size = np.array(text.get_window_extent(renderer).size)
+        text.remove()
+        low = place + corners - np.where(sides < 0, size, 0)
+        tried = np.hstack([low, low + size])
+        outside = size.prod() - _overlaps(tried, frame)[:, 0]
+        costs = 10 * outside + _overlaps(tried, boxes) @ weights + 2 * np.abs(sides[:, 1])
+        right, up = offsets[best := int(np.argmin(costs.round(3)))]
+        corner = {"relpos": (float(right < 0), float(up < 0)), "shrinkA": 0, "shrinkB": 4}
+        leader = {"arrowstyle": "-", "color": INK, "linewidth": 0.6, **corner} if abs(up) > near else None
+        text = axes.annotate(name, (x, y), xytext=(right, up), textcoords="offset points", arrowprops=leader)
+        text.set(ha="left" if right > 0 else "right", va="bottom" if up > 0 else "top", fontweight="bold")
+        text.set_bbox({"facecolor": PAPER, "alpha": 0.75, "linewidth": 0, "pad": 0.6})
+        text.set_in_layout(False)
+        boxes, weights = np.vstack([boxes, tried[best]]), np.append(weights, 5.0)
 
 
-def _area(box: Bbox) -> float:
-    return float(box.width * box.height)
-
-
-def _overlap(one: Bbox, other: Bbox) -> float:
-    common = Bbox.intersection(one, other)
-    return _area(common) if common else 0.0
+def _overlaps(these: np.ndarray, those: np.ndarray) -> np.ndarray:
+    """The area that each of these boxes (A, 4) has in common with each of those (B, 4): (A, B)."""
+    low = np.maximum(these[:, None, :2], those[None, :, :2])
+    high = np.minimum(these[:, None, 2:], those[None, :, 2:])
+    area: np.ndarray = np.clip(high - low, 0, None).prod(axis=2)
+    return area
 
 
 def to_svg(figure: Figure) -> str:

@@ -18,7 +18,10 @@ from unmoved.drawing import (
     bar,
     canvas,
     count,
+    draw_others,
     finished,
+    foremost,
+    legend_above,
     place_names,
     require_columns,
     style,
@@ -47,11 +50,14 @@ def corruption_curves(table: pd.DataFrame) -> Figure:
     keys = ["run", "measure", "kind", "eps_relative"]
     require_columns(table, [*keys, "mean", "low", "high", "draws", "images"], "corruption_curves")
     _require_single(table, keys, "corruption_curves")
-    runs = list(dict.fromkeys(table["run"]))
-    figure = canvas(5.0, 5.2 + 0.2 * math.ceil(len(runs) / 2))
+    runs, others = _flattest(table)
+    figure = canvas(5.0, 5.2 + 0.2 * math.ceil((len(runs) + bool(others)) / 2))
     top, bottom = figure.subplots(2, 1, sharex=True)
     panels = (("loss", top, 1.0, "loss change (nats)"), ("accuracy", bottom, 100.0, "accuracy change (points)"))
     for measure, axes, scale, label in panels:
+        of = table[(table["measure"] == measure) & (table["kind"] == "adversarial")].sort_values("eps_relative")
+        lines = [(rows["eps_relative"], scale * rows["mean"]) for run, rows in of.groupby("run") if run in set(others)]
+        rest = draw_others(axes, lines, "runs")
         for k, run in enumerate(runs):
             looks: dict[str, Any] = {"color": COLOURS[k % len(COLOURS)], "marker": MARKERS[k % len(MARKERS)]}
             for kind, line in KINDS.items():
@@ -81,7 +87,8 @@ def corruption_curves(table: pd.DataFrame) -> Figure:
         figure,
         f"How much loss and accuracy change when the weights are corrupted ({n} images). Solid and filled: the worst "
         f"corruption that the attack found; dashed and hollow: the mean of {draws} random ones of the same size, bands "
-        f"are {MEANS}. The axis of the loss is logarithmic above {LINEAR:g} nats and linear below.",
+        f"are {MEANS}. The axis of the loss is logarithmic above {LINEAR:g} nats and linear below."
+        + (f" In grey, the worst corruption alone: {rest}, less flat than the {len(runs)} named." if rest else ""),
     )
 
 
@@ -103,7 +110,7 @@ def corruption_layers(table: pd.DataFrame) -> Figure:
     if len(sizes) != 1:
         raise UnmovedError(f"corruption_layers: expected one eps_relative, came {sizes}; choose the rows of one")
     _require_single(table, ["run", "scope", "kind"], "corruption_layers")
-    runs, scopes = list(dict.fromkeys(table["run"])), list(dict.fromkeys(table["scope"]))
+    (runs, others), scopes = _flattest(table), list(dict.fromkeys(table["scope"]))
     thick = 0.8 / len(runs)
     figure = canvas(5.0, 1.4 + 0.2 * len(runs) + (0.16 + 0.2 * len(runs)) * len(scopes))
     axes: Any = figure.add_subplot()
@@ -130,8 +137,17 @@ def corruption_layers(table: pd.DataFrame) -> Figure:
     return finished(
         figure,
         f"Loss change when one layer alone is corrupted, {said} ({n} images): bars are the worst corruption that the "
-        f"attack found, markers the mean of {_draws(table)} random ones with {MEANS}.",
+        f"attack found, markers the mean of {_draws(table)} random ones with {MEANS}."
+        + (f" Left out, less flat than the {len(runs)} that are shown: {len(others)} runs." if others else ""),
     )
+
+
+def _flattest(table: pd.DataFrame) -> tuple[list[Any], list[Any]]:
+    """The runs whose loss the worst corruption changes least, at its largest, and the others."""
+    of = table[table["kind"] == "adversarial"]
+    of = of[of["measure"] == "loss"] if "measure" in of else of
+    largest = of.groupby("run")["mean"].max().to_dict()
+    return foremost(list(dict.fromkeys(table["run"])), lambda run: largest.get(run, math.inf))
 
 
 @style()
@@ -221,7 +237,11 @@ def flatness(table: pd.DataFrame, sentence: str = "") -> Figure:
     figure = canvas(5.0, 3.7)
     axes: Any = figure.add_subplot()
     points, segments = [], []
-    for k, row in enumerate(table.to_dict("records")):
+    accuracy = 100 * table["robust_accuracy"].to_numpy(float)
+    shown, others = foremost(range(len(table)), lambda k: -accuracy[k])
+    grey = [(float(table["i_max"].iloc[k]), float(accuracy[k])) for k in others]
+    rest = draw_others(axes, grey, "runs", marker="o", linestyle="none")
+    for k, row in enumerate(table.iloc[shown].to_dict("records")):
         x, y = float(row["i_max"]), 100 * float(row["robust_accuracy"])
         looks = {"color": COLOURS[k % len(COLOURS)], "marker": MARKERS[k % len(MARKERS)], "markeredgecolor": PAPER}
         low, high = (100 * float(row.get(name, row["robust_accuracy"])) for name in ("low", "high"))
@@ -236,15 +256,20 @@ def flatness(table: pd.DataFrame, sentence: str = "") -> Figure:
     axes.set_xlabel("I_max, largest loss change found (nats)")
     axes.set_ylabel("robust accuracy (%)")
     n = count(table["images"])
-    figure.supxlabel(f"{len(table)} runs; {n} images" + ("; bars: 95 % intervals" if "low" in table else ""))
-    if max(len(name) for *_, name in points) <= 24:
+    figure.supxlabel(
+        f"{len(table)} runs; {n} images"
+        + ("; bars: 95 % intervals" if "low" in table else "")
+        + (f"; grey: {rest}" if rest else "")
+    )
+    if max(len(name) for *_, name in points) <= 24 and not others:
         place_names(axes, points, segments)
     else:
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center")  # longer names do not fit
+        legend_above(figure)  # longer names do not fit, nor as many
     return finished(
         figure,
         f"Robust accuracy against the largest loss change under corruption of the weights, {len(table)} runs ({n} "
-        f"images). {sentence}".strip(),
+        f"images). {sentence}".strip()
+        + (f" Named are the most robust; in grey: {rest}." if rest else ""),
     )
 
 

@@ -8,7 +8,21 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from unmoved.drawing import GRID, INK, PAPER, bar, canvas, count, finished, look, place_names, require_columns, style
+from unmoved.drawing import (
+    GRID,
+    INK,
+    PAPER,
+    bar,
+    canvas,
+    count,
+    draw_others,
+    finished,
+    foremost,
+    look,
+    place_names,
+    require_columns,
+    style,
+)
 
 COLUMNS = ("method", "strength", "n", "on_front")
 ENDS = ("", "_low", "_high")
@@ -18,6 +32,8 @@ MOST_NAMES, LONGEST_NAME = 8, 24
 @style()
 def pareto(points: pd.DataFrame) -> Figure:
     """Clean against robust accuracy: a curve per method, the front as a staircase, hollow where a point is off it.
+
+    Of more than `MOST` methods those on the front have a look of their own, then the most robust; the others are grey.
 
     Args:
         points: method, strength (NaN where there is none), n, on_front, and clean, robust (shares), each also as _low
@@ -34,12 +50,16 @@ def pareto(points: pd.DataFrame) -> Figure:
         _name(str(method), strength) for method, strength in zip(points["method"], points["strength"], strict=True)
     ]
     named = len(names) <= MOST_NAMES and max(map(len, names)) <= LONGEST_NAME
-    lines = 0 if named else -(-len(methods) // 2)
+    front = set(points.loc[points["on_front"], "method"].astype(str))
+    shown, others = foremost(list(methods), lambda name: (name not in front, -methods[name]["robust"].max()))
+    lines = 0 if named else -(-(len(shown) + bool(others)) // 2)
     figure = canvas(5.0, 3.9 + 0.2 * lines)
     axes: Any = figure.add_subplot()
     segments: list[Any] = []
-    for k, rows in enumerate(methods.values()):
-        looks = look(k)
+    grey = [(methods[name]["clean"], methods[name]["robust"]) for name in others]
+    rest = draw_others(axes, grey, "methods", marker="o", markersize=3)
+    for k, name in enumerate(shown):
+        rows, looks = methods[name], look(k)
         axes.plot(rows["clean"], rows["robust"], linewidth=1.2, **looks | {"marker": ""})
         for on_front, some in rows.groupby("on_front"):
             face = looks["color"] if on_front else PAPER
@@ -63,7 +83,7 @@ def pareto(points: pd.DataFrame) -> Figure:
     if named:
         place_names(axes, list(zip(points["clean"], points["robust"], names, strict=True)), segments)
     else:
-        figure.legend(*_keys(axes, methods), loc="outside upper center", ncols=2)
+        figure.legend(*_keys(axes, shown, rest), loc="outside upper center", ncols=2)
     n = count(points["n"])
     bars = "bars: 95 % bootstrap intervals" if points[wanted].notna().all(axis=None) else "no intervals"
     figure.supxlabel(f"{n} test images; {bars}\ngrey band: the front; hollow: off it")
@@ -71,7 +91,7 @@ def pareto(points: pd.DataFrame) -> Figure:
         figure,
         f"Clean against robust accuracy, {n} test images, {bars}. A line joins the strengths of one method in their "
         "order. The staircase on the grey band is the front: nothing measured lies above it, and settings off it are "
-        "hollow.",
+        "hollow." + (f" In grey: {rest}, the less robust ones." if rest else ""),
     )
 
 
@@ -87,6 +107,7 @@ def _staircase(front: pd.DataFrame, left: float, bottom: float) -> tuple[np.ndar
     return x, y
 
 
-def _keys(axes: Any, methods: dict[str, pd.DataFrame]) -> tuple[list[Any], list[str]]:
-    """One key a method, line and marker together."""
-    return [axes.plot([], [], **look(k))[0] for k in range(len(methods))], list(methods)
+def _keys(axes: Any, methods: list[str], rest: str) -> tuple[list[Any], list[str]]:
+    """One key a method, line and marker together; what is grey has drawn its own."""
+    grey = [line for line in axes.lines if rest and line.get_label() == rest]
+    return [axes.plot([], [], **look(k))[0] for k in range(len(methods))] + grey, methods + [rest] * len(grey)

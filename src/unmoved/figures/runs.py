@@ -13,7 +13,23 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from unmoved.drawing import COLOURS, INK, PAPER, bar, canvas, count, finished, look, place_names, require_columns, style
+from unmoved.drawing import (
+    COLOURS,
+    INK,
+    PAPER,
+    bar,
+    canvas,
+    count,
+    draw_others,
+    finished,
+    foremost,
+    front,
+    legend_above,
+    look,
+    place_names,
+    require_columns,
+    style,
+)
 from unmoved.errors import UnmovedError
 from unmoved.outcomes import CLEAN, WORST
 
@@ -29,6 +45,8 @@ DOTTED: dict[str, Any] = {"color": INK, "linewidth": 0.9, "linestyle": (0, (2, 2
 def tradeoff(table: pd.DataFrame) -> Figure:
     """Clean against worst-case accuracy: one marker and name per recipe, single seeds as faint points.
 
+    Of more than `MOST` recipes some on the front have a name, then the most robust; the others are grey points.
+
     Args:
         table: recipe, seed, measure, accuracy, low, high (shares), n: `outcomes.summary` of each run, one below other.
 
@@ -40,8 +58,14 @@ def tradeoff(table: pd.DataFrame) -> Figure:
     figure = canvas(5.0, 3.7)
     axes: Any = figure.add_subplot()
     points, segments, seeds = [], [], 1
-    for k, (recipe, rows) in enumerate(table.groupby("recipe", sort=False)):
-        looks = look(k) | {"linestyle": "none"}
+    means = table.groupby(["recipe", "measure"], sort=False)["accuracy"].mean().unstack()
+    top = front(means[CLEAN], means[WORST])
+    recipes = list(dict.fromkeys(table["recipe"]))
+    shown, others = foremost(recipes, lambda recipe: (recipe not in top, -means.loc[recipe, WORST]))
+    grey = 100 * means.loc[others, list(MEASURES)].to_numpy(float)
+    rest = draw_others(axes, [(x, y) for x, y in grey], "recipes", marker="o", linestyle="none")
+    for k, recipe in enumerate(shown):
+        rows, looks = table[table["recipe"] == recipe], look(k) | {"linestyle": "none"}
         x, y = (100 * rows[rows["measure"] == name].set_index("seed")[["accuracy", "low", "high"]] for name in MEASURES)
         if len(x) > 1:
             seeds = max(seeds, len(x))
@@ -57,23 +81,26 @@ def tradeoff(table: pd.DataFrame) -> Figure:
     axes.set_xlabel("clean accuracy (%)")
     axes.set_ylabel("worst-case accuracy (%)")
     n = count(table["n"])
-    figure.supxlabel(f"{n} test images; bars: {INTERVALS}")
+    figure.supxlabel(f"{n} test images; bars: {INTERVALS}" + (f"\ngrey: {rest}" if rest else ""))
     axes.set(xlim=_limits(*axes.get_xlim()), ylim=_limits(*axes.get_ylim()))
-    if max(len(name) for *_, name in points) <= 24:
+    if max(len(name) for *_, name in points) <= 24 and not others:
         place_names(axes, points, segments)
     else:
-        _legend(figure)  # longer names do not fit beside their markers
+        legend_above(figure)  # longer names do not fit beside their markers, nor as many
     several = f"{HULL}. Faint points are single seeds." if seeds > 1 else "."
     return finished(
         figure,
         "Clean against worst-case accuracy: further up is more robust, further right is more accurate without an "
-        f"attack. {n} test images, bars are {INTERVALS}{several}",
+        f"attack. {n} test images, bars are {INTERVALS}{several}"
+        + (f" Named are {len(shown)}: along the front, then the most robust; grey: {rest}." if rest else ""),
     )
 
 
 @style()
 def robustness_curve(table: pd.DataFrame, *, norm: str = "", eps: float | None = None) -> Figure:
     """Accuracy against eps, one line with its band per recipe (and attack, where there are several).
+
+    Of more than `MOST` lines those of the highest accuracy at ``eps`` are told apart, and the others are grey.
 
     Args:
         table: recipe, attack, eps, accuracy, low, high (shares), n: from `outcomes.curve_summary`.
@@ -84,11 +111,14 @@ def robustness_curve(table: pd.DataFrame, *, norm: str = "", eps: float | None =
         UnmovedError: a column is missing, or there is no row.
     """
     require_columns(table, ["recipe", "attack", "eps", "accuracy", "low", "high", "n"], "robustness_curve")
-    figure = canvas(5.0, 3.3 + 0.1 * len(table[["recipe", "attack"]].drop_duplicates()))
+    lines = {keys: rows.sort_values("eps") for keys, rows in table.groupby(["recipe", "attack"], sort=False)}
+    shown, others = foremost(list(lines), lambda keys: -_at(lines[keys], eps))
+    figure = canvas(5.0, 3.3 + 0.1 * (len(shown) + bool(others)))
     axes: Any = figure.add_subplot()
     attacks = [str(name) for name in table["attack"].unique()]
-    for k, (keys, rows) in enumerate(table.groupby(["recipe", "attack"], sort=False)):
-        rows, looks = rows.sort_values("eps"), look(k)
+    rest = draw_others(axes, [(lines[keys]["eps"], 100 * lines[keys]["accuracy"]) for keys in others], "lines")
+    for k, keys in enumerate(shown):
+        rows, looks = lines[keys], look(k)
         name = "{} ({})".format(*keys) if len(attacks) > 1 else str(keys[0])
         axes.fill_between(
             rows["eps"], 100 * rows["low"], 100 * rows["high"], color=looks["color"], alpha=0.15, linewidth=0
@@ -107,8 +137,15 @@ def robustness_curve(table: pd.DataFrame, *, norm: str = "", eps: float | None =
     return finished(
         figure,
         f"Accuracy under {names} as the perturbation grows. {n} test images, bands are {INTERVALS}{_hull(table)}. "
-        "A curve that stays high at a very large eps is a sign that the attack fails, not that the model holds.",
+        "A curve that stays high at a very large eps is a sign that the attack fails, not that the model holds."
+        + (f" In grey, below the {len(shown)} most robust: {rest}." if rest else ""),
     )
+
+
+def _at(rows: pd.DataFrame, eps: float | None) -> float:
+    """The accuracy at the largest eps that is not above this one."""
+    within = rows if eps is None else rows[rows["eps"] <= eps * (1 + 1e-6)]
+    return float((within if len(within) else rows)["accuracy"].iloc[-1])
 
 
 def best_epoch(metrics: pd.DataFrame) -> int | None:

@@ -17,7 +17,10 @@ from unmoved.drawing import (
     bar,
     canvas,
     count,
+    draw_others,
     finished,
+    foremost,
+    legend_above,
     look,
     place_names,
     require_columns,
@@ -157,6 +160,8 @@ def across(
 ) -> Figure:
     """The mean of a statistic against robust (or clean) accuracy: one named marker per run.
 
+    Of more than `MOST` runs the most accurate have a name, and the others are grey points.
+
     Args:
         table: run, n, robust_accuracy, clean_accuracy and the statistic: from `analyses.softmax.summary`.
         correlations: statistic, against, measure, value, low, high: from `analyses.softmax.across`; written below.
@@ -171,6 +176,9 @@ def across(
     axes: Any = figure.add_subplot()
     columns = table["run"].astype(str), table[statistic].astype(float), 100 * table[against].astype(float)
     points = [(x, y, run) for run, x, y in zip(*columns, strict=True)]
+    shown, others = foremost(range(len(points)), lambda k: -points[k][1])
+    rest = draw_others(axes, [points[k][:2] for k in others], "runs", marker="o", linestyle="none")
+    points = [points[k] for k in shown]
     for k, (x, y, run) in enumerate(points):
         axes.plot([x], [y], label=run, markersize=9, **look(k) | POINTS)
     axes.margins(0.15)
@@ -184,13 +192,17 @@ def across(
     axes.set_ylim(max(low - pad, -2), min(high + pad, 102))
     n = f"{count(table['n'])} test images per run, {len(table)} runs"
     said = _said(correlations, statistic, accuracy)
-    figure.supxlabel(n + "".join(f"\n{words}" for words in said))
-    if max(len(run) for *_, run in points) <= 24:
+    figure.supxlabel(n + "".join(f"\n{words}" for words in (*said, *[f"grey: {rest}"][: len(others)])))
+    if max(len(run) for *_, run in points) <= 24 and not others:
         place_names(axes, points, [])
     else:
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center")
+        legend_above(figure)
     ends = ". " + "; ".join(said) + " (95 % intervals by Fisher's z)" if said else ""
-    return finished(figure, f"The mean {name} against {accuracy}, one marker per run: {n}{ends}.")
+    return finished(
+        figure,
+        f"The mean {name} against {accuracy}, one marker per run: {n}{ends}."
+        + (f" Named are those of the highest accuracy; in grey: {rest}." if rest else ""),
+    )
 
 
 def _said(correlations: pd.DataFrame | None, statistic: str, accuracy: str) -> list[str]:
