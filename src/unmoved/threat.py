@@ -17,6 +17,9 @@ from unmoved.schedule import Ramp, number, ramp_field
 
 NORMS = ("linf", "l2", "l1")
 _ORDER = {"linf": math.inf, "l2": 2.0, "l1": 1.0}
+NEWTON_STEPS = 4
+# How far beyond the box, in its widths, an l2 step may push a pixel: its square has to stay small in float32.
+BEYOND = 100.0
 
 
 def _flat_norm(v: Tensor, order: float = 2.0) -> Tensor:
@@ -73,6 +76,34 @@ def _bounds(bounds: Any) -> tuple[float, float]:
     if not low < high:
         raise UnmovedError(f"threat.bounds: expected (smallest, largest) pixel value, came {(low, high)}")
     return low, high
+
+
+def _stretch(size: Tensor, room: Tensor, goal: Tensor) -> Tensor:
+    """The t >= 0 with ``|| min(t size_i, room_i) ||_2 = goal``, approached from below, (B, 1).
+
+    The square of the norm is concave and piecewise linear in t^2, so that no step of Newton's method goes too far, and
+    one suffices where no room is short. A fixed number of them: a GPU need not be waited for.
+    """
+    square = size * size
+    ends = (room / size.clamp_min(torch.finfo(size.dtype).tiny)).square_()
+    t = torch.zeros_like(goal)
+    for _ in range(NEWTON_STEPS):
+        slope = (square * (ends > t)).sum(1, keepdim=True)
+        missing = goal * goal - (torch.minimum(ends, t) * square).sum(1, keepdim=True)
+        t = torch.where(slope > 0, t + missing.clamp_min(0) / slope.clamp_min(1e-30), t)
+    return t.sqrt()
+
+
+def _largest_first(size: Tensor, room: Tensor, budget: Tensor) -> Tensor:
+    """Amounts of sum ``budget``, those of largest size filled first (a fractional knapsack); ties in order, (B, d).
+
+    The full ones get the whole budget instead of their room, those after them nothing.
+    """
+    order = size.argsort(dim=1, descending=True, stable=True)
+    room = room.gather(1, order)
+    left = budget - (room.cumsum(1) - room)
+    amount = torch.where(left > room, budget, left.clamp_min(0))
+    return torch.empty_like(size).scatter_(1, order, amount)
 
 
 @dataclass(frozen=True)
@@ -156,21 +187,60 @@ class ThreatModel:
         scaled = gradient / torch.where(largest > 0, largest, 1.0)
         return scaled / torch.where(largest > 0, _flat_norm(scaled), 1.0)
 
-    def project(self, x_adv: Image, x: Image, radius: PerSample | None = None) -> Image:
-        """The nearest point of the ball around ``x``, then clipped to valid images; ``radius`` as in `start`.
+    def step(self, x_adv: Image, gradient: Tensor, length: float | Tensor) -> Tensor:
+        """The step from ``x_adv`` that raises the loss most to first order, of this length once clipped to the box.
 
-        l1: the nearest point of the ball cut by the box of valid images, which clipping would not give (Croce and
-        Hein 2021, "Mind the box", section 3).
+        linf: ``length sign(g)``. l2: ``t g``, where ``t`` makes up for what the box stops. l1: the pixels of largest
+        size first, each as far as the box leaves room, until the length is used up. A pixel at the edge of the box is
+        pushed on and uses up no length: so `project`, which knows the box, does not draw it back with the others.
+
+        Args:
+            length: one, or one per sample that broadcasts over images.
+        """
+        if self.norm == "linf":
+            return length * gradient.sign()
+        low, high = self.bounds
+        room = torch.where(gradient > 0, high - x_adv, x_adv - low).clamp_min(0).flatten(1)
+        # Scaled first: the squares of a confident model's gradient (a margin of 60 makes 1e-26) vanish in float32.
+        size = gradient.flatten(1).abs()
+        largest = size.amax(1, keepdim=True)
+        size = size / torch.where(largest > 0, largest, 1.0)
+        goal = torch.as_tensor(length, dtype=size.dtype, device=size.device).reshape(-1, 1).expand(len(size), 1)
+        if self.norm == "l1":
+            move = _largest_first(size, room, goal)
+        else:
+            move = (size * _stretch(size, room, goal)).clamp_max(BEYOND * (high - low))
+        return gradient.sign() * move.reshape(gradient.shape)
+
+    def ascend(
+        self, x_adv: Image, gradient: Tensor, length: float | Tensor, x: Image, radius: PerSample | None = None
+    ) -> Image:
+        """``project(x_adv + step)``; in l1 the length is at most the radius, at which one step fills the ball."""
+        if self.norm == "l1":
+            length = torch.minimum(*(torch.as_tensor(size).to(x) for size in (length, self._radii(radius, x))))
+        return self.project(x_adv + self.step(x_adv, gradient, length), x, radius)
+
+    def project(self, x_adv: Image, x: Image, radius: PerSample | None = None) -> Image:
+        """The nearest point of the ball around ``x`` cut by the box of valid images; ``radius`` as in `start`.
+
+        In l2 and l1 clipping the nearest point of the ball would not give it (Croce and Hein 2021, "Mind the box",
+        section 3): what a clipped pixel cannot use is left to the others.
         """
         eps, delta = self._radii(radius, x), x_adv - x
-        if self.norm == "linf":
-            delta = delta.clamp(-eps, eps)  # type: ignore[arg-type]  # both tensors or both numbers
-        elif self.norm == "l1":
+        if self.norm == "l1":
             return self._into_l1(x, delta, eps)
-        else:
-            length = _flat_norm(delta)
-            delta = torch.where(length > eps, delta * (eps / length.clamp_min(1e-30)), delta)
+        if self.norm == "l2":
+            return (x + delta * self._shrinkage(x, delta, eps)).clamp(*self.bounds)
+        delta = delta.clamp(-eps, eps)  # type: ignore[arg-type]  # both tensors or both numbers
         return (x + delta).clamp(*self.bounds)
+
+    def _shrinkage(self, x: Image, delta: Tensor, eps: float | Tensor) -> Tensor:
+        """The t in [0, 1] with ``|| clip(x + t delta) - x ||_2 <= eps``, (B, 1, 1, 1)."""
+        low, high = self.bounds
+        room = torch.where(delta > 0, high - x, x - low).clamp_min(0).flatten(1)
+        goal = torch.as_tensor(eps, dtype=x.dtype, device=x.device).reshape(-1, 1).expand(len(x), 1)
+        t = _stretch(delta.flatten(1).abs(), room, goal).clamp_max(1.0)
+        return t.reshape(-1, *[1] * (x.ndim - 1))
 
     def _into_l1(self, x: Image, delta: Tensor, eps: float | Tensor) -> Image:
         """``x + d``, d minimising ``||d - delta||_2`` over ``||d||_1 <= eps`` and valid images."""

@@ -92,8 +92,10 @@ def test_samples_that_are_through_are_not_computed_again(trained):
     handle = model.register_forward_hook(lambda module, inputs, out: sizes.append(len(inputs[0])))
     x_adv = DeepFool(BALLS["l2"])(model, batch)
     handle.remove()
-    assert sizes == sorted(sizes, reverse=True)
-    assert sizes[-1] < 0.5 * len(batch)
+    *walk, judged = sizes  # at the end the proposals are judged a little further out
+    assert walk == sorted(walk, reverse=True)
+    assert walk[-1] < 0.5 * len(batch)
+    assert judged <= len(batch)
     assert wrong(model, batch, x_adv).all()
     alone = torch.cat([wrong(model, batch.take(i), x_adv[i]) for i in torch.arange(len(batch)).split(1)])
     assert alone.all()  # T16

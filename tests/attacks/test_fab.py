@@ -112,7 +112,7 @@ def test_is_the_papers_loop(exact, threat):
 
 
 def test_untargeted_goes_to_the_nearest_boundary_of_the_linearised_model(exact):
-    """One step from the clean image: the plane is that of the class with the smallest |f_k| / ||w_k||_dual."""
+    """One step from the clean image: the plane is that of the class to which the way within the box is shortest."""
     model, batch = exact
     for threat in BALLS:
         attack = FAB(threat, targeted=False)
@@ -122,7 +122,8 @@ def test_untargeted_goes_to_the_nearest_boundary_of_the_linearised_model(exact):
         z = model(batch.x).detach()
         for i, y in enumerate(batch.y.tolist()):
             planes = [(z[i, k] - z[i, y], jacobian[i, k] - jacobian[i, y]) for k in range(4) if k != y]
-            f, normal = min(planes, key=lambda one: abs(one[0]) / dual_length(one[1][None], threat.norm)[0])
+            ways = [to_hyperplane(batch.x[i].flatten()[None], w_k[None], f_k[None], threat.norm) for f_k, w_k in planes]
+            f, normal = planes[min(range(3), key=lambda k: float(length(ways[k], threat.norm)))]
             assert torch.allclose(excess[i], f)
             assert torch.allclose(w[i], normal)
 
@@ -237,15 +238,16 @@ def test_rows_that_are_done_are_not_computed(exact):
     sizes = []
     handle = model.register_forward_hook(lambda module, inputs, out: sizes.append(len(inputs[0])))
     FAB(BALLS[0], steps=5, targets=3)(model, batch)
-    # The clean logits once; then a gradient pass and a check a step: 22 right samples, 3 targets in one pass.
-    assert sizes == [24] + [66] * 10
+    # The clean logits once; then a gradient pass and a check a step: 22 right samples, 3 targets in one pass. At the
+    # end the proposals are judged a little further out.
+    assert sizes == [24] + [66] * 10 + [22]
     sizes.clear()
     FAB(ThreatModel("linf", 0.3), steps=20, targets=1, until_broken=True)(model, batch)
     handle.remove()
-    assert sizes[1:] == sorted(sizes[1:], reverse=True)
+    assert sizes[1:-1] == sorted(sizes[1:-1], reverse=True)
     assert len(sizes) < 20
     assert sizes[1] == 22
-    assert sizes[-1] == 1
+    assert sizes[-2:] == [1, 22]
 
 
 def test_leaves_the_model_as_it_was(trained):

@@ -112,10 +112,11 @@ def test_only_right_samples_are_computed_once_a_step(trained):
     y[:100] = (y[:100] + 1) % 4
     sizes = []
     handle = model.register_forward_hook(lambda module, inputs, out: sizes.append(len(inputs[0])))
-    FMN(BALLS["linf"], steps=7)(model, Batch(batch.x, y))
+    x_adv = FMN(BALLS["linf"], steps=7)(model, Batch(batch.x, y))
     handle.remove()
     right = int((~wrong(model, Batch(batch.x, y), batch.x)).sum())
-    assert sizes == [256] + [right] * 8
+    found = int((x_adv != batch.x).flatten(1).any(1).sum())
+    assert sizes == [256] + [right] * 8 + [found]  # at the end the proposals are judged a little further out
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -139,9 +140,9 @@ def test_the_nearest_point_is_kept():
     with searching(model, Batch(batch.x, torch.tensor([1, 0, 1])), BALLS["l2"]) as views:
         lost = views.clean.argmax(1) != views.y
         assert lost.any()
-        assert torch.equal(Nearest(views, "l2").distance == 0, lost)
+        assert torch.equal(Nearest(views, BALLS["l2"]).distance == 0, lost)
     with searching(model, batch, BALLS["l2"]) as views:
-        kept = Nearest(views, "l2")
+        kept = Nearest(views, BALLS["l2"])
         far, near = batch.x + 0.1, batch.x + 0.05
         yes = torch.ones(3, dtype=torch.bool)
         kept.offer(torch.arange(3), far, yes, batch.x)

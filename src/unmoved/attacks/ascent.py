@@ -15,6 +15,7 @@ from unmoved.failures import cause_in_graph
 from unmoved.precision import exact
 from unmoved.preconditions import require_images, values_of
 from unmoved.protocols import Batch, Image, Label, Logits, PerSample, Term
+from unmoved.terms.margin import best_wrong, margin
 from unmoved.threat import ThreatModel
 from unmoved.views import Views
 from unmoved.weights import evaluating
@@ -115,15 +116,29 @@ def value_at(base: Views, x_adv: Image, loss: Term) -> tuple[PerSample, Logits]:
         return values_of(loss, views, "attack loss"), views.adv
 
 
+def crossed(logits: Logits, y: Label) -> Tensor:
+    """(B,) bool: misclassified by more than what another batch size may round away."""
+    return margin(logits, y) > rounding(logits, y)
+
+
+def rounding(logits: Logits, y: Label) -> PerSample:
+    """(B,) how far a margin may be off by another order of the same sums: by the size of its two logits.
+
+    The others do not count: a class that is masked has a logit of -1e9 or of minus infinity.
+    """
+    size = torch.maximum(best_wrong(logits, y).abs(), logits.gather(1, y[:, None]).squeeze(1).abs())
+    return 32 * torch.finfo(logits.dtype).eps * torch.where(size.isfinite(), size, 0.0)
+
+
 def broken(model: nn.Module, x_adv: Image, logits: Logits | None, y: Label) -> Tensor:
-    """Which proposals are misclassified, (B,) bool; under autocast a success counts once float32 confirms it.
+    """Which proposals are misclassified, (B,) bool, as `crossed`; under autocast float32 has to confirm a success.
 
     Without logits, the model is asked about every proposal.
     """
-    wrong = torch.ones_like(y, dtype=torch.bool) if logits is None else logits.argmax(dim=1) != y
+    wrong = torch.ones_like(y, dtype=torch.bool) if logits is None else crossed(logits, y)
     if torch.is_autocast_enabled(x_adv.device.type) and wrong.any():
         with torch.no_grad(), exact(x_adv.device):
-            wrong[wrong.clone()] = seen.logits(model, x_adv[wrong]).argmax(dim=1) != y[wrong]
+            wrong[wrong.clone()] = crossed(seen.logits(model, x_adv[wrong]), y[wrong])
     return wrong
 
 

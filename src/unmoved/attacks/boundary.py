@@ -9,16 +9,17 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from unmoved.attacks.ascent import attacking, like
+from unmoved.attacks.ascent import attacking, crossed, like
 from unmoved.attacks.hyperplanes import length
 from unmoved.precision import exact
-from unmoved.protocols import Batch, Image, Label, Logits, PerSample
+from unmoved.protocols import Batch, Image
 from unmoved.terms import Margin
 from unmoved.terms.margin import margin
 from unmoved.threat import ThreatModel
 from unmoved.views import Views
 
 MARGIN = Margin()
+CLEAR = 64
 
 
 @contextmanager
@@ -28,14 +29,26 @@ def searching(model: nn.Module, batch: Batch, threat: ThreatModel) -> Iterator[V
         yield views
 
 
-def crossed(logits: Logits, y: Label) -> Tensor:
-    """(B,) bool: misclassified by more than what another batch size may round away."""
-    return margin(logits, y) > rounding(logits)
+def clear(views: Views, x_adv: Image, threat: ThreatModel, further_by: float = 0.0) -> Image:
+    """The proposals, a little further from the clean images where they are misclassified there too.
 
-
-def rounding(logits: Logits) -> PerSample:
-    """(B,) how far a margin may be off by another order of the same sums."""
-    return 8 * torch.finfo(logits.dtype).eps * logits.abs().amax(dim=1)
+    A point at the boundary is misclassified in one batch size or precision and right in another, and where both logits
+    are about zero their size does not tell. Hence a way outwards, of a share ``further_by`` of the distance and at
+    least `CLEAR` units in the last place of the images: what the rounding in a first layer moves a boundary by, times a
+    margin for the layers behind it. No point is carried out of the ball of radius eps.
+    """
+    x, (low, high) = views.x, threat.bounds
+    away = length((x_adv - x).flatten(1), threat.norm)
+    # Rounding adds up like noise over the pixels, which in l1 few move against.
+    ulps = CLEAR * torch.finfo(x.dtype).eps * max(abs(low), abs(high))
+    ulps = ulps * x[0].numel() ** 0.5 if threat.norm == "l1" else ulps
+    reach = away + (further_by * away).clamp_min(ulps)
+    reach = torch.where(away <= threat.radius, reach.clamp_max(threat.radius), reach)
+    stretch = torch.where(away > 0, reach / away.clamp_min(torch.finfo(x.dtype).tiny), 1.0)
+    further = (x + like(x)(stretch) * (x_adv - x)).clamp(low, high)
+    with torch.no_grad():
+        is_clear = crossed(views.at(further).adv, views.y)
+    return torch.where(like(x)(is_clear), further, x_adv)
 
 
 class Nearest:
@@ -46,16 +59,27 @@ class Nearest:
         distance: (B,) how far they are; inf where there is none, 0 where the clean image is misclassified.
         open: (n,) int64, positions of the samples to attack: those that the model gets right.
         views: the views of these samples.
+        margin: (n,) what their margin is at the clean image.
     """
 
-    def __init__(self, views: Views, norm: str) -> None:
+    def __init__(self, views: Views, threat: ThreatModel) -> None:
         with torch.no_grad():
-            wrong = views.at(views.x).adv.argmax(dim=1) != views.y
-        self.x, self.norm = views.x.clone(), norm
+            logits = views.at(views.x).adv
+        wrong = crossed(logits, views.y)
+        self.x, self.threat, self.norm = views.x.clone(), threat, threat.norm
         self.distance = torch.full(wrong.shape, math.inf, dtype=self.x.dtype, device=self.x.device)
         self.distance[wrong] = 0
         self.open = torch.nonzero(~wrong).flatten()
         self.views = views.take(self.open)
+        self.margin = margin(logits, views.y)[self.open]
+
+    def cleared(self, further_by: float = 0.0) -> Image:
+        """`x`, clear of the boundary by more than rounding; see `clear`."""
+        found = torch.nonzero(self.distance[self.open].isfinite()).flatten()
+        if len(found):
+            rows = self.open[found]
+            self.x[rows] = clear(self.views.take(found), self.x[rows], self.threat, further_by)
+        return self.x
 
     def offer(self, position: Tensor, x_adv: Image, wrong: Tensor, x: Image) -> None:
         """Keep the points ``x_adv`` (n, C, H, W) that are misclassified and nearer to ``x`` than those before.

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from unmoved.attacks.ascent import gradient_at, like
-from unmoved.attacks.boundary import MARGIN, Nearest, crossed, searching
+from unmoved.attacks.ascent import crossed, gradient_at, like, rounding
+from unmoved.attacks.boundary import MARGIN, Nearest, searching
 from unmoved.errors import UnmovedError, number_field, whole_field
 from unmoved.protocols import Batch, Image, PerSample
 from unmoved.threat import ThreatModel, require_threat
@@ -23,9 +23,10 @@ INSET = 1e-4
 class CW:
     """The l2 attack of Carlini and Wagner (2017, section VI.A).
 
-    ``min_w ||x' - x||_2^2 + c max(z_y - max_{j != y} z_j + confidence, 0)`` with ``x' = (tanh(w) + 1) / 2`` scaled to
-    the valid images, by Adam; c is searched per sample: halfway between the largest that failed and the smallest
-    that succeeded, ten times larger while none succeeded.
+    ``min_w ||x' - x||_2^2 + c max(z_y - max_{j != y} z_j + confidence, 0) / u`` with ``x' = (tanh(w) + 1) / 2`` scaled
+    to the valid images, by Adam; u is what the maximum is at x, and distances are in widths of the bounds. c is
+    searched per sample: halfway between the largest that failed and the smallest that succeeded, ten times larger while
+    none succeeded. On a linear model the right c is twice the squared distance, whatever the scale of the logits.
 
     The threat model's eps is not used: the nearest misclassified point seen is proposed, wherever it is, and the
     clean image where none is. A misclassified image is returned as it is.
@@ -36,14 +37,15 @@ class CW:
         search_steps: values of c tried (9 in the authors' code).
         confidence: margin in logits that a success must have (kappa).
         lr: learning rate of Adam; far smaller distances than its first steps are not found exactly.
-        initial_const: the first c (1e-3 in the authors' code).
+        initial_const: the first c (1e-3 in the authors' code, where u is 1).
 
     Raises:
         UnmovedError: a norm other than l2, or a value outside its bounds.
 
     Deviations: tanh space begins 1e-4 inside the box, so that pixels at exactly 0 or 1 can move; distances are from
     the clean image itself. A sample gives a c up where its objective fell by less than 0.01 % over a tenth of the
-    steps (the authors ask the whole batch). "Misclassified" asks for a margin above rounding.
+    steps (the authors ask the whole batch). The unit u (the authors' c depends on the scale of the logits).
+    "Misclassified" asks for a margin above rounding.
     """
 
     threat: ThreatModel
@@ -67,10 +69,10 @@ class CW:
 
     def __call__(self, model: nn.Module, batch: Batch) -> Image:
         with searching(model, batch, self.threat) as views:
-            nearest = Nearest(views, "l2")
+            nearest = Nearest(views, self.threat)
             if len(nearest.open):
                 self._search(nearest)
-            return nearest.x
+            return nearest.cleared()
 
     def _search(self, nearest: Nearest) -> None:
         const = torch.full_like(nearest.distance[nearest.open], self.initial_const)
@@ -85,20 +87,22 @@ class CW:
         """Minimise the objective for these constants, offering each success; (n,) bool, which samples had one."""
         views, position = nearest.views, torch.arange(len(const), device=const.device)
         success = torch.zeros_like(const, dtype=torch.bool)
+        unit = (nearest.margin.abs() + self.confidence).to(const.dtype).clamp_min(torch.finfo(const.dtype).tiny)
         w = self._to_tanh_space(views.x)
         mean, square = torch.zeros_like(w), torch.zeros_like(w)
         checked = torch.full_like(const, math.inf)
         interval = max(self.steps // 10, 1)
         for step in range(1, self.steps + 1):
             x_adv, slope = self._from_tanh_space(w)
-            objective, gradient, wrong = self._objective(views, x_adv, const)
+            objective, gradient, wrong = self._objective(views, x_adv, const, unit)
             nearest.offer(nearest.open[position], x_adv, wrong, views.x)
             success[position] = success[position] | wrong
             if step % interval == 0:
                 go = torch.nonzero(objective < 0.9999 * checked).flatten()
                 if len(go) == 0:
                     return success
-                views, position, checked, const = views.take(go), position[go], objective[go], const[go]
+                views, position, checked = views.take(go), position[go], objective[go]
+                const, unit = const[go], unit[go]
                 w, mean, square, gradient, slope = w[go], mean[go], square[go], gradient[go], slope[go]
             gradient = gradient * slope
             mean = 0.9 * mean + 0.1 * gradient
@@ -112,13 +116,16 @@ class CW:
         success[position] = success[position] | wrong
         return success
 
-    def _objective(self, views: Views, x_adv: Image, const: PerSample) -> tuple[PerSample, Tensor, Tensor]:
+    def _objective(
+        self, views: Views, x_adv: Image, const: PerSample, unit: PerSample
+    ) -> tuple[PerSample, Tensor, Tensor]:
         """Its value (n,), its gradient over the image, and which samples are misclassified with confidence (n,)."""
         margin, ascent, logits = gradient_at(views, x_adv, MARGIN)
-        delta = x_adv - views.x
-        short = (self.confidence - margin).to(delta.dtype)
+        low, high = self.threat.bounds
+        delta = (x_adv - views.x) / (high - low)
+        short = (self.confidence + 2 * rounding(logits, views.y) - margin).to(delta.dtype) / unit
         objective = delta.flatten(1).square().sum(dim=1) + const * short.clamp_min(0)
-        gradient = 2 * delta - like(delta)(const * (short > 0)) * ascent
+        gradient = 2 / (high - low) * delta - like(delta)(const / unit * (short > 0)) * ascent
         return objective, gradient, self._succeeds(views, logits)
 
     def _succeeds(self, views: Views, logits: Tensor) -> Tensor:

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from unmoved.attacks.ascent import input_gradient, like, not_differentiable
-from unmoved.attacks.boundary import Nearest, crossed, searching
-from unmoved.attacks.hyperplanes import dual_length, length
+from unmoved.attacks.ascent import crossed, input_gradient, not_differentiable, rounding
+from unmoved.attacks.boundary import Nearest, searching
+from unmoved.attacks.hyperplanes import dual_length, length, toward
 from unmoved.errors import UnmovedError, number_field, whole_field
-from unmoved.protocols import Batch, Image, PerSample
+from unmoved.protocols import Batch, Image
 from unmoved.threat import ThreatModel, require_threat
 from unmoved.views import Views, ranked_wrong
 
@@ -22,8 +22,9 @@ class DeepFool:
 
     With ``f_k = z_k - z_y`` and ``w_k = grad_x' f_k`` for the candidate classes k, the nearest boundary of the
     linearised model is ``l = argmin_k |f_k| / ||w_k||_q``, 1/p + 1/q = 1, and the step there
-    ``r = |f_l| / ||w_l||_q steepest(w_l)``. The point tried is ``x + (1 + overshoot) sum r``; a sample stops at the
-    first that is misclassified.
+    ``r = |f_l| / ||w_l||_q steepest(w_l)``; where the box of valid images is in the way, the nearest boundary and the
+    step are those within it (`hyperplanes.to_hyperplane`). The point tried is ``x + (1 + overshoot) sum r``; a sample
+    stops at the first that is misclassified.
 
     The threat model's eps is not used: that point is proposed, wherever it is, and the clean image where none is
     found. A misclassified image is returned as it is.
@@ -38,8 +39,8 @@ class DeepFool:
     Raises:
         UnmovedError: norm l1, or a value outside its bounds.
 
-    Deviations: points are clipped to valid images at each step. A step is at least as long as rounding asks for
-    (the authors add 1e-4 to each). "Misclassified" asks for a margin above rounding.
+    Deviations: the box, which the paper does not know; points are clipped to it at each step. A step is at least as
+    long as rounding asks for (the authors add 1e-4 to each). "Misclassified" asks for a margin above rounding.
     """
 
     threat: ThreatModel
@@ -62,10 +63,10 @@ class DeepFool:
 
     def __call__(self, model: nn.Module, batch: Batch) -> Image:
         with searching(model, batch, self.threat) as views:
-            nearest = Nearest(views, self.threat.norm)
+            nearest = Nearest(views, self.threat)
             if len(nearest.open):
                 self._walk(nearest)
-            return nearest.x
+            return nearest.cleared()
 
     def _walk(self, nearest: Nearest) -> None:
         views, position = nearest.views, nearest.open
@@ -93,19 +94,20 @@ class DeepFool:
         if classes is None:
             classes = ranked_wrong(z.detach(), views.y)[:, : self.candidates]
         gap = z.gather(1, classes) - z.gather(1, views.y[:, None])
-        shortest: PerSample = torch.full_like(gap[:, 0].detach(), torch.inf)
-        nearest_normal = torch.zeros_like(x_adv)
+        norm, bounds = self.threat.norm, self.threat.bounds
+        # Two units in the last place of every pixel.
+        ulps = 2 * torch.finfo(x.dtype).eps * max(abs(edge) for edge in bounds)
+        least = length(torch.full_like(x_adv, ulps).flatten(1), norm)
+        clear = 2 * rounding(z.detach(), views.y).to(x.dtype)
+        shortest, step = torch.full_like(least, torch.inf), torch.zeros_like(x_adv).flatten(1)
         for k in range(gap.shape[1]):
             normal = input_gradient(gap[:, k], x, retain=k + 1 < gap.shape[1])
             if normal is None:
                 raise not_differentiable(views.model)
-            size = dual_length(normal.flatten(1), self.threat.norm)
-            away = gap[:, k].detach().abs() / size
-            nearer = away < shortest  # false where there is no slope: then away is inf or nan
-            shortest = torch.where(nearer, away, shortest)
-            nearest_normal = torch.where(like(x)(nearer), normal, nearest_normal)
-        # Two units in the last place of every pixel.
-        rounding = length(torch.full_like(x_adv, 2 * torch.finfo(x.dtype).eps).flatten(1), self.threat.norm)
-        reach = torch.where(shortest.isinf(), 0.0, torch.maximum(shortest, rounding.to(shortest.dtype)))
-        step = like(x)(reach.to(x.dtype)) * self.threat.steepest(nearest_normal)
-        return step, crossed(z.detach(), views.y), classes
+            w = normal.flatten(1)
+            needed = torch.maximum(gap[:, k].detach().abs().to(x.dtype), clear)
+            excess = -torch.maximum(needed, least * dual_length(w, norm))
+            way, away = toward(x_adv.flatten(1), w, excess, norm, bounds)
+            nearer = away < shortest
+            shortest, step = torch.where(nearer, away, shortest), torch.where(nearer[:, None], way, step)
+        return step.reshape(x.shape), crossed(z.detach(), views.y), classes

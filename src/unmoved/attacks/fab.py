@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from unmoved import noise
-from unmoved.attacks.ascent import Best, input_gradient, like, not_differentiable
-from unmoved.attacks.boundary import rounding, searching
-from unmoved.attacks.hyperplanes import dual_length, length, to_hyperplane
+from unmoved.attacks.ascent import Best, crossed, input_gradient, like, not_differentiable, rounding
+from unmoved.attacks.boundary import clear, searching
+from unmoved.attacks.hyperplanes import length, to_hyperplane, toward
 from unmoved.attacks.rounds import Retired, Round, compacts, in_rounds
 from unmoved.errors import flag_field, keep_field, number_field, require_seed, whole_field
 from unmoved.protocols import Batch, Image, Label, Logits, PerSample
@@ -82,13 +82,15 @@ class FAB:
             if len(batch) == 0:
                 return views.x.clone()
             with torch.no_grad():
-                right = torch.nonzero(views.clean.argmax(dim=1) == views.y).flatten()
+                right = torch.nonzero(~crossed(views.clean, views.y)).flatten()
             x_adv = views.x.clone()
             if len(right):
                 targets = self.targets if self.targeted else 0
-                x_adv[right] = in_rounds(
-                    views.take(right), self.restarts, targets, self._start, self._search, until_broken=self.until_broken
+                few = views.take(right)
+                found = in_rounds(
+                    few, self.restarts, targets, self._start, self._search, until_broken=self.until_broken
                 )
+                x_adv[right] = clear(few, found, self.threat)
             return x_adv
 
     def _start(self, batch: Batch, each: Round) -> Image:
@@ -131,9 +133,10 @@ class FAB:
         x = x_adv.detach().requires_grad_(True)
         z = base.at(x).adv
         classes = base.target[:, None] if self.targeted else _wrong_classes(base.y, z.shape[1])
-        gap = z.gather(1, classes) - z.gather(1, base.y[:, None])
-        shortest: PerSample = torch.full_like(gap[:, 0].detach(), torch.inf)
-        excess, normal = torch.zeros_like(shortest), torch.zeros_like(x.detach()).flatten(1)
+        # The boundary that is clear of rounding: a plane at 0 is crossed in one batch size and not in another.
+        gap = z.gather(1, classes) - z.gather(1, base.y[:, None]) - 2 * rounding(z.detach(), base.y)[:, None]
+        normal = torch.zeros_like(x.detach()).flatten(1)
+        shortest, excess = torch.full_like(normal[:, 0], torch.inf), torch.zeros_like(normal[:, 0])
         for k in range(gap.shape[1]):
             slope = input_gradient(gap[:, k], x, retain=k + 1 < gap.shape[1])
             if slope is None:
@@ -141,11 +144,12 @@ class FAB:
             value, w = gap[:, k].detach(), slope.flatten(1)
             if gap.shape[1] == 1:
                 return value.to(w.dtype), w
-            away = value.abs() / dual_length(w, self.threat.norm).clamp_min(torch.finfo(w.dtype).tiny)
+            value = value.to(w.dtype)
+            _, away = toward(x_adv.detach().flatten(1), w, value, self.threat.norm, self.threat.bounds)
             nearer = away < shortest
             shortest, excess = torch.where(nearer, away, shortest), torch.where(nearer, value, excess)
             normal = torch.where(nearer[:, None], w, normal)
-        return excess.to(normal.dtype), normal
+        return excess, normal
 
     def _step(self, x: Image, x_adv: Image, excess: PerSample, w: Tensor) -> Image:
         """From x' to the plane and beyond it, drawn towards the point where it is nearest to x."""
@@ -153,7 +157,8 @@ class FAB:
         here, home = x_adv.detach().flatten(1), x.flatten(1)
         d1 = to_hyperplane(here, w, excess, norm, bounds)
         d2 = to_hyperplane(home, w, excess + (w * (home - here)).sum(dim=1), norm, bounds)
-        from_here, from_home = (length(d, norm).clamp_min(1e-8) for d in (d1, d2))
+        tiny = 1e-8 * (bounds[1] - bounds[0])
+        from_here, from_home = (length(d, norm).clamp_min(tiny) for d in (d1, d2))
         alpha = (from_here / (from_here + from_home)).clamp_max(self.alpha_max)[:, None]
         mixed = torch.add(here, d1, alpha=self.eta).lerp_(torch.add(home, d2, alpha=self.eta), alpha)
         return mixed.clamp_(*bounds).reshape(x.shape)
@@ -165,7 +170,7 @@ def _sides(logits: Logits, y: Label) -> tuple[Tensor, Tensor]:
     A point on the boundary goes back like one beyond it: there the way to the boundary is 0, so it would stay for good.
     """
     lead = margin(logits, y)
-    return lead > rounding(logits), lead >= -rounding(logits)
+    return lead > rounding(logits, y), lead >= -rounding(logits, y)
 
 
 def _wrong_classes(y: Label, num_classes: int) -> Tensor:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from unmoved.attacks.ascent import gradient_at, like
-from unmoved.attacks.boundary import MARGIN, Nearest, crossed, searching
+from unmoved.attacks.ascent import crossed, gradient_at, like, rounding
+from unmoved.attacks.boundary import MARGIN, Nearest, searching
 from unmoved.attacks.hyperplanes import dual_length, length
 from unmoved.errors import number_field, whole_field
 from unmoved.protocols import Batch, Image, PerSample
@@ -29,8 +29,8 @@ class FMN:
     distance to the boundary if the model were linear: where x' is right, ``eps <- (||x' - x||_p + s) (1 + gamma)``
     until a first misclassified point is found and ``eps <- eps (1 + gamma)`` after it; where x' is misclassified,
     ``eps <- min(eps (1 - gamma), (eps + ||x' - x||_p - s) / 2, nearest so far)``, but at least half of eps or that
-    nearest. Then ``x' <- project(clip(x' + 2 alpha eps u), eps)``, u along g with ||u||_p = 1. alpha and gamma fall
-    along half a cosine, to alpha / 100 and 0.001.
+    nearest. Then ``x' <- project(x' + 2 alpha eps u, eps)``, u the steepest step of length 1 within the valid images,
+    in l1 ``g / ||g||_2``. alpha and gamma fall along half a cosine, to alpha / 100 and 0.001.
 
     The threat model's eps is not used: the nearest point is proposed, wherever it is, and the clean image where
     none is found. A misclassified image is returned as it is. One boundary is followed, that of the best wrong class
@@ -48,9 +48,9 @@ class FMN:
     Deviations: steps grow with the ball and are steepest in linf and l2 (the paper's have the l2 length alpha in every
     norm, which needs tuning to the norm and the size of the images). A misclassified point's margin shortens the
     radius (the paper's falls by gamma alone, slowly where the first point found is far). The factor 1 + gamma before
-    the first such point: a boundary met exactly is not crossed. Clipped to valid images before the projection, not
-    after: the point is in both all the same, and pixels that cannot move use up no radius. "Misclassified" asks for a
-    margin above rounding. The last point is judged too.
+    the first such point: a boundary met exactly is not crossed. The projection knows the box (the paper's clips after
+    it), so that pixels that cannot move use up no radius. "Misclassified" asks for a margin above rounding. The last
+    point is judged too.
     """
 
     threat: ThreatModel
@@ -68,10 +68,10 @@ class FMN:
 
     def __call__(self, model: nn.Module, batch: Batch) -> Image:
         with searching(model, batch, self.threat) as views:
-            nearest = Nearest(views, self.threat.norm)
+            nearest = Nearest(views, self.threat)
             if len(nearest.open):
                 self._breathe(nearest)
-            return nearest.x
+            return nearest.cleared()
 
     def _breathe(self, nearest: Nearest) -> None:
         views, threat, broadcast = nearest.views, self.threat, like(nearest.x)
@@ -81,13 +81,12 @@ class FMN:
         radius = torch.full_like(nearest.distance[nearest.open], largest)
         for step in range(self.steps):
             value, gradient, logits = gradient_at(views, x_adv, MARGIN)
-            wrong = crossed(logits, views.y)
+            wrong, value = crossed(logits, views.y), value - 2 * rounding(logits, views.y)
             nearest.offer(nearest.open, x_adv, wrong, x)
             gamma = annealed(self.gamma, min(0.001, self.gamma), step / self.steps)
             radius = self._breath(nearest, radius, gamma, wrong, value, gradient, x_adv).clamp_max(largest)
             alpha = annealed(self.step_size, self.step_size / 100, step / self.steps)
-            move = broadcast(2 * alpha * radius) * self._along(gradient)
-            x_adv = threat.project((x_adv + move).clamp(low, high), x, radius)
+            x_adv = self._moved(x_adv, gradient, broadcast(2 * alpha * radius), x, radius)
         with torch.no_grad():
             nearest.offer(nearest.open, x_adv, crossed(views.at(x_adv).adv, views.y), x)
 
@@ -109,8 +108,9 @@ class FMN:
         linear = torch.maximum((radius + away - to_boundary) / 2, radius / 2)
         return torch.where(wrong, torch.minimum(torch.minimum(radius * (1 - gamma), linear), top), out)
 
-    def _along(self, gradient: Tensor) -> Tensor:
-        """Steps of unit length; for l1 along the gradient itself, since its steepest step moves one pixel alone."""
+    def _moved(self, x_adv: Image, gradient: Tensor, size: Tensor, x: Image, radius: PerSample) -> Image:
+        """A step of length ``size``, projected; in l1 along the gradient, which the projection makes sparse."""
         if self.threat.norm != "l1":
-            return self.threat.steepest(gradient)
-        return gradient / like(gradient)(length(gradient.flatten(1), "l1").clamp_min(1e-30))
+            return self.threat.ascend(x_adv, gradient, size, x, radius)
+        unit = gradient / like(x)(length(gradient.flatten(1), "l2").clamp_min(torch.finfo(x.dtype).tiny))
+        return self.threat.project(x_adv + size * unit, x, radius)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from unmoved import noise
-from unmoved.attacks.ascent import like
+from unmoved.attacks.ascent import crossed, like
 from unmoved.attacks.boundary import Nearest, searching
 from unmoved.attacks.hyperplanes import length
 from unmoved.errors import UnmovedError, keep_field, require_seed, whole_field
@@ -33,8 +33,8 @@ class HopSkipJump:
     From a boundary point x_t the normal is estimated by ``n = mean_b (phi_b - mean phi) u_b``, phi_b = +1 where
     ``x_t + delta_t u_b`` is misclassified and -1 elsewhere, u_b random unit vectors, of which there are
     ``samples sqrt(t)``; ``delta_t = ||x_t - x|| / d``. The step ``||x_t - x|| / sqrt(t)`` along ``n / ||n||_2`` (l2)
-    or ``sign(n)`` (linf) is halved until it ends misclassified, and bisection leads back to the boundary: along the
-    line to x in l2, by clipping to smaller and smaller linf balls.
+    or ``sign(n)`` (linf), of that length within the box, is halved until it ends misclassified, and bisection leads
+    back to the boundary: along the line to x in l2, by clipping to smaller and smaller linf balls.
 
     The first point is random noise, fine or coarse, grey or black and white, or a blend of it with x. The threat
     model's eps is not used: the nearest misclassified point is proposed, wherever it is, and the clean image where no
@@ -51,7 +51,8 @@ class HopSkipJump:
         UnmovedError: norm l1, or a value outside its bounds.
 
     Deviations: the start (the authors try fine grey noise alone). The bisection takes 10 to 24 decisions, whatever
-    its exact rule asks beyond. A last decision moves the result outwards by a share of 1e-4, clear of rounding.
+    its exact rule asks beyond. A last decision moves the result outwards,
+    by a share of 1e-4 and clear of rounding.
     """
 
     threat: ThreatModel
@@ -73,10 +74,10 @@ class HopSkipJump:
 
     def __call__(self, model: nn.Module, batch: Batch) -> Image:
         with searching(model, batch, self.threat) as views, torch.no_grad():
-            nearest = Nearest(views, self.threat.norm)
+            nearest = Nearest(views, self.threat)
             if len(nearest.open):
                 self._search(nearest)
-            return nearest.x
+            return nearest.cleared(further_by=1e-4)
 
     def _search(self, nearest: Nearest) -> None:
         """Every decision is counted; a sample that could not pay for a whole iteration is done."""
@@ -100,7 +101,6 @@ class HopSkipJump:
             x_adv, asked = self._step(views, x_adv, normal, away / math.sqrt(t))
             x_adv = self._to_boundary(views, x_adv, bisections)
             used = used + count + asked + bisections
-        self._step_clear(nearest)
 
     def _start(self, views: Views, tries: int) -> tuple[Image, Tensor, Tensor]:
         """Misclassified blends, the decisions asked for so far, one for the clean image, and who has a blend (n,)."""
@@ -170,7 +170,7 @@ class HopSkipJump:
     def _step(self, views: Views, x_adv: Image, normal: Tensor, size: Tensor) -> tuple[Image, Tensor]:
         """The first misclassified point of steps that halve, and how many were tried (n,); x_adv where none is."""
         low, high = self.threat.bounds
-        move, moved = like(x_adv)(size) * self.threat.steepest(normal), x_adv.clone()
+        move, moved = self.threat.step(x_adv, normal, like(x_adv)(size)), x_adv.clone()
         asked, go = torch.zeros_like(views.y), torch.arange(len(x_adv), device=x_adv.device)
         for halving in range(HALVINGS):
             tried = (x_adv[go] + move[go] / 2**halving).clamp(low, high)
@@ -182,18 +182,7 @@ class HopSkipJump:
                 break
         return moved, asked
 
-    def _step_clear(self, nearest: Nearest) -> None:
-        """A little further out, where another batch size cannot round the decision away."""
-        found = torch.nonzero(nearest.distance[nearest.open].isfinite()).flatten()
-        if len(found) == 0:
-            return
-        views, position = nearest.views.take(found), nearest.open[found]
-        low, high = self.threat.bounds
-        x_adv = nearest.x[position]
-        further = (x_adv + 1e-4 * (x_adv - views.x)).clamp(low, high)
-        nearest.x[position] = torch.where(like(x_adv)(_misclassified(views, further)), further, x_adv)
-
 
 def _misclassified(views: Views, x_adv: Image) -> Tensor:
-    """The decisions, (n,) bool: all that is ever asked of the model."""
-    return views.at(x_adv).adv.argmax(dim=1) != views.y
+    """The decisions, (n,) bool: all that is ever asked of the model. One that rounding may turn is 'right'."""
+    return crossed(views.at(x_adv).adv, views.y)

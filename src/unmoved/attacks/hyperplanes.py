@@ -54,6 +54,25 @@ def to_hyperplane(
     return step.mul_(sign)
 
 
+def toward(
+    z: Tensor, w: Tensor, excess: PerSample, norm: str, bounds: tuple[float, float] = (0.0, 1.0)
+) -> tuple[Tensor, PerSample]:
+    """The step of `to_hyperplane`, with the same arguments, and a length to compare planes by.
+
+    Returns:
+        (B, d): the step. (B,): its length; the largest finite number where it ends at a corner short of the plane, so
+        that any plane within reach is nearer, and inf where w is 0 or not a number.
+    """
+    step = to_hyperplane(z, w, excess, norm, bounds)
+    top = w.abs().amax(dim=1)
+    top = torch.where(top > 0, top, 1.0)
+    gain = (step * (w / top[:, None])).sum(dim=1).abs()
+    is_reached = gain >= (1 - 1e-4) * excess.abs() / top
+    far = torch.full_like(gain, torch.finfo(w.dtype).max)
+    away = torch.where(is_reached, length(step, norm), far)
+    return step, away.masked_fill(~(dual_length(w, norm) > 0), torch.inf)
+
+
 def length(v: Tensor, norm: str) -> PerSample:
     """||v|| of each row, (B, d) -> (B,); ten times as fast as `torch.linalg.vector_norm` in linf on a CPU."""
     size = v.abs()

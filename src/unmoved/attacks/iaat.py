@@ -28,8 +28,9 @@ class IAAT:
         threat: the ball; its eps is the radius of a sample not seen before, and the largest.
         loss: the term to maximise.
         steps: gradient steps.
-        gamma: change of a radius (1.9/255 in the authors' code).
-        step_size: smallest step (2/255 there).
+        gamma: change of a radius; ``None`` is 1.9/255 (the authors' code), on images in [0, 1], and as much of the
+            width of other bounds.
+        step_size: smallest step; ``None`` is 2/255 (there) in the same way.
         momentum: share of the old radius that is kept (0.9 there).
         seed: keys the starts.
         mode: ``"eval"`` or ``"train"`` (the authors').
@@ -46,8 +47,8 @@ class IAAT:
         threat: ThreatModel,
         loss: Term = CE("adv"),  # noqa: B008 - a frozen value
         steps: int = 10,
-        gamma: float = 1.9 / 255,
-        step_size: float = 2 / 255,
+        gamma: float | None = None,
+        step_size: float | None = None,
         momentum: float = 0.9,
         seed: int = 0,
         mode: str = "eval",
@@ -55,8 +56,9 @@ class IAAT:
         require_threat("IAAT.threat", threat)
         require_loss("IAAT.loss", loss)
         steps = require_whole("IAAT.steps", steps, at_least=1)
-        gamma = require_number("IAAT.gamma", gamma, at_least=0)
-        step_size = require_number("IAAT.step_size", step_size, at_least=0)
+        width = threat.bounds[1] - threat.bounds[0]
+        gamma = 1.9 / 255 * width if gamma is None else require_number("IAAT.gamma", gamma, at_least=0)
+        step_size = 2 / 255 * width if step_size is None else require_number("IAAT.step_size", step_size, at_least=0)
         momentum = require_number("IAAT.momentum", momentum, at_least=0, at_most=1)
         seed = require_seed("IAAT.seed", seed)
         require_choice("IAAT.mode", mode, MODES)
@@ -122,6 +124,5 @@ class IAAT:
             x_adv = self.threat.start(views.batch, seed=self.seed, radius=radius)
             for _ in range(self.steps):
                 _, gradient, _ = gradient_at(views, x_adv, self.loss)
-                moved = x_adv + step.to(x_adv.dtype) * self.threat.steepest(gradient)
-                x_adv = self.threat.project(moved, views.x, radius)
+                x_adv = self.threat.ascend(x_adv, gradient, step.to(x_adv.dtype), views.x, radius)
             return x_adv.detach()

@@ -55,7 +55,7 @@ class MomentumPace(_Pace):
         self.next_check = self.interval - 1
 
     def move(self, x_adv: Image, gradient: Tensor, step: int) -> Image:
-        z = self.threat.project(x_adv + self.step_size * self.threat.steepest(gradient), self.x)
+        z = self.threat.ascend(x_adv, gradient, self.step_size, self.x)
         share = 0.75 if step > 0 else 1.0
         mixed = x_adv + share * (z - x_adv) + (1 - share) * (x_adv - self.x_old)
         self.x_old = x_adv
@@ -79,31 +79,55 @@ class MomentumPace(_Pace):
 
 
 class SparsePace(_Pace):
-    """Sparse steps of l1 (Croce and Hein 2021, section 4): how many pixels follows the best point's support."""
+    """Sparse steps of l1 (Croce and Hein 2021, section 4): how many pixels follows the best point's support.
 
-    rows = (*_Pace.rows, "share", "support")
-    SHRINK, LEAST, SPARSER = 1.5, 10.0, 0.95
+    Pixels that stand at the edge of the box to which they would go are no part of either number: they neither use up
+    length nor stand in the way of the next largest gradient. At first the step is as sparse as the support of a
+    ``given`` start says, and has a share ``FIRST`` of all pixels where the start is noise.
+    """
+
+    rows = (*_Pace.rows, "count", "support")
+    FIRST, SHRINK, LEAST, SPARSER = 0.2, 1.5, 10.0, 0.95
 
     def __init__(
-        self, threat: ThreatModel, x: Image, x_adv: Image, value: PerSample, gradient: Tensor, steps: int, compat: bool
+        self, threat: ThreatModel, x: Image, x_adv: Image, value: PerSample, gradient: Tensor, steps: int, given: bool
     ) -> None:
         super().__init__(threat, x, x_adv, value, gradient)
         self.step_size = torch.full_like(self.like(value), threat.radius, dtype=x.dtype)
         self.features = x[0].numel()
-        self.support = self._support(x_adv)
-        self.share = self.support / self.features / self.SHRINK
+        if given:
+            self.support = self._support(x_adv)
+            self.count = self._sparser_than(self.support)
+        else:
+            self.support = torch.full_like(value, self.features, dtype=x.dtype)
+            self.count = self._whole(self.FIRST * self.support)
         self.interval = max(int(0.04 * steps), 1)
 
     def _support(self, x_adv: Image) -> PerSample:
-        return (x_adv != self.x).flatten(1).sum(dim=1).to(self.x.dtype)
+        """How many pixels moved by more than rounding and stand at no edge; all of them where the ball has room."""
+        (low, high), size = self.threat.bounds, (x_adv - self.x).abs()
+        least = 8 * torch.finfo(self.x.dtype).eps * max(abs(low), abs(high))
+        between = (size > least) & (x_adv > low) & (x_adv < high)
+        is_full = size.flatten(1).sum(dim=1) > 0.99 * self.threat.radius
+        return torch.where(is_full, between.flatten(1).sum(dim=1), self.features).to(self.x.dtype)
+
+    def _whole(self, count: PerSample) -> Tensor:
+        """Rounded down to whole pixels, one at least (the authors round up, and stay at two where one is best)."""
+        return count.long().clamp(1, self.features)
+
+    def _sparser_than(self, support: PerSample) -> Tensor:
+        return self._whole(support / self.SHRINK)
 
     def move(self, x_adv: Image, gradient: Tensor, step: int) -> Image:
-        size = gradient.abs().flatten(1)
-        rank = ((1 - self.share) * self.features).clamp(0, self.features - 1).long()
-        threshold = size.sort(dim=1).values.gather(1, rank[:, None])
-        sparse = gradient.sign() * (size >= threshold).reshape(gradient.shape)
-        count = self.like(sparse.abs().flatten(1).sum(dim=1))
-        return self.threat.project(x_adv + self.step_size * sparse / (count + 1e-10), self.x)
+        low, high = self.threat.bounds
+        size = gradient.abs()
+        can_move = x_adv != torch.where(gradient > 0, high, low)
+        largest = (size * can_move).flatten(1).sort(dim=1, descending=True).values
+        threshold = largest.gather(1, self.count[:, None] - 1)
+        # What came to an edge is pushed on, lest it be drawn back with the others.
+        pushed = (size >= self.like(threshold)) & (size > 0)
+        count = self.like((pushed & can_move).flatten(1).sum(dim=1)).clamp_min(1)
+        return self.threat.project(x_adv + self.step_size * (gradient.sign() * pushed) / count, self.x)
 
     def observe(self, x_adv: Image, value: PerSample, gradient: Tensor, step: int) -> tuple[Image, Tensor]:
         """Where to go on from: the iterate, or where the best point became sparser, that point with the full step."""
@@ -112,7 +136,7 @@ class SparsePace(_Pace):
             return x_adv, gradient
         support = self._support(self.top)
         sparser = support / self.support.clamp_min(1) < self.SPARSER
-        self.share, self.support = support / self.features / self.SHRINK, support
+        self.count, self.support = self._sparser_than(support), support
         full = self.threat.radius
         shrunk = (self.step_size / self.SHRINK).clamp(full / self.LEAST, full)
         self.step_size = torch.where(self.like(sparser), full, shrunk)

@@ -28,15 +28,16 @@ GAUSSIAN_START = 0.001
 class PGD:
     """Projected gradient ascent (Madry et al. 2018, section 2.1).
 
-    ``x' <- project(x' + step_size * steepest(grad_x' loss))``, ``steps`` times.
+    ``x' <- project(x' + step_size * u)``, ``steps`` times, with u the steepest step of length 1 within the valid images
+    along grad_x' loss (`ThreatModel.step`).
 
     Args:
         threat: the ball.
         loss: the term to maximise; ``KL()`` is TRADES' attack, any objective makes the attack adaptive to it.
         steps: number of gradient steps.
         step_size: length of a step; ``None`` is Madry's rule 2.5 * eps / steps.
-        start: ``"uniform"`` in the ball, ``"gaussian"`` (0.001 N(0, I): TRADES, MART) or ``"none"`` (the clean image,
-            where the gradient of KL is zero up to rounding).
+        start: ``"uniform"`` in the ball, ``"gaussian"`` (0.001 N(0, I), in widths of the bounds: TRADES, MART) or
+            ``"none"`` (the clean image, where the gradient of KL is zero up to rounding).
         restarts: independent starts; each sample keeps its best.
         stop: a stopping rule, such as the sensible or the friendly adversary.
         keep: ``"last"`` iterate (training; saves a forward pass) or ``"best"`` of all, the final one included.
@@ -95,7 +96,8 @@ class PGD:
         if self.start == "none":
             return batch.x
         draw = noise.normal(batch.index, tuple(batch.x.shape[1:]), seed=self.seed, step=batch.step, stream=restart)
-        return self.threat.project(batch.x + GAUSSIAN_START * draw.to(batch.x.dtype), batch.x)
+        low, high = self.threat.bounds
+        return self.threat.project(batch.x + GAUSSIAN_START * (high - low) * draw.to(batch.x.dtype), batch.x)
 
     def _climb(self, base: Views, restart: int) -> Image:
         if self.stop is not None:
@@ -118,7 +120,7 @@ class PGD:
     def _step(self, x_adv: Image, gradient: Tensor, x: Image) -> Image:
         madry = 2.5 * self.threat.radius / self.steps
         step_size = madry if self.step_size is None else number("PGD.step_size", self.step_size)
-        return self.threat.project(x_adv + step_size * self.threat.steepest(gradient), x)
+        return self.threat.ascend(x_adv, gradient, step_size, x)
 
     def _climb_until(self, stop: StoppingRule, base: Views, restart: int) -> Image:
         """The same ascent over the samples that have not stopped; stopped ones are not computed again."""
@@ -160,6 +162,7 @@ class PGD:
 def FGSM(threat: ThreatModel, loss: Term = CE("adv")) -> PGD:  # noqa: B008 - a frozen value
     """The fast gradient sign method (Goodfellow et al. 2015): one step of length eps from the clean image.
 
-    ``x' = x + eps * steepest(grad_x loss)``: one step of `PGD`, whose projection shortens Madry's 2.5 eps to eps.
+    One step of `PGD`, whose projection shortens Madry's 2.5 eps to eps: the point of the ball cut by the box at which
+    the linearised loss is highest, ``x + eps sign(grad_x loss)`` clipped to valid images in linf.
     """
     return PGD(threat, loss, steps=1, start="none")

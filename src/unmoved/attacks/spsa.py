@@ -35,7 +35,8 @@ class SPSA:
         threat: the ball.
         steps: number of steps, each of 2 * ``samples`` + 1 forward passes.
         samples: directions of an estimate (the paper's batch size, 128 to 8192).
-        delta: half the distance between the two points of a direction (0.01 in the paper).
+        delta: half the distance between the two points of a direction; ``None`` is 0.01 (the paper's), on images in
+            [0, 1], and as much of the width of other bounds.
         step_size: learning rate of Adam for linf (0.01 in the paper); in the other norms the length of a step along
             the steepest direction of Adam's averaged gradient. ``None`` is 5 * eps / steps.
         loss: the term to maximise (the margin in the paper).
@@ -50,7 +51,7 @@ class SPSA:
     threat: ThreatModel
     steps: int = 20
     samples: int = 128
-    delta: float = 0.01
+    delta: float | None = None
     step_size: float | None = None
     loss: Term = Margin("adv")
     seed: int = 0
@@ -60,7 +61,8 @@ class SPSA:
         require_loss("SPSA.loss", self.loss)
         whole_field(self, "SPSA.steps", at_least=1)
         whole_field(self, "SPSA.samples", at_least=1)
-        number_field(self, "SPSA.delta", above=0)
+        if self.delta is not None:
+            number_field(self, "SPSA.delta", above=0)
         if self.step_size is not None:
             number_field(self, "SPSA.step_size", above=0)
         keep_field(self, "SPSA.seed", require_seed)
@@ -75,6 +77,7 @@ class SPSA:
         x_adv, best = views.x, Best()
         position = torch.arange(len(x_adv), device=x_adv.device)
         mean, square = torch.zeros_like(x_adv), torch.zeros_like(x_adv)
+        unit = x_adv.new_zeros(len(x_adv))
         step_size = 5 * self.threat.radius / self.steps if self.step_size is None else self.step_size
         for step in range(self.steps + 1):
             value, logits = value_at(views, x_adv, self.loss)
@@ -85,20 +88,25 @@ class SPSA:
                 break
             if len(go) < len(position):
                 views, position = views.take(go), position[go]
-                x_adv, mean, square = x_adv[go], mean[go], square[go]
+                x_adv, mean, square, unit = x_adv[go], mean[go], square[go], unit[go]
             gradient = self._estimate(views, x_adv, step)
+            # In units of the first estimate, or Adam's 1e-8 and the squares would know the scale of the logits.
+            unit = torch.where(unit > 0, unit, gradient.flatten(1).abs().amax(dim=1))
+            gradient = gradient / like(x_adv)(torch.where(unit > 0, unit, 1.0))
             mean = 0.9 * mean + 0.1 * gradient
             square = 0.999 * square + 0.001 * gradient.square()
             if self.threat.norm == "linf":
                 size = (square / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8
                 move = mean / (1 - 0.9 ** (step + 1)) / size
+                x_adv = self.threat.project(x_adv + step_size * move, views.x)
             else:
-                move = self.threat.steepest(mean)
-            x_adv = self.threat.project(x_adv + step_size * move, views.x)
+                x_adv = self.threat.ascend(x_adv, mean, step_size, views.x)
         return best.x if best.x is not None else views.x
 
     def _estimate(self, views: Views, x_adv: Image, step: int) -> Tensor:
         """The gradient, from ``samples`` pairs of values at opposite points, (n, C, H, W)."""
+        low, high = self.threat.bounds
+        delta = 0.01 * (high - low) if self.delta is None else self.delta
         total = torch.zeros_like(x_adv)
         owner = torch.arange(len(x_adv), device=x_adv.device)
         together = max(1, PASS // (2 * len(x_adv)))
@@ -109,8 +117,8 @@ class SPSA:
             for ahead in torch.arange(min(SIGNS, self.samples - draw * SIGNS)).split(together):
                 k = like(bits[None])(ahead.to(bits.device))
                 v = (((bits >> k) & 1) * 2 - 1).to(x_adv.dtype)  # (m, n, C, H, W)
-                points = torch.stack([x_adv + self.delta * v, x_adv - self.delta * v]).flatten(0, 2)
+                points = torch.stack([x_adv + delta * v, x_adv - delta * v]).flatten(0, 2)
                 value, _ = value_at(views.take(owner.repeat(2 * len(v))), points, self.loss)
                 up, down = value.to(x_adv.dtype).reshape(2, len(v), len(x_adv), *[1] * (x_adv.ndim - 1))
                 total += ((up - down) * v).sum(dim=0)
-        return total / (2 * self.delta * self.samples)
+        return total / (2 * delta * self.samples)
