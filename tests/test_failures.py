@@ -70,6 +70,11 @@ class Returns(nn.Module):
         return self.make(self.linear(x.flatten(1)))
 
 
+def inferred() -> nn.Module:
+    with torch.inference_mode():
+        return plain()
+
+
 TYPE = "expected weights and images of one type, came weights of {} and images of float32; use model.float"
 CASES: dict[str, tuple[Callable[[], nn.Module], str]] = {
     **{
@@ -83,6 +88,14 @@ CASES: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "two inputs": (Two, "expected a forward that takes the images alone.*mask.*wrap the model"),
     "tuple": (lambda: Returns(lambda z: (z, z)), "came a tuple; wrap the model"),
     "dict": (lambda: Returns(lambda z: {"logits": z}), "came a dict; wrap the model"),
+    "no forward": (lambda: nn.ModuleList([plain()]), "it has no forward; hand over the module"),
+    "one type in two": (lambda: nn.Sequential(plain(), nn.Linear(3, 3).double()), TYPE.format("float64")),
+    "takes integers": (lambda: nn.Sequential(nn.Flatten(), nn.Embedding(5, 3)), "does not take images, .*float32"),
+    "one pixel": (
+        lambda: nn.Sequential(nn.Conv2d(1, 4, 6), nn.InstanceNorm2d(4), nn.Flatten(), nn.Linear(4, 3)),
+        "more than 1 spatial element",
+    ),
+    "three dimensions": (lambda: nn.Sequential(nn.Conv3d(1, 2, 2), nn.Flatten()), "it cannot take images"),
     "other images": (
         lambda: nn.Sequential(nn.Flatten(), nn.Linear(12, 3)),
         r"it cannot take images of shape \(1, 6, 6\).*make it for them",
@@ -134,6 +147,7 @@ class Reentrant(nn.Module):
     ("model", "words"),
     [
         (Numpy, r"leaves the autograd graph by .numpy\(\).*compute with torch alone"),
+        (inferred, "made in torch.inference_mode, its weights .* have no gradient"),
         (Reentrant, "of the reentrant kind.*use_reentrant=False"),
     ],
 )
@@ -170,6 +184,65 @@ def test_images_of_another_type_than_the_weights() -> None:
     with pytest.raises(UnmovedError, match=r"weights of float32 and images of float64; use .*images.float\(\)"):
         PGD(plain(), Batch(x, y))
     assert PGD(plain().double(), Batch(x, y)).dtype == torch.float64
+
+
+def trained(model: nn.Module) -> nn.Module:
+    train(model, METHOD, SPLIT, epochs=1)
+    return model
+
+
+def test_models_of_every_make_are_taken() -> None:
+    x = torch.rand(8, 1, 6, 6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made = {
+            "traced": torch.jit.trace(plain(), x),
+            "scripted": torch.jit.script(plain()),
+            "fx": torch.fx.symbolic_trace(plain()),
+            "compiled": torch.compile(plain(), backend="eager"),
+            "parallel": nn.DataParallel(plain()),
+            "volumes": nn.Sequential(
+                nn.Unflatten(1, (1, 1)), nn.Conv3d(1, 2, (1, 3, 3)), nn.Flatten(), nn.Linear(32, 3)
+            ),
+            "half within": HalfWithin(),
+        }
+        judged = made | {
+            "frozen": plain().requires_grad_(False),
+            "without weights": nn.Sequential(nn.Flatten(), nn.AdaptiveAvgPool1d(3)),
+            "frozen script": torch.jit.freeze(torch.jit.script(plain().eval())),
+        }
+        for model in judged.values():
+            assert len(evaluate(model, SPLIT, {"pgd": PGD}, THREAT, workers=2)) == 8
+            doctor.examine(model, SPLIT, THREAT)
+        for model in made.values():
+            before = [p.detach().clone() for p in model.parameters()]
+            assert any(not torch.equal(*pair) for pair in zip(before, trained(model).parameters(), strict=True))
+
+
+class HalfWithin(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(36, 3).half()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x.flatten(1).half())
+
+
+def test_an_exported_program_says_what_it_was_exported_for() -> None:
+    fixed = torch.export.export(plain(), (torch.rand(3, 1, 6, 6),))
+    with pytest.raises(UnmovedError, match=r"hand over program.module\(\)"):
+        evaluate(fixed, SPLIT, {"pgd": PGD}, THREAT)  # type: ignore[arg-type]
+    with pytest.raises(UnmovedError, match=r"exported for batches of another size .*dynamic batch dimension"):
+        evaluate(fixed.module(), SPLIT, {"pgd": PGD}, THREAT)
+    with pytest.raises(UnmovedError, match=r"training mode.*train the module that it was exported from"):
+        train(fixed.module(), METHOD, SPLIT, epochs=1)
+
+
+@pytest.mark.parametrize("given", [lambda x: x, SPLIT, None, METHOD], ids=["function", "split", "none", "method"])
+def test_a_step_of_what_is_no_model(given: Any) -> None:
+    optimizer = torch.optim.SGD(plain().parameters(), lr=0.1)
+    with pytest.raises(UnmovedError, match=r"the order is train_step\(model, Method"):
+        train_step(given, METHOD, optimizer, next(SPLIT.batches(8)))
 
 
 LOADER = DataLoader(TensorDataset(X, torch.arange(8) % 3), batch_size=4)

@@ -153,6 +153,19 @@ def test_augmentation_and_the_validations_attack_are_tried_too() -> None:
         train(model, METHOD, split(8), epochs=1, validation=split(4), check=leaves, threat=THREAT)
 
 
+def test_a_term_that_needs_more_samples_than_the_last_batch_has() -> None:
+    def spread(views: Any) -> Tensor:
+        return terms.CE()(views) + views.adv.std(dim=0).sum()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(
+            UnmovedError, match=r"loss became nan .* on 1 samples, as many as the last batch.*needs more"
+        ):
+            train(models.linear((1, 6, 6), 3), Method(None, spread), split(9), epochs=1, batch_size=8)
+    train(models.linear((1, 6, 6), 3), Method(None, spread), split(10), epochs=1, batch_size=8)
+
+
 def frozen() -> nn.Module:
     return models.linear((1, 6, 6), 3).requires_grad_(False)
 

@@ -60,7 +60,7 @@ def step(method: Any, batch: Any, model: nn.Module | None = None, **settings: An
         (lambda b: replace(b, x=b.x * float("nan")), "NaN"),
         (lambda b: replace(b, y=b.y + 1), "labels: expected 0..2 for 3 logits, came 3"),
         (lambda b: replace(b, y=b.y - 1), "labels: expected 0..2, came -1"),
-        (lambda b: (b.x, b.y), r"expected a Method and a Batch, came Method and tuple"),
+        (lambda b: (b.x, b.y), r"a Method and a Batch, came .*, Method, tuple"),
     ],
 )
 def test_refuses_a_batch_before_anything_is_changed(method: Method, change: Callable[[Batch], Any], words: str) -> None:
@@ -91,7 +91,7 @@ def test_refuses_an_objective_that_is_no_number_for_each_sample(objective: Any, 
 
 
 def test_an_attack_is_no_method() -> None:
-    with pytest.raises(UnmovedError, match="expected a Method and a Batch, came PGD and Batch"):
+    with pytest.raises(UnmovedError, match=r"a Method and a Batch, came .*, PGD, Batch"):
         step(PGD(THREAT), a_batch())
     with pytest.raises(UnmovedError, match=r"method: expected Method\(attack, objective, defense\), came PGD"):
         Phases.of(PGD(THREAT))  # type: ignore[arg-type]

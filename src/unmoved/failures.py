@@ -33,6 +33,11 @@ def cause_in_graph(error: Exception) -> str | None:
             "its forward leaves the autograd graph by .numpy(), so that it has no gradient over the images; compute "
             "with torch alone, or use attacks without gradients, such as SPSA or Square"
         )
+    if "Inference tensors cannot be saved" in said:
+        return (
+            "tensors made in torch.inference_mode, its weights or some of its forward's, have no gradient; make or "
+            "load the model outside of it, and use torch.no_grad() in its place"
+        )
     return None
 
 
@@ -41,6 +46,10 @@ def _cause(error: Exception, model: nn.Module, x: Tensor) -> str | None:
     said, first = str(error), str(error).partition("\n")[0]
     if isinstance(error, TypeError):
         return None if _takes_one(model) else f"expected a forward that takes the images alone, but {first}; {_WRAP}"
+    if isinstance(error, NotImplementedError) and 'missing the required "forward"' in said:
+        return "it has no forward; hand over the module whose forward takes images and returns logits"
+    if isinstance(error, AssertionError) and said.startswith("Guard failed"):
+        return f"it was exported for batches of another size ({first}); export it with a dynamic batch dimension"
     if not isinstance(error, RuntimeError | ValueError):
         return None
     if "more than 1 value per channel" in said:
@@ -49,7 +58,7 @@ def _cause(error: Exception, model: nn.Module, x: Tensor) -> str | None:
             "batch size that leaves more samples in the last batch of an epoch (in each process), or another "
             "normalisation"
         )
-    tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
+    tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point() or t.is_complex()]
     devices = sorted({str(t.device) for t in tensors if t.device != x.device})
     if devices and "device" in said:
         return f"expected all of it on {x.device}, as the images are, came {', '.join(devices)}; use model.to(...)"
@@ -59,6 +68,8 @@ def _cause(error: Exception, model: nn.Module, x: Tensor) -> str | None:
             f"expected weights and images of one type, came weights of {', '.join(types)} and images of {_name(x)}; "
             'use model.float() and images.float(), and precision="bf16" where passes should be faster'
         )
+    if "scalar type" in said and not types:
+        return f"it does not take images, which are numbers of {_name(x)} ({first}); begin it with a layer that does"
     if any(sign in said for sign in _SIZES):
         return f"it cannot take images of shape {tuple(x.shape[1:])} ({first}); make it for them, or resize the images"
     return None

@@ -101,6 +101,8 @@ def layout(model: nn.Module, device: torch.device | str, x: Tensor | None = None
     package computes is seen by looking: at ``x`` (B, C, H, W), in training and in evaluation mode, on a copy. Where
     that is not possible, or a parameter could be such a kernel in a pass yet to come, the model stays contiguous, too.
     """
+    if any(tensor.ndim > 4 for tensor in (*model.parameters(), *model.buffers())):  # torch has no such format for them
+        return torch.contiguous_format
     if torch.device(device).type == "cpu" and not _is_right_in_channels_last(model, x):
         return torch.contiguous_format
     return torch.channels_last

@@ -17,7 +17,7 @@ from unmoved.errors import UnmovedError
 from unmoved.passes import one_pass, require_distinct
 from unmoved.protocols import Attack, Batch, Split, StatefulAttack
 from unmoved.schedule import Phases, resolve
-from unmoved.step import train_step
+from unmoved.step import Diverged, train_step
 from unmoved.terms.sum import stateful
 from unmoved.threat import ThreatModel, bounds_of
 
@@ -69,9 +69,14 @@ def rehearse(
         with as_found(model, *terms, method.attack), weights.in_training(model) as (train_mode, _):
             train_mode()
             seen = batch if augment is None else augment(batch, seed)
-            train_step(
-                model, tried, _Still(owned if parameters is None else parameters), seen, precision, bounds=bounds
-            )
+            optimizer = _Still(owned if parameters is None else parameters)
+            try:
+                train_step(model, tried, optimizer, seen, precision, bounds=bounds)
+            except Diverged as error:
+                raise UnmovedError(
+                    f"{error}, before anything is trained, on {len(seen)} samples, as many as the last batch of an "
+                    "epoch has; look for NaN in the weights, or for a term or layer that needs more samples"
+                ) from error
 
 
 def bounds_of_phases(phases: Phases) -> tuple[float, float] | None:

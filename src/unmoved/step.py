@@ -72,9 +72,12 @@ def train_step(
             anything is changed.
     """
     with nullcontext() if watch else without_waiting():
-        if not isinstance(method, Method) or not isinstance(batch, Batch):
-            came = f"{type(method).__name__} and {type(batch).__name__}"
-            raise UnmovedError(f"train_step: expected a Method and a Batch, came {came}; use Method(attack, objective)")
+        if not isinstance(model, nn.Module) or not isinstance(method, Method) or not isinstance(batch, Batch):
+            came = ", ".join(type(value).__name__ for value in (model, method, batch))
+            raise UnmovedError(
+                f"train_step: expected a model (an nn.Module), a Method and a Batch, came {came}; the order is "
+                "train_step(model, Method(attack, objective), optimizer, Batch(images, labels))"
+            )
         require_images(batch.x, bounds_of(method.attack) or bounds or (0.0, 1.0))
         modules = (model if attacked is None else attacked, *stateful(as_sum(method.objective)))
         with weights.constant_beside(optimizer, *modules):

@@ -26,7 +26,7 @@ def logits(model: nn.Module, x: Image) -> Logits:
     own = x if x.requires_grad and hasattr(model, "_orig_mod") else x.clone()
     try:
         out: Any = model(own)
-    except (RuntimeError, TypeError, ValueError) as error:
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         known = explained(error, model, x)
         if known is None:
             raise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TypeVar
 
 import torch
@@ -160,7 +160,7 @@ def evaluating(model: nn.Module, mode: str = "eval") -> Iterator[None]:
         with frozen_buffers(model), torch.random.fork_rng(_cuda_devices(model)):
             yield
         return
-    modes = [(module, module.training) for module in model.modules()]
+    modes = [(m, m.training) for m in model.modules() if hasattr(m, "training")]  # a frozen script has no modes
     try:
         with frozen_buffers(model):
             for module, _ in modes:
@@ -184,7 +184,13 @@ def in_training(model: nn.Module) -> Iterator[tuple[Callable[[], None], list[str
     frozen = [] if is_frozen else frozen
 
     def train() -> None:
-        model.train()  # and not the flags alone: a model may have a `train` of its own
+        try:
+            model.train()  # and not the flags alone: a model may have a `train` of its own
+        except NotImplementedError as error:
+            raise UnmovedError(
+                f"model {type(model).__name__}: expected one that has a training mode, but {error}; train the module "
+                "that it was exported from"
+            ) from error
         for _, module in frozen:
             module.training = False
 
@@ -192,7 +198,8 @@ def in_training(model: nn.Module) -> Iterator[tuple[Callable[[], None], list[str
         yield train, [name or "the model itself" for name, _ in frozen]
     finally:
         if is_frozen:
-            model.eval()
+            with suppress(NotImplementedError):
+                model.eval()
         for _, module, training in modes:
             module.training = training
 

@@ -23,7 +23,7 @@ SIGNIFICANT = 3.0  # standard errors of a paired difference: eight transforms ar
 
 def mode(case: Case) -> Finding | None:
     """A model handed over in training mode, where that changes its outputs."""
-    training = [module for module in case.model.modules() if module.training]
+    training = [module for module in case.model.modules() if getattr(module, "training", False)]
     if not training:
         return None
     with torch.random.fork_rng(devices=_cuda(case.batch.x)):
