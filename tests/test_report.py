@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from html.parser import HTMLParser
@@ -241,6 +242,45 @@ def test_overlapping_intervals_are_said_to_settle_nothing(tmp_path: Path, monkey
     assert "The intervals of c and b overlap with it: 60 images do not settle which of them is better." in words
     tied = page([bare("a"), bare("b")], tmp_path / "r.html").said
     assert "a and b hold best and equally: each still classifies 50.0\xa0%" in tied
+
+
+def test_sentences_name_twelve_recipes_at_most_and_say_how_many_more_there_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "_figures", lambda judged: {name: [] for name in report.TITLES})
+    for count, tail in ((12, "m10 and m11"), (13, "m10, m11 and 1 more"), (40, "m11 and 28 more")):
+        runs = [bare("top", clean=57, robust=33), *(bare(f"m{k}", robust=30) for k in range(count))]
+        for run in runs[1:-1]:
+            run.evaluation["notes"] = ["adapted"]
+        words = page(runs, tmp_path / "r.html").said.replace(" ,", ",").replace("( results )", "(results)")
+        assert re.search(tail + r"( \(results\))? overlap with it", words)
+        left = count - 1 - 12
+        assert (f"m10, m11 and {left} more: adapted" if left > 0 else "adapted") in words
+        assert all(f" m{k} 95.0 50.0" in words for k in range(count))  # the table leaves nobody out
+    several = [settled(bare("top"), 20), *(bare(f"m{k}", robust=10 + k % 3) for k in range(20))]
+    words = page(several, tmp_path / "r.html").said.replace(" ,", ",").replace("( results )", "(results)")
+    assert re.search(r"and 8 more \(results\), whose upper bounds are lower: 16.7 to 20.0\xa0%\.", words)
+
+
+def test_figures_are_made_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is made, turned into text and cleared before the next: a figure takes megabytes, and a page has hundreds."""
+    alive: list[Figure] = []
+    most: list[int] = []
+    real = pages.drawing.finished
+
+    def counted(figure: Figure, caption: str) -> Figure:
+        alive.append(figure)
+        most.append(sum(bool(made.axes) for made in alive))
+        return real(figure, caption)
+
+    for room in ("runs", "breakdown"):  # by its module: a function has the name of one of them
+        monkeypatch.setattr(sys.modules[f"unmoved.figures.{room}"], "finished", counted)
+    mine = Figure()
+    mine.add_subplot().plot([1, 2])
+    report.write([make("a"), make("b")], tmp_path / "r.html", "x", extra=[Section("mine", "Mine", figures=[mine])])
+    assert len(most) == 3 + 2 * 3
+    assert set(most) == {1}
+    assert mine.axes  # what somebody else made is his
 
 
 def test_names_are_escaped_everywhere(tmp_path: Path) -> None:

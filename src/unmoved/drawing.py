@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
@@ -192,9 +193,13 @@ def _overlaps(these: np.ndarray, those: np.ndarray) -> np.ndarray:
 
 def to_svg(figure: Figure) -> str:
     """The figure as the text of an SVG file: no date, no random ids, words as words."""
-    text = io.StringIO()
+    text, canvas = io.StringIO(), figure.canvas
     with style():
-        figure.savefig(text, format="svg", metadata=dict.fromkeys(["Creator", "Date", "Format", "Type"]))
+        try:  # not savefig, which draws everything once more before
+            writer: Any = FigureCanvasSVG(figure)
+            writer.print_svg(text, metadata=dict.fromkeys(["Creator", "Date", "Format", "Type"]))
+        finally:
+            figure.set_canvas(canvas)
     return text.getvalue()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,14 +51,15 @@ class Picture:
 def write(
     path: Path,
     template: str,
-    drawn: Mapping[str, Sequence[tuple[str, Figure]]],
+    drawn: Mapping[str, Iterable[tuple[str, Figure | Callable[[], Figure]]]],
     beside: Mapping[str, bytes] | None = None,
     **facts: Any,
 ) -> Path:
     """Render a template to ``path`` and the figures to ``<stem>-figures/`` beside it; return ``path``.
 
     Args:
-        drawn: by section: the figures, each with its heading ("" for none).
+        drawn: by section: the figures, each with its heading ("" for none). One that is yet to be made, a function, is
+            made, turned into text and cleared before the next: a page of many runs holds one of them at a time.
         beside: further files of the same folder, which are written together with them.
         facts: the template's variables; ``pictures`` is added.
 
@@ -66,24 +67,36 @@ def write(
         UnmovedError: a folder that cannot be written.
     """
     folder = path.with_name(f"{path.stem}-figures")
-    files: dict[str, str] = {}
+    files: dict[str, bytes] = {}
     pictures: dict[str, list[Picture]] = {}
     for section_id, titled in drawn.items():
         pictures[section_id] = []
         for name, figure in titled:
             stem = _new_stem(f"{section_id} {name}", files)
-            files[stem] = svg = drawing.to_svg(figure)
-            caption = str(figure.get_label()) or section_id
+            svg, caption = _text_of(figure)
+            files[stem], caption = _encoded(svg), caption or section_id
             html = Markup(drawing.to_html(svg, stem, f"{name}: {caption}" if name else caption))
             pictures[section_id].append(Picture(name, caption, f"{folder.name}/{stem}.svg", html))
     page = _environment().get_template(template).render(pictures=pictures, **facts)
-    texts = {f"{folder.name}/{stem}.svg": svg for stem, svg in files.items()} | {path.name: page}
-    written = {name: text.encode(errors="backslashreplace") for name, text in texts.items()}
+    written = {f"{folder.name}/{stem}.svg": svg for stem, svg in files.items()} | {path.name: _encoded(page)}
     try:
         write_set(path.parent, path.name, {**(beside or {}), **written})
     except UnmovedError as error:
         raise UnmovedError(f"{error}; or choose another --out") from error
     return path
+
+
+def _text_of(figure: Figure | Callable[[], Figure]) -> tuple[str, str]:
+    """The figure as SVG, and its caption; one that is made here is cleared, for its parts hold each other."""
+    drawn = figure if isinstance(figure, Figure) else figure()
+    svg, caption = drawing.to_svg(drawn), str(drawn.get_label())
+    if drawn is not figure:
+        drawn.clear()
+    return svg, caption
+
+
+def _encoded(text: str) -> bytes:
+    return text.encode(errors="backslashreplace")
 
 
 def write_sections(
@@ -95,7 +108,7 @@ def write_sections(
     return write(path, "sections.html.jinja", drawn, beside, title=title, titles=titles, sections=sections, lead=lead)
 
 
-def _new_stem(words: str, taken: Mapping[str, str]) -> str:
+def _new_stem(words: str, taken: Collection[str]) -> str:
     """A file name's stem of letters, digits and hyphens that is not taken."""
     stem = re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
     return next(name for k in range(len(taken) + 1) if (name := f"{stem}-{k + 1}" if k else stem) not in taken)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from matplotlib.figure import Figure
 
 from unmoved import figures, pages
 from unmoved.beside import beside
+from unmoved.drawing import MOST
 from unmoved.errors import UnmovedError
 from unmoved.figures import breakdown
 from unmoved.opinion import DO_NOT_BELIEVE, LOOK_CLOSER
@@ -35,7 +37,13 @@ TITLES = {
     "reading": "How to read this",
     "provenance": "Provenance",
 }
-WORDS: dict[str, Any] = {"CLEAN": CLEAN, "WORST": WORST, "DO_NOT_BELIEVE": DO_NOT_BELIEVE, "LOOK_CLOSER": LOOK_CLOSER}
+WORDS: dict[str, Any] = {
+    "CLEAN": CLEAN,
+    "MOST": MOST,
+    "WORST": WORST,
+    "DO_NOT_BELIEVE": DO_NOT_BELIEVE,
+    "LOOK_CLOSER": LOOK_CLOSER,
+}
 
 
 def write(runs: Sequence[Run], path: Path, title: str, extra: Sequence[Section] = ()) -> Path:
@@ -53,7 +61,8 @@ def write(runs: Sequence[Run], path: Path, title: str, extra: Sequence[Section] 
             raise UnmovedError(f"section id {section.id!r}: expected a-z, 0-9 and hyphens, and none of {taken}")
         titles[section.id] = section.title
     titles |= {name: titles.pop(name) for name in ("reading", "provenance")}  # these stay last
-    drawn = _figures(judged) | {section.id: [("", figure) for figure in section.figures] for section in extra}
+    drawn: dict[str, Any] = {**_figures(judged)}
+    drawn |= {section.id: [("", figure) for figure in section.figures] for section in extra}
     return pages.write(
         path, "report.html.jinja", drawn, title=title, titles=titles, extra=extra, **WORDS, **_facts(judged)
     )
@@ -70,18 +79,18 @@ def _beside(judged: Sequence[Verdict]) -> list[Section]:
     return [Section("beside", "Beside the base method", text, table)] if len(table) else []
 
 
-def _figures(judged: Sequence[Verdict]) -> dict[str, list[tuple[str, Figure]]]:
-    """By section: the figures, each with the recipe it belongs to ("" where it belongs to all)."""
+def _figures(judged: Sequence[Verdict]) -> dict[str, list[tuple[str, Callable[[], Figure]]]]:
+    """By section: what makes the figures, each with the recipe it belongs to ("" where it belongs to all)."""
     how, evaluation = judged[0].runs[0].protocol, judged[0].runs[0].evaluation
     names = [str(name) for name in evaluation.get("classes") or ()]
     curves = [verdict.curve for verdict in judged if verdict.curve is not None]
     return {
-        "broken": [("", breakdown(pd.concat([verdict.broken for verdict in judged])))],
-        "tradeoff": [("", figures.tradeoff(pd.concat([verdict.by_seed for verdict in judged])))],
-        "curve": [("", figures.robustness_curve(pd.concat(curves), norm=how.norm, eps=how.eps))] if curves else [],
-        "training": [(v.name, figures.training_curves(v.metrics)) for v in judged if v.metrics is not None],
-        "gallery": [(v.name, figures.gallery(v.gallery, names, rows=4)) for v in judged if v.gallery is not None],
-        "classes": [(v.name, figures.per_class(v.classes, names)) for v in judged],
+        "broken": [("", lambda: breakdown(pd.concat([verdict.broken for verdict in judged])))],
+        "tradeoff": [("", lambda: figures.tradeoff(pd.concat([verdict.by_seed for verdict in judged])))],
+        "curve": [("", lambda: figures.robustness_curve(pd.concat(curves), norm=how.norm, eps=how.eps))][: len(curves)],
+        "training": [(v.name, partial(figures.training_curves, v.metrics)) for v in judged if v.metrics is not None],
+        "gallery": [(v.name, partial(figures.gallery, v.gallery, names, 4)) for v in judged if v.gallery is not None],
+        "classes": [(v.name, partial(figures.per_class, v.classes, names)) for v in judged],
     }
 
 
@@ -120,4 +129,9 @@ def _notes(judged: Sequence[Verdict]) -> list[str]:
                 for note in facts.get("notes") or ():
                     names = told.setdefault(f"{who}{note}", [])
                     names += [] if verdict.name in names else [verdict.name]
-    return [note if len(names) == len(judged) else f"{', '.join(names)}: {note}" for note, names in told.items()]
+    return [note if len(names) == len(judged) else f"{_listed(names)}: {note}" for note, names in told.items()]
+
+
+def _listed(names: Sequence[str]) -> str:
+    """The names, at most `MOST` of them, and how many there are beside these."""
+    return ", ".join(names[:MOST]) + (f" and {len(names) - MOST} more" if len(names) > MOST else "")
