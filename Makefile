@@ -6,7 +6,7 @@ STUDY := drsl standard at trades mart probscut_trades drsl_at sensible at_apd
 # The long ones first, so that no core waits for another at the end.
 DEMO := at_apd trades_awp probscut_trades at_sam mart trades at sensible drsl standard
 
-.PHONY: help demo digits study test slow check bench bench-gpu bench-scale bench-verdict clean
+.PHONY: help demo digits study test processors slow check bench bench-gpu bench-scale bench-verdict clean
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -55,6 +55,10 @@ runs/bench: | .venv/installed
 
 test: .venv/installed-dev ## the whole suite
 	$(BIN)/python -m pytest
+
+processors: .venv/installed-dev ## the suite as an older processor computes: with AVX2, and with SSE4.1 alone
+	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(BIN)/python -m pytest
+	ONEDNN_MAX_CPU_ISA=SSE41 ATEN_CPU_CAPABILITY=default $(BIN)/python -m pytest
 
 slow: .venv/installed-dev ## what takes minutes: kills at many moments, fuzzing, the GPU bench in miniature
 	$(BIN)/python -m pytest -m slow tests/slow

@@ -191,16 +191,37 @@ class Broken:
     Attributes:
         make: the model, in the mode in which it is handed over.
         cause: the checks that name what is wrong with it; all of them must say "do not believe".
+        shown: the images on which it shows, where that is not all of them.
     """
 
     make: Callable[[], nn.Module]
     cause: tuple[str, ...]
+    shown: Callable[[nn.Module], data.ArraySplit] = lambda model: digits().test
 
 
 @cache
 def squeezed() -> nn.Module:
     """Logit squeezing of high weight, no attack in training: most units die, and their gradients with them."""
     return trained(network(), Method(None, Sum((1.0, CE("clean")), (1.0, LogitSqueeze()))), epochs=3)
+
+
+def half_dead(model: nn.Module) -> data.ArraySplit:
+    """Twenty images that the model gets right: ten whose gradient is zero throughout the ball, and ten others.
+
+    How many of all images are such depends on where the training ends, and so on the processor's rounding.
+    """
+    test = digits().test
+    (batch,) = test.batches(len(test))
+    g = torch.Generator().manual_seed(0)
+    largest = torch.zeros(len(test))
+    for _ in range(8):
+        x = (batch.x + 0.15 * (2 * torch.rand(batch.x.shape, generator=g) - 1)).clamp(0, 1).requires_grad_()
+        (gradient,) = torch.autograd.grad(F.cross_entropy(model(x), batch.y, reduction="sum"), x)
+        largest = torch.maximum(largest, gradient.flatten(1).abs().amax(dim=1))
+    right = model(batch.x).argmax(dim=1) == batch.y
+    dead, alive = (right & (largest == 0)).nonzero()[:10], (right & (largest > 0)).nonzero()[:10]
+    assert len(dead) == len(alive) == 10
+    return test.select(torch.cat([dead, alive]).flatten())
 
 
 @cache
@@ -221,11 +242,34 @@ def for_255() -> nn.Module:
     return trained(inside, Method(None, CE("clean")), epochs=4)[1].eval()
 
 
+def undone(x: Tensor) -> Tensor:
+    """What the first of two normalisations by mean -1 and deviation 2 makes 0 and 1 again of."""
+    return 2 * x - 1
+
+
 @cache
 def twice_normalised() -> nn.Module:
     """To [0.5, 1] and once more: networks on digits forgive another contrast, but not another background."""
     inside = models.normalized(perceptron(), [-1.0], [2.0])
     return models.normalized(trained(inside, Method(None, CE("clean")), epochs=4), [-1.0], [2.0]).eval()
+
+
+def lost(healed: Callable[[], nn.Module], how_many: int = 20) -> Callable[[nn.Module], data.ArraySplit]:
+    """Images that the healed model gets right: as many that the broken one gets wrong as others.
+
+    How much accuracy a wrong scale costs depends on where the training ends, and so on the processor's rounding.
+    """
+
+    def shown(model: nn.Module) -> data.ArraySplit:
+        test = digits().test
+        (batch,) = test.batches(len(test))
+        with torch.no_grad():
+            could, does = (m(batch.x).argmax(dim=1) == batch.y for m in (healed(), model))
+        gone, kept = (could & ~does).nonzero()[:how_many], (could & does).nonzero()[:how_many]
+        assert len(gone) == how_many
+        return test.select(torch.cat([gone, kept]).flatten())
+
+    return shown
 
 
 def for_minus_one_to_one(x: Tensor) -> Tensor:
@@ -235,7 +279,7 @@ def for_minus_one_to_one(x: Tensor) -> Tensor:
 BROKEN: dict[str, Broken] = {
     "saturated logits": Broken(lambda: after(at(), scaled), ("saturated logits",)),
     "sensible, overrated by PGD": Broken(sensible, ("PGD overrates", "saturated logits")),
-    "logit squeezing of high weight": Broken(squeezed, ("zero gradients",)),
+    "logit squeezing of high weight": Broken(squeezed, ("zero gradients",), half_dead),
     "quantised input": Broken(lambda: before(standard(), rounded), ("zero gradients",)),
     "JPEG-like compression": Broken(lambda: before(standard(), compressed), ("zero gradients",)),
     "thermometer input": Broken(lambda: before(standard(), thermometer), ("no gradient",)),
@@ -249,7 +293,7 @@ BROKEN: dict[str, Broken] = {
     "softmax twice": Broken(lambda: after(at(), softmax), ("probabilities",)),
     "batch statistics": Broken(lambda: before(standard(), whitened_by_the_batch), ("companions in the batch",)),
     "root at zero": Broken(lambda: before(standard(), root_squared), ("not finite",)),
-    "pixels of another scale": Broken(for_255, ("normalisation",)),
-    "made for [-1, 1]": Broken(lambda: before(standard(), for_minus_one_to_one), ("normalisation",)),
-    "normalised twice": Broken(twice_normalised, ("normalisation",)),
+    "pixels of another scale": Broken(for_255, ("normalisation",), lost(lambda: before(for_255(), times_255))),
+    "made for [-1, 1]": Broken(lambda: before(standard(), for_minus_one_to_one), ("normalisation",), lost(standard)),
+    "normalised twice": Broken(twice_normalised, ("normalisation",), lost(lambda: before(twice_normalised(), undone))),
 }

@@ -36,7 +36,8 @@ def checks(findings: list[Finding], grade: str = "do not believe") -> set[str]:
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_defense_is_caught_by_the_check_that_names_its_cause(name: str) -> None:
-    findings = examined(BROKEN[name].make())
+    model = BROKEN[name].make()
+    findings = examine(model, BROKEN[name].shown(model), THREAT, n=N)
     assert set(BROKEN[name].cause) <= checks(findings), findings
     assert verdict(findings).startswith("Do not believe this number: ")
     grades = [finding.grade for finding in findings]
@@ -216,7 +217,7 @@ def test_a_table_that_the_doctors_own_searches_refute_is_said() -> None:
     nobody = table({"apgd": lambda k: ""}, n=len(indices), index=indices)
     assert "attacked too weakly" in checks(examined(standard(), outcomes=nobody))
     everybody = table({"apgd": lambda k: "apgd"}, n=len(indices), index=indices)
-    assert examined(standard(), outcomes=everybody) == []
+    assert "attacked too weakly" not in {finding.check for finding in examined(standard(), outcomes=everybody)}
 
 
 # --- the caller's things
