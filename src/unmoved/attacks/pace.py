@@ -95,6 +95,8 @@ class SparsePace(_Pace):
         super().__init__(threat, x, x_adv, value, gradient)
         self.step_size = torch.full_like(self.like(value), threat.radius, dtype=x.dtype)
         self.features = x[0].numel()
+        # What rounding may move a pixel by, or keep it from an edge.
+        self.least = 8 * torch.finfo(x.dtype).eps * max(abs(edge) for edge in threat.bounds)
         if given:
             self.support = self._support(x_adv)
             self.count = self._sparser_than(self.support)
@@ -106,8 +108,7 @@ class SparsePace(_Pace):
     def _support(self, x_adv: Image) -> PerSample:
         """How many pixels moved by more than rounding and stand at no edge; all of them where the ball has room."""
         (low, high), size = self.threat.bounds, (x_adv - self.x).abs()
-        least = 8 * torch.finfo(self.x.dtype).eps * max(abs(low), abs(high))
-        between = (size > least) & (x_adv > low) & (x_adv < high)
+        between = (size > self.least) & (x_adv > low + self.least) & (x_adv < high - self.least)
         is_full = size.flatten(1).sum(dim=1) > 0.99 * self.threat.radius
         return torch.where(is_full, between.flatten(1).sum(dim=1), self.features).to(self.x.dtype)
 
@@ -121,7 +122,7 @@ class SparsePace(_Pace):
     def move(self, x_adv: Image, gradient: Tensor, step: int) -> Image:
         low, high = self.threat.bounds
         size = gradient.abs()
-        can_move = x_adv != torch.where(gradient > 0, high, low)
+        can_move = torch.where(gradient > 0, high - x_adv, x_adv - low) > self.least
         largest = (size * can_move).flatten(1).sort(dim=1, descending=True).values
         threshold = largest.gather(1, self.count[:, None] - 1)
         # What came to an edge is pushed on, lest it be drawn back with the others.

@@ -103,7 +103,10 @@ class Tiles:
 
 
 def mosaic(threat: ThreatModel, batch: Batch, seed: int, stream: int) -> Image:
-    """The start in l2 and l1: five or more tiles a side, each with its own direction and sign, (B, C, H, W)."""
+    """The start in l2 and l1: five or more tiles a side, each with its own direction and sign, (B, C, H, W).
+
+    In l1, where it is projected, each tile's norm is the width of the bounds.
+    """
     count, channels, height, width = batch.x.shape
     side = max(min(height, width) // 5, 1)
     down, across = height // side, width // side
@@ -115,7 +118,8 @@ def mosaic(threat: ThreatModel, batch: Batch, seed: int, stream: int) -> Image:
     delta = torch.zeros_like(batch.x)
     top, left = (height - down * side) // 2, (width - across * side) // 2
     delta[:, :, top : top + down * side, left : left + across * side] = tiles
-    return _fill(threat, batch.x, delta)
+    low, high = threat.bounds
+    return _fill(threat, batch.x, (high - low) * delta)
 
 
 def _fill(threat: ThreatModel, x: Image, delta: Tensor) -> Image:
