@@ -17,6 +17,7 @@ from unmoved import (
     Method,
     Phases,
     Ramp,
+    Run,
     ThreatModel,
     UnmovedError,
     attacks,
@@ -32,6 +33,7 @@ from unmoved import (
     training,
 )
 from unmoved.defenses import APD, AWP, SAM
+from unmoved.protocols import StatefulTerm
 
 THREAT = ThreatModel("linf", 0.1)
 METHOD = Method(attacks.PGD(THREAT, steps=1), terms.CE())
@@ -253,7 +255,7 @@ def test_an_average_of_what_cannot_be_copied_is_refused() -> None:
 def test_a_recipe_is_rehearsed_once(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     for module in (training, loop):
-        monkeypatch.setattr(module, "rehearse", lambda *a, **k: calls.append(1))
+        monkeypatch.setattr(module, "rehearse_training", lambda *a, **k: calls.append(1))
     table = config.parse(
         {
             "name": "x",
@@ -266,3 +268,102 @@ def test_a_recipe_is_rehearsed_once(tmp_path: Any, monkeypatch: pytest.MonkeyPat
     )
     training.train_recipe(table, tmp_path / "run")
     assert calls == [1]
+
+
+class Extra(nn.Module):
+    """What ``state_dict`` says of it is no tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(36, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x.flatten(1))
+
+    def get_extra_state(self) -> Any:
+        return {"a": 1}
+
+    def set_extra_state(self, state: Any) -> None:
+        pass
+
+
+class Reports(StatefulTerm):
+    def forward(self, views: Any) -> Tensor:
+        return terms.CE()(views)
+
+    def report(self) -> dict[str, Any]:
+        return {"probability": torch.zeros(2)}
+
+
+def late() -> data.ArraySplit:
+    whole = split(300)
+    labels = whole.labels.clone()
+    labels[-1] = 3
+    return data.ArraySplit(whole.images, labels, whole.index, ("a", "b", "c", "d"))
+
+
+def linear() -> nn.Module:
+    return models.linear((1, 6, 6), 3)
+
+
+AFTER: dict[str, tuple[dict[str, Any], str]] = {
+    "weights that cannot be saved": ({"model": Extra}, "weights '_extra_state': .* it cannot be saved"),
+    "a report for no log": ({"method": replace(METHOD, objective=Reports())}, r"term Reports: .* report\(\) to be of"),
+    "a late label": ({"split": late()}, r"labels: expected 0\.\.2 for 3 logits, came 3"),
+    "a late label of the validation": (
+        {"validation": late(), "threat": THREAT},
+        r"labels of the validation: expected 0\.\.2 for 3 logits",
+    ),
+    "a schedule that ends": (
+        {"schedule": lambda o, total, per_epoch: torch.optim.lr_scheduler.OneCycleLR(o, 0.1, total_steps=3)},
+        "schedule: expected one of 4 steps, came 3",
+    ),
+    "a schedule that asks for a measure": (
+        {"schedule": lambda o, total, per_epoch: torch.optim.lr_scheduler.ReduceLROnPlateau(o)},
+        "needs no measure, came ReduceLROnPlateau",
+    ),
+    "no schedule": ({"schedule": lambda o, total, per_epoch: None}, "schedule: .* came NoneType"),
+    "no optimizer": ({"optimizer": lambda groups: None}, "optimizer: .* came NoneType"),
+    "an optimizer that asks for a closure": (
+        {"optimizer": lambda groups: torch.optim.LBFGS(groups[0]["params"])},
+        "needs no closure, came LBFGS",
+    ),
+    "no share": ({"average": lambda step, total: None}, r"average\(step, total\): expected a finite number"),
+    "a share above 1": ({"average": lambda step, total: 7.0}, "<= 1, came 7"),
+    "no batch": ({"augment": lambda batch, seed: (batch.x, batch.y)}, "augment: expected it to return a Batch"),
+    "no image": (
+        {"method": replace(METHOD, attack=lambda m, b: None)},
+        r"expected images \(8, 1, 6, 6\), came NoneType",
+    ),
+    "fewer images": (
+        {"method": replace(METHOD, attack=lambda m, b: b.x[:1])},
+        r"expected images \(8, 1, 6, 6\), came shape \(1, 1, 6, 6\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", AFTER)
+def test_what_would_fail_after_steps_or_epochs_is_refused_before_them(case: str, tmp_path: Any) -> None:
+    changes, words = AFTER[case]
+    given: dict[str, Any] = {"model": linear, "method": METHOD, "split": split(16)} | changes
+    model, seen = given.pop("model")(), []
+    before = [p.detach().clone() for p in model.parameters()]
+    run = Run.create(tmp_path / "run", {"name": "run"})
+    with pytest.raises(UnmovedError, match=words):
+        train(
+            model,
+            given.pop("method"),
+            given.pop("split"),
+            epochs=2,
+            batch_size=8,
+            run=run,
+            progress=seen.append,
+            **given,
+        )
+    assert seen == []
+    assert all(torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True))
+
+
+def test_a_defense_that_never_asks_for_a_gradient_is_named() -> None:
+    with pytest.raises(UnmovedError, match=r"expected it to call backward\(\) once at least"):
+        train(linear(), replace(METHOD, defense=lambda model, optimizer, backward: None), split(8), epochs=1)

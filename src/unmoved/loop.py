@@ -14,15 +14,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from unmoved import averaging, engine, judge, outcomes, processes, resuming, weights
+from unmoved import averaging, engine, judge, models, outcomes, processes, resuming, weights
 from unmoved import precision as formats
 from unmoved.attacks import PGD
 from unmoved.errors import UnmovedError, require_seed, require_whole, several
 from unmoved.optim import SGD, Constant
-from unmoved.passes import one_epoch
+from unmoved.passes import one_epoch, one_pass
 from unmoved.preconditions import require_callable, require_model, require_split
 from unmoved.protocols import Attack, Batch, Method, Split
-from unmoved.rehearsal import bounds_of_phases, rehearse, rehearse_validation, require_trained, smallest_batch
+from unmoved.rehearsal import bounds_of_phases, rehearse_training, require_optimizer, require_steps, require_trained
 from unmoved.run import Run
 from unmoved.schedule import Phases
 from unmoved.state import Means, TrainerState
@@ -137,23 +137,37 @@ def train(
     groups: list[dict[str, Any]] = [{"params": list(model.parameters())}]
     if any(True for _ in terms.parameters()):
         groups.append({"params": list(terms.parameters()), "weight_decay": 0.0})
-    form = formats.layout(model, fabric.device, next(iter(split.batches(2))).x)
+    form = formats.layout(model, fabric.device, next(one_pass(split, 2)).x)
     model.to(memory_format=form)  # type: ignore[call-overload]  # the same numbers
     per_epoch = -(-len(split) // batch_size)
     opt = optimizer(groups)
+    require_optimizer(opt)
     require_trained(model, opt)
     settings = resuming.settings_of(opt, epochs=epochs, batch_size=batch_size, samples=len(split))
     scheduler = schedule(opt, per_epoch * epochs, per_epoch)
+    require_steps(scheduler, average, per_epoch * epochs)
     settings["schedule"] = resuming.name_of(scheduler)
     attacked: Any = torch.compile(model) if compiled else model
     with weights.constant_beside(opt, model):  # several processes wait for the gradients that are asked for here
         wrapped, wrapped_opt = fabric.setup(attacked, opt)
+    if run is not None:
+        models.require_savable(model.state_dict())
     if rehearsal:
-        batch = smallest_batch(split, batch_size, count).to(fabric.device)
-        stepped = [p for group in opt.param_groups for p in group["params"]]
-        rehearse(model, phases, batch, parameters=stepped, precision=precision, augment=augment, seed=seed)
-        if validation is not None and check is not None and threat is not None:
-            rehearse_validation(model, validation, check, threat)
+        rehearse_training(
+            model,
+            phases,
+            split,
+            batch_size,
+            device=fabric.device,
+            count=count,
+            validation=validation,
+            check=check,
+            threat=threat,
+            parameters=[p for group in opt.param_groups for p in group["params"]],
+            precision=precision,
+            augment=augment,
+            seed=seed,
+        )
     split = engine.resident(split, fabric.device)
     averaged = None if average is None else averaging.Average(model, average)
     attacks = _unique(m.attack for _, m in phases.phases)

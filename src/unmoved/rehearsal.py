@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
+import itertools
+import json
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -13,13 +16,16 @@ import torch
 from torch import nn
 
 from unmoved import judge, weights
-from unmoved.errors import UnmovedError
+from unmoved.errors import UnmovedError, require_number
 from unmoved.passes import one_pass, require_distinct
+from unmoved.precision import autocast
+from unmoved.preconditions import require_labels
 from unmoved.protocols import Attack, Batch, Split, StatefulAttack
 from unmoved.schedule import Phases, resolve
 from unmoved.step import Diverged, train_step
 from unmoved.terms.sum import stateful
 from unmoved.threat import ThreatModel, bounds_of
+from unmoved.views import logits
 
 EARLY = 1e-3  # the share of a phase that is tried: a ramp that begins at zero has left it there
 _CONTAINERS = (dict, OrderedDict, list, set, deque)
@@ -33,6 +39,41 @@ class _Still(torch.optim.Optimizer):
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Take none."""
+
+
+def rehearse_training(
+    model: nn.Module,
+    phases: Phases,
+    split: Split,
+    batch_size: int,
+    *,
+    device: torch.device,
+    count: int = 1,
+    precision: str = "float32",
+    validation: Split | None = None,
+    check: Attack | None = None,
+    threat: ThreatModel | None = None,
+    **settings: Any,
+) -> None:
+    """Everything that a training on ``split`` will ask of its parts, once, after which all is as it was.
+
+    Args:
+        count: processes that take shares of each batch.
+        settings: as `rehearse`.
+
+    Raises:
+        UnmovedError: as `smallest_batch`, `rehearse` and `rehearse_validation`; a label beyond the logits, of any
+            sample where the split has its labels at hand.
+    """
+    batch = smallest_batch(split, batch_size, count).to(device)
+    with as_found(model), torch.no_grad(), weights.evaluating(model), autocast(precision, device):
+        num_classes = logits(model, batch.x).shape[1]
+    labels = getattr(split, "labels", None)
+    if isinstance(labels, torch.Tensor):
+        require_labels(labels, num_classes)
+    rehearse(model, phases, batch, precision=precision, **settings)
+    if validation is not None and check is not None and threat is not None:
+        rehearse_validation(model, validation, check, threat)
 
 
 def rehearse(
@@ -69,6 +110,11 @@ def rehearse(
         with as_found(model, *terms, method.attack), weights.in_training(model) as (train_mode, _):
             train_mode()
             seen = batch if augment is None else augment(batch, seed)
+            if not isinstance(seen, Batch):
+                raise UnmovedError(
+                    f"augment: expected it to return a Batch, came {type(seen).__name__}; use "
+                    "dataclasses.replace(batch, x=...)"
+                )
             optimizer = _Still(owned if parameters is None else parameters)
             try:
                 train_step(model, tried, optimizer, seen, precision, bounds=bounds)
@@ -77,6 +123,17 @@ def rehearse(
                     f"{error}, before anything is trained, on {len(seen)} samples, as many as the last batch of an "
                     "epoch has; look for NaN in the weights, or for a term or layer that needs more samples"
                 ) from error
+            for term in terms:
+                _require_report(term.report(), type(term).__name__)
+
+
+def _require_report(report: Any, name: str) -> None:
+    try:
+        json.dumps(report)
+    except (TypeError, ValueError) as error:
+        raise UnmovedError(
+            f"term {name}: expected its report() to be of numbers, texts, lists and dicts, which the log takes; {error}"
+        ) from error
 
 
 def bounds_of_phases(phases: Phases) -> tuple[float, float] | None:
@@ -85,14 +142,24 @@ def bounds_of_phases(phases: Phases) -> tuple[float, float] | None:
 
 
 def rehearse_validation(model: nn.Module, split: Split, check: Attack, threat: ThreatModel) -> None:
-    """The validation's attack on two samples, as `judge.evaluate` asks for it; everything is as before after it.
+    """All of a validation's data, and its attack on two samples, as `judge.evaluate` asks for it.
+
+    Everything is as before after it.
 
     Raises:
         UnmovedError: what the judge refuses.
     """
-    batch = next(judge.checked_batches(model, split, min(2, len(split)), threat))
+    batches = judge.checked_batches(model, split, 256, threat)
+    first = next(batches)
+    batch = first.take(torch.arange(min(2, len(first)), device=first.y.device))
     with as_found(model, check):
         num_classes = judge.predicted(model, batch.x, batch.y)[1]
+        index = []
+        for each in itertools.chain([first], batches):
+            require_labels(each.y, num_classes, "labels of the validation")
+            index.append(each.index.cpu())
+            require_distinct(torch.cat(index[:2]))
+        require_distinct(torch.cat(index))
         for name, part in judge.parts_of("validation", check, num_classes).items():
             judge.propose(model, part, batch, threat, name)
 
@@ -176,3 +243,35 @@ def require_trained(model: nn.Module, optimizer: torch.optim.Optimizer | None = 
             "optimizer: expected one that steps parameters of the model, came one that holds none of them (copies, or "
             f"those of another model); make it of the groups that it is called with, as optim.SGD() does, for {kind}"
         )
+
+
+def require_optimizer(optimizer: object) -> None:
+    """Raise `UnmovedError` unless it is an optimizer that steps as a training does."""
+    if not isinstance(optimizer, torch.optim.Optimizer) or not _can_call(optimizer.step):
+        raise UnmovedError(
+            f"optimizer: expected a function that returns a torch.optim.Optimizer whose step() needs no closure, "
+            f"came {type(optimizer).__name__}; use optim.SGD(...) or lambda groups: torch.optim.SGD(groups)"
+        )
+
+
+def require_steps(scheduler: object, average: Callable[[int, int], float] | None, total: int) -> None:
+    """Raise `UnmovedError` unless ``total`` steps can be taken with this schedule and average."""
+    if not isinstance(scheduler, torch.optim.lr_scheduler.LRScheduler) or not _can_call(scheduler.step):
+        raise UnmovedError(
+            "schedule: expected a function that returns a torch.optim.lr_scheduler whose step() needs no measure, came "
+            f"{type(scheduler).__name__}; use optim.Cosine() or a function such as lambda optimizer, total, per_epoch: "
+            "StepLR(optimizer, per_epoch)"
+        )
+    steps = getattr(scheduler, "total_steps", None)
+    if isinstance(steps, int) and steps < total:
+        raise UnmovedError(f"schedule: expected one of {total} steps, came {steps}; pass total_steps=total")
+    if average is not None:
+        require_number("average(step, total)", average(0, total), at_least=0, at_most=1)
+
+
+def _can_call(function: Callable[..., Any]) -> bool:
+    try:
+        inspect.signature(function).bind()
+    except TypeError:
+        return False
+    return True

@@ -100,6 +100,9 @@ def _step(
     if method.attack is not None:
         with formats.autocast(precision, batch.x.device), formats.constant_weights(bare):
             x_adv = method.attack(bare, batch if shared is None else replace(batch, known=shared.constant))
+        if not isinstance(x_adv, Tensor) or x_adv.shape != batch.x.shape:
+            came = f"shape {tuple(x_adv.shape)}" if isinstance(x_adv, Tensor) else type(x_adv).__name__
+            raise UnmovedError(f"attack {method.attack!r:.80}: expected images {tuple(batch.x.shape)}, came {came}")
     first: list[tuple[Views, Step]] = []
 
     def closure() -> Tensor:
@@ -124,6 +127,10 @@ def _step(
 
     with formats.products(precision, batch.x.device):
         (method.defense or Plain())(model, optimizer, closure)
+    if not first:
+        raise UnmovedError(
+            f"defense {method.defense!r:.80}: expected it to call backward() once at least, came no call"
+        )
     views, step = first[0]
     with torch.no_grad():
         for term in stateful(objective):

@@ -15,7 +15,7 @@ from unmoved.built import Built
 from unmoved.errors import UnmovedError
 from unmoved.precision import resolve
 from unmoved.protocols import Split
-from unmoved.rehearsal import rehearse, rehearse_validation, require_trained, smallest_batch
+from unmoved.rehearsal import rehearse_training, require_trained
 from unmoved.run import Run
 from unmoved.terms.sum import stateful
 
@@ -102,11 +102,20 @@ def _rehearse(model: nn.Module, built: Built, train_part: Split, validation: Spl
     for _, method in built.phases.phases:
         fabric.to_device(nn.ModuleList(stateful(method.objective)))
     require_trained(model)
-    batch = smallest_batch(train_part, size, fabric.world_size).to(fabric.device)
-    seed = built.recipe.training.seed
-    rehearse(model, built.phases, batch, precision=precision, augment=built.augment, seed=seed)
-    if validation is not None:
-        rehearse_validation(model, validation, built.check, built.threat)
+    rehearse_training(
+        model,
+        built.phases,
+        train_part,
+        size,
+        device=fabric.device,
+        count=fabric.world_size,
+        validation=validation,
+        check=built.check,
+        threat=built.threat,
+        precision=precision,
+        augment=built.augment,
+        seed=built.recipe.training.seed,
+    )
 
 
 def _is_done(run: Run, recipe: config.Recipe, progress: Callable[[dict[str, Any]], None] | None) -> bool:

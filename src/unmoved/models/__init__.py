@@ -9,6 +9,7 @@ from unmoved.models.entrance import normalized as normalized
 from unmoved.models.files import DamagedFile as DamagedFile
 from unmoved.models.files import is_whole as is_whole
 from unmoved.models.files import load_weights as load_weights
+from unmoved.models.files import require_savable as require_savable
 from unmoved.models.files import save_tensors as save_tensors
 from unmoved.models.files import save_weights as save_weights
 from unmoved.models.outside import timm

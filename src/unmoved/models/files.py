@@ -49,16 +49,22 @@ def save_weights(model: nn.Module, path: str | os.PathLike[str], state: Mapping[
     save_tensors({bare: state[own] for bare, own in _bare_names(model, state).items()}, path)
 
 
+def require_savable(state: Mapping[str, Any]) -> None:
+    """Raise `UnmovedError` where what ``state_dict`` of a model returned is not dense tensors alone."""
+    for name, value in state.items():
+        if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
+            kind = f"{value.layout} on {value.device}" if isinstance(value, Tensor) else type(value).__name__
+            raise UnmovedError(f"weights {name!r}: expected a dense tensor with data, came {kind}; it cannot be saved")
+
+
 def save_tensors(state: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     """The same for what ``state_dict`` of a model returned."""
     path = Path(path)
     if path.suffix != ".safetensors":
         raise UnmovedError(f"{path}: expected a file name that ends in .safetensors")
+    require_savable(state)
     tensors, memory = {}, set[int]()
     for name, value in state.items():
-        if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
-            kind = f"{value.layout} on {value.device}" if isinstance(value, Tensor) else type(value).__name__
-            raise UnmovedError(f"weights {name!r}: expected a dense tensor with data, came {kind}; it cannot be saved")
         value = value.detach().cpu()
         # Tied and channels_last tensors: safetensors refuses shared memory and gaps, so these get their own copy.
         place = value.untyped_storage().data_ptr()
