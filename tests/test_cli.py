@@ -403,8 +403,7 @@ def test_an_interrupted_evaluation_is_no_evaluation(ours: tuple[Path, Path], mon
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", full)
         assert "disk is full" in unmoved("evaluate", run).mistake()
-    assert Run.open(run).evaluation is None
-    assert "expected an evaluated run" in unmoved("report", run).mistake()
+    assert Run.open(run).evaluation == before, "it is replaced as a whole"
     unmoved("evaluate", run).fine()
     assert isinstance(Run.open(run).outcomes, pd.DataFrame)
 
@@ -413,10 +412,13 @@ def test_an_interrupt_is_130_and_says_how_to_go_on(tmp_path: Path, monkeypatch: 
     def interrupted(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop, "train", interrupted)
-    said = unmoved("train", recipe(tmp_path), "--out", tmp_path / "run")
+    train = ("train", recipe(tmp_path), "--out", tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train", interrupted)
+        said = unmoved(*train)
     assert said.code == 130
-    assert "--resume" in said.err
+    assert "nothing was saved yet: the same command begins anew" in said.err
+    unmoved(*train).fine()
 
 
 def test_tensorboard_gets_a_point_an_epoch(tmp_path: Path) -> None:

@@ -226,10 +226,13 @@ def test_create_and_open(tmp_path: Path) -> None:
     run = new_run(tmp_path / "a" / "b", training={"seed": 3})
     assert Run.open(run.path).seed == 3
     assert json.loads((run.path / "provenance.json").read_text())["seed"] == 3
-    with pytest.raises(UnmovedError, match="already holds a run"):
-        new_run(run.path)
+    new_run(run.path, training={"seed": 4})  # nothing was saved of the one before
+    assert Run.open(run.path).seed == 4
     assert run.load_state() is None
     assert len(run.metrics) == 0
+    run.log.add({"epoch": 1})
+    with pytest.raises(UnmovedError, match="already holds a run"):
+        new_run(run.path)
 
 
 def test_a_folder_killed_before_its_recipe_was_written_is_made_anew(tmp_path: Path) -> None:

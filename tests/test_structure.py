@@ -19,7 +19,7 @@ PACKAGE = ROOT / "src" / "unmoved"
 # A room may import those of earlier ranks, never one of its own rank or a later one.
 RANKS = (
     ("errors",),
-    ("failures", "reading", "preconditions"),
+    ("failures", "guesses", "reading", "preconditions"),
     ("disk",),
     ("protocols", "lock", "pool", "foreign"),
     ("noise", "passes", "schedule", "processes", "weights", "cluster"),
@@ -29,6 +29,7 @@ RANKS = (
     ("terms", "figures", "judged", "pages"),
     ("attacks", "defenses", "data", "models", "optim", "verdicts"),
     ("components", "beside", "checks", "engine", "sharing"),
+    ("keys",),
     ("config", "run"),
     ("built",),
     ("analyses", "judge", "report", "resuming", "state", "step"),

@@ -57,6 +57,14 @@ def _no_truth_value(value: Any) -> Any:
     return value
 
 
+class UnknownKey(ValueError):
+    """A key that a table does not have; the message may name where it belongs."""
+
+    def __init__(self, key: str, known: Collection[str]) -> None:
+        super().__init__(f"unknown key {key!r}")
+        self.key, self.known = key, sorted(known)
+
+
 class Settings(BaseModel):
     """A table of a recipe: unknown keys are refused, with the nearest known one."""
 
@@ -71,7 +79,7 @@ class Settings(BaseModel):
             known = {field.alias or name for name, field in cls.model_fields.items()}
             for key in table:
                 if key not in known:
-                    raise ValueError(f"unknown key {key!r}" + did_you_mean(str(key), known))
+                    raise UnknownKey(str(key), known)
         return table
 
 
@@ -193,7 +201,8 @@ def _settings(kind: str, name: str, factory: Factory) -> type[Settings]:
 def _table(kind: str) -> Any:
     """The union of a kind's components, told apart by ``use``; a bare string is a component with its defaults."""
     known = KINDS[kind]
-    members = [Annotated[_settings(kind, name, factory), Tag(f"<{name}>")] for name, factory in known.items()]
+    SETTINGS[kind] = {name: _settings(kind, name, factory) for name, factory in known.items()}
+    members = [Annotated[settings, Tag(f"<{name}>")] for name, settings in SETTINGS[kind].items()]
     members.append(Annotated[ForeignTerm if kind == "terms" else Foreign, Tag("<module:Name>")])
 
     def normalise(value: Any) -> Any:
@@ -222,6 +231,7 @@ def to_table(value: Any) -> dict[str, Any]:
     return {"use": snake_case(type(value).__name__), **settings}
 
 
+SETTINGS: dict[str, dict[str, type[Settings]]] = {}  # kind -> name -> the keys of its table
 # What a setting may hold that is itself a component.
 _NESTED: dict[Any, Any] = {}
 

@@ -11,8 +11,9 @@ from typing import Any
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from unmoved import data
+from unmoved import data, keys
 from unmoved.components import (
+    KINDS,
     AttackTable,
     AverageTable,
     DataTable,
@@ -23,9 +24,11 @@ from unmoved.components import (
     ScheduleTable,
     Settings,
     TermTable,
+    UnknownKey,
     Whole,
 )
 from unmoved.errors import UnmovedError, did_you_mean
+from unmoved.guesses import recipe_meant
 from unmoved.outcomes import CLEAN, WORST
 from unmoved.precision import PRECISIONS
 from unmoved.reading import LONGEST, readable, require_plain, toml, toml_file
@@ -187,7 +190,7 @@ class Recipe(Stretch):
             try:
                 Stretch.model_validate(tables)
             except ValidationError as error:
-                raise ValueError(f"phase from epoch {start}: " + "; ".join(_messages(error))) from None
+                raise ValueError(f"phase from epoch {start}: " + "; ".join(_messages(error, tables))) from None
         return self
 
     def stretches(self) -> list[tuple[int, dict[str, Any]]]:
@@ -242,8 +245,7 @@ def read(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         else:
             tables = toml_file(path, f"recipe {path}")
     except FileNotFoundError:
-        here = [str(p) for p in sorted(Path("recipes").glob("*/*.toml"))]
-        raise UnmovedError(f"recipe {path}: no such file" + did_you_mean(str(path), here)) from None
+        raise UnmovedError(f"recipe {path}: no such file" + recipe_meant(path, KINDS)) from None
     except (OSError, UnicodeError) as error:
         raise UnmovedError(f"recipe {path}: cannot be read: {error}") from error
     tables.setdefault(
@@ -264,7 +266,7 @@ def parse(tables: Mapping[str, Any], where: str = "recipe") -> Recipe:
     try:
         return Recipe.model_validate(tables)
     except ValidationError as error:
-        raise UnmovedError("\n".join(f"{where}: {message}" for message in _messages(error))) from None
+        raise UnmovedError("\n".join(f"{where}: {message}" for message in _messages(error, tables))) from None
 
 
 def _override(tables: dict[str, Any], override: str) -> None:
@@ -299,12 +301,14 @@ def _override(tables: dict[str, Any], override: str) -> None:
     target[last] = value
 
 
-def _messages(error: ValidationError) -> list[str]:
+def _messages(error: ValidationError, tables: Mapping[str, Any]) -> list[str]:
     """One line a mistake: the key and the mend."""
     lines = []
     for mistake in error.errors(include_url=False):
         key = ".".join(str(part) for part in mistake["loc"] if not str(part).startswith("<"))
         message = mistake["msg"].removeprefix("Value error, ")
+        if isinstance(unknown := mistake.get("ctx", {}).get("error"), UnknownKey):
+            message += keys.meant(unknown, Recipe, tables)
         line = f"{key}: {message}" if key and not message.startswith(f"{key}.") else message
         if mistake["type"] not in ("value_error", "missing") and not isinstance(mistake["input"], dict):
             line += f", came {mistake['input']!r:.200}"

@@ -203,6 +203,7 @@ def examine_run(
             f"run `unmoved evaluate {run.path}` again"
         )
     built, model = opened(run, str(facts["weights"]), device, allow) if ready is None else ready()
+    test = built.data.test  # held: it is let go when nobody does, and read again
     images = _judged(run, built, facts.get("asked_n"), validation=False).digest
     if facts.get("images", images) != images:
         raise UnmovedError(
@@ -210,7 +211,7 @@ def examine_run(
             f"run `unmoved evaluate {run.path}` again"
         )
     there = np.isin(built.data.index("test").cpu().numpy(), table["index"])
-    split = built.data.test.lent(torch.from_numpy(there))
+    split = test.lent(torch.from_numpy(there))
     findings = doctor.examine(
         model,
         split,

@@ -34,6 +34,7 @@ from torch import nn
 from unmoved import checkpoint, lock, models, outcomes, reading, records
 from unmoved.disk import finish_set, latest, remove_leftovers, write_atomic, write_set
 from unmoved.errors import UnmovedError
+from unmoved.guesses import run_meant
 from unmoved.log import METRICS, PER_CLASS, Log, by_class, divided
 from unmoved.provenance import provenance
 
@@ -54,9 +55,9 @@ class Run:
 
     @classmethod
     def create(cls, path: Path | str, recipe: dict[str, Any]) -> Run:
-        """A new run folder; a folder that already holds a run is refused."""
+        """A new run folder; a folder of a run of which anything was saved is refused."""
         run = cls(path)
-        if os.path.lexists(run.path / "recipe.toml"):
+        if run.is_begun():
             raise UnmovedError(f"{run.path} already holds a run: pass --resume to go on with it, or another --out")
         write_atomic(run.path / "provenance.json", _json({"format": FORMAT, **provenance(recipe)}))
         write_atomic(run.path / "recipe.toml", tomli_w.dumps(recipe).encode())
@@ -66,7 +67,9 @@ class Run:
     def open(cls, path: Path | str) -> Run:
         run = cls(path)
         if not run.path.is_dir():
-            raise UnmovedError(f"run folder {run.path}: expected a folder made by 'unmoved train', found none")
+            raise UnmovedError(f"run folder {run.path}: expected a folder made by 'unmoved train'{run_meant(run.path)}")
+        if not os.path.lexists(run.path / "recipe.toml") and (inside := run_meant(run.path)):
+            raise UnmovedError(f"run folder {run.path}: expected one run, a folder made by 'unmoved train'{inside}")
         for name in ("recipe.toml", "provenance.json"):
             if not os.path.lexists(run.path / name):  # what is no file is named by its reader
                 raise UnmovedError(
@@ -78,6 +81,11 @@ class Run:
                 "use the version of unmoved that wrote it, or train again"
             )
         return run
+
+    def is_begun(self) -> bool:
+        """Whether anything of its training was saved."""
+        names = ("trainer.pt", "trainer.previous.pt", "last.safetensors", "best.safetensors", METRICS)
+        return any(os.path.lexists(self.path / name) for name in names)
 
     @cached_property
     def recipe(self) -> dict[str, Any]:
@@ -180,15 +188,14 @@ class Run:
 
     def load_weights(self, model: nn.Module, which: str) -> None:
         path = self.path / f"{which}.safetensors"
+        recipe, out = (shlex.quote(str(path)) for path in (self.path / "recipe.toml", self.path))
+        train = f"`unmoved train {recipe} --out {out} --resume`"
         if not os.path.lexists(path):
-            raise UnmovedError(f"run folder {self.path}: no {path.name} yet; train first (unmoved train --resume)")
+            raise UnmovedError(f"run folder {self.path}: no {path.name} yet; train first: {train}")
         try:
             models.load_weights(model, path)
         except models.DamagedFile as error:
-            recipe, out = (shlex.quote(str(path)) for path in (self.path / "recipe.toml", self.path))
-            raise UnmovedError(
-                f"{error}; `unmoved train {recipe} --out {out} --resume` restores it from the trainer's state"
-            ) from error
+            raise UnmovedError(f"{error}; {train} restores it from the trainer's state") from error
 
     # --- evaluation
 

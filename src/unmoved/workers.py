@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from queue import SimpleQueue
 from types import TracebackType
 from typing import TypeVar
@@ -33,6 +33,7 @@ class Workers:
         self.count = (count or self._threads) if _on_cpu(model) else 1
         self._copies: SimpleQueue[nn.Module] = SimpleQueue()
         self._pool: ThreadPoolExecutor | None = None
+        self._is_over = False
 
     def __enter__(self) -> Workers:
         if self.count > 1:
@@ -42,6 +43,7 @@ class Workers:
                 self.count = 1
                 return self
             for each in copies:
+                each.register_forward_pre_hook(self._require_use)
                 self._copies.put(each)
             torch.set_num_threads(1)
             self._pool = ThreadPoolExecutor(self.count)
@@ -50,6 +52,7 @@ class Workers:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._is_over = kind is not None
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
             torch.set_num_threads(self._threads)
@@ -68,6 +71,11 @@ class Workers:
                 yield first, future.result()
         for first, future in running:
             yield first, future.result()
+
+    def _require_use(self, model: nn.Module, inputs: object) -> None:
+        """Before each pass: whoever interrupts waits for the pass at work, not for the whole attack."""
+        if self._is_over:
+            raise CancelledError
 
     def _with_a_copy(self, job: Callable[[nn.Module, Item], Result], item: Item) -> Result:
         model = self._copies.get()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from itertools import pairwise
 
 from unmoved import screen
 from unmoved.cli import one, several, showing
@@ -24,5 +26,20 @@ def main() -> None:
         sys.exit(1)
     except SystemExit as end:
         if end.code == 130:  # typer's answer to Ctrl-C, which says nothing
-            screen.say("interrupted; what was saved is intact, --resume goes on from there", error=True)
+            screen.say(f"interrupted; {_how_to_go_on(sys.argv[1:])}", error=True)
         raise
+
+
+def _how_to_go_on(words: Sequence[str]) -> str:
+    command = next((word for word in words if not word.startswith("-")), "")
+    if command in ("evaluate", "compare", "analyze"):
+        return "what is done is kept: the same command goes on from there"
+    if command != "train":
+        return "the same command begins anew"
+    from unmoved.run import Run
+
+    out = [right for left, right in pairwise(words) if left == "--out"]
+    out += [word.removeprefix("--out=") for word in words if word.startswith("--out=")]
+    if any(Run(path).is_begun() for path in out):
+        return "what was saved is intact: the same command with --resume goes on after the last saved epoch"
+    return "nothing was saved yet: the same command begins anew"

@@ -1,0 +1,69 @@
+"""What somebody may have meant by a path that leads nowhere: names of recipes and runs are shorter than paths."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+MOST = 3  # paths in a message
+
+
+def recipe_meant(path: Path, parts: Mapping[str, Iterable[str]]) -> str:
+    """The end of a message about a recipe that is not there.
+
+    Args:
+        parts: kind -> names of what recipes are made of.
+    """
+    here = sorted(Path("recipes").glob("*/*.toml"))
+    if found := _of_this_name(path, here) or _near(path, here):
+        return _meant(found)
+    for kind, names in parts.items():
+        if str(path) in names:
+            example = here[0] if here else "my/recipe.toml"
+            return (
+                f"; {str(path)!r} is a name that recipes use, of the kind {kind!r}; expected the path of a recipe, "
+                f"such as {example}"
+            )
+    return "; `unmoved list` shows the recipes in this folder" if here else "; correct the path"
+
+
+def run_meant(path: Path) -> str:
+    """The end of a message about a run folder that is not there, or is none."""
+    if path.is_file():
+        train = f"; train it first: unmoved train {path} --out RUN" if path.suffix == ".toml" else ""
+        return f", found a file{train}"
+    if path.is_dir():
+        return f", found a folder of runs{_meant(inside)}" if (inside := _runs_below(path)) else ""
+    here = _runs_below(Path("runs"))
+    found = _of_this_name(path, here) or _near(path, here)
+    return ", found none" + (_meant(found) if found else "; correct the path, or train first")
+
+
+def _runs_below(folder: Path) -> list[Path]:
+    levels = ("*", "*/*", "*/*/*")
+    return sorted(path.parent for level in levels for path in folder.glob(f"{level}/recipe.toml"))
+
+
+def _of_this_name(path: Path, known: list[Path]) -> list[Path]:
+    """Those whose path ends in this one, with or without its suffix, whatever the case."""
+    words = [part.lower() for part in path.with_suffix("").parts]
+    ends = ((one, [part.lower() for part in one.with_suffix("").parts]) for one in known)
+    return [one for one, parts in ends if words and parts[-len(words) :] == words]
+
+
+def _near(path: Path, known: list[Path]) -> list[Path]:
+    ways = (
+        lambda one: one,
+        lambda one: one.with_suffix(""),
+        lambda one: Path(one.parent.name, one.stem),
+        lambda one: Path(one.stem),
+    )
+    names = {str(way(one)).lower(): one for way in ways for one in reversed(known)}
+    asked = str(path).lower()
+    return [names[name] for name in difflib.get_close_matches(asked, names, n=1, cutoff=0.7)]
+
+
+def _meant(found: list[Path]) -> str:
+    more = f" (and {len(found) - MOST} more)" if len(found) > MOST else ""
+    return f"; did you mean {' or '.join(repr(str(one)) for one in found[:MOST])}{more}?"
