@@ -7,6 +7,7 @@ STUDY := drsl standard at trades mart probscut_trades drsl_at sensible at_apd
 DEMO := at_apd trades_awp probscut_trades at_sam mart trades at sensible drsl standard
 
 .PHONY: help demo digits study test processors slow check bench bench-gpu bench-scale bench-verdict clean
+.PHONY: help demo digits study test slow check bench bench-gpu bench-growth bench-scale bench-verdict clean
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -45,6 +46,9 @@ bench-gpu: .venv/installed ## seconds an epoch on a GPU, against the reference o
 
 bench-scale: .venv/installed ## how costs grow with attack steps, passes, image size and processes
 	$(BIN)/python benchmarks/scale.py
+
+bench-growth: .venv/installed ## how time, memory and bytes grow with classes, images, runs, epochs and parameters
+	$(BIN)/python benchmarks/growth.py
 
 bench-verdict: .venv/installed $(RUN) ## verdicts alone; RUN=runs/mine for a run of yours, AUTOATTACK=path for the reference
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps torchattacks requests idna urllib3 certifi charset-normalizer tqdm
