@@ -198,7 +198,7 @@ def test_the_projection_is_the_nearest_point_of_the_ball(norm: str, seed: int, e
 
 @EXAMPLES
 @given(seed=st.integers(0, 10**6), eps=st.floats(0.01, 0.9))
-@pytest.mark.parametrize("norm", ["linf", "l1"])
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 def test_the_projection_is_nearest_where_the_box_cuts_the_ball(norm: str, seed: int, eps: float) -> None:
     x = rand(5, 1, 3, 3, seed=seed)
     x[:2] = x[:2].round()  # on faces of the box

@@ -17,7 +17,7 @@ from unmoved.schedule import Ramp, number, ramp_field
 
 NORMS = ("linf", "l2", "l1")
 _ORDER = {"linf": math.inf, "l2": 2.0, "l1": 1.0}
-NEWTON_STEPS = 4
+NEWTON_STEPS = 8
 # How far beyond the box, in its widths, an l2 step may push a pixel: its square has to stay small in float32.
 BEYOND = 100.0
 
