@@ -6,8 +6,7 @@ STUDY := drsl standard at trades mart probscut_trades drsl_at sensible at_apd
 # The long ones first, so that no core waits for another at the end.
 DEMO := at_apd trades_awp probscut_trades at_sam mart trades at sensible drsl standard
 
-.PHONY: help demo digits study test processors slow check bench bench-gpu bench-scale bench-verdict clean
-.PHONY: help demo digits study test slow check bench bench-gpu bench-growth bench-scale bench-verdict clean
+.PHONY: help demo digits study test processors slow check bench bench-gpu bench-growth bench-scale bench-verdict clean
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
