@@ -235,7 +235,7 @@ def test_an_exported_program_says_what_it_was_exported_for() -> None:
     with pytest.raises(UnmovedError, match=r"exported for batches of another size .*dynamic batch dimension"):
         evaluate(fixed.module(), SPLIT, {"pgd": PGD}, THREAT)
     with pytest.raises(UnmovedError, match=r"training mode.*train the module that it was exported from"):
-        train(fixed.module(), METHOD, SPLIT, epochs=1)
+        train(torch.export.export(plain(), (X,)).module(), METHOD, SPLIT, epochs=1)
 
 
 @pytest.mark.parametrize("given", [lambda x: x, SPLIT, None, METHOD], ids=["function", "split", "none", "method"])
