@@ -6,6 +6,7 @@ import copy
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import suppress
 from queue import SimpleQueue
 from types import TracebackType
 from typing import TypeVar
@@ -43,7 +44,8 @@ class Workers:
                 self.count = 1
                 return self
             for each in copies:
-                each.register_forward_pre_hook(self._require_use)
+                with suppress(RuntimeError):  # a scripted model takes no hooks: it ends with the item at work
+                    each.register_forward_pre_hook(self._require_use)
                 self._copies.put(each)
             torch.set_num_threads(1)
             self._pool = ThreadPoolExecutor(self.count)
