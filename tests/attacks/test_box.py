@@ -181,3 +181,41 @@ def test_the_scale_of_the_logits_hides_no_success(make, norm, scale, network):
             counts.append(int((model(attack(scaled, batch)).argmax(1) != batch.y).sum()))
     assert counts[0] > 1
     assert counts[1] >= counts[0]
+
+
+MEETS = [
+    ("deepfool", DeepFool, ("linf", "l2")),
+    ("fmn", lambda t: FMN(t, steps=20), NORMS),
+    ("fab", lambda t: FAB(t, steps=10), NORMS),
+    ("cw", lambda t: CW(t, steps=40, search_steps=4, initial_const=0.01), ("l2",)),
+    ("hop-skip-jump", lambda t: HopSkipJump(t, queries=300), ("linf", "l2")),
+]
+
+
+@pytest.mark.parametrize("shift", [0.0, 1e-6, 1e-4])
+@pytest.mark.parametrize(
+    ("make", "norm"), [pytest.param(make, norm, id=f"{n}-{norm}") for n, make, norms in MEETS for norm in norms]
+)
+def test_what_is_proposed_at_a_boundary_does_not_hang_on_the_batch_size(make, norm, shift):
+    """Samples that are close to their boundary to begin with, judged in one batch, by threes, alone and in float64."""
+    draw = torch.Generator().manual_seed(1)
+    weight = torch.randn(10, 192, generator=draw) / 8
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 10))
+    with torch.no_grad():
+        model[1].weight.copy_(weight)
+        model[1].bias.copy_(-0.5 * weight.sum(1))
+    model.requires_grad_(False)
+    x = torch.rand(17, 3, 8, 8, generator=draw)
+    top = model(x).topk(2, dim=1)
+    apart = weight[top.indices[:, 0]] - weight[top.indices[:, 1]]
+    gap = (top.values[:, 0] - top.values[:, 1]) / apart.square().sum(1)
+    x = (x - (gap * (1 - shift))[:, None, None, None] * apart.reshape(x.shape)).clamp(0, 1)
+    batch = Batch(x, top.indices[:, 0])
+    x_adv = make(ThreatModel(norm, 0.1))(model, batch)
+    assert (x_adv != x).flatten(1).any(1).sum() > 10
+    verdicts = [torch.cat([model(part).argmax(1) for part in x_adv.split(size)]) != batch.y for size in (17, 3, 1)]
+    wide = nn.Sequential(nn.Flatten(), nn.Linear(192, 10)).double()
+    wide.load_state_dict(model.state_dict())
+    verdicts.append(wide(x_adv.double()).argmax(1) != batch.y)
+    assert torch.stack(verdicts).all(0).equal(torch.stack(verdicts).any(0))
+    assert verdicts[0].sum() > 10
