@@ -18,7 +18,7 @@ import torch
 from unmoved import Batch, models
 from unmoved.analyses import corruption, flatness
 from unmoved.analyses.risks import ModelRisk
-from unmoved.provenance import hardware
+from unmoved.runs.provenance import hardware
 
 
 def build(images: int, seed: int) -> tuple[torch.nn.Module, Batch]:

@@ -29,7 +29,7 @@ import torch
 import training
 from variants import MINIATURE, REFERENCE, VARIANTS, Side, Size, strong, taught, whole_epoch
 
-from unmoved.provenance import hardware
+from unmoved.runs.provenance import hardware
 
 METHODS = ("AT", "TRADES")
 STRONG = 0.98

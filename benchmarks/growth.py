@@ -31,13 +31,15 @@ import torch
 from torch import nn
 from training import peak_mib
 
-from unmoved import Method, checkpoint, report, terms, train
+from unmoved import Method, terms, train
+from unmoved.analyses.studies import softmax, study  # noqa: F401 - what commands load later is not what they hold
 from unmoved.cli import main as command
 from unmoved.data import ArraySplit
-from unmoved.optim import SGD
-from unmoved.provenance import hardware
-from unmoved.run import Run
-from unmoved.studies import common, softmax  # noqa: F401 - what commands load later is not what they hold
+from unmoved.reports import report
+from unmoved.runs.folder import Run
+from unmoved.runs.provenance import hardware
+from unmoved.training import checkpoint
+from unmoved.training.optim import SGD
 
 SIZES = {
     "classes": (10, 100, 1000),

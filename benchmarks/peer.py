@@ -24,11 +24,11 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from unmoved import config
-from unmoved.built import Built
-from unmoved.judge import predict
-from unmoved.run import Run
-from unmoved.threat import ThreatModel
+from unmoved.core.threat import ThreatModel
+from unmoved.evaluation.judge import predict
+from unmoved.runs import recipe
+from unmoved.runs.assembly import Built
+from unmoved.runs.folder import Run
 
 BATCH = 128
 NAMES = ("apgd-ce", "apgd-t", "fab-t", "square")
@@ -40,7 +40,7 @@ def load(folder: str, n: int, everything: bool = False) -> tuple[nn.Module, Any,
     ``everything`` takes training images too, where the test part is small: it compares attacks, not models.
     """
     run = Run.open(Path(folder))
-    built = Built(config.parse(run.recipe, str(run.path / "recipe.toml")))
+    built = Built(recipe.parse(run.recipe, str(run.path / "recipe.toml")))
     model = built.model()
     run.load_weights(model, "best")
     split = built.data.test

@@ -27,10 +27,11 @@ import torch
 from torch import nn
 from training import BATCH, Flops, method, network
 
-from unmoved import Batch, Method, ThreatModel, attacks, engine, models, terms, train, train_step
+from unmoved import Batch, Method, ThreatModel, attacks, models, terms, train, train_step
 from unmoved.data import ArraySplit
-from unmoved.optim import SGD
-from unmoved.provenance import hardware
+from unmoved.runs.provenance import hardware
+from unmoved.training import distributed
+from unmoved.training.optim import SGD
 
 STEPS = (1, 2, 5, 10, 20)
 
@@ -132,8 +133,8 @@ WORKER = "--worker"
 def epoch(out: Path, samples: int, threads: int) -> None:
     """One of several processes: seconds of an epoch of AT after one that warms up, and of one exchange of gradients."""
     torch.set_num_threads(threads)
-    fabric = engine.prepare("cpu")
-    with engine.together(fabric):
+    fabric = distributed.prepare("cpu")
+    with distributed.together(fabric):
         made = torch.Generator().manual_seed(0)
         images = torch.randint(0, 256, (samples, 3, 32, 32), dtype=torch.uint8, generator=made)
         split = ArraySplit.of(images, torch.randint(0, 10, (samples,), generator=made))
@@ -141,8 +142,8 @@ def epoch(out: Path, samples: int, threads: int) -> None:
         at = Method(attacks.PGD(ThreatModel("linf", 8 / 255), steps=10), terms.CE())
         log = train(model, at, split, epochs=2, batch_size=BATCH, optimizer=SGD(lr=0.0), fabric=fabric)
         gradients = torch.zeros(sum(p.numel() for p in model.parameters()))
-        exchange = seconds(lambda: engine.summed(fabric, gradients), 5, "cpu")
-    if engine.rank() == 0:
+        exchange = seconds(lambda: distributed.summed(fabric, gradients), 5, "cpu")
+    if distributed.rank() == 0:
         facts = {"epoch": log[1]["seconds"] - log[0]["seconds"], "exchange": exchange, "numbers": len(gradients)}
         out.write_text(json.dumps(facts), encoding="utf-8")
 

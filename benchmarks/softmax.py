@@ -16,7 +16,7 @@ import torch
 
 from unmoved import Batch, ThreatModel, attacks, data, models
 from unmoved.analyses import softmax
-from unmoved.provenance import hardware
+from unmoved.runs.provenance import hardware
 
 
 def timed(attack: Any, clock: list[float]) -> Callable[..., torch.Tensor]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from unmoved import Batch, Method, ThreatModel, attacks, defenses, models, terms, train_step
-from unmoved.provenance import hardware
+from unmoved.runs.provenance import hardware
 
 THREAT = ThreatModel("linf", 0.3)
 PGD = attacks.PGD(THREAT, steps=10)

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from unmoved import Batch, attacks, terms
-from unmoved import precision as formats
+from unmoved.core import precision as formats
 
 STARTS = 5
 

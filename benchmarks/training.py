@@ -28,8 +28,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from unmoved import Batch, Method, ThreatModel, attacks, defenses, models, terms, train_step
-from unmoved import precision as formats
-from unmoved.provenance import hardware
+from unmoved.core import precision as formats
+from unmoved.runs.provenance import hardware
 
 BATCH, INNER, LESSONS = 128, 10, 60
 # name -> (factory, shape, eps)

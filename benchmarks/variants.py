@@ -16,8 +16,8 @@ from torch import nn
 
 from unmoved import Batch, Method, models, terms, train, train_step
 from unmoved.data import ArraySplit
-from unmoved.loop import WATCHED
-from unmoved.optim import SGD
+from unmoved.training.loop import WATCHED
+from unmoved.training.optim import SGD
 
 EPS = 8 / 255
 

@@ -19,8 +19,8 @@ import peer
 import torch
 
 from unmoved.attacks import AutoAttack, Quick
-from unmoved.judge import evaluate
-from unmoved.provenance import hardware
+from unmoved.evaluation.judge import evaluate
+from unmoved.runs.provenance import hardware
 
 
 def ours(model: Any, split: Any, threat: Any, attack: Any) -> tuple[pd.DataFrame, float, dict[str, float]]:

@@ -13,7 +13,15 @@ import torch
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parents[1]
 # Few tests, but they train, start processes and kill them.
-LONG = ("test_evaluation", "test_cluster", "test_studies", "test_grid", "test_compare", "test_processes", "test_resume")
+LONG = (
+    "test_evaluate",
+    "test_ray_cluster",
+    "test_studies",
+    "test_combinations",
+    "test_compare",
+    "test_processes",
+    "test_resume",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -7,10 +7,10 @@ import tomllib
 
 import pytest
 import torch
-from road import ROOT
+from helpers.cli import ROOT
 from torch import nn
 
-from unmoved import config
+from unmoved.runs import recipe as config
 from unmoved.testing import check_term
 
 

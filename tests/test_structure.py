@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from road import ROOT
+from helpers.cli import ROOT
 
 import unmoved
 
@@ -81,7 +81,7 @@ def test_imports_run_one_way(path: Path) -> None:
 
 def test_the_check_itself_sees_every_way_to_import() -> None:
     text = (
-        "import unmoved.judge\nfrom unmoved import loop, run as r\nfrom unmoved.terms.sum import Sum\n"
+        "import unmoved.evaluation.judge\nfrom unmoved import loop, run as r\nfrom unmoved.terms.sum import Sum\n"
         "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import unmoved.cli\n"
         "def f():\n    try:\n        from unmoved import data\n    except ImportError:\n        pass\n"
     )
@@ -153,7 +153,7 @@ def test_import_alone_is_light_and_every_name_resolves() -> None:
         "import unmoved.cli\n"
         "heavy = {'torch', 'pandas', 'pydantic', 'matplotlib', 'lightning_fabric'} & sys.modules.keys()\n"
         "assert not heavy, heavy\n"
-        "import unmoved.training, unmoved.evaluation, unmoved.compare\n"  # what each worker of a grid waits for
+        "import unmoved.runs.train, unmoved.runs.evaluate, unmoved.experiments.compare\n"  # what each worker of a grid waits for
         "heavy = {'scipy.stats', 'sklearn', 'matplotlib', 'lightning_fabric'} & sys.modules.keys()\n"
         "assert not heavy, heavy\n"
     )

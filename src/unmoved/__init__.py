@@ -5,16 +5,19 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
 if _TYPE_CHECKING:
-    from unmoved import analyses, attacks, averaging, data, defenses, models, optim, outcomes, terms, testing, weights
-    from unmoved.errors import UnmovedError
-    from unmoved.judge import evaluate
-    from unmoved.loop import train
-    from unmoved.protocols import Batch, Method
-    from unmoved.run import Run
-    from unmoved.schedule import Phases, Ramp
-    from unmoved.step import train_step
-    from unmoved.threat import ThreatModel
-    from unmoved.views import Views
+    from unmoved import analyses, attacks, data, defenses, models, terms, testing
+    from unmoved.core import weights
+    from unmoved.core.errors import UnmovedError
+    from unmoved.core.phases import Phases, Ramp
+    from unmoved.core.protocols import Batch, Method
+    from unmoved.core.threat import ThreatModel
+    from unmoved.core.views import Views
+    from unmoved.evaluation import outcomes
+    from unmoved.evaluation.judge import evaluate
+    from unmoved.runs.folder import Run
+    from unmoved.training import averaging, optim
+    from unmoved.training.loop import train
+    from unmoved.training.step import train_step
 
 __all__ = [
     "Batch",
@@ -42,17 +45,17 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Batch": "protocols",
-    "Method": "protocols",
-    "Phases": "schedule",
-    "Ramp": "schedule",
-    "Run": "run",
-    "ThreatModel": "threat",
-    "UnmovedError": "errors",
-    "Views": "views",
-    "evaluate": "judge",
-    "train": "loop",
-    "train_step": "step",
+    "Batch": "core.protocols",
+    "Method": "core.protocols",
+    "Phases": "core.phases",
+    "Ramp": "core.phases",
+    "Run": "runs.folder",
+    "ThreatModel": "core.threat",
+    "UnmovedError": "core.errors",
+    "Views": "core.views",
+    "evaluate": "evaluation.judge",
+    "train": "training.loop",
+    "train_step": "training.step",
 }
 
 

@@ -11,7 +11,7 @@ from scipy import stats
 
 from unmoved.analyses import association
 from unmoved.analyses.association import auc, fisher, pearson, percentiles, spearman
-from unmoved.errors import UnmovedError
+from unmoved.core.errors import UnmovedError
 
 
 def related(n=60, seed=0, ties=False):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from unmoved.analyses.bias_variance import CORRECTIONS, LOSSES, MEASURES, decompose_kl, decompose_mse, merge, table
-from unmoved.errors import UnmovedError
+from unmoved.core.errors import UnmovedError
 
 P = torch.tensor([[[0.7, 0.2, 0.1]], [[0.5, 0.3, 0.2]]], dtype=torch.float64)
 Y = torch.tensor([0])

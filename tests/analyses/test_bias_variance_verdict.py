@@ -10,7 +10,7 @@ import pytest
 from scipy.stats import spearmanr
 
 from unmoved.analyses.bias_variance_verdict import DOMINATES, RISES, UNIMODAL, _spearman, verdict
-from unmoved.errors import UnmovedError
+from unmoved.core.errors import UnmovedError
 
 
 def rows(bias: Sequence[float], variance: Sequence[float], half: float = 0.01, **more: object) -> pd.DataFrame:

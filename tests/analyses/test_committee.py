@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from unmoved.analyses.bias_variance import table
 from unmoved.analyses.committee import joint, probabilities
 from unmoved.attacks import PGD
-from unmoved.errors import UnmovedError
-from unmoved.protocols import Batch
-from unmoved.threat import ThreatModel
+from unmoved.core.errors import UnmovedError
+from unmoved.core.protocols import Batch
+from unmoved.core.threat import ThreatModel
 
 
 def models(count: int = 3, *extra: nn.Module) -> list[nn.Module]:

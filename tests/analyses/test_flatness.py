@@ -13,7 +13,7 @@ from scipy import stats
 from unmoved.analyses.corruption import expected_ratio, sweep
 from unmoved.analyses.flatness import indicators, summarise, verdict
 from unmoved.analyses.risks import FunctionRisk
-from unmoved.errors import UnmovedError
+from unmoved.core.errors import UnmovedError
 
 
 def bowl(seed=0, curvature=1.0, slope=0.5, k=12):

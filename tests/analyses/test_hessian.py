@@ -18,7 +18,7 @@ from unmoved.analyses.corruption import sweep
 from unmoved.analyses.flatness import summarise
 from unmoved.analyses.hessian import Curvature, curvature, second_order
 from unmoved.analyses.risks import ModelRisk
-from unmoved.errors import UnmovedError
+from unmoved.core.errors import UnmovedError
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from unmoved import Batch
 from unmoved.analyses.corruption import average_change, direction, expected_ratio, sweep, worst_change
 from unmoved.analyses.risks import FunctionRisk, ModelRisk, layers
-from unmoved.errors import UnmovedError
+from unmoved.core.errors import UnmovedError
 
 NORMS = pytest.mark.parametrize("p", [2, math.inf])
 SPARSE = pytest.mark.parametrize("n", [None, 3])

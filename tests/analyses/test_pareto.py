@@ -10,7 +10,7 @@ import pytest
 
 from unmoved.analyses.pareto import ALL, RunKey, TradeOff, dominates, front_area, trade_off, trade_off_of_rows
 from unmoved.analyses.pareto_verdict import verdict
-from unmoved.errors import UnmovedError
+from unmoved.core.errors import UnmovedError
 
 Samples = dict[RunKey, tuple[np.ndarray, np.ndarray]]
 

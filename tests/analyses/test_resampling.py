@@ -7,7 +7,7 @@ import pytest
 
 from unmoved.analyses import resampling
 from unmoved.analyses.resampling import bootstrap_means, interval
-from unmoved.errors import UnmovedError
+from unmoved.core.errors import UnmovedError
 
 
 def test_means_spread_as_the_binomial_says() -> None:

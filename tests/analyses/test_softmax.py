@@ -16,14 +16,14 @@ from torch import nn
 from unmoved.analyses import softmax
 from unmoved.analyses.softmax import CLAIMED, COLUMNS, STATISTICS
 from unmoved.attacks import FAB, FMN, PGD
-from unmoved.errors import UnmovedError
-from unmoved.outcomes import wilson
-from unmoved.protocols import Batch
+from unmoved.core.errors import UnmovedError
+from unmoved.core.protocols import Batch
+from unmoved.core.threat import ThreatModel
+from unmoved.core.views import Views
+from unmoved.evaluation.outcomes import wilson
 from unmoved.terms.margin import margin
 from unmoved.terms.wrong_classes import DRSL, ComplementEntropy
-from unmoved.testing.subjects import Failing, Planned, network, same_random_state, small_batch, untouched
-from unmoved.threat import ThreatModel
-from unmoved.views import Views
+from unmoved.testing.fixtures import Failing, Planned, network, same_random_state, small_batch, untouched
 
 WRONG = ("variance", "std", "entropy", "gap")
 DUAL = {"linf": 1.0, "l2": 2.0, "l1": math.inf}

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from unmoved import Batch
 from unmoved.analyses.risks import FunctionRisk, ModelRisk
 from unmoved.analyses.surface import axes, line, plane, worst_and_random
-from unmoved.errors import UnmovedError
+from unmoved.core.errors import UnmovedError
 
 
 def quadratic(slope=0.0):

@@ -8,7 +8,7 @@ import torch
 
 from unmoved.analyses.bias_variance import decompose_mse
 from unmoved.analyses.target_probability import PARTS, target_probability
-from unmoved.errors import UnmovedError
+from unmoved.core.errors import UnmovedError
 
 
 def of_truth(values: torch.Tensor, y: torch.Tensor, num_classes: int = 3) -> torch.Tensor:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from unmoved.protocols import Batch
+from unmoved.core.protocols import Batch
 
 
 @pytest.fixture(scope="session")

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from unmoved.attacks import APGD, CW, FAB, FGSM, FMN, IAAT, PGD, SPSA, DeepFool, HopSkipJump, Quick, Square
-from unmoved.protocols import Batch
+from unmoved.core.protocols import Batch
+from unmoved.core.threat import ThreatModel
 from unmoved.terms import Margin
-from unmoved.threat import ThreatModel
 
 NORMS = ("linf", "l2", "l1")
 BOUNDS = ((0.0, 1.0), (-2.1, 2.6), (0.0, 255.0))

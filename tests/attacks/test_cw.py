@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from linear import deaf, distance, linear, nearest, nearest_in_the_box, on_faces
+from helpers.linear_models import deaf, distance, linear, nearest, nearest_in_the_box, on_faces
 from torch import nn
 
 from unmoved.attacks.cw import CW
 from unmoved.attacks.fmn import FMN
-from unmoved.errors import UnmovedError
-from unmoved.protocols import Batch
+from unmoved.core.errors import UnmovedError
+from unmoved.core.protocols import Batch
+from unmoved.core.threat import ThreatModel
 from unmoved.terms.margin import margin
 from unmoved.testing import check_attack
-from unmoved.threat import ThreatModel
 
 BALL = ThreatModel("l2", 0.6)
 

@@ -6,14 +6,14 @@ import copy
 
 import pytest
 import torch
-from linear import deaf, distance, linear, nearest, nearest_in_the_box, on_faces
+from helpers.linear_models import deaf, distance, linear, nearest, nearest_in_the_box, on_faces
 from torch import nn
 
 from unmoved.attacks.deepfool import DeepFool
-from unmoved.errors import UnmovedError
-from unmoved.protocols import Batch
+from unmoved.core.errors import UnmovedError
+from unmoved.core.protocols import Batch
+from unmoved.core.threat import ThreatModel
 from unmoved.testing import check_attack
-from unmoved.threat import ThreatModel
 
 BALLS = {"linf": ThreatModel("linf", 0.1), "l2": ThreatModel("l2", 0.6)}
 NORMS = list(BALLS)

@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from unmoved.attacks.boundary import searching
 from unmoved.attacks.fab import FAB
 from unmoved.attacks.hyperplanes import dual_length, length, to_hyperplane
-from unmoved.attacks.rounds import Round
-from unmoved.errors import UnmovedError
-from unmoved.protocols import Batch
-from unmoved.threat import ThreatModel
-from unmoved.views import ranked_wrong
+from unmoved.attacks.minimum_norm import searching
+from unmoved.attacks.restarts import Round
+from unmoved.core.errors import UnmovedError
+from unmoved.core.protocols import Batch
+from unmoved.core.threat import ThreatModel
+from unmoved.core.views import ranked_wrong
 
 BALLS = [ThreatModel("linf", 0.12), ThreatModel("l2", 0.7), ThreatModel("l1", 2.5)]
 
@@ -171,7 +171,7 @@ def test_a_result_belongs_to_its_sample(exact, monkeypatch, until_broken):
     parts = [attack(model, batch.take(part)) for part in torch.arange(len(batch)).split(5)]
     assert torch.allclose(torch.cat(parts), whole, atol=1e-9)
     for rows in (1, 10**6):
-        monkeypatch.setattr("unmoved.attacks.rounds.ROWS", rows)
+        monkeypatch.setattr("unmoved.attacks.restarts.ROWS", rows)
         assert torch.allclose(attack(model, batch), whole, atol=1e-9)
 
 

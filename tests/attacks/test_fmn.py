@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from linear import deaf, distance, linear, nearest, nearest_in_the_box, on_faces
+from helpers.linear_models import deaf, distance, linear, nearest, nearest_in_the_box, on_faces
 from torch import nn
 
 from unmoved.attacks import PGD
-from unmoved.attacks.boundary import Nearest, crossed, searching
 from unmoved.attacks.fmn import FMN, annealed
-from unmoved.errors import UnmovedError
-from unmoved.protocols import Batch, MinimumNormAttack
+from unmoved.attacks.minimum_norm import Nearest, crossed, searching
+from unmoved.core.errors import UnmovedError
+from unmoved.core.protocols import Batch, MinimumNormAttack
+from unmoved.core.threat import ThreatModel
 from unmoved.testing import check_attack
-from unmoved.threat import ThreatModel
 
 NORMS = ["linf", "l2", "l1"]
 BALLS = {"linf": ThreatModel("linf", 0.1), "l2": ThreatModel("l2", 0.6), "l1": ThreatModel("l1", 2.0)}

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.optimize import linprog, minimize
 
 from unmoved.attacks.hyperplanes import dual_length, length, to_hyperplane
-from unmoved.errors import UnmovedError
+from unmoved.core.errors import UnmovedError
 
 NORMS = ["linf", "l2", "l1"]
 

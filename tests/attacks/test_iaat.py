@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from unmoved.attacks import IAAT
-from unmoved.errors import UnmovedError
-from unmoved.protocols import Batch, StatefulAttack
-from unmoved.threat import ThreatModel
+from unmoved.core.errors import UnmovedError
+from unmoved.core.protocols import Batch, StatefulAttack
+from unmoved.core.threat import ThreatModel
 
 THREAT = ThreatModel("linf", 0.3)
 

@@ -9,8 +9,8 @@ import torch
 from test_box import BOUNDS, NORMS, Score
 
 from unmoved.attacks import CW, FAB, FMN, DeepFool
-from unmoved.protocols import Batch
-from unmoved.threat import ThreatModel
+from unmoved.core.protocols import Batch
+from unmoved.core.threat import ThreatModel
 
 
 def corner(bounds: tuple[float, float], n: int = 24, d: int = 36) -> tuple[Score, Batch, torch.Tensor]:

@@ -9,15 +9,15 @@ import torch
 from torch import nn
 
 from unmoved.attacks import APGD, FGSM, PGD, Friendly, Sensible
-from unmoved.attacks.ascent import attacking, gradient_at
-from unmoved.attacks.pace import MomentumPace
-from unmoved.attacks.rounds import Round
-from unmoved.errors import UnmovedError
-from unmoved.protocols import Batch
-from unmoved.schedule import Ramp, resolve
+from unmoved.attacks.apgd_steps import MomentumPace
+from unmoved.attacks.gradients import attacking, gradient_at
+from unmoved.attacks.restarts import Round
+from unmoved.core.errors import UnmovedError
+from unmoved.core.phases import Ramp, resolve
+from unmoved.core.protocols import Batch
+from unmoved.core.threat import ThreatModel
+from unmoved.core.views import Views
 from unmoved.terms import CE, DLR, KL, TRADES, Margin
-from unmoved.threat import ThreatModel
-from unmoved.views import Views
 
 LINF, L2 = ThreatModel("linf", 0.1), ThreatModel("l2", 0.6)
 
@@ -172,7 +172,7 @@ def test_bf16_finds_nearly_the_same_signs_and_never_stands_still(trained):
 def test_summed_loss_survives_a_saturated_model(trained):
     """T10: sum, not mean: the gradient of one sample does not shrink with the batch."""
     model, batch = trained
-    from unmoved.attacks.ascent import attacking, gradient_at
+    from unmoved.attacks.gradients import attacking, gradient_at
 
     with attacking(model, batch, LINF) as views:
         _, whole, _ = gradient_at(views, batch.x, CE())

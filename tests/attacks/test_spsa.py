@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from linear import deaf, linear
+from helpers.linear_models import deaf, linear
 from torch import nn
 
 from unmoved.attacks import PGD
-from unmoved.attacks.ascent import attacking
+from unmoved.attacks.gradients import attacking
 from unmoved.attacks.spsa import SPSA
-from unmoved.errors import UnmovedError
-from unmoved.protocols import Batch
+from unmoved.core.errors import UnmovedError
+from unmoved.core.protocols import Batch
+from unmoved.core.threat import ThreatModel
 from unmoved.terms.margin import margin
 from unmoved.testing import check_attack
-from unmoved.threat import ThreatModel
 
 LINF, L2, L1 = ThreatModel("linf", 0.1), ThreatModel("l2", 0.6), ThreatModel("l1", 2.0)
 

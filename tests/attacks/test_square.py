@@ -9,16 +9,16 @@ import torch
 from scipy import stats
 from torch import nn
 
-from unmoved import noise
 from unmoved.attacks import PGD
 from unmoved.attacks.square import BLOCK, Square
-from unmoved.attacks.windows import Draws, Flips, _both_ways, _hump, mosaic, stripes
-from unmoved.errors import UnmovedError
-from unmoved.protocols import Batch
+from unmoved.attacks.square_proposals import Draws, Flips, _both_ways, _hump, mosaic, stripes
+from unmoved.core import noise
+from unmoved.core.errors import UnmovedError
+from unmoved.core.protocols import Batch
+from unmoved.core.threat import NORMS, ThreatModel
+from unmoved.core.views import Views
 from unmoved.terms import CE, Margin
 from unmoved.testing import check_attack
-from unmoved.threat import NORMS, ThreatModel
-from unmoved.views import Views
 
 BALLS = {"linf": ThreatModel("linf", 0.13), "l2": ThreatModel("l2", 0.9), "l1": ThreatModel("l1", 4.0)}
 ALL_NORMS = pytest.mark.parametrize("norm", NORMS)

@@ -11,11 +11,11 @@ from torch import nn
 from unmoved.attacks import PGD
 from unmoved.attacks.fmn import FMN
 from unmoved.attacks.transfer import Transfer
-from unmoved.errors import UnmovedError
-from unmoved.protocols import MinimumNormAttack
+from unmoved.core.errors import UnmovedError
+from unmoved.core.protocols import MinimumNormAttack
+from unmoved.core.threat import ThreatModel
 from unmoved.testing import check_attack
-from unmoved.testing.subjects import network, same_random_state, untouched
-from unmoved.threat import ThreatModel
+from unmoved.testing.fixtures import network, same_random_state, untouched
 
 LINF = ThreatModel("linf", 0.1)
 

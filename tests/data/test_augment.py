@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch.nn import functional
 
-from unmoved import noise
+from unmoved.core import noise
+from unmoved.core.errors import UnmovedError
+from unmoved.core.protocols import Batch
 from unmoved.data import Augmentation, Chain, Flip, PadCrop, augmentation
 from unmoved.data.augment import CROP
-from unmoved.errors import UnmovedError
-from unmoved.protocols import Batch
 
 ALL = [
     PadCrop(),

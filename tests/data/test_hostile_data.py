@@ -22,12 +22,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unmoved import reading
-from unmoved.data import arrays, cifar, cifar10, decode_all, folder, hf, safe_pickle, trees
-from unmoved.data import npz as npz_reader
+from unmoved.core import untrusted
+from unmoved.core.errors import UnmovedError
+from unmoved.data import arrays, cifar10, cifar10_data, cifar10_pickle, decode_all, folder, folder_sources, hf
+from unmoved.data import arrays_npz as npz_reader
 from unmoved.data.decode import CorruptImage, Pixels, decode, known_formats, pillow_warnings
-from unmoved.data.idx import read_idx
-from unmoved.errors import UnmovedError
+from unmoved.data.mnist_idx import read_idx
 
 X = np.random.default_rng(0).integers(0, 256, (6, 3, 8, 8), dtype=np.uint8)
 Y = np.arange(6) % 3
@@ -157,7 +157,7 @@ def test_links_that_lead_back_come_to_an_end(tmp_path: Path, monkeypatch: pytest
     root = shelves(tmp_path / "pets", b"")
     for k in range(8):
         (root / "a" / f"link{k}").symlink_to(root)
-    monkeypatch.setattr(trees, "MOST_FOLDERS", 50)
+    monkeypatch.setattr(folder_sources, "MOST_FOLDERS", 50)
     with pytest.raises(UnmovedError, match=r"expected at most 50 folders, came more; does a link in .* lead back"):
         folder(root, cache=False)
 
@@ -242,7 +242,7 @@ def test_members_in_disguise_are_refused_in_every_kind_of_archive(tmp_path: Path
 
 
 def test_too_many_members(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from unmoved.data import archive
+    from unmoved.data import tar_archive as archive
 
     monkeypatch.setattr(archive, "MOST_MEMBERS", 3)
     path = tarred(tmp_path / "x.tar", [tarfile.TarInfo(f"a/{k}.png") for k in range(4)])
@@ -254,7 +254,7 @@ def test_too_many_members(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_archives_that_unpack_a_thousandfold_are_bombs_wherever_it_lies(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pack: Callable[[bytes], bytes]
 ) -> None:
-    monkeypatch.setattr(reading, "ROOM", 2**20)
+    monkeypatch.setattr(untrusted, "ROOM", 2**20)
     suffix = "tar.gz" if pack is gzip.compress else "tar.xz"
     path, size = tmp_path / f"x.{suffix}", 2**22
     member = header("a/1.png", size=size) + bytes(size)
@@ -292,7 +292,7 @@ def test_idx_headers_that_lie_and_gzip_bombs(tmp_path: Path, monkeypatch: pytest
         path.write_bytes(gzip.compress(struct.pack(">IIII", 0x803, *shape)))
         with pytest.raises(UnmovedError, match="expected a size between 1 and 1073741824 bytes"):
             read_idx(path, 3)
-    monkeypatch.setattr(reading, "ROOM", 2**20)
+    monkeypatch.setattr(untrusted, "ROOM", 2**20)
     path.write_bytes(gzip.compress(struct.pack(">IIII", 0x803, 2**21, 1, 1) + bytes(2**21)))
     with pytest.raises(UnmovedError, match=r"expected a size between 1 and 1048576 bytes, came the shape \(2097152"):
         read_idx(path, 3)
@@ -348,7 +348,7 @@ def test_members_that_lie_are_refused(tmp_path: Path, member: bytes) -> None:
 
 
 def test_an_npz_bomb_is_refused_before_it_is_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "ROOM", 2**20)
+    monkeypatch.setattr(untrusted, "ROOM", 2**20)
     path = npz(tmp_path / "x.npz", x=npy(np.zeros((2**15, 1, 8, 8), np.uint8)), y=npy(np.arange(2**15) % 3))
     monkeypatch.setattr(np, "load", lambda *_, **__: pytest.fail("it was opened"))
     with pytest.raises(UnmovedError, match="it may be a decompression bomb"):
@@ -423,21 +423,21 @@ def nested_key(depth: int) -> bytes:
     ids=["deep key", "key of 2^60", "build", "appends", "memoize", "long text", "lists", "long name"],
 )
 def test_pickles_that_describe_more_than_they_are_long(raw: bytes, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(safe_pickle, "MOST_OPCODES", 30_000)
+    monkeypatch.setattr(cifar10_pickle, "MOST_OPCODES", 30_000)
     with pytest.raises(UnmovedError, match=words) as caught:
-        safe_pickle.loads(raw, "it")
+        cifar10_pickle.loads(raw, "it")
     assert len(str(caught.value)) < 600
 
 
 def test_the_deepest_key_that_passes_does_not_end_the_process() -> None:
-    value = safe_pickle.loads(nested_key(safe_pickle.MOST_TUPLES), "it")
+    value = cifar10_pickle.loads(nested_key(cifar10_pickle.MOST_TUPLES), "it")
     assert list(value.values()) == [1]
 
 
 def test_texts_as_bytes_of_all_images_pass() -> None:
     """What Python 3 writes of byte strings in an old protocol: a tuple and a call for each."""
     content = {b"filenames": [b"%d.png" % k for k in range(10_000)], b"labels": [1] * 10_000, "a": (1, 2)}
-    assert safe_pickle.loads(pickle.dumps(content, protocol=2), "it") == content
+    assert cifar10_pickle.loads(pickle.dumps(content, protocol=2), "it") == content
 
 
 def test_no_batch_is_larger_than_a_batch(tmp_path: Path) -> None:
@@ -461,7 +461,7 @@ def test_no_batch_is_larger_than_a_batch(tmp_path: Path) -> None:
 
 
 def test_a_batch_without_labels_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cifar, "RECORDS", 2)
+    monkeypatch.setattr(cifar10_data, "RECORDS", 2)
     root = tmp_path / "cifar-10-batches-py"
     root.mkdir()
     for name in [*(f"data_batch_{k}" for k in range(1, 6)), "test_batch"]:

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from unmoved import Batch, Method, train_step
+from unmoved.core.errors import UnmovedError
 from unmoved.defenses import APD, ASAM, AWP, SAM, Plain
-from unmoved.errors import UnmovedError
 from unmoved.terms import CE
 
 

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from unmoved import models
-from unmoved.errors import UnmovedError
+from unmoved.core.errors import UnmovedError
+from unmoved.core.weights import evaluating
 from unmoved.models.resnets import GlobalMean
-from unmoved.weights import evaluating
 
 SMALL: dict[str, tuple[tuple[int, int, int], dict[str, Any]]] = {
     "linear": ((3, 8, 8), {}),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from road import ROOT
+from helpers.cli import ROOT
 
 pytestmark = pytest.mark.slow
 VARIANTS = {"reference", "float32", "bf16", "bf16, contiguous", "bf16, compiled"}

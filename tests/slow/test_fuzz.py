@@ -23,22 +23,25 @@ import numpy as np
 import pytest
 import tomli_w
 import torch
+from helpers.cli import EVERYTHING
+from helpers.mutations import EDITS, ROOT, TABLE_EDITS, mutated, mutated_tables, watched
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from mutations import EDITS, ROOT, TABLE_EDITS, mutated, mutated_tables, watched
 from PIL import Image
-from road import EVERYTHING
 from safetensors.torch import save
 from torch import nn
 
-from unmoved import config, data, models, outcomes, reading
-from unmoved.built import Built
-from unmoved.data import cifar, safe_pickle
+from unmoved import data, models
+from unmoved.analyses.studies.table_cache import Shelf
+from unmoved.core import untrusted
+from unmoved.core.errors import UnmovedError
+from unmoved.data import cifar10_data, cifar10_pickle
 from unmoved.data.decode import CorruptImage, Pixels, decode, known_formats, pillow_warnings
-from unmoved.data.idx import read_idx
-from unmoved.errors import UnmovedError
-from unmoved.journal import Journal
-from unmoved.shelf import Shelf
+from unmoved.data.mnist_idx import read_idx
+from unmoved.evaluation import outcomes
+from unmoved.evaluation.journal import Journal
+from unmoved.runs import recipe as config
+from unmoved.runs.assembly import Built
 
 resource = pytest.importorskip("resource")  # POSIX: what takes memory without end must fail, not end the machine
 pytestmark = pytest.mark.slow
@@ -264,7 +267,7 @@ OPCODES = st.lists(
     | OPCODES.map(lambda raw: raw + b".")
 )
 def test_pickles(tmp_path_factory: pytest.TempPathFactory, raw: bytes) -> None:
-    attempt("pickles", one_folder(tmp_path_factory), lambda: safe_pickle.loads(raw, "it"))
+    attempt("pickles", one_folder(tmp_path_factory), lambda: cifar10_pickle.loads(raw, "it"))
 
 
 @inputs(5000)
@@ -280,7 +283,7 @@ def test_cifar(tmp_path_factory: pytest.TempPathFactory, which: str, edits: Any,
     raw = mutated(whole, edits)
     raw = raw[: len(whole)].ljust(len(whole), b"\0") if which == "bin" and size else raw
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cifar, "RECORDS", N)
+        patch.setattr(cifar10_data, "RECORDS", N)
         for k in range(6):
             name = ("test_batch" if k == 5 else f"data_batch_{k + 1}") + (".bin" if which == "bin" else "")
             (folder / name).write_bytes(raw if k == 2 else whole)
@@ -524,7 +527,7 @@ FACTS = {"n": 2, "split": "s", "weights": "best", "attacks": {"pgd": "PGD()"}, "
 @given(edits=EDITS, lines=st.booleans())
 def test_json(tmp_path_factory: pytest.TempPathFactory, edits: Any, lines: bool) -> None:
     raw = mutated((json.dumps(FACTS) + "\n").encode() * (1 + lines), edits).decode(errors="replace")
-    read = reading.json_lines if lines else reading.json_object
+    read = untrusted.json_lines if lines else untrusted.json_object
     attempt("json", one_folder(tmp_path_factory), lambda: read(raw, "it"))
 
 

@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from nursery import Nursery
-from road import RECIPE, digests, recipe
+from helpers.cli import RECIPE, digests, recipe
+from helpers.fork_server import Nursery
 
-from unmoved.run import Run
+from unmoved.runs.folder import Run
 
 if not sys.platform.startswith("linux"):
     pytest.skip("these tests fork, and look for processes in /proc", allow_module_level=True)

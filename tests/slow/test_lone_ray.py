@@ -15,12 +15,12 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from road import recipe
-from test_cluster import BUSY, PATIENCE, end_of
-from test_pool import alive
+from experiments.test_ray_cluster import BUSY, PATIENCE, end_of
+from helpers.cli import recipe
+from helpers.deadly_jobs import alive
 
-from unmoved.errors import UnmovedError
-from unmoved.run import Run
+from unmoved.core.errors import UnmovedError
+from unmoved.runs.folder import Run
 
 pytestmark = pytest.mark.slow
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from unmoved import Views, terms
-from unmoved.protocols import Term
+from unmoved.core.protocols import Term
 
 KEPT = [0, 2, 3, 4, 6, 7]  # of eight classes, the model has these
 CLASSES = 8

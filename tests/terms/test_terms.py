@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 
-from unmoved.errors import UnmovedError
-from unmoved.schedule import Ramp
+from unmoved.core.errors import UnmovedError
+from unmoved.core.phases import Ramp
+from unmoved.core.views import Views
 from unmoved.terms import CE, DLR, KL, MART, TRADES, BoostedCE, Margin, MisclassifiedKL, Sum
-from unmoved.views import Views
 
 # --- independent versions: one sample at a time, plain Python on scalars that carry a graph
 
@@ -182,7 +182,7 @@ def test_empty_and_all_zero_sums_are_refused():
 
 
 def test_a_weight_may_ramp():
-    from unmoved.schedule import resolve
+    from unmoved.core.phases import resolve
 
     ramped = Sum((Ramp(0.0, 4.0), CE()), (1.0, KL()))
     assert resolve(ramped, 0.5) == Sum((2.0, CE()), (1.0, KL()))

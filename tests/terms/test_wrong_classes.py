@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from unmoved.errors import UnmovedError
+from unmoved.core.errors import UnmovedError
+from unmoved.core.views import Views
 from unmoved.terms import CE, DRSL, PRSL, ComplementEntropy, GuidedComplementEntropy, LogitSqueeze, Sum
-from unmoved.views import Views
 
 ROW = torch.tensor([[5.0, 3.0, 2.0, 1.0]], dtype=torch.float64)
 PAIR = torch.tensor([[5.0, 3.0, 2.0, 1.0], [0.0, 4.0, 1.0, 1.0]], dtype=torch.float64)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import scipy  # its parts load where they are used: a second that no worker waits for
 
-from unmoved.errors import UnmovedError, require_choice, require_whole
+from unmoved.core.errors import UnmovedError, require_choice, require_whole
 
 LEAST = 10  # samples of each kind that an interval asks for: three against three would seem certain
 FEWEST_RUNS = 4

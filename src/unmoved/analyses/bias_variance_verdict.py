@@ -10,7 +10,7 @@ import scipy  # its parts load where they are used: a second that no worker wait
 
 from unmoved.analyses.bias_variance import MEASURES
 from unmoved.analyses.resampling import LEVEL, interval
-from unmoved.errors import UnmovedError, require_whole
+from unmoved.core.errors import UnmovedError, require_whole
 
 RISES, DOMINATES, UNIMODAL = "the bias rises", "the bias dominates the variance", "the variance is unimodal"
 DRAWS = 2000

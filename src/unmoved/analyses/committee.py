@@ -13,10 +13,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from unmoved.errors import UnmovedError, require_whole
-from unmoved.protocols import Image, Logits
-from unmoved.views import logits
-from unmoved.weights import evaluating
+from unmoved.core.errors import UnmovedError, require_whole
+from unmoved.core.protocols import Image, Logits
+from unmoved.core.views import logits
+from unmoved.core.weights import evaluating
 
 
 class Joint(nn.Module):

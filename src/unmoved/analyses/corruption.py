@@ -18,9 +18,9 @@ import torch
 from scipy.special import beta
 from torch import Tensor
 
-from unmoved import noise, weights
 from unmoved.analyses.risks import Point, Risk
-from unmoved.errors import UnmovedError, require_choice, require_number, require_whole
+from unmoved.core import noise, weights
+from unmoved.core.errors import UnmovedError, require_choice, require_number, require_whole
 
 RANDOM, ADVERSARIAL = "random", "adversarial"
 STEPS, DRAWS = 10, 20

@@ -10,7 +10,7 @@ import pandas as pd
 import scipy  # its parts load where they are used: a second that no worker waits for
 
 from unmoved.analyses.corruption import ADVERSARIAL, RANDOM, expected_ratio
-from unmoved.errors import UnmovedError, require_whole
+from unmoved.core.errors import UnmovedError, require_whole
 
 LOSS, ACCURACY = "loss", "accuracy"
 MEASURED = ("draw", "steps", "loss", "accuracy", "loss_change", "accuracy_change", "linear_change", "first_order")

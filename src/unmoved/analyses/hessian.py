@@ -20,7 +20,7 @@ from torch import nn
 from unmoved.analyses.corruption import RANDOM
 from unmoved.analyses.flatness import LOSS
 from unmoved.analyses.risks import ModelRisk
-from unmoved.errors import UnmovedError, require_number, require_whole
+from unmoved.core.errors import UnmovedError, require_number, require_whole
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from unmoved.analyses.resampling import bootstrap_means, interval
-from unmoved.errors import UnmovedError
+from unmoved.core.errors import UnmovedError
 
 RunKey: TypeAlias = tuple[str, float, int]
 ALL = "all methods"

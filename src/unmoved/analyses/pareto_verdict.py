@@ -8,7 +8,7 @@ import pandas as pd
 
 from unmoved.analyses.pareto import ALL
 from unmoved.analyses.resampling import LEVEL
-from unmoved.errors import UnmovedError
+from unmoved.core.errors import UnmovedError
 
 
 def verdict(areas: pd.DataFrame, dominance: pd.DataFrame) -> pd.DataFrame:

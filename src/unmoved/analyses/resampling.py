@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from unmoved.errors import UnmovedError, require_whole
+from unmoved.core.errors import UnmovedError, require_whole
 
 LEVEL = 0.95
 AT_ONCE = 4_000_000  # drawn images held in memory at a time

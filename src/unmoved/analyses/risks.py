@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unmoved import views
-from unmoved.errors import UnmovedError, did_you_mean, require_whole
-from unmoved.precision import exact
-from unmoved.preconditions import require_labels
-from unmoved.protocols import Batch
-from unmoved.weights import evaluating
+from unmoved.core import views
+from unmoved.core.errors import UnmovedError, did_you_mean, require_whole
+from unmoved.core.precision import exact
+from unmoved.core.preconditions import require_labels
+from unmoved.core.protocols import Batch
+from unmoved.core.weights import evaluating
 
 GLOBAL = "global"
 

@@ -12,14 +12,25 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from unmoved import views
 from unmoved.attacks import FMN
-from unmoved.errors import UnmovedError, require_whole
-from unmoved.precision import exact
-from unmoved.preconditions import require_attack, require_images, require_labels
-from unmoved.protocols import Attack, Batch, Image, Index, Label, Logits, MinimumNormAttack, PerSample, Split, Table
-from unmoved.threat import ThreatModel, require_threat
-from unmoved.weights import evaluating
+from unmoved.core import views
+from unmoved.core.errors import UnmovedError, require_whole
+from unmoved.core.precision import exact
+from unmoved.core.preconditions import require_attack, require_images, require_labels
+from unmoved.core.protocols import (
+    Attack,
+    Batch,
+    Image,
+    Index,
+    Label,
+    Logits,
+    MinimumNormAttack,
+    PerSample,
+    Split,
+    Table,
+)
+from unmoved.core.threat import ThreatModel, require_threat
+from unmoved.core.weights import evaluating
 
 STATISTICS = ("variance", "std", "entropy", "gap", "p_true", "margin")
 VIEWS = ("clean", "adversarial")

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from unmoved.analyses.corruption import direction, worst_change
 from unmoved.analyses.risks import Point, Risk
-from unmoved.errors import UnmovedError, require_number, require_whole
-from unmoved.weights import perturbed
+from unmoved.core.errors import UnmovedError, require_number, require_whole
+from unmoved.core.weights import perturbed
 
 WORST, RANDOM = "worst", "random"
 Direction = Sequence[Tensor]

@@ -6,7 +6,7 @@ from unmoved.attacks.deepfool import DeepFool
 from unmoved.attacks.ensembles import AutoAttack, Quick
 from unmoved.attacks.fab import FAB
 from unmoved.attacks.fmn import FMN
-from unmoved.attacks.hard_label import HopSkipJump
+from unmoved.attacks.hop_skip_jump import HopSkipJump
 from unmoved.attacks.iaat import IAAT
 from unmoved.attacks.pgd import FGSM, PGD
 from unmoved.attacks.spsa import SPSA

@@ -10,18 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unmoved import noise
-from unmoved.attacks.ascent import Best, attacking, broken, crossed, gradient_at, like, value_at
-from unmoved.attacks.pace import MomentumPace, SparsePace
-from unmoved.attacks.rounds import Retired, Round, compacts, in_rounds
-from unmoved.attacks.smooth import smoothed
-from unmoved.errors import UnmovedError, flag_field, keep_field, number_field, require_seed, whole_field
-from unmoved.precision import exact
-from unmoved.preconditions import require_loss
-from unmoved.protocols import Batch, Image, Term
+from unmoved.attacks.apgd_steps import MomentumPace, SparsePace
+from unmoved.attacks.gradients import Best, attacking, broken, crossed, gradient_at, like, value_at
+from unmoved.attacks.relu_backward import smoothed
+from unmoved.attacks.restarts import Retired, Round, compacts, in_rounds
+from unmoved.core import noise
+from unmoved.core.errors import UnmovedError, flag_field, keep_field, number_field, require_seed, whole_field
+from unmoved.core.precision import exact
+from unmoved.core.preconditions import require_loss
+from unmoved.core.protocols import Batch, Image, Term
+from unmoved.core.threat import ThreatModel, require_threat
+from unmoved.core.views import Views
 from unmoved.terms import CE
-from unmoved.threat import ThreatModel, require_threat
-from unmoved.views import Views
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from unmoved.attacks.ascent import crossed, gradient_at, like, rounding
-from unmoved.attacks.boundary import MARGIN, Nearest, searching
-from unmoved.errors import UnmovedError, number_field, whole_field
-from unmoved.protocols import Batch, Image, PerSample
-from unmoved.threat import ThreatModel, require_threat
-from unmoved.views import Views
+from unmoved.attacks.gradients import crossed, gradient_at, like, rounding
+from unmoved.attacks.minimum_norm import MARGIN, Nearest, searching
+from unmoved.core.errors import UnmovedError, number_field, whole_field
+from unmoved.core.protocols import Batch, Image, PerSample
+from unmoved.core.threat import ThreatModel, require_threat
+from unmoved.core.views import Views
 
 # How far inside the box (a share of its width) tanh space begins: at the very edge its gradient is zero for ever.
 INSET = 1e-4

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from unmoved.attacks.ascent import crossed, input_gradient, not_differentiable, rounding
-from unmoved.attacks.boundary import Nearest, searching
+from unmoved.attacks.gradients import crossed, input_gradient, not_differentiable, rounding
 from unmoved.attacks.hyperplanes import dual_length, length, toward
-from unmoved.errors import UnmovedError, number_field, whole_field
-from unmoved.protocols import Batch, Image
-from unmoved.threat import ThreatModel, require_threat
-from unmoved.views import Views, ranked_wrong
+from unmoved.attacks.minimum_norm import Nearest, searching
+from unmoved.core.errors import UnmovedError, number_field, whole_field
+from unmoved.core.protocols import Batch, Image
+from unmoved.core.threat import ThreatModel, require_threat
+from unmoved.core.views import Views, ranked_wrong
 
 
 @dataclass(frozen=True)

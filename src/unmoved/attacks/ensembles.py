@@ -8,18 +8,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from unmoved import views
 from unmoved.attacks.apgd import APGD
-from unmoved.attacks.ascent import require_attackable
 from unmoved.attacks.fab import FAB
+from unmoved.attacks.gradients import require_attackable
 from unmoved.attacks.square import Square
-from unmoved.errors import keep_field, number_field, require_choice, require_seed
-from unmoved.precision import exact
-from unmoved.preconditions import require_labels
-from unmoved.protocols import Attack, Batch, Image
+from unmoved.core import views
+from unmoved.core.errors import keep_field, number_field, require_choice, require_seed
+from unmoved.core.precision import exact
+from unmoved.core.preconditions import require_labels
+from unmoved.core.protocols import Attack, Batch, Image
+from unmoved.core.threat import ThreatModel, require_threat
+from unmoved.core.weights import evaluating
 from unmoved.terms import CE, DLR, Margin, TargetedDLR, TargetedMargin
-from unmoved.threat import ThreatModel, require_threat
-from unmoved.weights import evaluating
 
 VERSIONS = ("standard", "rand")
 

@@ -7,16 +7,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from unmoved import noise
-from unmoved.attacks.ascent import Best, crossed, input_gradient, like, not_differentiable, rounding
-from unmoved.attacks.boundary import clear, searching
+from unmoved.attacks.gradients import Best, crossed, input_gradient, like, not_differentiable, rounding
 from unmoved.attacks.hyperplanes import length, to_hyperplane, toward
-from unmoved.attacks.rounds import Retired, Round, compacts, in_rounds
-from unmoved.errors import flag_field, keep_field, number_field, require_seed, whole_field
-from unmoved.protocols import Batch, Image, Label, Logits, PerSample
+from unmoved.attacks.minimum_norm import clear, searching
+from unmoved.attacks.restarts import Retired, Round, compacts, in_rounds
+from unmoved.core import noise
+from unmoved.core.errors import flag_field, keep_field, number_field, require_seed, whole_field
+from unmoved.core.protocols import Batch, Image, Label, Logits, PerSample
+from unmoved.core.threat import ThreatModel, require_threat
+from unmoved.core.views import Views
 from unmoved.terms.margin import margin
-from unmoved.threat import ThreatModel, require_threat
-from unmoved.views import Views
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from unmoved.attacks.ascent import crossed, gradient_at, like, rounding
-from unmoved.attacks.boundary import MARGIN, Nearest, searching
+from unmoved.attacks.gradients import crossed, gradient_at, like, rounding
 from unmoved.attacks.hyperplanes import dual_length, length
-from unmoved.errors import number_field, whole_field
-from unmoved.protocols import Batch, Image, PerSample
-from unmoved.threat import ThreatModel, require_threat
+from unmoved.attacks.minimum_norm import MARGIN, Nearest, searching
+from unmoved.core.errors import number_field, whole_field
+from unmoved.core.protocols import Batch, Image, PerSample
+from unmoved.core.threat import ThreatModel, require_threat
 
 
 def annealed(start: float, stop: float, share: float) -> float:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from unmoved import processes
-from unmoved import views as seen
-from unmoved.attacks.ascent import MODES, attacking, gradient_at, require_attackable
-from unmoved.errors import require_choice, require_number, require_seed, require_whole
-from unmoved.preconditions import require_loss
-from unmoved.protocols import Batch, Image, Term
+from unmoved.attacks.gradients import MODES, attacking, gradient_at, require_attackable
+from unmoved.core import collectives
+from unmoved.core import views as seen
+from unmoved.core.errors import require_choice, require_number, require_seed, require_whole
+from unmoved.core.preconditions import require_loss
+from unmoved.core.protocols import Batch, Image, Term
+from unmoved.core.threat import ThreatModel, require_threat
+from unmoved.core.weights import evaluating
 from unmoved.terms import CE
-from unmoved.threat import ThreatModel, require_threat
-from unmoved.weights import evaluating
 
 
 class IAAT:
@@ -116,7 +116,7 @@ class IAAT:
         new = (new * right).clamp_min(0)
         # A sample may be another process's in the next epoch: all of them remember all radii.
         kept = (self.momentum * old + (1 - self.momentum) * new).to(old.dtype)
-        self._remember(processes.gathered(batch.index), processes.gathered(kept))
+        self._remember(collectives.gathered(batch.index), collectives.gathered(kept))
 
     def _attack(self, model: nn.Module, batch: Batch, radius: Tensor) -> Image:
         step = (2 * radius / self.steps).clamp_min(self.step_size).reshape(-1, *[1] * (batch.x.ndim - 1))

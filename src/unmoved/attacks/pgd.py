@@ -8,17 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unmoved import noise
-from unmoved.attacks.ascent import MODES, Best, attacking, broken, gradient_at, value_at
-from unmoved.attacks.smooth import smoothed
+from unmoved.attacks.gradients import MODES, Best, attacking, broken, gradient_at, value_at
+from unmoved.attacks.relu_backward import smoothed
 from unmoved.attacks.stopping import StoppingRule
-from unmoved.errors import UnmovedError, keep_field, number_field, require_choice, require_seed, whole_field
-from unmoved.preconditions import require_callable, require_loss
-from unmoved.protocols import Batch, Image, Logits, PerSample, Term
-from unmoved.schedule import Ramp, number, ramp_field
+from unmoved.core import noise
+from unmoved.core.errors import UnmovedError, keep_field, number_field, require_choice, require_seed, whole_field
+from unmoved.core.phases import Ramp, number, ramp_field
+from unmoved.core.preconditions import require_callable, require_loss
+from unmoved.core.protocols import Batch, Image, Logits, PerSample, Term
+from unmoved.core.threat import ThreatModel, require_threat
+from unmoved.core.views import Views
 from unmoved.terms import CE
-from unmoved.threat import ThreatModel, require_threat
-from unmoved.views import Views
 
 STARTS = ("uniform", "gaussian", "none")
 GAUSSIAN_START = 0.001

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from unmoved import noise
-from unmoved.attacks.ascent import Best, attacking, broken, like, value_at
-from unmoved.errors import keep_field, number_field, require_seed, whole_field
-from unmoved.preconditions import require_loss
-from unmoved.protocols import Batch, Image, Term
+from unmoved.attacks.gradients import Best, attacking, broken, like, value_at
+from unmoved.core import noise
+from unmoved.core.errors import keep_field, number_field, require_seed, whole_field
+from unmoved.core.preconditions import require_loss
+from unmoved.core.protocols import Batch, Image, Term
+from unmoved.core.threat import ThreatModel, require_threat
+from unmoved.core.views import Views
 from unmoved.terms import Margin
-from unmoved.threat import ThreatModel, require_threat
-from unmoved.views import Views
 
 # Images in one forward pass, about; the estimate does not depend on it.
 PASS = 1024

@@ -10,15 +10,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from unmoved.attacks.ascent import Best, broken, value_at
-from unmoved.attacks.boundary import searching
-from unmoved.attacks.windows import Draws, Flips, Tiles, mosaic, stripes
-from unmoved.errors import UnmovedError, flag_field, keep_field, number_field, require_seed, whole_field
-from unmoved.preconditions import require_loss
-from unmoved.protocols import Batch, Image, PerSample, Term
+from unmoved.attacks.gradients import Best, broken, value_at
+from unmoved.attacks.minimum_norm import searching
+from unmoved.attacks.square_proposals import Draws, Flips, Tiles, mosaic, stripes
+from unmoved.core.errors import UnmovedError, flag_field, keep_field, number_field, require_seed, whole_field
+from unmoved.core.preconditions import require_loss
+from unmoved.core.protocols import Batch, Image, PerSample, Term
+from unmoved.core.threat import ThreatModel, require_threat
+from unmoved.core.views import Views
 from unmoved.terms import Margin
-from unmoved.threat import ThreatModel, require_threat
-from unmoved.views import Views
 
 # After each of these iterations the share of the image that a window covers is halved.
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)

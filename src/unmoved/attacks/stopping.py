@@ -9,8 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from unmoved.errors import flag_field, number_field, whole_field
-from unmoved.protocols import Label, Logits, PerSample, Term
+from unmoved.core.errors import flag_field, number_field, whole_field
+from unmoved.core.protocols import Label, Logits, PerSample, Term
 from unmoved.terms import CE
 
 

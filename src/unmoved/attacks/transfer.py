@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from unmoved.attacks.ascent import require_attackable
+from unmoved.attacks.gradients import require_attackable
 from unmoved.attacks.pgd import PGD
-from unmoved.errors import UnmovedError
-from unmoved.preconditions import require_callable
-from unmoved.protocols import Attack, Batch, Image, MinimumNormAttack
-from unmoved.threat import ThreatModel, require_threat
+from unmoved.core.errors import UnmovedError
+from unmoved.core.preconditions import require_callable
+from unmoved.core.protocols import Attack, Batch, Image, MinimumNormAttack
+from unmoved.core.threat import ThreatModel, require_threat
 
 
 @dataclass(frozen=True)

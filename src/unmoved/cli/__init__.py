@@ -6,16 +6,15 @@ import sys
 from collections.abc import Sequence
 from itertools import pairwise
 
-from unmoved import screen
-from unmoved.cli import one, several, showing
+from unmoved.cli import grid_commands, info_commands, run_commands, screen
 from unmoved.cli.options import app
 
-__all__ = ["app", "main", "one", "several", "showing"]
+__all__ = ["app", "main", "grid_commands", "info_commands", "run_commands"]
 
 
 def main() -> None:
     """The entry point: errors that a user can cause become one message on standard error and exit code 1."""
-    from unmoved.errors import UnmovedError
+    from unmoved.core.errors import UnmovedError
 
     screen.speak_any_language()
     try:
@@ -36,7 +35,7 @@ def _how_to_go_on(words: Sequence[str]) -> str:
         return "what is done is kept: the same command goes on from there"
     if command != "train":
         return "the same command begins anew"
-    from unmoved.run import Run
+    from unmoved.runs.folder import Run
 
     out = [right for left, right in pairwise(words) if left == "--out"]
     out += [word.removeprefix("--out=") for word in words if word.startswith("--out=")]

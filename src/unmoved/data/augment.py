@@ -12,9 +12,9 @@ from typing import Protocol
 import torch
 from torch.nn import functional
 
-from unmoved import noise
-from unmoved.errors import UnmovedError, number_field, require_choice, whole_field
-from unmoved.protocols import Batch
+from unmoved.core import noise
+from unmoved.core.errors import UnmovedError, number_field, require_choice, whole_field
+from unmoved.core.protocols import Batch
 
 MODES = {"zeros": "constant", "reflect": "reflect"}
 # Streams far from those of the attacks: the same seed must not make an attack's start follow the augmentation.

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from unmoved.errors import UnmovedError, require_flag, require_whole
-from unmoved.reading import brief
+from unmoved.core.errors import UnmovedError, require_flag, require_whole
+from unmoved.core.untrusted import brief
 
 # EPS and WMF run other programs, the rest are stubs that only know a format's name.
 REFUSED = frozenset({"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG", "FPX", "MIC"})

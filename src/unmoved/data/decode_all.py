@@ -13,10 +13,10 @@ from typing import TypeVar
 
 import numpy as np
 
-from unmoved.data.checks import LARGEST
+from unmoved.core.errors import UnmovedError
+from unmoved.core.untrusted import content
 from unmoved.data.decode import CorruptImage, Pixels, decode, known_formats, pillow_warnings
-from unmoved.errors import UnmovedError
-from unmoved.reading import content
+from unmoved.data.validation import LARGEST
 
 R = TypeVar("R")
 Progress = Callable[[int, int], None]

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from unmoved import weights
+from unmoved.core import weights
+from unmoved.core.errors import number_field
+from unmoved.core.phases import Ramp, number, ramp_field
 from unmoved.defenses.plain import Plain
-from unmoved.errors import number_field
-from unmoved.schedule import Ramp, number, ramp_field
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from unmoved import weights
+from unmoved.core import weights
+from unmoved.core.phases import Ramp, number, ramp_field
 from unmoved.defenses.plain import Plain
-from unmoved.schedule import Ramp, number, ramp_field
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 
-from unmoved.errors import UnmovedError, require_flag, require_number, require_whole
-from unmoved.models.entrance import entrance, require_sizes
+from unmoved.core.errors import UnmovedError, require_flag, require_number, require_whole
+from unmoved.models.input_layers import entrance, require_sizes
 
 
 class PreActBlock(nn.Module):

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from torch.nn import functional as F
 
-from unmoved.errors import number_field, require_choice
-from unmoved.protocols import PerSample
+from unmoved.core.errors import number_field, require_choice
+from unmoved.core.protocols import PerSample
+from unmoved.core.views import Views
 from unmoved.terms.masked import ruled_out
-from unmoved.views import Views
 
 VIEWS = ("clean", "adv")
 

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 from torch.nn import functional as F
 
-from unmoved.protocols import PerSample
-from unmoved.schedule import Ramp
+from unmoved.core.phases import Ramp
+from unmoved.core.protocols import PerSample
+from unmoved.core.views import Views
 from unmoved.terms.cross_entropy import CE
 from unmoved.terms.masked import expectation
 from unmoved.terms.sum import Sum
-from unmoved.views import Views
 
 
 @dataclass(frozen=True)

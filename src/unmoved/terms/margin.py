@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unmoved.errors import UnmovedError, require_choice
-from unmoved.protocols import Label, Logits, PerSample
+from unmoved.core.errors import UnmovedError, require_choice
+from unmoved.core.protocols import Label, Logits, PerSample
+from unmoved.core.views import Views
 from unmoved.terms.cross_entropy import VIEWS
-from unmoved.views import Views
 
 
 def best_wrong(values: Tensor, y: Label) -> PerSample:

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from unmoved.errors import require_choice
-from unmoved.protocols import PerSample
-from unmoved.schedule import Ramp
+from unmoved.core.errors import require_choice
+from unmoved.core.phases import Ramp
+from unmoved.core.protocols import PerSample
+from unmoved.core.views import Views
 from unmoved.terms.cross_entropy import VIEWS
 from unmoved.terms.kl import KL
 from unmoved.terms.margin import best_wrong
 from unmoved.terms.sum import Sum
-from unmoved.views import Views
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
-from unmoved.errors import UnmovedError
-from unmoved.preconditions import require_term, values_of
-from unmoved.protocols import PerSample, StatefulTerm, Term
-from unmoved.schedule import Ramp, require_ramp
-from unmoved.views import Views
+from unmoved.core.errors import UnmovedError
+from unmoved.core.phases import Ramp, require_ramp
+from unmoved.core.preconditions import require_term, values_of
+from unmoved.core.protocols import PerSample, StatefulTerm, Term
+from unmoved.core.views import Views
 
 
 @dataclass(frozen=True, init=False, repr=False)

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from unmoved import processes
-from unmoved.errors import UnmovedError, number_field, require_choice, whole_field
-from unmoved.protocols import Label, Logits, PerSample
+from unmoved.core import collectives
+from unmoved.core.errors import UnmovedError, number_field, require_choice, whole_field
+from unmoved.core.protocols import Label, Logits, PerSample
+from unmoved.core.views import Views
 from unmoved.terms.cross_entropy import VIEWS
 from unmoved.terms.masked import expectation, ruled_out
-from unmoved.views import Views
 
 
 def wrong_logits(logits: Logits, y: Label, name: str) -> Tensor:
@@ -93,7 +93,7 @@ class PRSL:
         if self.end > wrong.shape[1]:
             raise UnmovedError(f"PRSL.end: expected at most {wrong.shape[1]} wrong classes, came {self.end}")
         t = wrong.topk(self.end, dim=1).values[:, self.start :].mean(dim=1)
-        return processes.logsumexp(t) - t
+        return collectives.logsumexp(t) - t
 
 
 @dataclass(frozen=True)

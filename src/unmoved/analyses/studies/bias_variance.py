@@ -1,0 +1,253 @@
+"""Study: bias and variance of clean and adversarial risk, over models trained on disjoint parts of the data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from unmoved.analyses import bias_variance as estimators
+from unmoved.analyses.bias_variance_verdict import verdict
+from unmoved.analyses.committee import joint, probabilities
+from unmoved.analyses.studies.study import Progress, Study, Subject, told
+from unmoved.analyses.target_probability import target_probability
+from unmoved.attacks import PGD
+from unmoved.core.errors import UnmovedError, require_choice
+from unmoved.core.protocols import Batch
+from unmoved.reports.figures import bias_variance as figure
+from unmoved.reports.figures import bias_variance_by_class
+from unmoved.reports.pages import Section
+from unmoved.runs.by_recipe import without_seeds
+
+MODES = ("own", "shared", "joint")
+STEPS = 20
+CHUNK = 250
+SHOWN = ("KL", "k/(k-1)")
+SAME = "as trained"
+
+
+@dataclass(frozen=True)
+class Group:
+    """The runs of one recipe on the disjoint parts of one permutation."""
+
+    method: str
+    permutation: int
+    members: tuple[Subject, ...]
+
+    @property
+    def training_eps(self) -> float:
+        return self.members[0].training_eps
+
+
+def groups_of(found: Sequence[Subject]) -> list[Group]:
+    """Runs by recipe and permutation.
+
+    Raises:
+        UnmovedError: a group of one run; parts that share training images, which would make the estimate wrong; groups
+            of different size.
+    """
+    together: dict[tuple[str, int], list[Subject]] = {}
+    for subject in found:
+        part = subject.built.recipe.training.part
+        recipe = json.dumps(without_seeds(subject.run.recipe), sort_keys=True, default=str)
+        together.setdefault((recipe, 0 if part is None else part.permutation), []).append(subject)
+    groups = []
+    for (_, permutation), members in together.items():
+        name, paths = members[0].run.name, ", ".join(str(m.run.path) for m in members)
+        if len(members) < 2:
+            raise UnmovedError(
+                f"bias-variance: expected at least 2 models of {name!r} on disjoint parts of the data, came 1 "
+                f"({paths}); one model has no variance: train with `unmoved compare --splits 2`"
+            )
+        seen: set[int] = set()
+        for member in members:
+            own = set(member.built.data.index("train").tolist())
+            if seen & own:
+                raise UnmovedError(
+                    f"bias-variance: expected models of {name!r} on disjoint parts of the data, came {len(seen & own)} "
+                    f"images that two of {paths} were trained on; the estimate would be wrong: train with "
+                    "`unmoved compare --splits 2`"
+                )
+            seen |= own
+        groups.append(Group(name, permutation, tuple(members)))
+    sizes = {len(group.members) for group in groups}
+    if len(sizes) > 1:
+        raise UnmovedError(f"bias-variance: expected groups of one size, came {sorted(sizes)}; study each size apart")
+    return groups
+
+
+def predict(group: Group, eps: float, mode: str) -> Tensor:
+    """p (k, N, K) of the group's models on the images as they are, or attacked with ``eps`` in one of the modes.
+
+    PGD on the cross-entropy, 20 steps of 3 eps / 20 from the clean image (the setting of Yu et al. 2021's code).
+    """
+    threat = replace(group.members[0].built.threat, eps=eps)
+    attack = PGD(threat, steps=STEPS, step_size=3 * eps / STEPS, start="none")
+    asked = {"attack": repr(attack) if eps else None, "mode": mode if eps else None}
+    if mode != "own" and eps:
+        asked["models"] = [member.question for member in group.members]  # type: ignore[assignment]
+    every = []
+    for k, member in enumerate(group.members):
+
+        def make(k: int = k, member: Subject = member) -> pd.DataFrame:
+            rows = []
+            for batch in member.split.batches(CHUNK):
+                here = batch.to(next(member.model.parameters()).device)
+                p = probabilities([member.model], [_shown_to(group, k, here, attack, mode, eps)])[0]
+                rows.append(pd.DataFrame(p.cpu().numpy(), columns=[f"p{c}" for c in range(p.shape[1])]))
+            return pd.concat(rows, ignore_index=True)
+
+        question = member.question | asked
+        every.append(torch.from_numpy(member.shelf.table("probabilities", question, make).to_numpy(copy=True)))
+    return torch.stack(every)
+
+
+def _shown_to(group: Group, k: int, batch: Batch, attack: PGD, mode: str, eps: float) -> Tensor:
+    """The images that model k sees."""
+    if eps == 0:
+        return batch.x
+    if mode == "own":
+        return attack(group.members[k].model, batch)
+    if mode == "shared":
+        return attack(group.members[0].model, batch)
+    return attack(joint([member.model for member in group.members]), batch)
+
+
+def study(
+    found: Sequence[Subject],
+    *,
+    eps: Sequence[float] | None = None,
+    modes: Sequence[str] = ("own",),
+    progress: Progress = told,
+) -> Study:
+    """Decompositions over training eps (of the runs), evaluation eps and attack modes, merged over permutations.
+
+    Args:
+        eps: evaluation radii; by default 0 and the eps of the recipes.
+        modes: ``"own"`` (each model attacked itself), ``"shared"`` (the perturbation of the first model of each group
+            shown to all) and ``"joint"`` (made against the mean prediction).
+
+    Raises:
+        UnmovedError: as `groups_of`; an unknown mode.
+    """
+    for mode in modes:
+        require_choice("bias-variance: mode", mode, MODES)
+    groups = groups_of(found)
+    radii = sorted({0.0, found[0].built.threat.radius} if eps is None else set(eps))
+    y = found[0].split.labels.cpu()
+    conditions = [(radius, mode) for radius in radii for mode in (modes if radius else modes[:1])]
+    tables: dict[tuple[str, float, float, str], list[pd.DataFrame]] = {}
+    targets, done = [], 0
+    for group in groups:
+        for radius, mode in conditions:
+            p = predict(group, radius, mode)
+            what: dict[str, Any] = {
+                "method": group.method,
+                "train_eps": group.training_eps,
+                "eval_eps": radius,
+                "mode": mode,
+            }
+            tables.setdefault(tuple(what.values()), []).append(estimators.table(p, y).assign(**what))
+            targets.append(target_probability(p, y, _learned(group)).assign(**what, permutation=group.permutation))
+            done += 1
+            progress(done / len(groups) / len(conditions), f"bias-variance: {group.method}, eps {radius:g}, {mode}")
+    merged = pd.concat([estimators.merge(some) for some in tables.values()], ignore_index=True)
+    family = merged.assign(method=merged["method"].map(_families(groups)))
+    sizes = family.groupby("method")["train_eps"].nunique()
+    swept = family[family["method"].isin(sizes[sizes > 2].index)]
+    same = _attacked_as_trained(swept, modes)
+    judged = [verdict(swept, by=["method"])] if len(swept) else []
+    judged += [verdict(same.drop(columns="eval_eps"), by=["method"]).assign(eval_eps=SAME)] if len(same) else []
+    claims = pd.concat(judged, ignore_index=True) if judged else None
+    sentences = ["Three training eps of one recipe are needed to say how bias and variance move with it."]
+    drawn = []
+    if claims is not None:
+        shown = claims[(claims["loss"] == SHOWN[0]) & (claims["correction"] == SHOWN[1])]
+        shown = shown[shown["eval_eps"] == SAME] if len(same) else shown
+        sentences = [f"{row.method}, eps {row.eval_eps} ({row.mode}): {row.words}." for row in shown.itertuples()]
+    for _, rows in same.groupby(["method"], sort=False):
+        drawn.append(figure(rows.drop(columns="eval_eps"), loss=SHOWN[0], correction=SHOWN[1], panel="mode"))
+    for _, rows in (swept if len(swept) else family).groupby(["method", "mode"], sort=False):
+        if rows["train_eps"].nunique() > 1:
+            drawn.append(figure(rows, loss=SHOWN[0], correction=SHOWN[1]))
+    last = merged[(merged["eval_eps"] == radii[-1]) & (merged["mode"] == modes[0])]
+    last = last[last["train_eps"] == last["train_eps"].max()]
+    last = last[last["method"] == last["method"].iloc[0]]
+    drawn.append(bias_variance_by_class(last, found[0].built.data.classes, loss=SHOWN[0], correction=SHOWN[1]))
+    overall = merged[(merged["class"] == -1) & (merged["loss"] == SHOWN[0]) & (merged["correction"] == SHOWN[1])]
+    return Study(
+        "bias-variance",
+        "Bias and variance",
+        {
+            "decompositions": merged,
+            "target_probability": pd.concat(targets, ignore_index=True),
+            **({} if claims is None else {"claims": claims}),
+        },
+        sentences,
+        [
+            Section(
+                "bias-variance",
+                "Bias and variance",
+                [
+                    f"{len(groups[0].members)} models on disjoint parts of the training data each; cross-entropy, "
+                    "variance corrected by k/(k-1). The estimates are about training sets of that size.",
+                    *([] if claims is not None else sentences),
+                ],
+                _claims(claims, modes[0]),
+                drawn,
+            ),
+            Section(
+                "bias-variance-numbers",
+                "Bias and variance in numbers",
+                ["Overall, in nats; decompositions.csv has every loss, correction and class, with intervals."],
+                overall[["method", "train_eps", "eval_eps", "mode", "risk", "bias", "variance"]],
+            ),
+        ],
+        {
+            "n": len(y),
+            "runs": [str(subject.run.path) for subject in found],
+            "eval_eps": radii,
+            "modes": list(modes),
+            "attack": f"PGD, {STEPS} steps of 3 eps / {STEPS}, from the clean image",
+        },
+    )
+
+
+def _attacked_as_trained(swept: pd.DataFrame, modes: Sequence[str]) -> pd.DataFrame:
+    """The rows whose evaluation eps is the training eps, by mode (at 0 all modes are one), of three eps and more."""
+    rows = swept[swept["eval_eps"] == swept["train_eps"]]
+    every = [rows[(rows["mode"] == mode) | (rows["eval_eps"] == 0)].assign(mode=mode) for mode in modes]
+    whole = pd.concat(every, ignore_index=True)
+    count = whole.groupby(["method", "mode"])["train_eps"].transform("nunique")
+    return whole[count > 2]
+
+
+def _claims(claims: pd.DataFrame | None, mode: str) -> pd.DataFrame | None:
+    if claims is None:
+        return None
+    rows = claims[(claims["loss"] == SHOWN[0]) & (claims["correction"] == SHOWN[1])]
+    rows = rows[(rows["eval_eps"] == SAME) | (rows["mode"] == mode)]  # claims.csv has them all
+    return rows[["method", "eval_eps", "mode", "claim", "verdict", "value"]]
+
+
+def _families(groups: Sequence[Group]) -> dict[str, str]:
+    """The name of a swept recipe -> that of the recipe it was swept from."""
+    swept = {group.method: group.members[0].built.recipe.swept for group in groups}
+    return {name: name if one is None else one.method for name, one in swept.items()}
+
+
+def _learned(group: Group) -> Tensor | None:
+    """q (k, K) that ProbsCut's global term has learned, where the runs trained with it."""
+    learned = []
+    for member in group.members:
+        table = member.run.per_class
+        rows = table[table["term"] == "global_probability"]
+        if rows.empty:
+            return None
+        learned.append(torch.tensor(rows[rows["epoch"] == rows["epoch"].max()]["q"].to_numpy(dtype=float)))
+    return torch.stack(learned)

@@ -1,0 +1,217 @@
+"""Softmax over the wrong classes: who falls, where to, and which runs are robust."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from unmoved.core.errors import UnmovedError
+from unmoved.reports.drawing import (
+    COLOURS,
+    INK,
+    PAPER,
+    bar,
+    canvas,
+    count,
+    draw_others,
+    finished,
+    foremost,
+    legend_above,
+    look,
+    place_names,
+    require_columns,
+    style,
+)
+
+NAMES = {
+    "variance": "variance of log p,\nwrong classes",
+    "std": "std of p,\nwrong classes",
+    "entropy": "entropy of the\nwrong classes",
+    "gap": "gap of the top two\nwrong classes",
+    "p_true": "p of the\ntrue class",
+    "margin": "margin",
+}
+UNITS = {
+    "variance": "nats^2",
+    "std": "probability",
+    "entropy": "nats",
+    "gap": "nats",
+    "p_true": "probability",
+    "margin": "nats",
+}
+CHANCE: dict[str, Any] = {"color": INK, "linewidth": 0.9, "linestyle": (0, (4, 2)), "zorder": 1}
+POINTS = {"linestyle": "none", "markeredgecolor": PAPER, "markeredgewidth": 0.3}
+
+
+@style()
+def within(table: pd.DataFrame, *, view: str = "clean", measure: str = "AUC") -> Figure:
+    """A forest of intervals: how well each statistic tells who falls, by statistic and run; 0.5 (or 0) is chance.
+
+    Args:
+        table: run, view, statistic, measure, value, low, high, n: `analyses.softmax.within` of each run, one below the
+            other. Without an interval a marker stands alone; without a value there is none.
+        view: which view's rows.
+        measure: ``"AUC"`` (against success) or ``"Spearman"`` (against the minimal eps).
+
+    Raises:
+        UnmovedError: a column is missing, or there is no row of this view and measure.
+    """
+    require_columns(table, ["run", "view", "statistic", "measure", "value", "low", "high", "n"], "within")
+    table = table[(table["view"] == view) & (table["measure"] == measure)]
+    require_columns(table, ["run"], f"within, view {view!r}, measure {measure!r}")
+    runs, names = (list(dict.fromkeys(table[column])) for column in ("run", "statistic"))
+    pitch = 0.13 * len(runs) + 0.24
+    figure = canvas(5.6, 1.2 + pitch * len(names) + 0.2 * math.ceil(len(runs) / 2))
+    axes: Any = figure.add_subplot()
+    lanes = (np.arange(len(runs)) - (len(runs) - 1) / 2) * 0.13 / pitch
+    for k, (run, rows) in enumerate(table.groupby("run", sort=False)):
+        rows = rows.set_index("statistic").reindex(names)
+        middle = rows["value"].to_numpy(float)
+        low, high = (rows[end].to_numpy(float) for end in ("low", "high"))
+        ends = np.where(np.isnan(low) | np.isnan(middle), 0, bar(low, middle, high))
+        axes.errorbar(
+            middle, np.arange(len(names)) + lanes[k], xerr=ends, label=str(run), elinewidth=1, **look(k) | POINTS
+        )
+    chance = 0.5 if measure == "AUC" else 0.0
+    axes.axvline(chance, **CHANCE)
+    for border in np.arange(1, len(names)) - 0.5:
+        axes.axhline(border, color=INK, linewidth=0.4)
+    axes.set_yticks(range(len(names)), [NAMES.get(name, name) for name in names], fontsize=9)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.grid(visible=False, axis="y")
+    axes.set_xlim(*((-0.02, 1.02) if measure == "AUC" else (-1.04, 1.04)))
+    words = (
+        "AUC: P(larger for an image that falls)" if measure == "AUC" else "Spearman's correlation with the minimal eps"
+    )
+    axes.set_xlabel(words)
+    axes.set_ylabel(f"statistic of the {view} image")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=2)
+    n = count(table["n"])
+    figure.supxlabel(f"{n} images that the model gets right\ndashed: chance; bars: 95 % bootstrap intervals")
+    return finished(
+        figure,
+        f"What each statistic of the {view} image says of the attack, by run ({measure}). {n} images that the model "
+        f"gets right, bars are 95 % bootstrap intervals over images. At {chance:g} (dashed) a statistic says nothing; "
+        "one that lies nearer to it than the margin says less than the margin.",
+    )
+
+
+@style()
+def landings(table: pd.DataFrame, *, most: int = 20) -> Figure:
+    """Where the fallen land: the share by rank of the clean image's wrong classes, one small panel per run.
+
+    Args:
+        table: run, rank, share, low, high, n, uniform: `analyses.softmax.landings` of each run, one below the other.
+        most: ranks that are drawn, where there are more.
+
+    Raises:
+        UnmovedError: a column is missing, there is no row, or nothing fell in any run.
+    """
+    require_columns(table, ["run", "rank", "share", "low", "high", "n", "uniform"], "landings")
+    ranks = int(table["rank"].max())
+    stand = ", ".join(dict.fromkeys(table.loc[table["share"].isna(), "run"].astype(str)))
+    table = table[(table["rank"] <= most) & table["share"].notna()]
+    if table.empty:
+        raise UnmovedError("landings: expected a run where an attack succeeded, came none; there is nothing to draw")
+    runs, drawn = list(table.groupby("run", sort=False)), int(table["rank"].max())
+    columns = min(3, len(runs))
+    lines = math.ceil(len(runs) / columns)
+    figure = canvas(5.6, 1.25 + 1.75 * lines + 0.6 * (lines == 1))
+    panels: Any = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
+    for axes, (run, rows) in zip(panels.flat, runs, strict=False):
+        share, low, high = (100 * rows[name].to_numpy(float) for name in ("share", "low", "high"))
+        axes.bar(rows["rank"], share, 0.75, color=COLOURS[5], edgecolor=INK, linewidth=0.6)
+        looks = {"color": INK, "linestyle": "none", "elinewidth": 1, "capsize": 2 if drawn <= 10 else 0}
+        axes.errorbar(rows["rank"], share, yerr=bar(low, share, high), **looks)
+        axes.axhline(100 * rows["uniform"].iloc[0], **CHANCE)
+        axes.set_title("\n".join([*textwrap.wrap(str(run), 24 if columns > 1 else 48), count(rows["n"])]), fontsize=9)
+        axes.grid(visible=False, axis="x")
+    for axes in list(panels.flat)[len(runs) :]:
+        axes.set_visible(False)
+    panels[0, 0].set_ylim(0, min(105, max(5.0, 1.08 * float(100 * table["high"].max()))))
+    panels[0, 0].set_xlim(0.3, drawn + 0.7)
+    panels[0, 0].set_xticks(range(1, drawn + 1, 1 + drawn // 8))
+    figure.supylabel("share of the fallen images (%)", fontsize=10)
+    n, part = count(table["n"]), f" (the first {most} of {ranks} ranks)" if ranks > most else ""
+    figure.supxlabel(
+        "rank of the new class among the clean image's wrong ones, 1 = the most probable\n"
+        f"{n} fallen images per run{part}\ndashed: uniform; bars: 95 % Wilson intervals"
+    )
+    return finished(
+        figure,
+        f"Where the attack lands: the rank of the new class among the wrong classes of the clean image{part}. "
+        f"{n} fallen images per run, bars are 95 % Wilson intervals; dashed: no preference."
+        + (f" No image fell in: {stand}." if stand else ""),
+    )
+
+
+@style()
+def across(
+    table: pd.DataFrame,
+    correlations: pd.DataFrame | None = None,
+    *,
+    statistic: str = "variance",
+    against: str = "robust_accuracy",
+) -> Figure:
+    """The mean of a statistic against robust (or clean) accuracy: one named marker per run.
+
+    Of more than `MOST` runs the most accurate have a name, and the others are grey points.
+
+    Args:
+        table: run, n, robust_accuracy, clean_accuracy and the statistic: from `analyses.softmax.summary`.
+        correlations: statistic, against, measure, value, low, high: from `analyses.softmax.across`; written below.
+        statistic: the column for x.
+        against: ``"robust_accuracy"`` or ``"clean_accuracy"``.
+
+    Raises:
+        UnmovedError: a column is missing, or there is no row.
+    """
+    require_columns(table, ["run", "n", against, statistic], "across")
+    figure = canvas(5.0, 3.7)
+    axes: Any = figure.add_subplot()
+    columns = table["run"].astype(str), table[statistic].astype(float), 100 * table[against].astype(float)
+    points = [(x, y, run) for run, x, y in zip(*columns, strict=True)]
+    shown, others = foremost(range(len(points)), lambda k: -points[k][1])
+    rest = draw_others(axes, [points[k][:2] for k in others], "runs", marker="o", linestyle="none")
+    points = [points[k] for k in shown]
+    for k, (x, y, run) in enumerate(points):
+        axes.plot([x], [y], label=run, markersize=9, **look(k) | POINTS)
+    axes.margins(0.15)
+    name = NAMES.get(statistic, statistic).replace("\n", " ")
+    unit = UNITS.get(statistic)
+    axes.set_xlabel(f"mean over the clean images:\n{name}" + (f" ({unit})" if unit else ""))
+    accuracy = against.replace("_", " ")
+    axes.set_ylabel(f"{accuracy} (%)")
+    low, high = axes.get_ylim()
+    pad = max(10 - (high - low), 0) / 2
+    axes.set_ylim(max(low - pad, -2), min(high + pad, 102))
+    n = f"{count(table['n'])} test images per run, {len(table)} runs"
+    said = _said(correlations, statistic, accuracy)
+    figure.supxlabel(n + "".join(f"\n{words}" for words in (*said, *[f"grey: {rest}"][: len(others)])))
+    if max(len(run) for *_, run in points) <= 24 and not others:
+        place_names(axes, points, [])
+    else:
+        legend_above(figure)
+    ends = ". " + "; ".join(said) + " (95 % intervals by Fisher's z)" if said else ""
+    return finished(
+        figure,
+        f"The mean {name} against {accuracy}, one marker per run: {n}{ends}."
+        + (f" Named are those of the highest accuracy; in grey: {rest}." if rest else ""),
+    )
+
+
+def _said(correlations: pd.DataFrame | None, statistic: str, accuracy: str) -> list[str]:
+    if correlations is None:
+        return []
+    require_columns(correlations, ["statistic", "against", "measure", "value", "low", "high"], "across, correlations")
+    rows = correlations[(correlations["statistic"] == statistic) & (correlations["against"] == accuracy)]
+    said = []
+    for measure, value, low, high in rows[["measure", "value", "low", "high"]].itertuples(index=False):
+        if not np.isnan(value):
+            said.append(f"{measure} {value:+.2f}" + ("" if np.isnan(low) else f" [{low:+.2f}, {high:+.2f}]"))
+    return said

@@ -1,0 +1,230 @@
+"""What every study of runs needs: runs that may be set beside each other, their models, and where its results go."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+import torch
+from torch import nn
+
+from unmoved.analyses.studies.table_cache import Shelf
+from unmoved.core.errors import UnmovedError, require_whole
+from unmoved.data import ArraySplit, DataSet
+from unmoved.evaluation.outcomes import CLEAN, WORST, by_sample
+from unmoved.reports import pages
+from unmoved.reports.pages import Section
+from unmoved.runs.assembly import Built
+from unmoved.runs.evaluated import Judged, require_same_samples, samples_of
+from unmoved.runs.folder import Run
+from unmoved.runs.load import Opened, opened, question_about, weights_digest
+
+Progress = Callable[[float, str], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A run under study: its model on the device, and the images that it is studied on.
+
+    Attributes:
+        name: the recipe's name, with what tells its runs apart where several of one recipe are studied.
+        question: what a table made from this model and these images depends on; see `unmoved.analyses.studies.table_cache`.
+        shelf: where its tables are kept, in the run's own folder.
+    """
+
+    name: str
+    run: Run
+    built: Built
+    model: nn.Module
+    split: ArraySplit
+    question: dict[str, Any]
+
+    @property
+    def shelf(self) -> Shelf:
+        return Shelf(self.run.path / "analysis")
+
+    @property
+    def training_eps(self) -> float:
+        """The radius of the attack that the last phase trained with; 0 where it trained on clean images."""
+        attack = self.built.phases.at(self.built.recipe.training.epochs, self.built.recipe.training.epochs).attack
+        threat = getattr(attack, "threat", None)
+        return 0.0 if threat is None else float(threat.radius)
+
+
+@dataclass(frozen=True, eq=False)
+class Study:
+    """What came out: tables by name (one observation a row), sentences, and the sections of a page.
+
+    Attributes:
+        settings: everything that was chosen, for whoever repeats it; n and runs at least.
+    """
+
+    name: str
+    title: str
+    tables: Mapping[str, pd.DataFrame]
+    verdict: Sequence[str]
+    sections: Sequence[Section]
+    settings: Mapping[str, Any]
+
+    def write(self, out: Path) -> Path:
+        """Save ``out/<name>/``: a CSV file per table, verdict.json, index.html with its figures; return the page.
+
+        Raises:
+            UnmovedError: a folder that cannot be written.
+        """
+        folder = out / self.name
+        files = {f"{name}.csv": table.to_csv(index=False).encode() for name, table in self.tables.items()}
+        facts = {"verdict": list(self.verdict), "settings": dict(self.settings), "versions": _versions()}
+        files["verdict.json"] = (json.dumps(facts, indent=2) + "\n").encode()
+        lead = f"{_count(len(self.settings['runs']), 'run')}, n = {self.settings['n']} test images"
+        return pages.write_sections(folder / "index.html", self.title, self.sections, lead=lead, beside=files)
+
+
+def subjects(
+    runs: Sequence[Run],
+    n: int | None,
+    *,
+    least: int = 1,
+    weights: str = "best",
+    device: str = "auto",
+    allow: Collection[str] = (),
+    same_threat: bool = True,
+    ready: Callable[[], Opened] | None = None,
+) -> list[Subject]:
+    """Runs that may be studied together, each with the same n test images (all, where there are fewer).
+
+    ``ready`` is that of `unmoved.runs.evaluate.evaluate_run`, where there is one run.
+
+    Raises:
+        UnmovedError: fewer than ``least`` runs; one run twice; runs on other data, classes or (where it matters) in
+            other balls; a run without weights.
+    """
+    n = None if n is None else require_whole("n", n, at_least=1)
+    if len(runs) < least:
+        raise UnmovedError(f"expected at least {least} runs, came {len(runs)}; train more (unmoved compare)")
+    paths = [run.path.resolve() for run in runs]
+    for path in paths:
+        if paths.count(path) > 1:
+            raise UnmovedError(f"expected each run once, came {path} twice")
+    found: list[Subject] = []
+    read: dict[str, _Read] = {}
+    for run, name in zip(runs, names_of(runs), strict=True):
+        asked = json.dumps(run.recipe.get("data"), sort_keys=True, default=str)
+        held = read.get(asked)
+        source = None if held is None else held.source
+        built, model = opened(run, weights, device, allow, source=source) if ready is None else ready()
+        if held is None:
+            test = built.data.test
+            split = test if n is None else test.take(min(n, len(test)), seed=0)
+            read[asked] = held = _Read(built.source, split)
+        if found:
+            _require_alike(found[0], run, built, held.split, same_threat)
+            if held.split.digest == found[0].split.digest:  # files of other names, the same images
+                read[asked] = held = held._replace(split=found[0].split)
+        question = {"weights": weights_digest(run, weights), **question_about(built, held.split, allow)}
+        found.append(Subject(name, run, built, model, held.split, question))
+    return found
+
+
+class _Read(NamedTuple):
+    """What runs on the same data share."""
+
+    source: DataSet
+    split: ArraySplit
+
+
+def names_of(runs: Sequence[Run]) -> list[str]:
+    """The recipes' names, without a folder that all share; with the seed where one recipe has several runs.
+
+    With the run's folder where that does not tell them apart: no two names are the same.
+    """
+    plain = [run.name for run in runs]
+    folders = {name.partition("/")[0] for name in plain if "/" in name}
+    if len(plain) > 1 and len(folders) == 1 and all("/" in name for name in plain):
+        plain = [name.partition("/")[2] for name in plain]
+    seeded = [
+        name if plain.count(name) == 1 else f"{name} seed {run.seed}" for name, run in zip(plain, runs, strict=True)
+    ]
+    return [name if seeded.count(name) == 1 else f"{name} [{run.path}]" for name, run in zip(seeded, runs, strict=True)]
+
+
+def _require_alike(first: Subject, run: Run, built: Built, split: ArraySplit, same_threat: bool) -> None:
+    theirs, ours = first.built, built
+    if theirs.data.classes != ours.data.classes or theirs.shape != ours.shape:
+        raise UnmovedError(
+            f"expected runs on the same data, came {first.run.path} with {len(theirs.data.classes)} classes of images "
+            f"{theirs.shape} and {run.path} with {len(ours.data.classes)} of {ours.shape}; study each data set apart"
+        )
+    require_same_samples(_samples(first.split), _samples(split), (first.run.path, run.path))
+    same_images = split is first.split or (
+        torch.equal(split.index, first.split.index) and torch.equal(split.images, first.split.images)
+    )
+    if not same_images:
+        raise UnmovedError(
+            f"expected runs on the same data, came {first.run.path} and {run.path}, whose test images differ under "
+            "the same identities; study each data set apart"
+        )
+    if same_threat and theirs.threat != ours.threat:
+        raise UnmovedError(
+            f"expected runs in one ball, came {theirs.threat!r} in {first.run.path} and {ours.threat!r} in {run.path}; "
+            "study each ball apart"
+        )
+
+
+def _samples(split: ArraySplit) -> pd.DataFrame:
+    return pd.DataFrame({"index": split.index.cpu().numpy(), "label": split.labels.cpu().numpy()})
+
+
+def accuracies(found: Sequence[Subject]) -> tuple[dict[str, tuple[float, float]], str] | None:
+    """By name (clean, robust) accuracy of the evaluations that all runs have alike, and what judged them; or None.
+
+    AutoAttack's verdicts where every run has one on as many images, otherwise the worst case of the evaluations.
+    """
+    judged = answers(found)
+    if judged is None:
+        return None
+    tables, source = judged
+    return {name: (float(t[CLEAN].mean()), float(t[WORST].mean())) for name, t in tables.items()}, source
+
+
+def answers(found: Sequence[Subject]) -> tuple[dict[str, pd.DataFrame], str] | None:
+    """By name `outcomes.by_sample` of what judged all runs on the same images, and its name; None where nothing did."""
+    read = [Judged.of(subject.run) if _evaluated(subject.run) else None for subject in found]
+    verdicts = [None if one is None else one.autoattack for one in read]
+    evaluations = [None if one is None else one.outcomes for one in read]
+    for tables in (verdicts, evaluations):
+        whole = [table for table in tables if table is not None]
+        asked = {tuple(sorted(set(table["attack"]))) for table in whole}
+        if len(whole) < len(found) or len(asked) > 1:
+            continue
+        if all(samples_of(table).equals(samples_of(whole[0])) for table in whole[1:]):
+            source = "AutoAttack" if tables is verdicts else ", ".join(next(iter(asked))[0])
+            samples = [by_sample(table, is_checked=True).sort_values("index", ignore_index=True) for table in whole]
+            return {subject.name: table for subject, table in zip(found, samples, strict=True)}, source
+    return None
+
+
+def _count(number: int, name: str) -> str:
+    return f"{number} {name}{'s' if number != 1 else ''}"
+
+
+def _evaluated(run: Run) -> bool:
+    return run.evaluation is not None or run.verdict is not None
+
+
+def _versions() -> dict[str, str]:
+    return {"unmoved": metadata.version("unmoved"), "torch": torch.__version__}
+
+
+def part_of(progress: Progress, k: int, of: int) -> Progress:
+    """The progress of the k-th of several equal parts."""
+    return lambda share, words: progress((k + share) / of, words)
+
+
+def told(share: float, words: str) -> None:
+    """Progress that nobody asked for."""

@@ -1,0 +1,113 @@
+"""The price of robustness: the front of clean against robust accuracy, and each method's own curve."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from unmoved.reports.drawing import (
+    GRID,
+    INK,
+    PAPER,
+    bar,
+    canvas,
+    count,
+    draw_others,
+    finished,
+    foremost,
+    look,
+    place_names,
+    require_columns,
+    style,
+)
+
+COLUMNS = ("method", "strength", "n", "on_front")
+ENDS = ("", "_low", "_high")
+MOST_NAMES, LONGEST_NAME = 8, 24
+
+
+@style()
+def pareto(points: pd.DataFrame) -> Figure:
+    """Clean against robust accuracy: a curve per method, the front as a staircase, hollow where a point is off it.
+
+    Of more than `MOST` methods those on the front have a look of their own, then the most robust; the others are grey.
+
+    Args:
+        points: method, strength (NaN where there is none), n, on_front, and clean, robust (shares), each also as _low
+            and _high (NaN where there is no interval): the points of a trade-off analysis.
+
+    Raises:
+        UnmovedError: a column is missing, or there is no row.
+    """
+    wanted = [f"{axis}{end}" for axis in ("clean", "robust") for end in ENDS]
+    require_columns(points, [*COLUMNS, *wanted], "pareto")
+    points = points.assign(**{name: 100 * points[name] for name in wanted}, on_front=points["on_front"].astype(bool))
+    methods = {str(name): rows.sort_values("strength") for name, rows in points.groupby("method", sort=False)}
+    names = [
+        _name(str(method), strength) for method, strength in zip(points["method"], points["strength"], strict=True)
+    ]
+    named = len(names) <= MOST_NAMES and max(map(len, names)) <= LONGEST_NAME
+    front = set(points.loc[points["on_front"], "method"].astype(str))
+    shown, others = foremost(list(methods), lambda name: (name not in front, -methods[name]["robust"].max()))
+    lines = 0 if named else -(-(len(shown) + bool(others)) // 2)
+    figure = canvas(5.0, 3.9 + 0.2 * lines)
+    axes: Any = figure.add_subplot()
+    segments: list[Any] = []
+    grey = [(methods[name]["clean"], methods[name]["robust"]) for name in others]
+    rest = draw_others(axes, grey, "methods", marker="o", markersize=3)
+    for k, name in enumerate(shown):
+        rows, looks = methods[name], look(k)
+        axes.plot(rows["clean"], rows["robust"], linewidth=1.2, **looks | {"marker": ""})
+        for on_front, some in rows.groupby("on_front"):
+            face = looks["color"] if on_front else PAPER
+            marks = looks | {"linestyle": "none", "markersize": 7, "markerfacecolor": face}
+            axes.plot(some["clean"], some["robust"], zorder=3, **marks)
+        measured = rows.dropna(subset=wanted)
+        x, y = ([measured[f"{axis}{end}"].to_numpy() for end in ENDS] for axis in ("clean", "robust"))
+        ends = {"xerr": bar(x[1], x[0], x[2]), "yerr": bar(y[1], y[0], y[2])}
+        axes.errorbar(x[0], y[0], fmt="none", ecolor=looks["color"], elinewidth=0.9, **ends)
+        segments += [[(a, c), (b, c)] for a, b, c in zip(x[1], x[2], y[0], strict=True)]
+        segments += [[(c, a), (c, b)] for a, b, c in zip(y[1], y[2], x[0], strict=True)]
+    axes.margins(0.12)
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    axes.set(xlim=(left, min(right, 102)), ylim=(bottom, min(top, 102)))
+    # A broad band under the thin curves: a line of its own style would be one more method in black and white.
+    staircase = _staircase(points[points["on_front"]], left, bottom)
+    axes.plot(*staircase, color=GRID, linewidth=6, zorder=0.5)
+    axes.plot(*staircase, color=INK, linewidth=0.8, zorder=1)
+    axes.set_xlabel("clean accuracy (%)")
+    axes.set_ylabel("robust accuracy (%)")
+    if named:
+        place_names(axes, list(zip(points["clean"], points["robust"], names, strict=True)), segments)
+    else:
+        figure.legend(*_keys(axes, shown, rest), loc="outside upper center", ncols=2)
+    n = count(points["n"])
+    bars = "bars: 95 % bootstrap intervals" if points[wanted].notna().all(axis=None) else "no intervals"
+    figure.supxlabel(f"{n} test images; {bars}\ngrey band: the front; hollow: off it")
+    return finished(
+        figure,
+        f"Clean against robust accuracy, {n} test images, {bars}. A line joins the strengths of one method in their "
+        "order. The staircase on the grey band is the front: nothing measured lies above it, and settings off it are "
+        "hollow." + (f" In grey: {rest}, the less robust ones." if rest else ""),
+    )
+
+
+def _name(method: str, strength: Any) -> str:
+    return method if pd.isna(strength) else f"{method} {strength:g}"
+
+
+def _staircase(front: pd.DataFrame, left: float, bottom: float) -> tuple[np.ndarray, np.ndarray]:
+    """From the left along each point's height to its clean accuracy and down to the next, at last to the bottom."""
+    steps = front.sort_values("clean")[["clean", "robust"]].to_numpy()
+    x = np.r_[left, np.repeat(steps[:, 0], 2)]
+    y = np.r_[np.repeat(steps[:, 1], 2), bottom]
+    return x, y
+
+
+def _keys(axes: Any, methods: list[str], rest: str) -> tuple[list[Any], list[str]]:
+    """One key a method, line and marker together; what is grey has drawn its own."""
+    grey = [line for line in axes.lines if rest and line.get_label() == rest]
+    return [axes.plot([], [], **look(k))[0] for k in range(len(methods))] + grey, methods + [rest] * len(grey)

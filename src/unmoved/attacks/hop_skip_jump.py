@@ -1,0 +1,188 @@
+"""Attacks that see nothing of a model but its decisions."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from unmoved.attacks.gradients import crossed, like
+from unmoved.attacks.hyperplanes import length
+from unmoved.attacks.minimum_norm import Nearest, searching
+from unmoved.core import noise
+from unmoved.core.errors import UnmovedError, keep_field, require_seed, whole_field
+from unmoved.core.protocols import Batch, Image
+from unmoved.core.threat import ThreatModel, require_threat
+from unmoved.core.views import Views
+
+# Images in one forward pass, about; the result does not depend on it.
+PASS = 1024
+HALVINGS = 12
+# Apart in the streams of noise: one for each direction; starts have the negative ones.
+STRIDE = 1 << 20
+
+
+@dataclass(frozen=True)
+class HopSkipJump:
+    """HopSkipJump (Chen, Jordan and Wainwright 2020, algorithm 2): a walk along the boundary by decisions alone.
+
+    From a boundary point x_t the normal is estimated by ``n = mean_b (phi_b - mean phi) u_b``, phi_b = +1 where
+    ``x_t + delta_t u_b`` is misclassified and -1 elsewhere, u_b random unit vectors, of which there are
+    ``samples sqrt(t)``; ``delta_t = ||x_t - x|| / d``. The step ``||x_t - x|| / sqrt(t)`` along ``n / ||n||_2`` (l2)
+    or ``sign(n)`` (linf), of that length within the box, is halved until it ends misclassified, and bisection leads
+    back to the boundary: along the line to x in l2, by clipping to smaller and smaller linf balls.
+
+    The first point is random noise, fine or coarse, grey or black and white, or a blend of it with x. The threat
+    model's eps is not used: the nearest misclassified point is proposed, wherever it is, and the clean image where no
+    start is found. A misclassified image is returned as it is.
+
+    Args:
+        threat: norm (linf or l2) and bounds.
+        queries: decisions asked for each sample, at most (the paper reports 1000, 5000 and 25000).
+        samples: directions of the first estimate (100 in the paper).
+        starts: noise blends tried, at most (100 in the authors' code).
+        seed: keys the noise.
+
+    Raises:
+        UnmovedError: norm l1, or a value outside its bounds.
+
+    Deviations: the start (the authors try fine grey noise alone). The bisection takes 10 to 24 decisions, whatever
+    its exact rule asks beyond. A last decision moves the result outwards,
+    by a share of 1e-4 and clear of rounding.
+    """
+
+    threat: ThreatModel
+    queries: int = 5000
+    samples: int = 100
+    starts: int = 40
+    seed: int = 0
+
+    minimum_norm = True
+
+    def __post_init__(self) -> None:
+        require_threat("HopSkipJump.threat", self.threat)
+        whole_field(self, "HopSkipJump.queries", at_least=1)
+        whole_field(self, "HopSkipJump.samples", at_least=1)
+        whole_field(self, "HopSkipJump.starts", at_least=1)
+        keep_field(self, "HopSkipJump.seed", require_seed)
+        if self.threat.norm not in ("linf", "l2"):
+            raise UnmovedError(f"HopSkipJump: expected norm linf or l2, came {self.threat.norm}; use FMN")
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Image:
+        with searching(model, batch, self.threat) as views, torch.no_grad():
+            nearest = Nearest(views, self.threat)
+            if len(nearest.open):
+                self._search(nearest)
+            return nearest.cleared(further_by=1e-4)
+
+    def _search(self, nearest: Nearest) -> None:
+        """Every decision is counted; a sample that could not pay for a whole iteration is done."""
+        d = nearest.x[0].numel()
+        bisections = min(max(math.ceil(math.log2(d) * (1.5 if self.threat.norm == "l2" else 2)), 10), 24)
+        low, high = self.threat.bounds
+        x_adv, used, found = self._start(nearest.views, tries=min(self.starts, self.queries - 2 - bisections))
+        started = torch.nonzero(found).flatten()
+        views, position, used = nearest.views.take(started), nearest.open[started], used[started] + bisections
+        x_adv = self._to_boundary(views, x_adv[started], bisections)
+        for t in itertools.count(1):
+            nearest.offer(position, x_adv, torch.ones_like(used, dtype=torch.bool), views.x)
+            count = int(self.samples * math.sqrt(t))
+            go = torch.nonzero(used + count + HALVINGS + bisections < self.queries).flatten()
+            if len(go) == 0:
+                break
+            views, position, x_adv, used = views.take(go), position[go], x_adv[go], used[go]
+            away = length((x_adv - views.x).flatten(1), self.threat.norm)
+            radius = away / d if t > 1 else torch.full_like(away, 0.1 * (high - low))
+            normal = self._normal(views, x_adv, radius, count, t)
+            x_adv, asked = self._step(views, x_adv, normal, away / math.sqrt(t))
+            x_adv = self._to_boundary(views, x_adv, bisections)
+            used = used + count + asked + bisections
+
+    def _start(self, views: Views, tries: int) -> tuple[Image, Tensor, Tensor]:
+        """Misclassified blends, the decisions asked for so far, one for the clean image, and who has a blend (n,)."""
+        x_adv, found = views.x.clone(), torch.zeros_like(views.y, dtype=torch.bool)
+        used, go = torch.ones_like(views.y), torch.arange(len(found), device=found.device)
+        for attempt in range(tries):
+            tried = self._blend(views.batch.take(go), attempt)
+            wrong = _misclassified(views.take(go), tried)
+            used[go] += 1
+            x_adv[go[wrong]], found[go[wrong]] = tried[wrong], True
+            go = go[~wrong]
+            if len(go) == 0:
+                break
+        return x_adv, used, found
+
+    def _blend(self, batch: Batch, attempt: int) -> Image:
+        """Noise in blocks of 1, 2, 4 and 8 pixels by turns: grey, then black and white, then half and half with x."""
+        kind, shape, block = attempt // 4 % 3, tuple(batch.x.shape[1:]), 2 ** (attempt % 4)
+        coarse = (*shape[:-2], *(-(-side // block) for side in shape[-2:])) if len(shape) == 3 else shape
+        draw = noise.uniform(batch.index, coarse, seed=self.seed, step=batch.step, stream=-1 - attempt)
+        if coarse != shape:
+            draw = functional.interpolate(draw, scale_factor=block)[..., : shape[-2], : shape[-1]]
+        low, high = self.threat.bounds
+        noisy = low + (high - low) * (draw.round() if kind == 1 else draw).to(batch.x.dtype)
+        return (batch.x + (0.5 if kind == 2 else 1.0) * (noisy - batch.x)).clamp(low, high)
+
+    def _to_boundary(self, views: Views, x_adv: Image, bisections: int) -> Image:
+        """The misclassified end of an interval that straddles the boundary between x and x_adv."""
+        x, size = views.x, length((x_adv - views.x).flatten(1), self.threat.norm)
+        broadcast, (low, high) = like(x), self.threat.bounds
+
+        def at(share: Tensor) -> Image:
+            if self.threat.norm == "l2":
+                return (x + broadcast(share) * (x_adv - x)).clamp(low, high)
+            ball = broadcast(share * size)
+            return torch.minimum(torch.maximum(x_adv, x - ball), x + ball).clamp(low, high)
+
+        inner, outer = torch.zeros_like(size), torch.ones_like(size)
+        for _ in range(bisections):
+            middle = (inner + outer) / 2
+            wrong = _misclassified(views, at(middle))
+            inner, outer = torch.where(wrong, inner, middle), torch.where(wrong, middle, outer)
+        return torch.where(broadcast(outer < 1), at(outer), x_adv)
+
+    def _normal(self, views: Views, x_adv: Image, radius: Tensor, count: int, t: int) -> Tensor:
+        """The direction into the misclassified side, estimated from ``count`` decisions around each point."""
+        low, high = self.threat.bounds
+        radii, shape, step = like(x_adv)(radius), tuple(x_adv.shape[1:]), views.batch.step
+        draw = noise.normal if self.threat.norm == "l2" else noise.uniform
+        everyone = torch.arange(len(x_adv), device=x_adv.device)
+        balance, directions, signed = torch.zeros_like(radius), torch.zeros_like(x_adv), torch.zeros_like(x_adv)
+        for part in torch.arange(count).split(max(1, PASS // len(x_adv))):
+            streams = [t * STRIDE + b for b in part.tolist()]
+            u = torch.cat([draw(views.index, shape, seed=self.seed, step=step, stream=s) for s in streams])
+            u = (u if self.threat.norm == "l2" else 2 * u - 1).to(x_adv.dtype)
+            u = u / like(u)(length(u.flatten(1), "l2"))
+            many = (len(streams), *[1] * len(shape))
+            around = (x_adv.repeat(many) + radii.repeat(many) * u).clamp(low, high)
+            u = (around - x_adv.repeat(many)) / radii.repeat(many)
+            phi = _misclassified(views.take(everyone.repeat(len(streams))), around).to(x_adv.dtype) * 2 - 1
+            balance += phi.reshape(len(streams), -1).sum(dim=0)
+            directions += u.reshape(len(streams), *x_adv.shape).sum(dim=0)
+            signed += (like(u)(phi) * u).reshape(len(streams), *x_adv.shape).sum(dim=0)
+        mean = like(x_adv)(balance / count)
+        return torch.where(mean.abs() == 1, signed, signed - mean * directions)
+
+    def _step(self, views: Views, x_adv: Image, normal: Tensor, size: Tensor) -> tuple[Image, Tensor]:
+        """The first misclassified point of steps that halve, and how many were tried (n,); x_adv where none is."""
+        low, high = self.threat.bounds
+        move, moved = self.threat.step(x_adv, normal, like(x_adv)(size)), x_adv.clone()
+        asked, go = torch.zeros_like(views.y), torch.arange(len(x_adv), device=x_adv.device)
+        for halving in range(HALVINGS):
+            tried = (x_adv[go] + move[go] / 2**halving).clamp(low, high)
+            wrong = _misclassified(views.take(go), tried)
+            asked[go] += 1
+            moved[go[wrong]] = tried[wrong]
+            go = go[~wrong]
+            if len(go) == 0:
+                break
+        return moved, asked
+
+
+def _misclassified(views: Views, x_adv: Image) -> Tensor:
+    """The decisions, (n,) bool: all that is ever asked of the model. One that rounding may turn is 'right'."""
+    return crossed(views.at(x_adv).adv, views.y)

@@ -1,0 +1,99 @@
+"""Restarts and targets of an attack as rounds over the same samples, several stacked in one pass where few are left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from unmoved.attacks.gradients import Best
+from unmoved.core.protocols import Batch, Image
+from unmoved.core.views import Views, ranked_wrong
+
+ROWS = 128  # a pass of a small network is fastest, image for image, at about this size on a CPU
+ROWS_ON_DEVICE = 1024
+COMPACT_EVERY = 10  # steps between compactions on a device, where each one waits for the device
+
+
+def compacts(device: torch.device, step: int) -> bool:
+    """Whether rows that are done are left out after this step."""
+    return device.type == "cpu" or step % COMPACT_EVERY == COMPACT_EVERY - 1
+
+
+@dataclass(frozen=True)
+class Round:
+    """One attempt at every sample: a restart, aimed at the wrong class of this rank by clean logits, or at none."""
+
+    restart: int
+    rank: int | None = None
+
+    @property
+    def stream(self) -> int:
+        """Separates the noise of rounds; that of a first untargeted restart is stream 0."""
+        return self.restart + (0 if self.rank is None else 1000 * (self.rank + 1))
+
+
+def rounds_of(restarts: int, targets: int, num_classes: int) -> list[Round]:
+    """Targets in the order of their clean logits, each with all its restarts; 0 targets aim at none."""
+    ranks: Sequence[int | None] = range(min(targets, num_classes - 1)) if targets else [None]
+    return [Round(restart, rank) for rank in ranks for restart in range(restarts)]
+
+
+class Retired:
+    """Which rows are done: broken ones, and later rounds at a sample that an earlier round broke.
+
+    Earlier rounds go on, so that what is returned does not depend on how many rounds shared a pass.
+    """
+
+    def __init__(self, owner: Tensor) -> None:
+        self.owner = owner
+        self.first = torch.full((int(owner.max()) + 1,), len(owner), device=owner.device)
+
+    def __call__(self, wrong: Tensor, position: Tensor) -> Tensor:
+        """A mask over the rows at ``position``: those that need no further step."""
+        owner = self.owner[position]
+        reached = torch.where(wrong, position, len(self.owner))
+        self.first = self.first.scatter_reduce(0, owner, reached, "amin")
+        return position >= self.first[owner]
+
+
+Start = Callable[[Batch, Round], Image]
+Climb = Callable[[Views, Image, Retired | None], Best]
+
+
+def in_rounds(base: Views, restarts: int, targets: int, start: Start, climb: Climb, *, until_broken: bool) -> Image:
+    """The best proposal for each sample over all rounds.
+
+    Args:
+        base: the views of the batch.
+        start: (batch, round) -> first iterates.
+        climb: (views, first iterates, which rows may stop) -> the best of each row.
+        until_broken: a sample is left as soon as a round broke it.
+    """
+    left = torch.arange(len(base.y), device=base.y.device)
+    full = ROWS if left.device.type == "cpu" else ROWS_ON_DEVICE
+    with torch.no_grad():
+        order = ranked_wrong(base.clean, base.y) if targets else None
+    waiting = rounds_of(restarts, targets, 0 if order is None else order.shape[1] + 1)
+    best = Best()
+    while waiting and len(left):
+        together = max(1, full // len(left))
+        now, waiting = waiting[:together], waiting[together:]
+        few = base.take(left)
+        x_start = torch.cat([start(few.batch, each) for each in now])
+        rows = few if len(now) == 1 else few.take(torch.arange(len(left), device=left.device).repeat(len(now)))
+        if order is not None:
+            rows = rows.aim(torch.cat([order[left, each.rank] for each in now]))
+        owner = torch.arange(len(left), device=left.device).repeat(len(now))
+        found = climb(rows, x_start, Retired(owner) if until_broken else None)
+        for k in range(len(now)):
+            part = slice(k * len(left), (k + 1) * len(left))
+            if found.x is not None:
+                # Of two rounds that broke a sample the first is kept, as if the second had never been run.
+                settled = found.wrong[part] & until_broken
+                best.offer(found.x[part], found.value[part].masked_fill(settled, 0.0), found.wrong[part], left)
+        if until_broken:
+            left = left[~best.wrong[left]]
+    return best.x if best.x is not None else base.x

@@ -1,0 +1,166 @@
+"""What random search over square windows proposes: flips in linf, mass moved between windows in l2 and l1."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from unmoved.core import noise
+from unmoved.core.protocols import Batch, Image
+from unmoved.core.threat import ThreatModel
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Keys of the random numbers of some iterations, for each sample its own.
+
+    Attributes:
+        side: of the windows.
+        length: number of iterations.
+        seed, stream: of `unmoved.noise`; the stream names the first iteration.
+    """
+
+    side: int
+    length: int
+    seed: int
+    stream: int
+
+    def uniform(self, batch: Batch, count: int) -> Tensor:
+        """(length, B, count) float64 in [0, 1): the first iterations' numbers do not depend on the length."""
+        shape = (self.length, count)
+        draw = noise.uniform(batch.index, shape, seed=self.seed, step=batch.step, stream=self.stream)
+        # float64: in float32 the product with a count of places may round up to the count itself.
+        return draw.double().transpose(0, 1).contiguous()
+
+
+class Flips:
+    """linf: each pixel is at an edge of the ball or of the box; a window goes to one edge, by a sign per channel."""
+
+    def __init__(self, threat: ThreatModel, batch: Batch, draws: Draws) -> None:
+        draw = draws.uniform(batch, 2 + batch.x.shape[1])
+        # Pixels are numbered along the flattened image; the upper edges follow the lower ones.
+        self.corner, self.inside = _window(draw[..., 0], draw[..., 1], batch.x, draws.side)
+        self.edges = torch.cat([edge.flatten(1) for edge in _edges(threat, batch.x)], dim=1)
+        self.shift = (draw[..., 2:] < 0.5).long().repeat_interleave(draws.side**2, dim=2) * batch.x[0].numel()
+
+    def __call__(self, x_best: Image, turn: int, undecided: Tensor) -> tuple[Tensor, Image]:
+        """The proposals that are not ``x_best`` itself: their positions (n,) and images (n, C, H, W)."""
+        pixels = self.corner[turn] + self.inside
+        edge = self.edges.gather(1, pixels + self.shift[turn])
+        differs = (edge != x_best.flatten(1).gather(1, pixels)).view(torch.uint8).amax(1).bool()
+        rows = torch.nonzero(differs & undecided).flatten()
+        x_new = x_best.index_select(0, rows)
+        x_new.flatten(1).scatter_(1, pixels.index_select(0, rows), edge.index_select(0, rows))
+        return rows, x_new
+
+
+def stripes(threat: ThreatModel, batch: Batch, seed: int, stream: int) -> Image:
+    """The start in linf: a sign for each column and channel, (B, C, H, W)."""
+    _, channels, _, width = batch.x.shape
+    draw = noise.uniform(batch.index, (channels, 1, width), seed=seed, step=batch.step, stream=stream)
+    low, high = _edges(threat, batch.x)
+    return torch.where(draw < 0.5, high, low)
+
+
+class Tiles:
+    """l2 and l1: the mass of two windows goes into the first, on top of a new tile; all is scaled back to the ball."""
+
+    def __init__(self, threat: ThreatModel, batch: Batch, draws: Draws) -> None:
+        self.threat, self.x, self.order = threat, batch.x, _order(threat)
+        draw = draws.uniform(batch, 5 + batch.x.shape[1])
+        self.corner, self.inside = _window(draw[..., 0], draw[..., 1], batch.x, draws.side)
+        self.other, _ = _window(draw[..., 2], draw[..., 3], batch.x, draws.side)
+        tile = _both_ways(draws.side, self.order).to(batch.x).flatten(1)[(draw[..., 4] < 0.5).long()]
+        self.tile = tile[:, :, None] * ((draw[..., 5:] < 0.5).to(batch.x.dtype) * 2 - 1)[..., None]
+
+    def __call__(self, x_best: Image, turn: int, undecided: Tensor) -> tuple[Tensor, Image]:
+        """The proposals of an iteration: their positions (n,) and images (n, C, H, W)."""
+        eps, (count, channels) = self.threat.radius, x_best.shape[:2]
+        delta = (x_best - self.x).flatten(1)
+        whole = self._length(delta)
+        pixels, others = self.corner[turn] + self.inside, self.other[turn] + self.inside
+        first = delta.gather(1, pixels)
+        delta.scatter_(1, pixels, 0)
+        second = delta.gather(1, others)  # without what both windows share
+        delta.scatter_(1, others, 0)
+        first, second = (window.reshape(count, channels, -1) for window in (first, second))
+        held = self._length(first)
+        new = self.tile[turn] + first / (held + 1e-12)
+        if self.order == 2:
+            spare = (eps**2 - whole**2).clamp_min(0)[..., None] / channels
+            mass = (spare + held**2 + self._length(second) ** 2).sqrt()
+        else:
+            mass = (eps - whole).clamp_min(0)[..., None] + (held + self._length(second)) * channels
+        delta.scatter_(1, pixels, (new * (mass / (self._length(new) + 1e-12))).flatten(1))
+        x_new = _fill(self.threat, self.x, delta.reshape(x_best.shape))
+        rows = torch.nonzero(undecided).flatten()
+        return rows, x_new if len(rows) == count else x_new.index_select(0, rows)
+
+    def _length(self, v: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(v, ord=self.order, dim=-1, keepdim=True)
+
+
+def mosaic(threat: ThreatModel, batch: Batch, seed: int, stream: int) -> Image:
+    """The start in l2 and l1: five or more tiles a side, each with its own direction and sign, (B, C, H, W).
+
+    In l1, where it is projected, each tile's norm is the width of the bounds.
+    """
+    count, channels, height, width = batch.x.shape
+    side = max(min(height, width) // 5, 1)
+    down, across = height // side, width // side
+    shape = (down, across, 1 + channels)
+    draw = noise.uniform(batch.index, shape, seed=seed, step=batch.step, stream=stream)
+    tile = _both_ways(side, _order(threat)).to(batch.x)[(draw[..., 0] < 0.5).long()]
+    sign = (draw[..., 1:] < 0.5).to(batch.x.dtype) * 2 - 1
+    tiles = torch.einsum("byxij,byxc->bcyixj", tile, sign).reshape(count, channels, down * side, across * side)
+    delta = torch.zeros_like(batch.x)
+    top, left = (height - down * side) // 2, (width - across * side) // 2
+    delta[:, :, top : top + down * side, left : left + across * side] = tiles
+    low, high = threat.bounds
+    return _fill(threat, batch.x, (high - low) * delta)
+
+
+def _fill(threat: ThreatModel, x: Image, delta: Tensor) -> Image:
+    """l2: scaled to length eps, then clipped. l1: the nearest point of the ball."""
+    if threat.norm == "l1":
+        return threat.project(x + delta, x)
+    length = torch.linalg.vector_norm(delta, dim=(1, 2, 3), keepdim=True)
+    return torch.addcmul(x, delta, threat.radius / length.clamp_min(1e-12)).clamp_(*threat.bounds)
+
+
+def _both_ways(side: int, order: float) -> Tensor:
+    """(2, side, side) float64: a tile of norm 1, an upper hump and a lower one of the other sign, and on its side."""
+    half = side // 2
+    tile = torch.cat([_hump(half, side, order), -_hump(side - half, side, order)])
+    tile = tile / torch.linalg.vector_norm(tile, ord=order)
+    return torch.stack([tile, tile.T])
+
+
+def _hump(height: int, width: int, order: float) -> Tensor:
+    """``sum_{k >= r} (k + 1)^-q`` at Chebyshev distance r from the middle, q = 2 in l2 and 4 in l1, of norm 1."""
+    if height == 0:
+        return torch.zeros(0, width, dtype=torch.float64)
+    steps = torch.arange(1, max(height, width) // 2 + 2, dtype=torch.float64) ** (-2.0 if order == 2 else -4.0)
+    tail = steps.flip(0).cumsum(0).flip(0)
+    down, across = torch.arange(height) - height // 2, torch.arange(width) - width // 2
+    hump = tail[torch.maximum(down.abs()[:, None], across.abs())]
+    return hump / torch.linalg.vector_norm(hump, ord=order)
+
+
+def _order(threat: ThreatModel) -> float:
+    return 2.0 if threat.norm == "l2" else 1.0
+
+
+def _edges(threat: ThreatModel, x: Image) -> tuple[Image, Image]:
+    return (x - threat.radius).clamp(*threat.bounds), (x + threat.radius).clamp(*threat.bounds)
+
+
+def _window(down: Tensor, across: Tensor, x: Image, side: int) -> tuple[Tensor, Tensor]:
+    """Windows among all that fit, as pixels of the flattened image: corner (length, B, 1) + inside (C side side)."""
+    channels, height, width = x.shape[1:]
+    corner = (down * (height - side + 1)).long() * width + (across * (width - side + 1)).long()
+    along = torch.arange(side, device=x.device)
+    inside = (torch.arange(channels, device=x.device)[:, None, None] * height + along[:, None]) * width + along
+    return corner[..., None], inside.flatten()

@@ -1,6 +1,0 @@
-"""The checks of the doctor: each looks for one reason not to believe a robust accuracy."""
-
-from unmoved.checks.case import Case
-from unmoved.checks.finding import DO_NOT_BELIEVE, GRADES, LOOK_CLOSER, NOTE, Finding
-
-__all__ = ["DO_NOT_BELIEVE", "GRADES", "LOOK_CLOSER", "NOTE", "Case", "Finding"]

@@ -1,0 +1,189 @@
+"""Commands about several runs: compare, analyze, report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from unmoved.cli import screen
+from unmoved.cli.options import Allow, Device, Overrides, app
+
+if TYPE_CHECKING:
+    from unmoved.experiments.ray_cluster import Cluster
+    from unmoved.reports.pages import Section
+
+
+@app.command()
+def compare(
+    recipes: Annotated[list[Path], typer.Argument(metavar="RECIPE...", help="Recipes to train, judge and compare.")],
+    seeds: Annotated[str, typer.Option(help="Seeds, such as 0 or 0,1,2.")] = "0",
+    out: Annotated[Path, typer.Option(help="Folder for the runs and the report.")] = Path("runs/compare"),
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes at a time; one a core by default, or all that a cluster holds.")
+    ] = None,
+    on: Annotated[str, typer.Option(help="local, or ray: a Ray cluster that shares OUT (unmoved\\[ray]).")] = "local",
+    ray_address: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="... this one; a running one by default, or a local one.")
+    ] = None,
+    cpus_per_run: Annotated[
+        int | None, typer.Option(min=1, help="... with this many cores (and threads) a run; 1 by default.")
+    ] = None,
+    gpus_per_run: Annotated[
+        float | None, typer.Option(min=0, help="... and this many GPUs, or a share of one; none by default.")
+    ] = None,
+    attacks: Annotated[str, typer.Option(help="What judges every run; as in 'unmoved evaluate'.")] = "recipe",
+    finalists: Annotated[int, typer.Option(min=0, help="AutoAttack standard judges this many of the best runs.")] = 0,
+    final_n: Annotated[int | None, typer.Option(min=1, help="... on this many test images; all by default.")] = None,
+    sweep: Annotated[
+        list[str],
+        typer.Option("--sweep", metavar="A.B=V1,V2,...", help="Each recipe at each value. Repeats: all combinations."),
+    ] = [],  # noqa: B006
+    splits: Annotated[
+        int, typer.Option(help="Train on each of this many disjoint parts of the data, for 'analyze bias-variance'.")
+    ] = 0,
+    permutations: Annotated[int, typer.Option(help="... after each of this many permutations of it.")] = 1,
+    analyze: Annotated[
+        str, typer.Option("--analyze", help="Chapters for the report: softmax, corruption, bias-variance, tradeoff.")
+    ] = "",
+    analysis_n: Annotated[int, typer.Option(min=1, help="Test images that the analyses look at.")] = 1000,
+    overrides: Overrides = [],  # noqa: B006
+    allow: Allow = [],  # noqa: B006
+) -> None:
+    """The main job: recipes x seeds -> runs -> one table and one report. Goes on where it was interrupted."""
+    from dataclasses import replace
+
+    from unmoved.analyses import studies
+    from unmoved.core import errors
+    from unmoved.experiments import compare as grid
+    from unmoved.experiments import jobs as plans
+    from unmoved.reports import report as reports
+
+    try:
+        numbers = [int(seed) for seed in seeds.split(",")]
+    except ValueError:
+        raise errors.UnmovedError(f"--seeds: expected whole numbers such as 0,1,2, came {seeds!r}") from None
+    parsed = plans.read(recipes, overrides, sweep)
+    runs_each = splits * permutations if splits else len(numbers)
+    cluster = _cluster(on, ray_address, cpus_per_run, gpus_per_run)
+    threads = cluster.cpus if cluster else grid.threads_each(len(parsed) * runs_each, workers)
+    runs_words = f"{splits} parts, {permutations} permutation(s)" if splits else _count(numbers, "seed")
+    jobs = plans.jobs_of(parsed, numbers, out, allow, threads, attacks, splits=splits, permutations=permutations)
+    chapters = tuple(name.strip() for name in analyze.split(",") if name.strip())
+    for name in chapters:
+        errors.require_choice("--analyze", name, studies.NAMES)
+    jobs = [replace(job, analyze=chapters, analysis_n=analysis_n) for job in jobs]
+    with screen.bars() as add:
+        advance = add(f"{len(jobs)} runs", sum(job.epochs for job in jobs))
+
+        def done(job: plans.Job, error: str | None) -> None:
+            screen.say(f"failed: {job.label}" if error else f"done: {job.label}")
+
+        def poll() -> None:
+            advance(sum(map(screen.epochs_done, jobs)))
+
+        runs = grid.compare(jobs, workers=workers, on_done=done, poll=poll, cluster=cluster)
+    if finalists:
+        with screen.follow() as follow:
+            best = grid.finals(runs, finalists, final_n, allow=allow, progress=follow)
+        screen.print_summary({run.name: run.verdict_outcomes for run in best})
+    sections: list[Section] = []
+    if chapters:
+        found = studies.subjects(runs, analysis_n, allow=allow)
+        with screen.follow() as follow:
+            for name in chapters:
+                answer = studies.study(name, found, follow, **({"deep": False} if name == "corruption" else {}))
+                answer.write(out / "analysis")
+                sections += answer.sections
+    path = reports.write(runs, out / "report.html", extra=sections, title=f"{_count(parsed, 'recipe')}, {runs_words}")
+    screen.print_summary({f"{run.name} seed {run.seed}" if runs_each > 1 else run.name: run.outcomes for run in runs})
+    screen.say(f"report: {path}")
+
+
+def _cluster(on: str, address: str | None, cpus: int | None, gpus: float | None) -> Cluster | None:
+    """Where the runs are made; None for processes of this machine."""
+    from unmoved.core.errors import UnmovedError, require_choice
+    from unmoved.experiments.ray_cluster import Cluster
+
+    require_choice("--on", on, ("local", "ray"))
+    if on == "ray":
+        return Cluster(address, cpus or 1, gpus or 0.0)
+    if (address, cpus, gpus) != (None, None, None):
+        raise UnmovedError("--ray-address, --cpus-per-run and --gpus-per-run say how --on ray works; give that too")
+    return None
+
+
+def _count(things: Sequence[object], name: str) -> str:
+    return f"{len(things)} {name}{'s' if len(things) != 1 else ''}"
+
+
+@app.command()
+def analyze(
+    what: Annotated[str, typer.Argument(metavar="WHAT", help="softmax, corruption, bias-variance or tradeoff.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, on the same data.")],
+    out: Annotated[Path, typer.Option(help="Folder for tables, figures and page: OUT/WHAT/.")] = Path("runs/analysis"),
+    n: Annotated[int, typer.Option("--n", min=1, help="Test images to look at; all, where there are fewer.")] = 1000,
+    eps: Annotated[
+        str | None, typer.Option(help="bias-variance: radii to attack with, such as 0,0.1,0.3; 0 and the recipes' eps.")
+    ] = None,
+    modes: Annotated[str, typer.Option(help="bias-variance: own, shared, joint; commas between.")] = "own",
+    norm: Annotated[str, typer.Option(help="corruption: l2 or linf, the ball of the weights.")] = "l2",
+    top: Annotated[int | None, typer.Option(min=1, help="corruption: corrupt at most this many weights.")] = None,
+    deep: Annotated[bool, typer.Option("--deep/--no-deep", help="corruption: also layers and loss surfaces.")] = True,
+    with_hessian: Annotated[
+        bool, typer.Option("--hessian", help="corruption: also trace and top eigenvalue (unmoved\\[hessian]).")
+    ] = False,
+    weights: Annotated[str, typer.Option(help="best (by validation robust accuracy) or last.")] = "best",
+    allow: Allow = [],  # noqa: B006
+    device: Device = "auto",
+) -> None:
+    """Why is it robust, and at what price: tables, figures, and what they say. Goes on where it was interrupted."""
+    from unmoved.analyses import studies
+    from unmoved.core import errors
+    from unmoved.runs import folder as folders
+
+    errors.require_choice("analyze", what, studies.NAMES)
+    errors.require_choice("--weights", weights, ("best", "last"))
+    settings: dict[str, Any] = {}
+    if what == "bias-variance":
+        settings = {"eps": _numbers("--eps", eps), "modes": [mode.strip() for mode in modes.split(",")]}
+    elif what == "corruption":
+        errors.require_choice("--norm", norm, ("l2", "linf"))
+        settings = {"deep": deep, "with_hessian": with_hessian, "p": 2 if norm == "l2" else math.inf, "top": top}
+    opened = [folders.Run.open(run) for run in runs]
+    found = studies.subjects(opened, n, weights=weights, device=device, allow=allow)
+    with screen.follow() as advance:
+        answer = studies.study(what, found, progress=advance, **settings)
+    page = answer.write(out)
+    for sentence in answer.verdict:
+        screen.say(f"- {sentence}")
+    screen.say(f"saved: {page.parent}\npage: {page}")
+
+
+def _numbers(option: str, text: str | None) -> list[float] | None:
+    from unmoved.core.errors import UnmovedError
+
+    try:
+        numbers = None if text is None else [float(number) for number in text.split(",")]
+    except ValueError:
+        numbers = [-1.0]
+    if numbers is not None and min(numbers) < 0:
+        raise UnmovedError(f"{option}: expected numbers of 0 or more such as 0,0.1,0.3, came {text!r}")
+    return numbers
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Evaluated run folders.")],
+    out: Annotated[Path, typer.Option(help="The HTML file to write.")] = Path("report.html"),
+    title: Annotated[str, typer.Option(help="Its heading.")] = "Robustness report",
+) -> None:
+    """Draw one self-contained HTML report of evaluated runs."""
+    from unmoved.reports import report as reports
+    from unmoved.runs import folder as folders
+
+    path = reports.write([folders.Run.open(run) for run in runs], out, title=title)
+    screen.say(f"report: {path}")

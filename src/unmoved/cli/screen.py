@@ -1,0 +1,165 @@
+"""What people see on the screen: progress, summaries, and the same as plain lines where a program reads them.
+
+All text goes through here, and is shown as it is: names, paths and messages are a user's or a stranger's, so square
+brackets are no markup, ``:smile:`` is no emoji, and what the screen cannot encode, or would obey, becomes an escape.
+"""
+
+from __future__ import annotations
+
+import codecs
+import io
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+
+def _console(**settings: Any) -> Console:
+    return Console(markup=False, emoji=False, highlight=False, **settings)
+
+
+console, complaints = _console(), _console(stderr=True)
+MOST_WORDS = 5000  # characters of a message
+
+WORDS = TextColumn("{task.description}", markup=False)
+Advance = Callable[[float], None]
+
+
+def say(words: str, *, style: str | None = None, error: bool = False) -> None:
+    """Print words of anybody's, on standard output or standard error."""
+    (complaints if error else console).print(plain(words), style=style, soft_wrap=True)
+
+
+def speak_any_language() -> None:
+    """Let standard output and standard error escape what their encoding lacks, where they would end in an error."""
+    codecs.register_error("unmoved.escape", _escape)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="unmoved.escape")
+
+
+def _escape(error: UnicodeError) -> tuple[str, int]:
+    """``\\uXXXX``, as Python, JSON and TOML read it."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    codes = map(ord, error.object[error.start : error.end])
+    return "".join(f"\\u{code:04x}" if code < 2**16 else f"\\U{code:08x}" for code in codes), error.end
+
+
+@contextmanager
+def bars() -> Iterator[Callable[[str, float], Advance]]:
+    """Progress bars on a terminal, each made with (label, total); nothing where lines are read by a program."""
+    if not console.is_terminal:
+        yield lambda label, total: lambda done: None
+        return
+    columns = (WORDS, BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+
+        def add(label: str, total: float) -> Advance:
+            task = progress.add_task(plain(label), total=total)
+            return lambda done: progress.update(task, completed=done)
+
+        yield add
+
+
+@contextmanager
+def follow() -> Iterator[Callable[[float, str], None]]:
+    """One bar that says what is known so far; where lines are read by a program, one line per part of the work."""
+    if console.is_terminal:
+        columns = (BarColumn(), TimeElapsedColumn(), TimeRemainingColumn(), WORDS)
+        with Progress(*columns, console=console, transient=True) as progress:
+            task = progress.add_task("attacking", total=1)
+            yield lambda share, words: progress.update(task, completed=share, description=plain(words))
+        return
+    last = ""
+
+    def line(share: float, words: str) -> None:
+        nonlocal last
+        if last and words.split(":")[0] != last.split(":")[0]:
+            say(last)
+        last = words
+
+    yield line
+    if last and ":" in last and not last.startswith("doctor"):
+        say(last)
+
+
+def tensorboard_log(out: Path) -> Callable[[dict[str, Any]], None]:
+    """What writes a record of the log as scalars, one point an epoch.
+
+    Raises:
+        UnmovedError: tensorboard is not installed.
+    """
+    from unmoved.core.errors import UnmovedError
+
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UnmovedError("--tensorboard needs the extra: pip install 'unmoved[tensorboard]'") from error
+    writer = SummaryWriter(str(out / "tensorboard"))
+
+    def log(record: dict[str, Any]) -> None:
+        for name, value in (record | {f"parts/{part}": mean for part, mean in record["parts"].items()}).items():
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                writer.add_scalar(name, value, record["epoch"])
+        writer.flush()
+
+    return log
+
+
+def say_epoch(record: dict[str, Any], epochs: int) -> None:
+    words = f"epoch {record['epoch']}/{epochs}: loss {record['loss']:.4f}"
+    if "validation_robust" in record:
+        words += f", validation clean {record['validation_clean']:.1%}, robust {record['validation_robust']:.1%}"
+    say(words + f", {record['seconds']:.0f} s")
+
+
+def plain(words: str) -> str:
+    """Words without what would steer the terminal, and of a length to read: they may be a stranger's."""
+    words = words if len(words) <= MOST_WORDS else words[:MOST_WORDS] + " ..."
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in words)
+
+
+def epochs_done(job: Any) -> int:
+    from unmoved.core import untrusted
+    from unmoved.core.errors import UnmovedError
+
+    try:
+        return untrusted.content(Path(job.path) / "metrics.jsonl", 2**30).count(b"\n")
+    except (OSError, UnmovedError):
+        return 0
+
+
+def print_summary(tables: dict[str, Any]) -> None:
+    from unmoved.evaluation import outcomes
+
+    view = Table(title="accuracy in %; under attack it is an upper bound", title_justify="left")
+    view.add_column("recipe", no_wrap=True)
+    summaries = {name: outcomes.summary(table, is_checked=True) for name, table in tables.items() if table is not None}
+    measures = list(dict.fromkeys(measure for summary in summaries.values() for measure in summary["measure"]))
+    for measure in measures:
+        view.add_column(plain(measure), justify="right")
+    view.add_column("95 % interval", justify="right", no_wrap=True)
+    view.add_column("n", justify="right")
+    for name, summary in summaries.items():
+        rows = summary.set_index("measure")
+        cells = [f"{100 * rows.accuracy[m]:.1f}" if m in rows.index else "" for m in measures]
+        worst = rows.loc[outcomes.WORST]
+        view.add_row(plain(name), *cells, f"{100 * worst.low:.1f} - {100 * worst.high:.1f}", f"{worst['n']:.0f}")
+    (console if console.is_terminal else _console(width=1000)).print(view)  # nothing is cut off in a file
+
+
+def print_findings(answer: dict[str, Any]) -> None:
+    """What the doctor found, the gravest first."""
+    if not answer["findings"]:
+        say(f"the doctor found nothing to object to (n = {answer['n']})")
+    for finding in answer["findings"]:
+        say(
+            f"[{finding['grade']}] {finding['check']}: {finding['measured']}\n"
+            f"    why it matters: {finding['why']}\n    what to do: {finding['do']}"
+        )

@@ -1,0 +1,125 @@
+"""Several processes that train one model: whose samples are whose, and what one has to know of the others' samples.
+
+Each process holds some rows of a batch; gradients are averaged over the processes (DDP). That gives what one process
+with the whole batch would do as long as each mean is weighted by its samples (`mean`), and each quantity that couples
+samples is taken over all of them (`logsumexp`, `gathered`, `summed`). Outside `sharing`, and in one process, these
+are the plain operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from unmoved.core.protocols import Batch, PerSample
+
+
+@dataclass(frozen=True)
+class Share:
+    """The rows ``rank, rank + count, ...`` of a batch of ``total`` samples, ``own`` of them.
+
+    A batch smaller than the number of processes leaves some without a sample: they work on the batch's first one,
+    which then counts for nothing (``own`` is 0).
+    """
+
+    rank: int
+    count: int
+    own: int
+    total: int
+
+    @staticmethod
+    def of(batch: Batch, rank: int, count: int) -> tuple[Batch, Share | None]:
+        """The rows of process ``rank`` of ``count``; all of them, and None, where it is the only one."""
+        if count == 1:
+            return batch, None
+        rows = torch.arange(len(batch), device=batch.y.device)[rank::count]
+        share = Share(rank, count, len(rows), len(batch))
+        return batch.take(rows if len(rows) else rows.new_zeros(1)), share
+
+
+_current: Share | None = None
+
+
+@contextmanager
+def sharing(share: Share | None) -> Iterator[None]:
+    """Inside, this process works on its share of a batch, and all others do the same thing at the same time."""
+    global _current
+    before, _current = _current, share
+    try:
+        yield
+    finally:
+        _current = before
+
+
+def mean(values: PerSample) -> Tensor:
+    """The objective of a batch: averaged over the processes it is the mean over all samples.
+
+    ``(count / total) sum_i values_i`` over this process's own samples; one process alone: the mean.
+    """
+    if _current is None:
+        return values.mean()
+    return values[: _current.own].sum() * (_current.count / _current.total)
+
+
+def logsumexp(values: PerSample) -> Tensor:
+    """``log sum_i exp(values_i)`` over all processes.
+
+    Its gradient is scaled by total / own, so that the mean over all samples of a term that adds this number to each
+    of them has the gradient that it has in one process, and so has the sum over own samples that an attack maximises.
+    """
+    if _current is None:
+        return torch.logsumexp(values, dim=0)
+    own = values[: _current.own]
+    if _current.own:
+        own = own.detach() + (own - own.detach()) * (_current.total / _current.own)
+    rows = _rows(own)
+    rows[_current.rank] = own
+    return torch.logsumexp(torch.cat(rows), dim=0)
+
+
+def own(rows: Tensor) -> Tensor:
+    """The rows that count: all, or none where this process has no sample of its own."""
+    return rows if _current is None else rows[: _current.own]
+
+
+def gathered(rows: Tensor) -> Tensor:
+    """The rows (B, ...) of all processes, without a gradient."""
+    return rows.detach() if _current is None else torch.cat(_rows(rows[: _current.own]))
+
+
+def summed(value: Tensor) -> Tensor:
+    """The sum over all processes, without a gradient; what is given must count own samples only."""
+    if _current is None:
+        return value.detach()
+    total = value.detach().clone()
+    dist.all_reduce(total)
+    return total
+
+
+def _rows(rows: Tensor) -> list[Tensor]:
+    """Each process's rows, in the order of the ranks: as many as a batch leaves to each."""
+    assert _current is not None
+    size = -(-_current.total // _current.count)
+    padded = rows.new_zeros(size, *rows.shape[1:])
+    padded[: len(rows)] = rows.detach()
+    parts = [torch.empty_like(padded) for _ in range(_current.count)]
+    dist.all_gather(parts, padded)
+    kept = [len(range(rank, _current.total, _current.count)) for rank in range(_current.count)]
+    return [part[:n] for part, n in zip(parts, kept, strict=True)]
+
+
+def average(tensors: list[Tensor]) -> None:
+    """Each tensor replaced by its mean over the processes, in one exchange; nothing in one process."""
+    if _current is None or not tensors:
+        return
+    flat = torch.cat([tensor.detach().flatten() for tensor in tensors])
+    dist.all_reduce(flat)
+    flat /= _current.count
+    with torch.no_grad():
+        for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+            tensor.copy_(part.reshape(tensor.shape))

@@ -1,0 +1,215 @@
+"""Files that are written whole or not at all, one or several together, or grow line by line."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import shutil
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import BinaryIO, cast
+
+from unmoved.core import untrusted
+from unmoved.core.errors import UnmovedError
+
+_FOLDER = ".folder"  # ends the name of a file that says which folder takes the place of another
+_SOURCE = re.compile(r"\.[a-z]+-[0-9a-f]+")
+_TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{32}\.tmp")
+
+
+def write_atomic(path: Path, data: bytes, *, previous: Path | None = None) -> None:
+    """Replace the file as a whole: a crash leaves the old one or the new one, never a part.
+
+    Args:
+        previous: as in `replacing`.
+
+    Raises:
+        UnmovedError: a full disk, or a folder that cannot be made or written.
+    """
+    with replacing(path, previous=previous) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def replacing(path: Path, *, previous: Path | None = None) -> Iterator[BinaryIO]:
+    """A file to write to, which takes the place of ``path`` as a whole once the block has ended without an error.
+
+    Args:
+        previous: the old file takes this name. A crash between the two renames leaves it alone, as ``previous``.
+
+    Raises:
+        UnmovedError: as `write_atomic`.
+    """
+    # Not tempfile: its files are readable by their owner alone, and the final one would stay so.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "xb") as file:
+            yield cast(BinaryIO, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            os.replace(path, previous)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise unwritten(path, error) from error
+    finally:
+        with contextlib.suppress(OSError):  # after os.replace it is gone already
+            temporary.unlink()
+
+
+def write_set(folder: Path, name: str, files: Mapping[str, bytes], folders: Mapping[str, str] = {}) -> None:
+    """Replace several files of a folder together: a crash leaves all the old ones or all the new ones.
+
+    They are written beside the old ones first. Then one rename makes them the set that is valid, ``.NAME.new``, and
+    from there each takes its place; whoever reads between the renames finds a file by `latest`.
+
+    Args:
+        name: what the set is called; a folder may hold several.
+        files: name, or path below the folder -> content.
+        folders: name -> the folder beside it that takes its place, which is given up; "" where there is to be none.
+
+    Raises:
+        UnmovedError: as `write_atomic`; the old files are as they were.
+    """
+    finish_set(folder, name)  # the one before, where a crash came between its renames
+    staged, valid = folder / f".{name}.{uuid.uuid4().hex}.tmp", folder / f".{name}.new"
+    writing = folder / name
+    try:
+        staged.mkdir(parents=True)
+        for file, data in files.items():
+            writing = folder / file
+            if writing.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            _write(staged / file, data)
+        for place, source in folders.items():
+            writing = folder / place
+            (folder / source).mkdir(exist_ok=True)
+            _write(staged / f"{place}{_FOLDER}", source.encode())
+        os.replace(staged, valid)
+    except OSError as error:
+        raise unwritten(writing, error) from error
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+    finish_set(folder, name)
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def finish_set(folder: Path, name: str) -> None:
+    """Put the files of a valid set into their places, where a crash kept `write_set` from it.
+
+    Raises:
+        UnmovedError: a folder that cannot be written.
+    """
+    valid = folder / f".{name}.new"
+    if valid.is_symlink() or not valid.is_dir():  # what a link leads to was never written here
+        return
+    try:
+        for mark in valid.glob(f"*{_FOLDER}"):
+            _replace_folder(folder / mark.name.removesuffix(_FOLDER), untrusted.content(mark, 100).decode())
+        for above, _, names in os.walk(valid, topdown=False):  # a page after the pictures that it shows
+            for file in sorted(names):
+                if not file.endswith(_FOLDER):
+                    place = folder / Path(above).relative_to(valid) / file
+                    place.parent.mkdir(parents=True, exist_ok=True)
+                    os.replace(Path(above) / file, place)
+        shutil.rmtree(valid)
+    except (OSError, ValueError) as error:
+        raise UnmovedError(
+            f"{valid}: saved, but its files cannot be put into their places in {folder} "
+            f"({getattr(error, 'strerror', None) or error}); mend that, and the next command does it"
+        ) from error
+
+
+def _replace_folder(place: Path, source: str) -> None:
+    new = place.with_name(source) if _SOURCE.fullmatch(source) else None
+    if new is not None and (new.is_symlink() or not new.is_dir()):
+        return  # it is in its place already
+    if place.is_dir() and not place.is_symlink():
+        shutil.rmtree(place)
+    if new is not None:
+        os.replace(new, place)
+
+
+def latest(folder: Path, name: str, file: str) -> Path:
+    """Where a file of a set is: in its place, or on its way there; its place, if there is none."""
+    valid = folder / f".{name}.new" / file
+    return valid if os.path.lexists(valid) else folder / file
+
+
+def append(path: Path, data: bytes, *, synced: bool = True) -> None:
+    """Add to the end of a file. A crash may leave a part at the end.
+
+    Args:
+        synced: whether it is on disk when this returns, and no crash of the machine can lose it any more.
+
+    Raises:
+        UnmovedError: as `write_atomic`.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "ab") as file:
+            file.write(data)
+            file.flush()
+            if synced:
+                os.fsync(file.fileno())
+    except OSError as error:
+        raise unwritten(path, error) from error
+
+
+def sync(path: Path) -> None:
+    """Wait until what was appended to a file is on disk.
+
+    Raises:
+        UnmovedError: as `write_atomic`.
+    """
+    append(path, b"")
+
+
+def cut(path: Path, size: int) -> None:
+    """Take away what a file has beyond ``size`` bytes; a file that is missing has none.
+
+    Raises:
+        UnmovedError: as `write_atomic`.
+    """
+    try:
+        if path.exists() and path.stat().st_size > size:
+            os.truncate(path, size)
+    except OSError as error:
+        raise unwritten(path, error) from error
+
+
+def remove_leftovers(folder: Path, *, older_than: float = 0.0, spare: str = "") -> None:
+    """Remove what killed processes left half written in a folder: those of `write_atomic` and `write_set`, no others.
+
+    Args:
+        older_than: seconds; leave younger ones, where somebody else may be writing.
+        spare: leave those of the file of this name.
+    """
+    for path in folder.glob(".*.tmp"):
+        match = _TEMPORARY.fullmatch(path.name)
+        with contextlib.suppress(OSError):  # somebody else has removed it, or it may not be removed: it harms nobody
+            if match and match[1] != spare and time.time() - path.lstat().st_mtime >= older_than:
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def unwritten(path: Path, error: OSError) -> UnmovedError:
+    """What to say where a file could not be written."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    what = "the disk is full" if full else str(error.strerror or error)
+    mend = "free some space" if full else "mend the folder"
+    return UnmovedError(
+        f"could not write {path}: {what}; what was saved before is intact: {mend} and repeat the command (train goes "
+        "on with --resume)"
+    )

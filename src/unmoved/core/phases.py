@@ -1,0 +1,117 @@
+"""A number that ramps over a phase, and phases of training: both are values, so resuming needs no special state."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from unmoved.core.errors import UnmovedError, keep_field, number_field, require_number, require_whole
+from unmoved.core.protocols import Method
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """A number that goes linearly from ``start`` to ``stop`` over the first share ``over`` of its phase.
+
+    value(s) = start + (stop - start) * min(s / over, 1), with s in [0, 1] the share of the phase that is done.
+
+    Raises:
+        UnmovedError: an end that is no finite number, or ``over`` outside (0, 1].
+    """
+
+    start: float
+    stop: float
+    over: float = 1.0
+
+    def __post_init__(self) -> None:
+        number_field(self, "ramp.start")
+        number_field(self, "ramp.stop")
+        number_field(self, "ramp.over", above=0, at_most=1, advice="it is a share of the phase")
+
+    def at(self, share: float) -> float:
+        return self.start + (self.stop - self.start) * min(share / self.over, 1.0)
+
+
+def require_ramp(name: str, value: float | Ramp, **bounds: Any) -> float | Ramp:
+    """`require_number` for what may ramp: both ends must be within the bounds."""
+    if not isinstance(value, Ramp):
+        return require_number(name, value, **bounds)
+    for end in (value.start, value.stop):
+        require_number(name, end, **bounds)
+    return value
+
+
+def ramp_field(owner: object, name: str, **bounds: Any) -> None:
+    """`number_field` for a field that may ramp."""
+    keep_field(owner, name, require_ramp, **bounds)
+
+
+def number(name: str, value: float | Ramp) -> float:
+    """A field that may ramp, as the number it is.
+
+    Raises:
+        UnmovedError: it is a `Ramp` that nobody resolved.
+    """
+    if isinstance(value, Ramp):
+        raise UnmovedError(f"{name} is a Ramp: only the training loop resolves ramps; give a number here")
+    return value
+
+
+def resolve(value: Any, share: float) -> Any:
+    """The value with each `Ramp` inside replaced by its number; the same object where nothing ramps."""
+    if isinstance(value, Ramp):
+        return value.at(share)
+    if isinstance(value, tuple):
+        parts = tuple(resolve(part, share) for part in value)
+        return parts if any(new is not old for new, old in zip(parts, value, strict=True)) else value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type | nn.Module):
+        old = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        changed = {name: new for name in old if (new := resolve(old[name], share)) is not old[name]}
+        rebuild = getattr(type(value), "__replace__", dataclasses.replace)
+        return rebuild(value, **changed) if changed else value
+    return value
+
+
+@dataclass(frozen=True)
+class Phases:
+    """A `Method` per stretch of epochs: ``Phases((0, warm_up), (10, method))``.
+
+    Raises:
+        UnmovedError: no phase, a first phase that does not start at epoch 0, or starts that do not increase.
+    """
+
+    phases: tuple[tuple[int, Method], ...]
+
+    def __init__(self, *phases: tuple[int, Method]) -> None:
+        for phase in phases:
+            if not isinstance(phase, tuple | list) or len(phase) != 2 or not isinstance(phase[1], Method):
+                raise UnmovedError(f"phases: expected pairs (from_epoch, Method(...)), came {phase!r:.80}")
+        phases = tuple((require_whole("phases: from_epoch", start), method) for start, method in phases)
+        object.__setattr__(self, "phases", phases)
+        starts = [start for start, _ in phases]
+        if not starts or starts[0] != 0 or any(b <= a for a, b in zip(starts, starts[1:], strict=False)):
+            raise UnmovedError(f"phases: expected starts 0 < ... increasing, came {starts}")
+
+    def __repr__(self) -> str:
+        return f"Phases({', '.join(map(repr, self.phases))})"
+
+    @staticmethod
+    def of(method: Method | Phases | Sequence[tuple[int, Method]]) -> Phases:
+        if isinstance(method, Phases):
+            return method
+        if isinstance(method, Method):
+            return Phases((0, method))
+        if not isinstance(method, Sequence):
+            raise UnmovedError(f"method: expected Method(attack, objective, defense), came {type(method).__name__}")
+        return Phases(*method)
+
+    def at(self, epoch: float, epochs: int) -> Method:
+        """The method at a fractional epoch of a training of ``epochs`` epochs, with its ramps resolved."""
+        current = max(k for k, (start, _) in enumerate(self.phases) if start <= epoch)
+        start, method = self.phases[current]
+        end = self.phases[current + 1][0] if current + 1 < len(self.phases) else epochs
+        return resolve(method, (epoch - start) / max(end - start, 1))

@@ -1,0 +1,303 @@
+"""Files that anybody may have written -> plain data and arrays, within bounds: kind, length, depth, numbers, keys.
+
+Parsers are written for honest files: a few hundred brackets end them, a long dotted key or a number of a million digits
+keeps them busy for hours, a small archive fills the memory, and deep tables end whoever prints or copies them. Whoever
+opens a file waits for ever where it is a pipe that nobody writes into, and reads for ever where it is a device.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import stat
+import tomllib
+import zipfile
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from unmoved.core.errors import UnmovedError, is_want_of_memory
+
+LONGEST = 2**18  # characters of a TOML file; a recipe has two thousand
+MOST_JSON = 2**24  # bytes; parsed, they may take thirty times the room
+DOTS = 200  # in a line: tomllib's time grows with the square of a key's parts
+DEEPEST = 32  # tables and lists inside each other
+# What compressed files may grow to: far above what images and arrays do, far below what a bomb does (1000 times).
+ROOM, GROWTH = 2**30, 100
+_UNPAIRED = re.compile("[\ud800-\udfff]")  # what Python makes of such bytes, and no file in UTF-8 can hold
+WHOLE = range(-(2**63), 2**63)  # what TOML promises of an integer
+
+
+# A pipe is opened without waiting for its writer.
+_READING = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_BINARY", "O_CLOEXEC", "O_NOCTTY", "O_NONBLOCK"))
+_KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
+
+
+def regular(path: Path) -> BinaryIO:
+    """A regular file, or what a link to one leads to, opened for reading.
+
+    Raises:
+        FileNotFoundError: there is nothing of this name.
+        UnmovedError: a folder, a pipe, a device or a socket; a file that may not be read.
+    """
+    try:
+        require_regular(path, os.stat(path))  # first: to open a device may already do something
+        descriptor = os.open(path, _READING)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FileNotFoundError(error.errno, error.strerror, str(path)) from None
+    except OSError as error:
+        raise UnmovedError(f"{path}: expected a readable file, came: {error.strerror or error}") from error
+    except UnmovedError:
+        raise
+    except ValueError as error:  # characters that no path has
+        raise UnmovedError(f"{str(path)!r:.500}: expected the path of a file, came: {brief(error)}") from error
+    try:
+        require_regular(path, os.fstat(descriptor))  # it may have been exchanged
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def require_regular(path: Path, status: os.stat_result) -> None:
+    """Raise `UnmovedError` unless this is the status of a regular file."""
+    if not stat.S_ISREG(status.st_mode):
+        kind = _KINDS.get(stat.S_IFMT(status.st_mode), "a device")
+        raise UnmovedError(f"{path}: expected a regular file, came {kind}; correct the path, or remove it")
+
+
+def digest(path: Path) -> str:
+    """The sha256 of a regular file.
+
+    Raises:
+        FileNotFoundError, UnmovedError: as `regular`.
+    """
+    with regular(path) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]  # a buffered reader is one
+
+
+def content(path: Path, most: int) -> bytes:
+    """The bytes of a regular file.
+
+    Raises:
+        FileNotFoundError: there is nothing of this name.
+        UnmovedError: as `regular`; more than ``most`` bytes.
+    """
+    with regular(path) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        try:
+            data = stream.read(most + 1) if size <= most else b""
+        except OSError as error:
+            raise UnmovedError(f"{path}: expected a readable file, came: {error.strerror or error}") from error
+    if max(size, len(data)) > most:
+        raise UnmovedError(f"{path}: expected at most {most} bytes, came {max(size, len(data))}; is it the right file?")
+    return data
+
+
+def toml(text: str, where: str) -> dict[str, Any]:
+    """The tables of a TOML text.
+
+    Raises:
+        UnmovedError: no TOML, or beyond the bounds; it names ``where``.
+    """
+    if len(text) > LONGEST:
+        raise UnmovedError(f"{where}: expected at most {LONGEST} characters, came {len(text)}")
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.count(".") > DOTS:
+            raise UnmovedError(f"{where}: line {number}: expected at most {DOTS} dots, came more; break the line")
+    try:
+        tables = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UnmovedError(f"{where}: not valid TOML: {str(error)[:300]}") from error
+    require_plain(tables, where)
+    return tables
+
+
+def toml_file(path: Path, where: str = "") -> dict[str, Any]:
+    """The tables of a TOML file.
+
+    Raises:
+        FileNotFoundError: there is none.
+        UnmovedError: as `content` and `toml`; text that is not UTF-8.
+    """
+    where = where or str(path)
+    try:
+        text = content(path, 4 * LONGEST).decode()
+    except UnicodeDecodeError as error:
+        raise UnmovedError(f"{where}: expected text in UTF-8, came something else: {brief(error)}") from error
+    return toml(text, where)
+
+
+def json_object(text: str | bytes, where: str) -> dict[str, Any]:
+    """The object of a JSON text.
+
+    Raises:
+        UnmovedError: no JSON in UTF-8, no object, a key twice, or beyond the bounds; it names ``where``.
+    """
+    try:
+        # Strictly UTF-8: json guesses at other encodings.
+        value = json.loads(text.decode() if isinstance(text, bytes) else text, object_pairs_hook=_once)
+    except (ValueError, RecursionError) as error:
+        raise UnmovedError(f"{where}: not valid JSON ({brief(error)}); the file was changed or torn") from error
+    if not isinstance(value, dict):
+        came = type(value).__name__
+        raise UnmovedError(f"{where}: expected a JSON object, came a {came}; the file was changed or torn")
+    require_plain(value, where)
+    return value
+
+
+def json_file(path: Path) -> dict[str, Any]:
+    """The object of a JSON file.
+
+    Raises:
+        FileNotFoundError: there is none.
+        UnmovedError: as `content` and `json_object`.
+    """
+    return json_object(content(path, MOST_JSON), str(path))
+
+
+def json_lines(text: str | bytes, where: str) -> list[dict[str, Any]]:
+    """The objects of a text with one on each line.
+
+    Raises:
+        UnmovedError: as `json_object`; it names the line.
+    """
+    data = text.encode() if isinstance(text, str) else text
+    lines = data.removesuffix(b"\n").split(b"\n") if data else []
+    return [json_object(line, f"{where}: line {number}") for number, line in enumerate(lines, start=1)]
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key comes twice")
+    return found
+
+
+def npz(path: Path, wanted: Collection[str] | None = None) -> dict[str, np.ndarray]:
+    """The arrays of an .npz file, or those of them that are wanted.
+
+    Raises:
+        UnmovedError: no .npz file, a damaged one, a bomb, or one with objects, which are pickles and never loaded.
+    """
+    try:
+        stream = regular(path)
+    except FileNotFoundError:
+        raise UnmovedError(f"{path}: expected an .npz file, came none; correct the path") from None
+    with stream:
+        if not zipfile.is_zipfile(stream):
+            raise UnmovedError(
+                f"{path}: expected an .npz file, came something else; save with numpy.savez(file, x=..., y=...)"
+            )
+        try:
+            _require_no_bomb(path, stream, wanted)
+            with np.load(stream, allow_pickle=False) as stored:
+                return {key: stored[key] for key in stored.files if wanted is None or key in wanted}
+        except UnmovedError:
+            raise
+        except Exception as error:  # bytes of strangers: zipfile, zlib and numpy's readers have errors of their own
+            if is_want_of_memory(error):
+                raise UnmovedError(f"{path}: cannot be read at the moment (out of memory)") from error
+            raise UnmovedError(
+                f"{path}: expected a readable .npz file, came {brief(error)}; save or copy it again"
+            ) from error
+
+
+def _require_no_bomb(path: Path, stream: BinaryIO, wanted: Collection[str] | None) -> None:
+    """Look at the sizes that the archive and its arrays announce, before numpy makes room for them.
+
+    zipfile never gives more than the archive announces.
+    """
+    most = most_unpacked(os.fstat(stream.fileno()).st_size)
+    stream.seek(0)
+    with zipfile.ZipFile(stream) as archive:
+        size = sum(member.file_size for member in archive.infolist())
+        if size > most:
+            raise UnmovedError(
+                f"{path}: expected at most {most} bytes in a file of this size, came {size}; it may be a "
+                "decompression bomb; if it is yours, save it with numpy.savez, which does not compress"
+            )
+        for member in archive.infolist():
+            key = member.filename.removesuffix(".npy")
+            if wanted is None or key in wanted or member.filename in wanted:
+                with archive.open(member) as unpacked:
+                    array_header(f"{path}: {key!r:.80}", unpacked, member.file_size)
+    stream.seek(0)
+
+
+def array_header(where: str, unpacked: Any, size: int) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """(shape, whether it is stored column by column, type) of the array of numbers or texts that begins here.
+
+    Args:
+        unpacked: a stream; afterwards it stands at the first number.
+        size: bytes that the array has room in.
+
+    Raises:
+        UnmovedError: no such array, or one that ``size`` bytes have no room for; it names ``where``.
+    """
+    if unpacked.read(6) != b"\x93NUMPY":  # numpy would hand it out as bytes
+        raise UnmovedError(f"{where}: expected an array, came something else; save with numpy.savez")
+    version = tuple(unpacked.read(2))
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    if version not in readers:
+        raise UnmovedError(f"{where}: expected numpy's format 1.0 or 2.0, came {version}; save with numpy.savez")
+    shape, columns, dtype = readers[version](unpacked)
+    if dtype.hasobject:
+        raise UnmovedError(
+            f"{where}: expected arrays of numbers, came an array of objects, which is a pickle and never loaded; "
+            "save numbers with numpy.savez"
+        )
+    if dtype.kind not in "biufcSU" or not all(0 <= side < 2**63 for side in shape):
+        raise UnmovedError(f"{where}: expected an array of numbers or texts, came {dtype!s:.80} of shape {shape!s:.80}")
+    # An empty text has no bytes: as many as anybody likes would fit.
+    if math.prod(shape) * max(dtype.itemsize, 1) > size:
+        raise UnmovedError(f"{where}: expected {size} bytes, came the shape {shape!s:.80}; save or copy it again")
+    return shape, columns, dtype
+
+
+def most_unpacked(packed: int) -> int:
+    """How many bytes a compressed file of ``packed`` bytes may hold before it is taken for a bomb."""
+    return max(ROOM, GROWTH * packed)
+
+
+def brief(error: Exception) -> str:
+    """What went wrong, in a line: what bytes of strangers make a library say may be megabytes."""
+    words = str(error)
+    return f"{type(error).__name__}: {words if len(words) <= 200 else words[:200] + ' ...'}"
+
+
+def readable(name: str) -> str:
+    """A path, or another word of the operating system, as text: bytes that are no UTF-8 become ``\\xff``."""
+    try:
+        data = name.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # no bytes of the system's, but half a character
+        data = name.encode("utf-8", "backslashreplace")
+    return data.decode("utf-8", "backslashreplace")
+
+
+def require_plain(value: Any, where: str) -> None:
+    """Raise `UnmovedError` where plain data is too deep, a number too large, a key not printable or a text no UTF-8."""
+    waiting = [(value, 0)]
+    while waiting:
+        value, depth = waiting.pop()
+        if depth > DEEPEST:
+            raise UnmovedError(f"{where}: expected tables and lists at most {DEEPEST} deep, came more")
+        if isinstance(value, Mapping):
+            for key in value:
+                if not isinstance(key, str) or not key.isprintable():
+                    raise UnmovedError(f"{where}: expected keys of printable characters, came {key!r:.80}")
+            waiting += [(part, depth + 1) for part in value.values()]
+        elif isinstance(value, list | tuple):
+            waiting += [(part, depth + 1) for part in value]
+        elif isinstance(value, str) and _UNPAIRED.search(value):
+            raise UnmovedError(
+                f"{where}: expected text, came bytes that are no UTF-8: {value!r:.80}; give the file another name, or "
+                "a link to it"
+            )
+        elif isinstance(value, int) and value not in WHOLE:
+            raise UnmovedError(f"{where}: expected whole numbers of at most 64 bits, came one of {value.bit_length()}")

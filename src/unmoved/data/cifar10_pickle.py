@@ -1,0 +1,164 @@
+"""Pickles of plain containers and byte arrays, read without running anything they name.
+
+Each global a numpy array's pickle needs is answered by a stand-in of ours that only records; any other is refused.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import pickle
+import pickletools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from unmoved.core.errors import UnmovedError
+from unmoved.core.untrusted import brief
+
+
+class StoredType:
+    """Records what a pickle says of an array's element type."""
+
+    def __init__(self, code: Any = None, *_: Any) -> None:
+        self.code = code.decode("latin1") if isinstance(code, bytes) else code
+
+    def __setstate__(self, _: Any) -> None:
+        """Byte order and alignment mean nothing for bytes."""
+
+
+class StoredArray:
+    """Records what a pickle says of an array; `as_bytes` judges it."""
+
+    def __init__(self, shape: Any = None, kind: Any = None, data: Any = None, column_major: Any = False) -> None:
+        self.shape, self.kind, self.data, self.column_major = shape, kind, data, column_major
+
+    def __setstate__(self, state: Any) -> None:
+        _, self.shape, self.kind, self.column_major, self.data = state
+
+    def as_bytes(self, name: str) -> np.ndarray:
+        """The uint8 array it describes.
+
+        Raises:
+            UnmovedError: another element type, or content that does not fill the shape.
+        """
+        data = self.data.encode("latin1") if isinstance(self.data, str) else self.data
+        sizes = self.shape if isinstance(self.shape, tuple) else ()
+        code = self.kind.code if isinstance(self.kind, StoredType) else None
+        whole = bool(sizes) and all(type(size) is int and size >= 0 for size in sizes)
+        if code not in ("u1", "|u1") or not whole or not isinstance(data, bytes | bytearray):
+            came = code if isinstance(code, str) else "another type"
+            raise UnmovedError(f"{name}: expected an array of unsigned bytes, came {came}")
+        if len(data) != math.prod(sizes):
+            raise UnmovedError(f"{name}: expected {math.prod(sizes)} bytes for the shape {sizes}, came {len(data)}")
+        return np.frombuffer(data, np.uint8).reshape(sizes, order="F" if self.column_major else "C")
+
+
+@dataclass(frozen=True, slots=True)
+class _StandIn:
+    """What a global becomes: a name that may be called, if at all, and that no pickle can change."""
+
+    call: Callable[..., Any] | None
+
+    def __call__(self, *arguments: Any) -> Any:
+        if self.call is None:
+            raise pickle.UnpicklingError("it calls what is only a name")
+        return self.call(*arguments)
+
+    def __setstate__(self, _: Any) -> None:
+        raise pickle.UnpicklingError("it changes a global")
+
+
+def _reconstruct(*_: Any) -> StoredArray:
+    return StoredArray()
+
+
+def _frombuffer(data: Any, kind: Any, shape: Any, order: Any) -> StoredArray:
+    return StoredArray(shape, kind, bytes(data) if isinstance(data, bytes | bytearray) else None, order == "F")
+
+
+def _encode(text: Any, _: Any = None) -> bytes:
+    """Stands for ``_codecs.encode``, with which Python 3 writes bytes into old pickles."""
+    if not isinstance(text, str):
+        raise pickle.UnpicklingError("it encodes what is no text")
+    return text.encode("latin1")
+
+
+_STAND_INS = {
+    ("numpy", "ndarray"): _StandIn(None),  # only ever an argument of _reconstruct
+    ("numpy", "dtype"): _StandIn(StoredType),
+    ("_codecs", "encode"): _StandIn(_encode),
+    **{(f"numpy.{core}.multiarray", "_reconstruct"): _StandIn(_reconstruct) for core in ("core", "_core")},
+    **{(f"numpy.{core}.numeric", "_frombuffer"): _StandIn(_frombuffer) for core in ("core", "_core")},
+}
+
+
+# What Python 2 (protocol 2) and Python 3 (protocols 2 to 5) write for such content.
+_OPCODE_NAMES = """
+    PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT SHORT_BINSTRING BINSTRING
+    SHORT_BINUNICODE BINUNICODE SHORT_BINBYTES BINBYTES BINBYTES8 BYTEARRAY8 EMPTY_LIST APPEND APPENDS EMPTY_DICT
+    SETITEM SETITEMS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 BINPUT LONG_BINPUT BINGET LONG_BINGET MEMOIZE GLOBAL
+    STACK_GLOBAL REDUCE BUILD
+"""
+OPCODES = frozenset(_OPCODE_NAMES.split())
+
+
+# The files in use have 50,000 opcodes, and at most one tuple for each of 10,000 texts.
+MOST_OPCODES, MOST_TUPLES, LONGEST_REPEATED = 1_000_000, 25_000, 256
+_KEEP, _RECALL = {"BINPUT", "LONG_BINPUT", "MEMOIZE"}, {"BINGET", "LONG_BINGET"}
+# After these the thing on top may be a tuple, or one of which nobody knows here what it is.
+_MAY_BE_TUPLE = {"TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_TUPLE", "MARK"}
+_MAY_BE_TUPLE |= {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD"}
+
+
+def _check_opcodes(data: bytes) -> None:
+    """Refuse other opcodes and claims beyond the data: the unpickler would make room for them before it looks.
+
+    A few bytes may also describe what is endless to look at: tuples of tuples as a dictionary's key, each repeated
+    twice, take time without end to hash; deep ones end the process; a long text may be copied again and again.
+    """
+    kept: dict[Any, bool] = {}  # whether what stands under this number may be repeated
+    small, tuples = False, 0
+    for number, (opcode, argument, _) in enumerate(pickletools.genops(data)):
+        name = opcode.name
+        tuples += name.startswith("TUPLE")
+        if name not in OPCODES:
+            raise pickle.UnpicklingError(f"it uses the opcode {name}")
+        if number == MOST_OPCODES or tuples > MOST_TUPLES:
+            raise pickle.UnpicklingError("it is too long")
+        if name == "LONG_BINPUT" and int(argument or 0) > len(data):
+            raise pickle.UnpicklingError(f"it remembers {argument} things")
+        if name in _KEEP:
+            kept[len(kept) if name == "MEMOIZE" else argument] = small
+        elif name in _RECALL:
+            if not kept.get(argument, True):
+                raise pickle.UnpicklingError("it repeats a tuple or a long text")
+            small = True
+        elif name not in ("PROTO", "FRAME"):
+            long = isinstance(argument, str | bytes | bytearray) and len(argument) > LONGEST_REPEATED
+            small = name not in _MAY_BE_TUPLE and not long
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _STAND_INS:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        return _STAND_INS[module, name]
+
+
+def loads(data: bytes, name: str) -> Any:
+    """What a pickle describes, with every array as a `StoredArray`; texts of Python 2 come as bytes.
+
+    Raises:
+        UnmovedError: the pickle is damaged, or asks for anything but arrays and plain containers.
+    """
+    try:
+        _check_opcodes(data)
+        return _Unpickler(io.BytesIO(data), encoding="bytes").load()
+    except Exception as error:  # hostile bytes can make the unpickler raise nearly anything; nothing of theirs runs
+        raise UnmovedError(
+            f"{name}: expected a pickle of arrays and plain containers, came one that was refused "
+            f"({brief(error)}); download the official file again"
+        ) from error

@@ -1,0 +1,122 @@
+"""Decoded folders of images, one .npz each. A cache that is stale, damaged or unwritable is simply not there."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from unmoved.core.errors import UnmovedError
+from unmoved.core.untrusted import npz
+from unmoved.data.stored_arrays import Stored, stored
+
+FORMAT = "1"  # raise it when decoding changes its results
+
+
+class Stamped(Protocol):
+    """What can tell cheaply whether it may have changed."""
+
+    def stamps(self) -> list[str]: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Decoded:
+    """A decoded folder, training images first.
+
+    Attributes:
+        images: (N, C, H, W) uint8, in memory or in the cache.
+        labels: (N,) int64.
+        train: the first ``train`` images are the training part; N where the folder has no parts.
+        classes: class names.
+        skipped: names of files left out.
+    """
+
+    images: np.ndarray | Stored
+    labels: np.ndarray
+    train: int
+    classes: tuple[str, ...]
+    skipped: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where one folder under one set of settings is kept, and the stamp that tells whether it is still the same."""
+
+    file: Path
+    stamp: str
+
+    @staticmethod
+    def of(cache: bool | str | os.PathLike[str], path: Path, settings: str, source: Stamped) -> Slot | None:
+        """The slot of a folder or archive, or None without a cache.
+
+        Args:
+            cache: True for the user's cache folder (``$UNMOVED_CACHE``, else ``$XDG_CACHE_HOME/unmoved``, else
+                ``~/.cache/unmoved``), or a folder.
+            source: gives every file with its size and time.
+        """
+        if not isinstance(cache, bool | str | os.PathLike):
+            raise UnmovedError(f"cache: expected true, false or a folder, came {cache!r}")
+        if cache is False:
+            return None
+        folder = _user_folder() if isinstance(cache, bool) else Path(cache).expanduser()
+        key = _digest([FORMAT, str(path.absolute()), settings])
+        return Slot(folder / f"{path.name}-{key[:16]}.npz", _digest([key, *source.stamps()]))
+
+    def load(self) -> Decoded | None:
+        """What was kept, if its stamp fits; whether the images are whole is seen when they are read."""
+        try:
+            kept = npz(self.file, ("stamp", "labels", "train", "classes", "skipped"))
+            if str(kept["stamp"]) != self.stamp:
+                return None
+            texts = [tuple(str(text) for text in kept[key]) for key in ("classes", "skipped")]
+            images = stored(self.file, ["images"])["images"]
+            found = Decoded(images, kept["labels"], int(kept["train"]), *texts)
+        except Exception:  # a damaged cache has as many errors as zip and numpy have, and one remedy: decode again
+            return None
+        labels = found.labels
+        fits = images.dtype == np.uint8 and len(images.shape) == 4 and labels.dtype == np.int64
+        fits = fits and labels.shape == images.shape[:1] and 0 < found.train <= len(labels)
+        return found if fits and labels.min() >= 0 and labels.max() < len(found.classes) else None
+
+    def save(self, decoded: Decoded) -> None:
+        """Of images in memory: write to a file beside it and move that into place, so that nobody ever reads a half."""
+        temporary = None
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            handle, temporary = tempfile.mkstemp(dir=self.file.parent, prefix=".unmoved-")
+            with os.fdopen(handle, "wb") as stream:
+                np.savez(
+                    stream,
+                    stamp=np.array(self.stamp),
+                    images=np.asarray(decoded.images),
+                    labels=decoded.labels,
+                    train=np.array(decoded.train),
+                    classes=np.array(decoded.classes, dtype=np.str_),
+                    skipped=np.array(decoded.skipped, dtype=np.str_),
+                )
+            os.replace(temporary, self.file)
+            temporary = None
+        except OSError:
+            pass  # a full disk or a read-only home costs time at the next start, nothing else
+        finally:
+            if temporary is not None:
+                Path(temporary).unlink(missing_ok=True)
+
+
+def _user_folder() -> Path:
+    if own := os.environ.get("UNMOVED_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unmoved"
+
+
+def _digest(texts: Iterable[str]) -> str:
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(text.encode("utf-8", "surrogateescape") + b"\0")
+    return digest.hexdigest()

@@ -1,0 +1,108 @@
+"""The two places a tree of images comes from: a folder, whose files are read in any order, and a tar archive."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from unmoved.core.errors import UnmovedError
+from unmoved.data import tar_archive
+from unmoved.data.decode_all import Item
+from unmoved.data.folder_layout import Layout, is_litter
+
+MOST_FOLDERS = 100_000  # links may go round in circles, and more than one way
+DEPTH = 4  # folder levels that are looked into: one more than any layout has, to be able to say so
+
+
+class Tree(Protocol):
+    """Named images; ``stamps`` tells cheaply whether they may have changed since."""
+
+    def stamps(self) -> list[str]: ...
+
+    def listed(self) -> AbstractContextManager[tuple[Layout, Iterator[Item]]]: ...
+
+
+def tree(root: Path) -> Tree:
+    """The tree at a path.
+
+    Raises:
+        UnmovedError: neither a folder nor a tar archive.
+    """
+    if root.is_dir():
+        return Folder(root, *_walk(root))
+    if tar_archive.is_archive(root):
+        return Tar(root)
+    raise UnmovedError(f"folder.path: expected a folder or one of {', '.join(tar_archive.SUFFIXES)}, came {root}")
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder on disk."""
+
+    root: Path
+    files: dict[str, str]
+    folders: set[str]
+
+    def stamps(self) -> list[str]:
+        return [*(f"{name} {stamp}" for name, stamp in sorted(self.files.items())), *sorted(self.folders)]
+
+    @contextmanager
+    def listed(self) -> Iterator[tuple[Layout, Iterator[Item]]]:
+        layout = Layout.of(self.files, self.folders, str(self.root))
+        yield layout, ((place, str(self.root / name), self.root / name) for place, name in enumerate(layout.files))
+
+
+@dataclass(frozen=True)
+class Tar:
+    """A tar archive; listing it means decompressing it once, reading it once more."""
+
+    root: Path
+
+    def stamps(self) -> list[str]:
+        return [_stamp(self.root.stat())]
+
+    @contextmanager
+    def listed(self) -> Iterator[tuple[Layout, Iterator[Item]]]:
+        with tar_archive.opened(self.root) as tar:
+            layout = Layout.of(tar.files, tar.folders, str(self.root), packed=True)
+            places = {name: place for place, name in enumerate(layout.files)}
+            # In the order of the archive: compressed data cannot be read backwards.
+            yield layout, ((places[n], f"{self.root}: {n}", tar.read(n)) for n in tar.files if n in places)
+
+
+def _walk(root: Path) -> tuple[dict[str, str], set[str]]:
+    """Every regular file (with its size and time) and folder below the root; links are followed."""
+    files: dict[str, str] = {}
+    folders: set[str] = set()
+    waiting = [("", 0)]
+    while waiting:
+        prefix, depth = waiting.pop()
+        try:
+            with os.scandir(root / prefix) as entries:
+                for entry in entries:
+                    name = f"{prefix}{entry.name}"
+                    if is_litter(entry.name):
+                        continue
+                    if entry.is_dir():
+                        folders.add(name)
+                        if len(folders) > MOST_FOLDERS:
+                            raise UnmovedError(
+                                f"{root}: expected at most {MOST_FOLDERS} folders, came more; does a link in "
+                                f"{str(root / prefix)!r} lead back?"
+                            )
+                        if depth < DEPTH:
+                            waiting.append((f"{name}/", depth + 1))
+                    elif entry.is_file() or entry.is_symlink():  # a link to nowhere is an error, not an absence
+                        files[name] = _stamp(entry.stat())
+        except OSError as error:
+            raise UnmovedError(f"{root / prefix}: expected a readable folder, came {error}") from error
+    return files, folders
+
+
+def _stamp(status: os.stat_result) -> str:
+    # Times of content may be set, and copying tools do; the time of the last change of any kind may not.
+    return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"

@@ -1,0 +1,120 @@
+"""Images that come a few at a time -> the one tensor that they stay in: their array is never there twice."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unmoved.core.errors import UnmovedError, require_choice
+from unmoved.core.preconditions import require_images
+
+CHANNELS = (1, 2, 3, 4)
+LAYOUTS = ("NCHW", "NHWC")
+PIECE = 2**22  # bytes that are under way at a time
+
+
+class Filling:
+    """Room for ``count`` images; uint8 as long as every pixel is k/255, float32 from the first that is not.
+
+    Args:
+        what: how messages name these images.
+        shape: of the array they come from, (N, H, W), (N, C, H, W) or (N, H, W, C).
+        count: how many will be put in; N by default.
+        layout: ``"NCHW"`` or ``"NHWC"``, needed where the shape alone does not tell.
+
+    Raises:
+        UnmovedError: a shape that is none of these, or no pixel.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        shape: Sequence[int],
+        *,
+        count: int | None = None,
+        layout: str | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if layout is not None:
+            require_choice(f"{what}: layout", layout, LAYOUTS)
+        self._what, self._last, self._filled = what, _channels_last(what, tuple(shape), layout), 0
+        if math.prod(shape) == 0:
+            raise UnmovedError(f"{what}: expected at least one image of at least one pixel, came shape {tuple(shape)}")
+        sides = tuple(shape[1:]) if len(shape) == 4 else (1, *shape[1:])
+        self.shape = (sides[2], sides[0], sides[1]) if self._last else (sides[0], sides[1], sides[2])
+        self._count, self._device = shape[0] if count is None else count, device
+        self._images: Tensor | None = None
+
+    def put(self, values: Tensor) -> None:
+        """Copy the next images, in the layout of their array.
+
+        Raises:
+            UnmovedError: no uint8 and no floats, or pixels outside [0, 1].
+        """
+        if len(values) == 0:
+            return
+        if values.dtype != torch.uint8:
+            if not values.is_floating_point():
+                raise UnmovedError(
+                    f"{self._what}: expected uint8 (0..255) or float in [0, 1], came {values.dtype}; "
+                    "convert whole numbers 0..255 to uint8"
+                )
+            require_images(values, where=self._what)
+            values = values.float()
+            levels = (values * 255).round()
+            values = levels.to(torch.uint8) if torch.equal(levels / 255, values) else values
+        values = values.permute(0, 3, 1, 2) if self._last else values.reshape(len(values), *self.shape)
+        room, end = self._room(values.dtype), self._filled + len(values)
+        room[self._filled : end] = values if values.dtype == room.dtype else values.float() / 255
+        self._filled = end
+
+    @property
+    def images(self) -> Tensor:
+        """(count, C, H, W): what has been put in so far, and room for the rest."""
+        return self._room(torch.uint8) if self._images is None else self._images
+
+    def _room(self, dtype: torch.dtype) -> Tensor:
+        if self._images is None:
+            self._images = torch.empty((self._count, *self.shape), dtype=dtype, device=self._device)
+        elif dtype == torch.float32 and self._images.dtype == torch.uint8:  # none before this one needed it
+            wider = torch.empty(self._images.shape, dtype=torch.float32, device=self._device)
+            torch.div(self._images[: self._filled], 255, out=wider[: self._filled])
+            self._images = wider
+        return self._images
+
+
+def pieces(values: Any) -> Iterator[Tensor]:
+    """A numeric numpy array or a tensor, a few megabytes at a time, in a form that torch computes with."""
+    step = max(1, PIECE // max(1, values[:1].nbytes))
+    for start in range(0, len(values), step):
+        yield as_own(values[start : start + step])
+
+
+def as_own(values: Any) -> Tensor:
+    """A tensor; of a numpy array one of its own memory, in this machine's order of bytes."""
+    if isinstance(values, Tensor):
+        return values.detach()
+    if values.dtype == np.uint64:  # torch computes little with unsigned types; a wrapped label is found negative
+        values = values.astype(np.int64)
+    return torch.from_numpy(np.array(values, dtype=values.dtype.newbyteorder("="), order="C"))
+
+
+def _channels_last(what: str, shape: tuple[int, ...], layout: str | None) -> bool:
+    if len(shape) == 3:
+        return False
+    if len(shape) != 4:
+        raise UnmovedError(f"{what}: expected shape (N, H, W), (N, C, H, W) or (N, H, W, C), came {shape}")
+    if layout is not None:
+        return layout == "NHWC"
+    first, last = shape[1] in CHANNELS, shape[3] in CHANNELS
+    if first == last:
+        raise UnmovedError(
+            f"{what}: shape {shape} may be (N, C, H, W) or (N, H, W, C): expected 1 to 4 channels in one of the two "
+            'places; say layout="NCHW" or layout="NHWC"'
+        )
+    return not first

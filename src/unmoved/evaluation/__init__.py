@@ -1,0 +1,1 @@
+"""Evaluate a model under attacks: outcomes per sample, and whether the figures can be believed."""

@@ -1,0 +1,86 @@
+"""What a report shows beside the outcomes: accuracy against eps, and a gallery of adversarial images."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+
+from unmoved.core.errors import UnmovedError, require_whole
+from unmoved.core.protocols import Attack, Split
+from unmoved.core.threat import ThreatModel
+from unmoved.evaluation import judge
+
+CURVE_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
+
+
+def curve(
+    model: nn.Module,
+    split: Split,
+    attack: Attack,
+    threat: ThreatModel,
+    eps: Sequence[float],
+    *,
+    name: str = "pgd",
+    batch_size: int = 128,
+    workers: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> pd.DataFrame:
+    """Outcomes of one attack at several radii, the attack's own threat model replaced at each.
+
+    Raises:
+        UnmovedError: an attack that is no dataclass with a ``threat`` field.
+    """
+    fields: set[str] = {f.name for f in dataclasses.fields(attack)} if dataclasses.is_dataclass(attack) else set()
+    if "threat" not in fields:
+        raise UnmovedError(f"curve: expected an attack with a threat field, came {attack!r}")
+    tables = []
+    for done, radius in enumerate(eps):
+        ball = dataclasses.replace(threat, eps=radius)
+        ours = dataclasses.replace(attack, threat=ball)  # type: ignore[type-var]
+        tables.append(judge.evaluate(model, split, {name: ours}, ball, batch_size=batch_size, workers=workers))
+        if progress is not None:
+            progress(done + 1, len(eps))
+    return pd.concat(tables, ignore_index=True)
+
+
+def gallery(
+    model: nn.Module, split: Split, attack: Attack, threat: ThreatModel, count: int = 8, name: str = "attack"
+) -> dict[str, np.ndarray]:
+    """The first samples that the model gets right, with what the attack made of them, as arrays for `unmoved.runs.folder`."""
+    parts: list[dict[str, np.ndarray]] = []
+    missing = count = require_whole("count", count, at_least=1)
+    for batch in judge.checked_batches(model, split, 4 * count, threat):
+        clean = judge.predict(model, batch.x, batch.y)
+        chosen = torch.nonzero(clean == batch.y).flatten()[:missing]
+        if len(chosen) == 0:
+            continue
+        taken = batch.take(chosen)
+        proposal = judge.propose(model, attack, taken, threat, name)
+        parts.append(
+            {
+                "x": taken.x.cpu().numpy(),
+                "x_adv": proposal.cpu().numpy(),
+                "label": taken.y.cpu().numpy(),
+                "clean_prediction": clean[chosen].cpu().numpy(),
+                "adversarial_prediction": judge.predict(model, proposal, taken.y).cpu().numpy(),
+                "attack": np.array([name] * len(taken)),
+            }
+        )
+        missing -= len(taken)
+        if missing == 0:
+            break
+    if not parts:
+        return {}
+    return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+
+
+def radii(threat: ThreatModel) -> list[float]:
+    """Where the curve is measured: shares of eps; for linf nothing beyond the box of valid images."""
+    largest = threat.bounds[1] - threat.bounds[0] if threat.norm == "linf" else math.inf
+    return sorted({min(share * threat.radius, largest) for share in CURVE_SHARES})

@@ -1,0 +1,197 @@
+"""The evidence that the checks share: the samples, and searches that several of them read, each run once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from unmoved.attacks import APGD, PGD
+from unmoved.attacks.gradients import attacking, input_gradient
+from unmoved.core import views
+from unmoved.core.protocols import Attack, Batch, Image, Logits, PerSample, Term
+from unmoved.core.threat import ThreatModel
+from unmoved.core.weights import evaluating
+from unmoved.terms import CE, DLR, Margin, TargetedDLR, TargetedMargin
+
+WEAK_STEPS = 20  # PGD-20 with cross-entropy is what papers report most, and what masking fools first
+STRONG_STEPS = 100  # AutoAttack's
+MORE_RESTARTS = 4
+PASSES = 5  # AutoAttack's count of forward passes that must agree
+TARGETS, TARGET_STEPS = 3, 50  # a target beyond the third likeliest class rarely adds to the first three
+MOST = 40  # survivors that the costly searches look at: a share of a tenth still shows, at under half the time
+
+
+@dataclass(frozen=True, eq=False)
+class Search:
+    """What an attack made of the samples that it was given.
+
+    Attributes:
+        batch: those samples.
+        x_adv: (B, C, H, W), the clean image where the attack proposed nothing finite.
+        broken: (B,) bool, whether ``x_adv`` is misclassified.
+    """
+
+    batch: Batch
+    x_adv: Image
+    broken: Tensor
+
+    @cached_property
+    def rest(self) -> Batch:
+        """The samples that survived."""
+        return self.batch.take(~self.broken)
+
+    @property
+    def count(self) -> int:
+        """How many were broken."""
+        return int(self.broken.sum())
+
+
+@dataclass(eq=False)
+class Case:
+    """A model, the samples it is examined on, and the searches that several checks read, each run once.
+
+    The white-box searches go from cheap to costly, each on the samples that those before it left.
+
+    Attributes:
+        model: as it was handed over; evidence is taken in evaluation mode unless a check says otherwise.
+        batch: the samples, on the model's device.
+        threat: the ball.
+        seed: keys the noise of all searches.
+        surrogate: another model of the same task, for transfer.
+    """
+
+    model: nn.Module
+    batch: Batch
+    threat: ThreatModel
+    seed: int = 0
+    surrogate: nn.Module | None = None
+
+    def logits(self, x: Image, mode: str = "eval") -> Logits:
+        """Without a gradient; ``"train"`` leaves every submodule in the mode it was handed over in."""
+        with torch.no_grad(), evaluating(self.model, mode):
+            return views.logits(self.model, x)
+
+    @cached_property
+    def clean(self) -> Logits:
+        return self.logits(self.batch.x)
+
+    @cached_property
+    def right(self) -> Batch:
+        """The samples that the model gets right: only these can be lost to an attack."""
+        return self.batch.take(self.clean.argmax(dim=1) == self.batch.y)
+
+    @cached_property
+    def started(self) -> Batch:
+        """The right samples at random points of their balls: the grid that stored pixels lie on is a special place."""
+        return Batch(self.threat.start(self.right, seed=self.seed), self.right.y, self.right.index)
+
+    @cached_property
+    def is_random(self) -> bool:
+        """Whether two passes over the same images differ in evaluation mode."""
+        return any(differ(self.clean, self.logits(self.batch.x)) for _ in range(PASSES - 1))
+
+    # --- gradients
+
+    def gradient(self, batch: Batch, loss: Term) -> tuple[PerSample, Tensor] | None:
+        """A loss (B,) and its gradient over the image; None where there is none, since the model cut the graph."""
+        with attacking(self.model, batch, self.threat) as base:
+            x = batch.x.detach().clone().requires_grad_(True)
+            value = loss(base.at(x))
+            gradient = input_gradient(value, x)
+            return None if gradient is None else (value.detach(), gradient)
+
+    @cached_property
+    def has_gradient(self) -> bool:
+        return len(self.right) > 0 and self.gradient(self.right.take(torch.arange(1)), CE("adv")) is not None
+
+    # --- searches
+
+    def search(self, attack: Attack, batch: Batch) -> Search:
+        """An attack's proposals, judged."""
+        if len(batch) == 0:
+            return nothing(batch)
+        x_adv = attack(self.model, batch)
+        finite = x_adv.isfinite().flatten(1).all(dim=1)
+        x_adv = torch.where(finite.reshape(-1, *[1] * (x_adv.ndim - 1)), x_adv, batch.x)
+        logits = self.logits(x_adv)
+        # The argmax of NaN is an accident, not a success.
+        return Search(batch, x_adv, (logits.argmax(dim=1) != batch.y) & logits.isfinite().all(dim=1))
+
+    def climb(self, attack: Attack, batch: Batch) -> Search:
+        """`search` by gradient; nothing is found where there is no gradient."""
+        return self.search(attack, batch) if self.has_gradient else nothing(batch)
+
+    @cached_property
+    def weak(self) -> Search:
+        """PGD-20 with cross-entropy."""
+        return self.climb(self._pgd(CE("adv")), self.right)
+
+    @cached_property
+    def other_loss(self) -> Search:
+        """The same with the margin: no scaling of the logits and no flatness of the softmax hides it."""
+        return self.climb(self._pgd(Margin("adv")), self.weak.rest)
+
+    @cached_property
+    def strong(self) -> Search:
+        """APGD-100 with DLR, or the margin where DLR has too few classes."""
+        return self.climb(APGD(self.threat, loss=self._sharp, steps=STRONG_STEPS, seed=self.seed), self.other_loss.rest)
+
+    @cached_property
+    def restarts(self) -> Search:
+        """Further restarts of it, on at most `MOST` survivors."""
+        attack = APGD(
+            self.threat,
+            loss=self._sharp,
+            steps=STRONG_STEPS,
+            restarts=MORE_RESTARTS,
+            until_broken=True,
+            seed=self.seed + 1,
+        )
+        return self.climb(attack, self.strong.rest.take(torch.arange(min(len(self.strong.rest), MOST))))
+
+    @cached_property
+    def targeted(self) -> Search:
+        """Towards the likeliest wrong classes in turn; the last of the white-box searches."""
+        classes = self.clean.shape[1]
+        loss: Term = TargetedDLR() if classes > 3 else TargetedMargin()
+        targets = min(TARGETS, classes - 1)
+        attack = APGD(self.threat, loss, TARGET_STEPS, targets=targets, until_broken=True, seed=self.seed)
+        return self.climb(attack, self.restarts.rest)
+
+    @property
+    def survivors(self) -> Batch:
+        """At most `MOST` of the samples that every white-box search left."""
+        return self.targeted.rest
+
+    @property
+    def white_box(self) -> tuple[Search, ...]:
+        """All of them."""
+        return self.weak, self.other_loss, self.strong, self.restarts, self.targeted
+
+    @property
+    def scale(self) -> float:
+        """What one sample of the costly searches stands for."""
+        return len(self.strong.rest) / max(len(self.restarts.batch), 1)
+
+    @property
+    def _sharp(self) -> Term:
+        return DLR("adv") if self.clean.shape[1] > 2 else Margin("adv")
+
+    def _pgd(self, loss: Term) -> Attack:
+        if self.threat.norm == "l1":  # a PGD step in l1 moves one pixel: twenty of them prove nothing
+            return APGD(self.threat, loss=loss, steps=WEAK_STEPS, seed=self.seed)
+        return PGD(self.threat, loss=loss, steps=WEAK_STEPS, keep="best", seed=self.seed)
+
+
+def nothing(batch: Batch) -> Search:
+    """The search that found nothing."""
+    return Search(batch, batch.x, torch.zeros_like(batch.y, dtype=torch.bool))
+
+
+def differ(one: Logits, other: Logits) -> bool:
+    """Whether logits differ by more than the arithmetic may, 1e-4 of their spread (AutoAttack's tolerance)."""
+    spread = float((one - one.mean(dim=1, keepdim=True)).abs().amax())
+    return float((one - other).abs().amax()) > 1e-4 * spread

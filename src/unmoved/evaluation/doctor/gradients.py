@@ -1,0 +1,124 @@
+"""Whether there is a gradient, and whether it is the slope of the loss."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from unmoved.core.protocols import PerSample
+from unmoved.evaluation.doctor.evidence import Case
+from unmoved.evaluation.doctor.finding import DO_NOT_BELIEVE, LOOK_CLOSER, Finding
+from unmoved.terms import CE, Margin
+from unmoved.terms.margin import margin
+
+# Shares of samples whose whole gradient is exactly zero: none in honest models; each is a sample no attack can move.
+ZERO_CLOSER, ZERO_WRONG = 0.02, 0.1
+# Finite differences along the steepest pixels agree with the gradient to 1 % in honest networks (median 0.02 %).
+STEP, PIXELS, DISAGREES = 1e-3, 4, 0.5
+SLOPE_CLOSER, SLOPE_WRONG = 0.1, 0.25
+AUDIBLE = 50  # times float32's rounding of the logits that a difference must reach to be read at all
+
+
+def existing(case: Case) -> Finding | None:
+    """No gradient at all."""
+    if len(case.right) == 0 or case.has_gradient:
+        return None
+    return Finding(
+        "no gradient",
+        DO_NOT_BELIEVE,
+        "the gradient of the loss over the image does not exist: the model detaches its input or compares it",
+        "no gradient attack can move; an accuracy under them measures nothing",
+        "attack without gradients (Square, SPSA, a transfer attack) or with a smooth stand-in for the layer (BPDA)",
+    )
+
+
+def finite(case: Case) -> Finding | None:
+    """NaN or infinity in logits or gradients, at the images, at random points of the balls and after PGD."""
+    batches = [case.batch, case.started, replace(case.right, x=case.weak.x_adv)]
+    bad_logits = sum(int((~case.logits(b.x).isfinite().all(dim=1)).sum()) for b in batches if len(b))
+    bad_gradients = 0
+    for batch in batches:
+        found = case.gradient(batch, CE("adv")) if len(batch) and case.has_gradient else None
+        bad_gradients += 0 if found is None else int((~found[1].isfinite().flatten(1).all(dim=1)).sum())
+    if bad_logits + bad_gradients == 0:
+        return None
+    return Finding(
+        "not finite",
+        DO_NOT_BELIEVE,
+        f"of {sum(map(len, batches))} points looked at, {bad_logits} have logits and {bad_gradients} have gradients "
+        "that are NaN or infinite",
+        "the sign of NaN is a step of zero: the attack stalls there and the sample counts as robust",
+        "find the operation (a root or logarithm at 0, a division by a norm) and bound it away from there",
+    )
+
+
+def vanishing(case: Case) -> Finding | None:
+    """Gradients that are exactly zero: of the margin (flat layers) or of cross-entropy alone (saturated logits)."""
+    if not case.has_gradient:
+        return None
+    shares = {}
+    for loss in (CE("adv"), Margin("adv")):
+        found = case.gradient(case.started, loss)
+        shares[loss] = 0.0 if found is None else float((found[1] == 0).flatten(1).all(dim=1).float().mean())
+    of_ce, of_margin = shares.values()
+    if max(of_ce, of_margin) < ZERO_CLOSER:
+        return None
+    grade = DO_NOT_BELIEVE if max(of_ce, of_margin) >= ZERO_WRONG else LOOK_CLOSER
+    measured = (
+        f"at random points of the ball {of_ce:.0%} of {len(case.right)} samples have an exactly zero gradient of "
+        f"cross-entropy, {of_margin:.0%} of the margin"
+    )
+    if of_margin >= ZERO_CLOSER:
+        return Finding(
+            "zero gradients",
+            grade,
+            measured,
+            "the model is flat there (rounding, thresholds, dead units): gradient attacks stay where they start",
+            "attack without gradients (Square, SPSA) or with a smooth stand-in for the layer (BPDA)",
+        )
+    return Finding(
+        "saturated logits",
+        grade,
+        measured,
+        "the logits are so large that the softmax rounds to 1 and cross-entropy has no slope in float32; an attack on "
+        "it stalls although the margin still has a gradient",
+        "attack the margin or DLR, which no scaling of the logits hides (APGD with dlr, AutoAttack)",
+    )
+
+
+def honest_slope(case: Case) -> Finding | None:
+    """Gradients that are not the slope: finite differences of the margin along the steepest pixels disagree."""
+    found = case.gradient(case.started, Margin("adv")) if case.has_gradient and not case.is_random else None
+    if found is None:
+        return None
+    gradient, start = found[1].flatten(1), case.started
+    # Few pixels and a short step: a rounded input then mostly does not move at all, while its replaced gradient says
+    # that it does. Along all pixels, enough of them would cross an edge to imitate the slope.
+    top = gradient.abs().topk(min(PIXELS, gradient.shape[1]), dim=1).indices
+    direction = torch.zeros_like(gradient).scatter_(1, top, gradient.gather(1, top).sign())
+    predicted = (gradient * direction).sum(dim=1)
+    move = STEP * direction.reshape(start.x.shape)
+    seen = (_margin(case, start.x + move) - _margin(case, start.x - move)) / (2 * STEP)
+    larger = torch.maximum(seen.abs(), predicted.abs())
+    rounding = torch.finfo(case.clean.dtype).eps * case.clean.abs().amax()
+    audible = (larger * 2 * STEP > AUDIBLE * rounding) & (predicted != 0)
+    if not audible.any():
+        return None
+    wrong = (seen - predicted).abs()[audible] > DISAGREES * larger[audible]
+    share = float(wrong.float().mean())
+    if share < SLOPE_CLOSER:
+        return None
+    return Finding(
+        "wrong gradients",
+        DO_NOT_BELIEVE if share >= SLOPE_WRONG else LOOK_CLOSER,
+        f"for {share:.0%} of {len(wrong)} samples the gradient and the measured slope of the margin differ by more "
+        f"than half, {STEP:g} along the {PIXELS} steepest pixels",
+        "the backward pass belongs to another function than the forward pass (straight-through rounding, a replaced "
+        "gradient), or the function jumps: the attack climbs something else than the model",
+        "compare with attacks without gradients (Square, SPSA), or attack through a faithful smooth stand-in (BPDA)",
+    )
+
+
+def _margin(case: Case, x: torch.Tensor) -> PerSample:
+    return margin(case.logits(x), case.right.y)

@@ -1,0 +1,224 @@
+"""What searches of growing strength say of each other: stronger ones should add little, weaker ones never win."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from unmoved.attacks import PGD
+from unmoved.attacks.square import Square
+from unmoved.attacks.transfer import Transfer
+from unmoved.core.protocols import Image
+from unmoved.core.threat import ThreatModel
+from unmoved.evaluation.doctor.evidence import MORE_RESTARTS, STRONG_STEPS, TARGETS, WEAK_STEPS, Case, Search
+from unmoved.evaluation.doctor.finding import DO_NOT_BELIEVE, LOOK_CLOSER, NOTE, Finding
+from unmoved.terms import Margin
+
+# What the margin adds to cross-entropy at the same 20 steps. Honest TRADES and MART models lose up to 21 points of 100
+# here (their logits are small, and cross-entropy then pushes all classes at once), AT models up to 8.
+LOSS_NOTE, LOSS_CLOSER, LOSS_WRONG = 0.1, 0.25, 0.35
+# What APGD with restarts and targets adds to PGD-20 with both losses: at most 8 points in honest models of digits.
+SEARCH_CLOSER, SEARCH_WRONG = 0.1, 0.15
+# What further restarts add to one: at most 4 points in honest models.
+RESTARTS_CLOSER, RESTARTS_WRONG = 0.08, 0.15
+# What a search that sees no gradient adds to all those that do: 0 or 1 of 100 in honest models.
+BLACK_CLOSER, BLACK_WRONG, BLACK_LEAST = 0.02, 0.05, 3
+QUERIES = 500
+# What the gradient misses where an attacker may paint any image: nothing in honest models.
+BOX_CLOSER, BOX_WRONG = 0.03, 0.1
+# The share of the whole rise of the margin that comes after half of 100 equal steps: under 1 % in honest models.
+RISE_STEPS, RISE_CLOSER, RISE_WRONG = 100, 0.1, 0.3
+# Adversarial images lost to rounding: none in honest models unless eps is below the grid of 8 bits.
+ROUND_CLOSER, ROUND_WRONG, ROUND_LEAST = 0.1, 0.5, 5
+
+
+def grade(value: float, closer: float, wrong: float) -> str | None:
+    """The grade of a value against its two thresholds, None below both."""
+    return DO_NOT_BELIEVE if value >= wrong else LOOK_CLOSER if value >= closer else None
+
+
+def other_loss(case: Case) -> Finding | None:
+    """A margin that breaks far more than cross-entropy with the same steps."""
+    share = case.other_loss.count / len(case.right)
+    return loss_gap(
+        share,
+        f"PGD-{WEAK_STEPS} with cross-entropy leaves {len(case.weak.rest)} of {len(case.right)} samples; the same "
+        f"steps on the margin break {case.other_loss.count} of these",
+    )
+
+
+def loss_gap(share: float, measured: str) -> Finding | None:
+    """The finding of a gap between PGD with cross-entropy and something stronger."""
+    if share < LOSS_NOTE:
+        return None
+    return Finding(
+        "PGD overrates",
+        grade(share, LOSS_CLOSER, LOSS_WRONG) or NOTE,
+        measured,
+        "cross-entropy does not lead to the boundary here (a plateau of confidence, or logits drawn together): an "
+        "accuracy under PGD alone says little about this model",
+        "quote the worst case over attacks with a margin loss (APGD with dlr, AutoAttack), never PGD alone",
+    )
+
+
+def stronger_search(case: Case) -> Finding | None:
+    """Adaptive steps, restarts and targets that break far more than plain PGD with both losses."""
+    count = case.strong.count + case.scale * (case.restarts.count + case.targeted.count)
+    found = grade(count / len(case.right), SEARCH_CLOSER, SEARCH_WRONG)
+    if found is None:
+        return None
+    return Finding(
+        "a stronger search wins",
+        found,
+        f"of {len(case.other_loss.rest)} samples that PGD-{WEAK_STEPS} left (cross-entropy, then the margin), "
+        f"APGD-{STRONG_STEPS} with {1 + MORE_RESTARTS} restarts and {TARGETS} targets breaks about {count:.0f}",
+        "where more search goes on finding adversarial images, the accuracy measured is that of the search, not of the "
+        "model",
+        "judge by the strongest search at hand (unmoved evaluate --attacks standard) and by one adapted to the model",
+    )
+
+
+def more_restarts(case: Case) -> Finding | None:
+    """Restarts that go on breaking samples."""
+    share = case.scale * case.restarts.count / len(case.right)
+    found = grade(share, RESTARTS_CLOSER, RESTARTS_WRONG)
+    if found is None:
+        return None
+    return Finding(
+        "restarts still matter",
+        found,
+        f"{MORE_RESTARTS} further restarts of APGD-{STRONG_STEPS} break {case.restarts.count} of "
+        f"{len(case.restarts.batch)} samples that the first left",
+        "the loss has many poor maxima, as where gradients are shattered: still more restarts would break still more",
+        "raise the restarts until the accuracy stands still, and report that number",
+    )
+
+
+def still_rising(case: Case) -> Finding | None:
+    """A loss that has not come to rest after many steps."""
+    batch = case.restarts.batch
+    if not case.has_gradient or len(batch) == 0 or case.threat.norm == "l1":
+        return None
+    x_adv, top, trace = batch.x, None, []
+    for _ in range(RISE_STEPS + 1):
+        found = case.gradient(replace(batch, x=x_adv), Margin("adv"))
+        if found is None:
+            return None
+        value, gradient = found
+        top = value if top is None else torch.maximum(top, value)
+        trace.append(top)
+        step = 2.5 * case.threat.radius / WEAK_STEPS * case.threat.steepest(gradient)
+        x_adv = case.threat.project(x_adv + step, batch.x)
+    first, half, last = (float(trace[k].mean()) for k in (0, RISE_STEPS // 2, RISE_STEPS))
+    found_grade = grade((last - half) / max(last - first, 1e-12), RISE_CLOSER, RISE_WRONG)
+    if found_grade is None:
+        return None
+    return Finding(
+        "loss still rising",
+        found_grade,
+        f"over {RISE_STEPS} steps on {len(batch)} samples the best margin went from {first:.3g} through {half:.3g} at "
+        f"half time to {last:.3g}: {(last - half) / (last - first):.0%} of the rise came in the second half",
+        "an attack that has not converged underrates the attacker: noisy or misleading gradients make it crawl",
+        "give the attack more steps until the loss stands still",
+    )
+
+
+def whole_box(case: Case) -> Finding | None:
+    """A gradient attack that fails where any image is allowed, so that painting another image succeeds."""
+    low, high = case.threat.bounds
+    box = ThreatModel("linf", high - low, case.threat.bounds)
+    climbed = case.climb(PGD(box, steps=WEAK_STEPS, start="none", keep="best", seed=case.seed), case.right)
+    painted = torch.zeros_like(climbed.broken)
+    for picture in _pictures(case):
+        painted |= case.logits(picture.expand_as(case.right.x)).argmax(dim=1) != case.right.y
+    missed = int((painted & ~climbed.broken).sum())
+    found = grade(missed / len(case.right), BOX_CLOSER, BOX_WRONG)
+    if found is None:
+        return None
+    return Finding(
+        "fails at eps = 1",
+        found,
+        f"with the whole box of images allowed, PGD-{WEAK_STEPS} still fails on {missed} of {len(case.right)} samples "
+        "that painting the image grey, or as one of another class, does break",
+        "at eps = 1 accuracy must fall to about 0; a gradient attack that does not get there does not follow the model",
+        "attack without gradients (Square, SPSA) or through a faithful smooth stand-in; distrust every eps",
+    )
+
+
+def _pictures(case: Case) -> list[Image]:
+    """Mid-grey, and the first right image of each class."""
+    right = case.right
+    firsts = [right.x[right.y == label][:1] for label in right.y.unique()]
+    return [torch.full_like(right.x[:1], sum(case.threat.bounds) / 2), *firsts]
+
+
+def black_box(case: Case) -> Finding | None:
+    """Random search that breaks what every gradient attack left."""
+    search = case.search(Square(case.threat, queries=QUERIES, seed=case.seed), case.survivors)
+    return _beats_white_box(
+        case, search, "black-box stronger", f"Square with {QUERIES} queries, which sees no gradient,"
+    )
+
+
+def transfer(case: Case) -> Finding | None:
+    """Images made for another model that break what every gradient attack on this one left."""
+    if case.surrogate is None:
+        return None
+    search = case.search(Transfer(case.threat, case.surrogate), case.survivors)
+    return _beats_white_box(case, search, "transfer stronger", "PGD on the surrogate model, transferred,")
+
+
+def _beats_white_box(case: Case, search: Search, check: str, who: str) -> Finding | None:
+    share = case.scale * search.count / len(case.right)
+    found = beaten(share, search.count)
+    if found is None:
+        return None
+    measured = f"{who} breaks {search.count} of {len(search.batch)} samples that all gradient attacks left"
+    return weaker_wins(check, found, measured)
+
+
+def beaten(share: float, count: int) -> str | None:
+    """The grade of samples that only a weaker attacker broke."""
+    if count == 0:
+        return None
+    return (grade(share, BLACK_CLOSER, BLACK_WRONG) or NOTE) if count >= BLACK_LEAST else NOTE
+
+
+def weaker_wins(check: str, found: str, measured: str) -> Finding:
+    """The finding of an attacker who knows less and does better."""
+    return Finding(
+        check,
+        found,
+        measured,
+        "whoever sees gradients can do all that this attacker did: that they did not shows that the gradients mislead",
+        "do not use gradient attacks alone here; raise the queries of Square, and look for the layer that masks",
+    )
+
+
+def rounding(case: Case) -> Finding | None:
+    """Adversarial images that stop being adversarial in 8 bits."""
+    searches: Sequence[Search] = (case.weak, case.other_loss, case.strong)  # the others stop at the boundary
+    x_adv = torch.cat([s.x_adv[s.broken] for s in searches])
+    y = torch.cat([s.batch.y[s.broken] for s in searches])
+    if len(y) < ROUND_LEAST:
+        return None
+    lost = int((case.logits(_in_8_bits(x_adv, case.threat)).argmax(dim=1) == y).sum())
+    found = grade(lost / len(y), ROUND_CLOSER, ROUND_WRONG)
+    if found is None:
+        return None
+    return Finding(
+        "undone by 8 bits",
+        found,
+        f"rounding to 256 levels turns {lost} of {len(y)} adversarial images back into correctly classified ones",
+        "no image file holds these images; either eps is below the grid of stored images, or the model is so jagged "
+        "that attacks find needles rather than regions",
+        "round inside the attack, or say that images are real-valued; if eps is above 1/255, look for a jagged layer",
+    )
+
+
+def _in_8_bits(x: Image, threat: ThreatModel) -> Tensor:
+    low, high = threat.bounds
+    return ((x - low) * (255 / (high - low))).round() * ((high - low) / 255) + low

@@ -1,0 +1,294 @@
+"""The judge: attacks propose, the judge decides, in float32, and raises on anything outside the rules."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import nn
+
+from unmoved.attacks import APGD
+from unmoved.core import views
+from unmoved.core.errors import UnmovedError, require_whole
+from unmoved.core.passes import one_pass, require_distinct
+from unmoved.core.precision import autocast, exact
+from unmoved.core.preconditions import require_attack, require_images, require_labels, require_model, require_split
+from unmoved.core.protocols import Attack, Batch, Ensemble, Image, Label, MinimumNormAttack, Split
+from unmoved.core.threat import ThreatModel, require_threat
+from unmoved.core.weights import evaluating
+from unmoved.evaluation.journal import Journal
+from unmoved.evaluation.outcomes import CLEAN, COLUMNS, ROBUST
+from unmoved.evaluation.threads import Workers
+
+ORDER = "evaluate(model, split, {name: attack, ...}, threat)"
+Progress = Callable[[float, float, str], None]
+Keep = Callable[[str, Batch, Image, np.ndarray], None]
+
+
+def evaluate(
+    model: nn.Module,
+    split: Split,
+    attacks: Mapping[str, Attack],
+    threat: ThreatModel,
+    *,
+    batch_size: int = 128,
+    precision: str = "float32",
+    workers: int = 1,
+    journal: Journal | None = None,
+    keep: Keep | None = None,
+    progress: Progress | None = None,
+) -> pd.DataFrame:
+    """Outcomes of attacks on a model: one row per sample and attack, judged in float32 in evaluation mode.
+
+    Attacks run on the samples that the model gets right; a sample misclassified as it is counts as lost with distance
+    0. The parts of an ensemble run one after the other over all the data, each on what is still robust. No image
+    outside [0, 1] is ever counted, and none outside the ball as a success.
+
+    Args:
+        model: images (B, C, H, W) in [0, 1] -> logits (B, K); on any device.
+        split: the data; read again for each attack, so that memory does not grow with it.
+        attacks: name -> attack or ensemble.
+        threat: the ball that the judge holds every proposal to.
+        batch_size: images a pass; the verdict does not depend on it.
+        precision: of the search alone: ``"float32"``, ``"bf16"`` or ``"auto"``.
+        workers: threads that attack at a time on a CPU, each with a copy of the model; 0 for as many as torch uses.
+        journal: where answers are written as they come, and read back from after an interruption.
+        keep: called with (part, batch, proposals, which are successes) for whoever wants the images; a part of several
+            attacks comes as ``attack,part``.
+        progress: called with (work done, work in all, what is known so far).
+
+    Returns:
+        A table with the columns of `unmoved.outcomes`.
+
+    Raises:
+        UnmovedError: arguments that are no model, split, attacks by name and threat model; no attack or no data;
+            images or labels out of range; one identity for two samples; logits that are not finite; a proposal outside
+            the threat model.
+    """
+    require_model(model, ORDER)
+    require_split(split, ORDER)
+    if not isinstance(attacks, Mapping) or not attacks:
+        came = "none" if isinstance(attacks, Mapping) else type(attacks).__name__
+        raise UnmovedError(
+            f'attacks: expected at least one attack by its name, such as {{"pgd": PGD(threat)}}, came {came}'
+        )
+    for name, attack in attacks.items():
+        require_attack(f"attack {name!r}", attack)
+    require_threat("threat", threat)
+    batch_size = require_whole("batch_size", batch_size, at_least=1)
+    workers = require_whole("workers", workers, at_least=0)
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    tables = []
+    # A randomised model draws from the global generator: its draws are fixed, and the caller's state is put back.
+    with torch.random.fork_rng(devices), Workers(model, workers) as pool:
+        torch.manual_seed(0)
+        clean = _Clean(model, split, batch_size, threat)
+        listed = {name: parts_of(name, attack, clean.num_classes) for name, attack in attacks.items()}
+        often = Counter(part for parts in listed.values() for part in parts)
+        done, total = 0.0, float(sum(len(parts) for parts in listed.values()) * max(int(clean.right.sum()), 1))
+        for name, parts in listed.items():
+            sheet = _Sheet(name, clean, threat, cumulative=isinstance(attacks[name], Ensemble))
+            for part, attack in parts.items():
+                sheet.begin()
+                met = max(int(sheet.open.sum()), 1)
+                if journal is not None:
+                    sheet.enter(part, *sheet.awaited(*journal.read(name, part)))
+                # The same chunks after an interruption, so that not even rounding differs.
+                size = max(1, min(batch_size, -(-met // pool.count)))
+                chunks = _chunks(model, split, sheet.waiting, size, threat)
+
+                def ask(own: nn.Module, chunk: _Chunk, part: str = part, attack: Attack = attack) -> _Answer:
+                    return _answer(own, attack, chunk[1], threat, part, precision)
+
+                label = part if often[part] == 1 else f"{name},{part}"
+                right, ran = float(clean.right.sum()), 0
+                for (position, batch), (proposal, prediction, distance) in pool.map(ask, chunks):
+                    if keep is not None:
+                        keep(label, batch, proposal, sheet.success(prediction, batch.y.cpu().numpy(), distance))
+                    if journal is not None:
+                        journal.add(name, part, position, prediction, distance)
+                    sheet.enter(part, position, prediction, distance)
+                    ran += len(position)
+                    if progress is not None:
+                        progress(min(done + right * ran / met, total), total, sheet.words(part))
+                done += right
+                if progress is not None:
+                    progress(done, total, sheet.words(part))
+            tables.append(sheet.table())
+    return pd.concat(tables, ignore_index=True).sort_values(["attack", "index"], kind="stable", ignore_index=True)
+
+
+def parts_of(name: str, attack: Attack, num_classes: int) -> dict[str, Attack]:
+    """The parts of an ensemble, or the attack alone under its own name."""
+    return dict(attack.parts(num_classes)) if isinstance(attack, Ensemble) else {name: attack}
+
+
+class _Clean:
+    """What the model says of the clean images: one small number or two a sample."""
+
+    def __init__(self, model: nn.Module, split: Split, size: int, threat: ThreatModel) -> None:
+        index: list[np.ndarray] = []
+        label: list[np.ndarray] = []
+        prediction: list[np.ndarray] = []
+        for batch in checked_batches(model, split, size, threat):
+            if len(index) == 1:  # what numbers each batch from 0 is seen here, before all data is read
+                require_distinct(torch.cat([torch.from_numpy(index[0]), batch.index.cpu()]))
+            guess, self.num_classes = predicted(model, batch.x, batch.y)
+            index.append(batch.index.cpu().numpy())
+            label.append(batch.y.cpu().numpy())
+            prediction.append(guess.cpu().numpy())
+        self.index, self.label, self.prediction = map(np.concatenate, (index, label, prediction))
+        require_distinct(torch.from_numpy(self.index))
+        self.right = self.prediction == self.label
+
+
+class _Sheet:
+    """What is known of one attack on each sample so far."""
+
+    def __init__(self, name: str, clean: _Clean, threat: ThreatModel, cumulative: bool) -> None:
+        self.name, self.clean, self.threat, self.cumulative = name, clean, threat, cumulative
+        self.prediction, self.distance = clean.prediction.copy(), np.zeros(len(clean.label))
+        self.by = np.where(clean.right, ROBUST, CLEAN).astype(object)
+        self.open = clean.right.copy()
+        self._asked = np.zeros_like(self.open)
+
+    def begin(self) -> None:
+        """A new part: nobody has been asked yet."""
+        self._asked[:] = False
+
+    @property
+    def waiting(self) -> np.ndarray:
+        """A mask of the samples that the part at work is still to be run on."""
+        return self.open & ~self._asked
+
+    def success(self, prediction: np.ndarray, label: np.ndarray, distance: np.ndarray) -> np.ndarray:
+        return (prediction != label) & (distance <= self.threat.radius + self.threat.tolerance)
+
+    def awaited(
+        self, position: np.ndarray, prediction: np.ndarray, distance: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of a journal's answers those about samples that are waiting: nobody asked for others."""
+        mine = position < len(self.open)
+        mine[mine] = self.waiting[position[mine]] & (prediction[mine] < self.clean.num_classes)
+        return position[mine], prediction[mine], distance[mine]
+
+    def enter(self, part: str, position: np.ndarray, prediction: np.ndarray, distance: np.ndarray) -> None:
+        self._asked[position] = True
+        won = self.success(prediction, self.clean.label[position], distance)
+        # An ensemble that fails proposes the clean image; an attack alone is shown with what it proposed.
+        said = won if self.cumulative else np.ones_like(won)
+        self.prediction[position[said]], self.distance[position[said]] = prediction[said], distance[said]
+        self.by[position[won]] = part
+        self.open[position[won]] = False
+
+    def words(self, part: str) -> str:
+        return f"{part}: robust accuracy at most {self.open.mean():.1%}"
+
+    def table(self) -> pd.DataFrame:
+        return pd.DataFrame(
+            {
+                "index": self.clean.index,
+                "label": self.clean.label,
+                "attack": self.name,
+                "eps": self.threat.radius,
+                "norm": self.threat.norm,
+                "clean_prediction": self.clean.prediction,
+                "adversarial_prediction": self.prediction,
+                "distance": self.distance,
+                "success": ~self.open,
+                "by": self.by,
+            }
+        )[list(COLUMNS)]
+
+
+_Chunk = tuple[np.ndarray, Batch]
+_Answer = tuple[Image, np.ndarray, np.ndarray]
+
+
+def _chunks(model: nn.Module, split: Split, mask: np.ndarray, size: int, threat: ThreatModel) -> Iterator[_Chunk]:
+    """(positions in the split, batch) of the samples where the mask is true, ``size`` at a time."""
+    held: list[Batch] = []
+    where = np.flatnonzero(mask)
+    read = yielded = 0
+    for batch in checked_batches(model, split, max(size, 256), threat):
+        few = torch.from_numpy(np.flatnonzero(mask[read : read + len(batch)])).to(batch.y.device)
+        read += len(batch)
+        if len(few):
+            held.append(batch.take(few))
+        whole = read == len(mask)
+        while held and (sum(map(len, held)) >= size or whole):
+            joined = _join(held)
+            rest = torch.arange(len(joined), device=joined.y.device)
+            yield where[yielded : yielded + size], joined.take(rest[:size])
+            yielded += min(size, len(joined))
+            held = [joined.take(rest[size:])] if len(joined) > size else []
+
+
+def _join(batches: Sequence[Batch]) -> Batch:
+    x, y, index = (torch.cat([getattr(batch, name) for batch in batches]) for name in ("x", "y", "index"))
+    return Batch(x, y, index)
+
+
+def _answer(model: nn.Module, attack: Attack, batch: Batch, threat: ThreatModel, name: str, precision: str) -> _Answer:
+    proposal = propose(model, attack, batch, threat, name, precision)
+    draws = attack.draws if isinstance(attack, APGD) else 1
+    prediction = predict(model, proposal, batch.y, draws)
+    return proposal, prediction.cpu().numpy(), threat.distance(proposal, batch.x).cpu().numpy()
+
+
+def propose(
+    model: nn.Module, attack: Attack, batch: Batch, threat: ThreatModel, name: str, precision: str = "float32"
+) -> Image:
+    """One attack's proposal, checked against the threat model."""
+    # Copies: an attack that writes into its images would be measured against its own proposal.
+    theirs = dataclasses.replace(batch, x=batch.x.clone(), y=batch.y.clone())
+    with autocast(precision, batch.x.device):
+        proposal = attack(model, theirs)
+    if not isinstance(proposal, torch.Tensor):
+        raise UnmovedError(f"attack {name!r}: expected a tensor of images, came {type(proposal).__name__}")
+    if proposal.dtype != batch.x.dtype:
+        raise UnmovedError(f"attack {name!r}: expected images of {batch.x.dtype}, came {proposal.dtype}")
+    # A minimum-norm attack may leave the ball, which is then no success; nobody may leave the valid images.
+    leaves = isinstance(attack, MinimumNormAttack) and attack.minimum_norm
+    (_whole_box(threat, batch) if leaves else threat).check(proposal, batch.x, name)
+    return proposal.detach()
+
+
+def _whole_box(threat: ThreatModel, batch: Batch) -> ThreatModel:
+    """A ball in which every valid image lies."""
+    pixels = 1 if threat.norm == "linf" else batch.x[0].numel()
+    return dataclasses.replace(threat, eps=pixels * (threat.bounds[1] - threat.bounds[0]))
+
+
+def predict(model: nn.Module, x: Image, y: Label, draws: int = 1) -> Label:
+    """The predicted class (B,), in float32 and evaluation mode; of a randomised model by the mean of ``draws`` logits.
+
+    Raises:
+        UnmovedError: logits that are not finite, or labels that the logits have no column for.
+    """
+    return predicted(model, x, y, draws)[0]
+
+
+def predicted(model: nn.Module, x: Image, y: Label, draws: int = 1) -> tuple[Label, int]:
+    """(the predicted class (B,), the number of classes)."""
+    draws = require_whole("draws", draws, at_least=1)
+    with torch.no_grad(), evaluating(model), exact(x.device):
+        logits = torch.stack([views.logits(model, x) for _ in range(draws)]).mean(dim=0)
+    if not torch.isfinite(logits).all():
+        raise UnmovedError(
+            f"model {type(model).__name__}: expected finite logits, came NaN or infinity; a verdict would mean nothing"
+        )
+    require_labels(y, logits.shape[1])
+    return logits.argmax(dim=1), logits.shape[1]
+
+
+def checked_batches(model: nn.Module, split: Split, size: int, threat: ThreatModel) -> Iterator[Batch]:
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    for batch in one_pass(split, size):
+        require_images(batch.x, threat.bounds)
+        require_labels(batch.y)
+        yield batch.to(device)

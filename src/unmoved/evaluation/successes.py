@@ -1,0 +1,40 @@
+"""The images that broke a model, kept while an evaluation is at work: all of them are there when it has ended."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unmoved.core.files import write_atomic
+from unmoved.core.protocols import Batch, Image
+from unmoved.evaluation import judge
+
+
+def keeper(folder: Path) -> judge.Keep:
+    """Saves the successful images of each chunk: index, label, x_adv."""
+
+    def keep(part: str, batch: Batch, proposal: Image, success: np.ndarray) -> None:
+        path = folder / f"{part}-{int(batch.index[0]):08d}.npz"
+        if not success.any():
+            path.unlink(missing_ok=True)  # of a chunk that was kept but not answered, in larger chunks
+            return
+        won = torch.from_numpy(success).to(proposal.device)
+        arrays: dict[str, Tensor] = {"index": batch.index[won], "label": batch.y[won], "x_adv": proposal[won]}
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **{name: tensor.cpu().numpy() for name, tensor in arrays.items()})  # type: ignore[arg-type]
+        write_atomic(path, buffer.getvalue())
+
+    return keep
+
+
+def clear(folder: Path, spare: str | None) -> None:
+    """Remove the images of evaluations that were broken off and are not gone on with."""
+    begun = (folder / "journal.jsonl").exists()
+    for kept in folder.glob(".adversarial-*"):
+        if not kept.is_symlink() and not (begun and kept.name == spare):
+            shutil.rmtree(kept, ignore_errors=True)

@@ -1,0 +1,1 @@
+"""Many runs: jobs, the processes of this machine, a Ray cluster."""

@@ -1,0 +1,181 @@
+"""The main job: recipes x seeds -> runs -> one table and one report. What is done already is not done again."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Collection, Generator, Sequence
+from contextlib import closing
+from dataclasses import replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unmoved.core.errors import UnmovedError
+from unmoved.core.untrusted import readable
+from unmoved.evaluation import outcomes
+from unmoved.experiments import local_pool
+from unmoved.experiments import ray_cluster as clusters
+from unmoved.experiments.jobs import Job
+from unmoved.runs import recipe as config
+from unmoved.runs.assembly import Built
+from unmoved.runs.evaluate import evaluate_run, examine_run
+from unmoved.runs.folder import Run
+from unmoved.runs.load import Opened, opened, weights_digest
+from unmoved.runs.train import train_recipe
+
+DOCTOR_SAMPLES = 32  # enough to see masked gradients; `unmoved doctor RUN` looks at more
+
+
+def work(job: Job, device: str = "auto") -> str:
+    """Train and judge one job in this process, going on where it stands; returns the run's folder.
+
+    It computes with ``job.threads`` threads, never with more than torch was set to here.
+    """
+    ceiling = torch.get_num_threads()
+    torch.set_num_threads(min(job.threads or ceiling, ceiling))
+    try:
+        return _done(job, device)
+    finally:
+        torch.set_num_threads(ceiling)
+
+
+def _done(job: Job, device: str) -> str:
+    recipe, tests = config.parse(job.tables), []
+
+    # Once, however many steps want them, and not at all where everything is done.
+    @cache
+    def build() -> Built:
+        return Built(recipe, job.allow)
+
+    @cache
+    def ready() -> Opened:
+        tests.append(build().data.test)  # held, or each step would read it again
+        return opened(run, "best", device, job.allow, built=build())
+
+    run = train_recipe(recipe, job.path, resume=True, allow=job.allow, device=device, progress=_say_notes, build=build)
+    done = run.evaluation
+    asked = weights_digest(run, "best"), readable(job.attacks)
+    if done is None or (done.get("weights_sha256"), done.get("asked")) != asked:
+        evaluate_run(run, attacks=job.attacks, device=device, allow=job.allow, ready=ready)
+    seen, judged = run.doctor or {}, run.evaluation or run.verdict or {}
+    told = (judged.get("files") or {}).get("outcomes.csv")
+    if (seen.get("weights_sha256"), seen.get("evaluation")) != (asked[0], told):
+        examine_run(run, n=DOCTOR_SAMPLES, device=device, allow=job.allow, ready=ready)
+    if job.analyze:
+        from unmoved.analyses import studies  # with all figures, for which other jobs need not wait
+
+        (subject,) = studies.subjects([run], job.analysis_n, device=device, allow=job.allow, ready=ready)
+        for name in job.analyze:
+            studies.prepare(name, subject)
+    return job.path
+
+
+def processes(jobs: int, workers: int | None = None) -> int:
+    """How many processes of this machine make so many runs at a time: one a core, unless the user says otherwise."""
+    return max(1, min(workers or os.cpu_count() or 1, jobs))
+
+
+def threads_each(jobs: int, workers: int | None = None) -> int:
+    """The threads of each of these processes: what the user (OMP_NUM_THREADS) or torch has set, divided among them.
+
+    More would be a mistake: threads that wait for each other keep their cores busy.
+    """
+    return max(1, torch.get_num_threads() // processes(jobs, workers))
+
+
+def compare(
+    jobs: Sequence[Job],
+    *,
+    workers: int | None = None,
+    on_done: Callable[[Job, str | None], None] | None = None,
+    poll: Callable[[], None] | None = None,
+    cluster: clusters.Cluster | None = None,
+) -> list[Run]:
+    """Run the grid in a pool of processes and return the finished runs; one failure does not stop the others.
+
+    A run whose process dies is gone on with in another one, once.
+
+    Args:
+        workers: processes at a time; by default one a core of this machine, or as many as the cluster has room for.
+        on_done: called with each job and its error message, or None.
+        poll: called a few times a second, for a progress display.
+        cluster: the Ray cluster whose machines do the work, instead of processes of this one; they must see the runs'
+            folders.
+
+    Raises:
+        UnmovedError: after all jobs ended, naming those that failed; what finished stays on disk. As
+            `unmoved.experiments.ray_cluster.each`, at once.
+    """
+    failures: dict[str, str] = {}
+    with closing(_ended(jobs, workers, poll, cluster)) as ended:
+        for number, error in ended:
+            label = jobs[number].label
+            if error is not None:
+                failures[label] = _words(error)
+            if on_done is not None:
+                on_done(jobs[number], failures.get(label))
+    if failures:
+        lines = "".join(f"\n  {label}: {message}" for label, message in failures.items())
+        raise UnmovedError(
+            f"{len(failures)} of {len(jobs)} runs failed; the others are finished, and the same command goes on with "
+            f"what is missing:{lines}"
+        )
+    return [Run.open(job.path) for job in jobs]
+
+
+def _ended(
+    jobs: Sequence[Job], workers: int | None, poll: Callable[[], None] | None, cluster: clusters.Cluster | None
+) -> Generator[tuple[int, BaseException | None]]:
+    """Do the jobs; yield each one's number as it ends, with its error or None."""
+    if cluster is None:
+        return local_pool.each(work, jobs, processes(len(jobs), workers), poll)
+    sent = [replace(job, path=os.path.abspath(job.path)) for job in jobs]
+    return clusters.each(
+        partial(work, device="auto" if cluster.gpus else "cpu"),
+        sent,
+        min(workers or len(jobs), len(jobs)),
+        poll,
+        cluster=cluster,
+        shared=Path(os.path.commonpath([Path(job.path).parent for job in sent])) if sent else Path(),
+    )
+
+
+def finals(
+    runs: Sequence[Run],
+    count: int,
+    n: int | None,
+    *,
+    allow: Collection[str] = (),
+    progress: Callable[[float, str], None] | None = None,
+) -> list[Run]:
+    """AutoAttack standard on ``n`` test images of the ``count`` best runs by worst case, which it returns."""
+    ranked = sorted(runs, key=lambda run: -_worst(run))[:count]
+    for number, run in enumerate(ranked):
+
+        def tell(share: float, words: str, number: int = number, name: str = run.name) -> None:
+            if progress is not None:
+                progress((number + share) / len(ranked), f"{name} {words}")
+
+        done, asked = run.verdict or {}, n or config.parse(run.recipe).evaluation.n
+        if (done.get("weights_sha256"), done.get("asked_n", -1)) != (weights_digest(run, "best"), asked):
+            evaluate_run(run, attacks="standard", n=n, allow=allow, progress=tell)
+    return ranked
+
+
+def _worst(run: Run) -> float:
+    table = run.outcomes
+    return 0.0 if table is None else float(outcomes.by_sample(table, is_checked=True)[outcomes.WORST].mean())
+
+
+def _say_notes(record: dict[str, Any]) -> None:
+    if "note" in record:
+        sys.stderr.write(f"note: {record['note']}\n")
+
+
+def _words(error: BaseException) -> str:
+    if isinstance(error, local_pool.ProcessDied):
+        return f"its process was ended from outside (out of memory, or killed), {local_pool.DEATHS} times"
+    return str(error) if isinstance(error, UnmovedError | clusters.JobError) else f"{type(error).__name__}: {error}"

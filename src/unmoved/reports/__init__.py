@@ -1,0 +1,1 @@
+"""Tables -> figures -> pages; no model is touched here."""

@@ -1,0 +1,246 @@
+"""How figures are drawn: colours, fonts, names that keep out of the way, and SVG with the same bytes each time.
+
+No pyplot, and matplotlib's settings are put back after each use. Colours are Okabe and Ito's, which the colour-blind
+tell apart; markers and line styles alone suffice in black and white.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+from xml.etree import ElementTree
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
+
+from unmoved.core.errors import UnmovedError
+
+Key = TypeVar("Key")
+INK, GRID, PAPER = "#1b1b1a", "#dcdcd9", "#fefefd"  # no data has these colours, so a page may exchange them (dark mode)
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", INK)
+MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
+LINES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (6, 1.5, 1, 1.5, 1, 1.5)))
+MOST = 12  # series that a reader tells apart in one picture; where there are more, the others are grey
+STYLE: dict[Any, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 10.0,
+    "legend.fontsize": 9.5,
+    "legend.frameon": False,
+    "text.parse_math": False,  # a recipe may well be called "a$b$"
+    "figure.constrained_layout.use": True,
+    "figure.labelsize": 8.5,
+    "figure.facecolor": PAPER,
+    "axes.facecolor": "none",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 5.0,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "unmoved",
+    **dict.fromkeys(["text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"], INK),
+}
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """Our settings inside the block, the caller's after it; ``@style()`` does the same for a function."""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # a user's own matplotlibrc must not change what a figure looks like
+        matplotlib.rcParams.update(STYLE)
+        yield
+
+
+def look(k: int) -> dict[str, Any]:
+    """Colour, marker and line style of the k-th series; without the colour they repeat after 40 series."""
+    return {
+        "color": COLOURS[k % len(COLOURS)],
+        "marker": MARKERS[k % len(MARKERS)],
+        "linestyle": LINES[k % len(LINES)],
+    }
+
+
+def canvas(width: float, height: float) -> Figure:
+    """An empty figure, in inches, whose texts can be measured."""
+    figure = Figure(figsize=(width, height))
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def finished(figure: Figure, caption: str) -> Figure:
+    """The figure with its caption as its label, and laid out for good: each rendering would move it a hair further."""
+    figure.set_label(caption)
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    return figure
+
+
+def require_columns(table: pd.DataFrame, columns: Sequence[str], figure: str) -> None:
+    """Raise `UnmovedError` unless the table has these columns and at least one row."""
+    missing = [name for name in columns if name not in table.columns]
+    if missing or table.empty:
+        came = f"none of {', '.join(missing)}" if missing else "no row"
+        raise UnmovedError(f"{figure}: expected a table with {', '.join(columns)}, came {came}")
+
+
+def count(n: pd.Series) -> str:
+    """``"n = 360"``, or from the smallest to the largest where they differ."""
+    low, high = int(n.min()), int(n.max())
+    return f"n = {low}" if low == high else f"n = {low} to {high}"
+
+
+def bar(low: Any, middle: Any, high: Any) -> np.ndarray:
+    """The lengths (2, ...) of error bars below and above; rounding may put the middle a hair outside."""
+    return np.maximum(np.stack([np.asarray(middle) - low, np.asarray(high) - middle]), 0)
+
+
+def foremost(keys: Sequence[Key], rank: Callable[[Key], Any]) -> tuple[list[Key], list[Key]]:
+    """The `MOST` keys of lowest rank, in the order in which they came, and the others; all, where there are as few."""
+    best = set(sorted(keys, key=rank)[:MOST])
+    return [key for key in keys if key in best], [key for key in keys if key not in best]
+
+
+def front(x: pd.Series, y: pd.Series) -> list[Any]:
+    """The labels of the points that no other beats in both, at most `MOST` of them, evenly along the front."""
+    found, best = list[Any](), -np.inf
+    for label in pd.DataFrame({"x": x, "y": y}).sort_values(["x", "y"], ascending=False, kind="stable").index:
+        if y[label] > best:
+            found.append(label)
+            best = y[label]
+    return [found[k] for k in np.linspace(0, len(found) - 1, min(MOST, len(found))).round().astype(int)]
+
+
+def draw_others(axes: Axes, lines: Sequence[tuple[Any, Any]], what: str, **looks: Any) -> str:
+    """Draw what has no look of its own as one grey artist, however many lines it is; return how it is to be told.
+
+    Args:
+        lines: x and y of each.
+        what: what they are, in the plural.
+    """
+    if not lines:
+        return ""
+    gap = [np.nan]
+    x, y = (np.concatenate([part for line in lines for part in (np.ravel(line[k]), gap)]) for k in (0, 1))
+    label = f"{len(lines)} other {what}"
+    grey: dict[str, Any] = {"color": INK, "alpha": 0.3, "linewidth": 0.7, "markersize": 4, "zorder": 0.8}
+    axes.plot(x, y, label=label, **grey | looks)
+    return label
+
+
+def legend_above(figure: Figure) -> None:
+    """What the first axes' series are, above the picture, which grows by the room that it takes."""
+    handles, names = figure.axes[0].get_legend_handles_labels()
+    columns = 2 if max(map(len, names)) <= 24 else 1
+    figure.set_figheight(figure.get_figheight() + 0.15 + 0.21 * -(-len(names) // columns))
+    figure.legend(handles, names, loc="outside upper center", ncols=columns)
+
+
+def place_names(axes: Axes, points: Sequence[tuple[float, float, str]], bars: Sequence[Any]) -> None:
+    """Write the name beside each point (x, y, name) where it hides least: no marker or name, few of the bars (2, 2).
+
+    One text is measured for each name, and one annotation made.
+    """
+    figure: Any = axes.figure
+    figure.draw_without_rendering()
+    renderer, frame = figure.canvas.get_renderer(), np.array([axes.get_window_extent().extents])
+    places = axes.transData.transform([p[:2] for p in points])
+    taken = [Bbox([place, place]).padded(9).extents for place in places]
+    taken += [Bbox(axes.transData.transform(ends)).padded(3).extents for ends in bars]
+    boxes, weights = np.array(taken), np.repeat([5.0, 1.0], [len(points), len(bars)])
+    # A bar's ends come in any order.
+    boxes = np.hstack([np.minimum(boxes[:, :2], boxes[:, 2:]), np.maximum(boxes[:, :2], boxes[:, 2:])])
+    offsets = [(right, up) for reach in (5, 12, 20) for up in (reach, -reach) for right in (reach, -reach)]
+    sides = np.array(offsets)
+    near, corners = sides[0, 1], sides * figure.dpi / 72
+    for (x, y, name), place in zip(points, places, strict=True):
+        text = axes.text(x, y, name, fontweight="bold")
+        size = np.array(text.get_window_extent(renderer).size)
+        text.remove()
+        low = place + corners - np.where(sides < 0, size, 0)
+        tried = np.hstack([low, low + size])
+        outside = size.prod() - _overlaps(tried, frame)[:, 0]
+        costs = 10 * outside + _overlaps(tried, boxes) @ weights + 2 * np.abs(sides[:, 1])
+        right, up = offsets[best := int(np.argmin(costs.round(3)))]
+        corner = {"relpos": (float(right < 0), float(up < 0)), "shrinkA": 0, "shrinkB": 4}
+        leader = {"arrowstyle": "-", "color": INK, "linewidth": 0.6, **corner} if abs(up) > near else None
+        text = axes.annotate(name, (x, y), xytext=(right, up), textcoords="offset points", arrowprops=leader)
+        text.set(ha="left" if right > 0 else "right", va="bottom" if up > 0 else "top", fontweight="bold")
+        text.set_bbox({"facecolor": PAPER, "alpha": 0.75, "linewidth": 0, "pad": 0.6})
+        text.set_in_layout(False)
+        boxes, weights = np.vstack([boxes, tried[best]]), np.append(weights, 5.0)
+
+
+def _overlaps(these: np.ndarray, those: np.ndarray) -> np.ndarray:
+    """The area that each of these boxes (A, 4) has in common with each of those (B, 4): (A, B)."""
+    low = np.maximum(these[:, None, :2], those[None, :, :2])
+    high = np.minimum(these[:, None, 2:], those[None, :, 2:])
+    area: np.ndarray = np.clip(high - low, 0, None).prod(axis=2)
+    return area
+
+
+def to_svg(figure: Figure) -> str:
+    """The figure as the text of an SVG file: no date, no random ids, words as words."""
+    text, canvas = io.StringIO(), figure.canvas
+    with style():
+        try:  # not savefig, which draws everything once more before
+            writer: Any = FigureCanvasSVG(figure)
+            writer.print_svg(text, metadata=dict.fromkeys(["Creator", "Date", "Format", "Type"]))
+        finally:
+            figure.set_canvas(canvas)
+    return text.getvalue()
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write the figure as an SVG file.
+
+    Raises:
+        UnmovedError: the path does not end in .svg.
+    """
+    if path.suffix != ".svg":
+        raise UnmovedError(f"figure: expected a path ending in .svg, came {path}; for others use figure.savefig")
+    path.write_text(to_svg(figure), encoding="utf-8", errors="backslashreplace")
+
+
+def to_html(svg: str, name: str, label: str) -> str:
+    """An SVG file as an element of a page: its ids made unique by ``name``, our colours as the page's variables.
+
+    INK, GRID, PAPER and the data's COLOURS become ``var(--ink)``, ``var(--grid)``, ``var(--paper)``, ``var(--c0)``...
+    so that a page may choose others in the dark; ``label`` is what a screen reader says.
+    """
+    variables = {INK: "var(--ink)", GRID: "var(--grid)", PAPER: "var(--paper)"}
+    variables |= {color: f"var(--c{k})" for k, color in enumerate(COLOURS[:-1])}
+    root = ElementTree.fromstring(svg)
+    for parent in list(root.iter()):
+        for child in [c for c in parent if c.tag.endswith("}style")]:
+            parent.remove(child)  # it would hold for the whole page, which has the same rule
+    used = set(re.findall(r'(?:href="|url\()#([^")]+)', svg))
+    for element in root.iter():
+        element.tag = element.tag.rpartition("}")[2]
+        attributes = {key.rpartition("}")[2]: value for key, value in element.attrib.items()}
+        element.attrib.clear()
+        for key, value in attributes.items():
+            if key == "id":
+                if value in used:  # the others name nothing, and matplotlib gives some of them twice
+                    element.set("id", f"{name}-{value}")
+            elif key == "href":
+                element.set("href", re.sub("^#", f"#{name}-", value))
+            else:
+                value = value.replace("url(#", f"url(#{name}-")
+                element.set(key, re.sub("#[0-9a-f]{6}", lambda found: variables.get(found[0], found[0]), value))
+    for key in ("width", "height", "version"):
+        root.attrib.pop(key, None)
+    root.attrib.update({"role": "img", "aria-label": label, "class": "figure"})
+    return ElementTree.tostring(root, encoding="unicode")

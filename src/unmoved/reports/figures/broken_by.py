@@ -1,0 +1,77 @@
+"""What broke it: for each recipe the share of the images that is lost to each part of an attack, and what stands."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from unmoved.evaluation.outcomes import CLEAN, ROBUST
+from unmoved.reports.drawing import COLOURS, INK, PAPER, canvas, count, finished, require_columns, style
+
+HATCHES = ("////", "....", "\\\\\\\\", "xxxx", "----", "++++", "oooo")
+WORDS = {CLEAN: "misclassified as it is", ROBUST: "still robust"}
+LOOKS: dict[str, dict[str, Any]] = {
+    CLEAN: {"facecolor": INK, "edgecolor": INK},
+    ROBUST: {"facecolor": PAPER, "edgecolor": INK},
+}
+LEAST = 6.0  # percent: no number fits into a smaller piece
+
+
+@style()
+def breakdown(table: pd.DataFrame) -> Figure:
+    """What became of the images, one bar per recipe: misclassified as they are, broken by each part in turn, robust.
+
+    Args:
+        table: recipe, source (who attacked), by, place (a number, ascending in the order of attacks), share, n: from
+            `Verdict.broken`, one below the other.
+
+    Raises:
+        UnmovedError: a column is missing, or there is no row.
+    """
+    require_columns(table, ["recipe", "source", "by", "place", "share", "n"], "breakdown")
+    parts = list(table.groupby("by")["place"].min().sort_values(kind="stable").index)
+    attacks = [part for part in parts if part not in LOOKS]
+    recipes = list(dict.fromkeys(table["recipe"]))
+    rows = 100 * table.pivot(index="recipe", columns="by", values="share").fillna(0).loc[recipes, parts]
+    heads = [
+        textwrap.wrap(f"{recipe} ({some['source'].iloc[0]}, {count(some['n'])})", 52)
+        for recipe, some in table.groupby("recipe", sort=False)
+    ]
+    tallest = max(map(len, heads))
+    pitch, lines = 0.5 + 0.19 * tallest, -(-len(parts) // 2)  # inches
+    figure = canvas(5.0, 0.95 + 0.2 * lines + pitch * len(rows))
+    axes: Any = figure.add_subplot()
+    thick = 0.32 / pitch
+    left = pd.Series(0.0, index=rows.index)
+    for part in parts:
+        k = attacks.index(part) if part in attacks else 0
+        hatched = {"facecolor": COLOURS[k % 6], "edgecolor": PAPER, "hatch": HATCHES[k % len(HATCHES)]}
+        label = WORDS.get(part, f"broken by {part}")
+        axes.barh(range(len(rows)), rows[part], thick, left, label=label, linewidth=0.8, **LOOKS.get(part, hatched))
+        for place, (start, width) in enumerate(zip(left, rows[part], strict=True)):
+            if width >= LEAST:
+                box = {"facecolor": PAPER, "linewidth": 0, "pad": 1.2}
+                axes.text(start + width / 2, place, f"{width:.1f}", ha="center", va="center", fontsize=8.5, bbox=box)
+        left += rows[part]
+    for place, head in enumerate(heads):
+        axes.text(0, place - thick / 2 - 0.04 / pitch, "\n".join(head), ha="left", va="bottom", fontsize=9)
+    axes.set_yticks([])
+    axes.set_xlim(0, 100)
+    axes.set_ylim(len(rows) - 1 + thick, thick - 1)
+    axes.set_xlabel("share of the test images (%)")
+    axes.set_ylabel("recipe")
+    axes.grid(visible=False)
+    axes.spines["left"].set_visible(False)
+    handles, names = axes.get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside upper center", ncols=2, handleheight=1.1)
+    n = count(table["n"])
+    figure.supxlabel(f"{n} test images")
+    return finished(
+        figure,
+        f"What became of the test images ({n}), from left to right in the order in which the attacks ran: an image "
+        "counts for the first that broke it, so a small share does not mean a weak attack. Pieces "
+        f"without a number are smaller than {LEAST:.0f} %; over several seeds, means.",
+    )

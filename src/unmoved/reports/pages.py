@@ -1,0 +1,159 @@
+"""Words, tables and figures -> one HTML page that opens offline, and each figure as an SVG file beside it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pandas as pd
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from unmoved.core.errors import UnmovedError
+from unmoved.core.files import write_set
+from unmoved.reports import drawing
+
+
+@dataclass(frozen=True, eq=False)
+class Section:
+    """A further section of the page, from another room.
+
+    Attributes:
+        id: its anchor: small letters, digits and hyphens.
+        title: its heading.
+        text: paragraphs; escaped, unless they are `markupsafe.Markup`.
+        table: shown as it is, floats with four digits.
+        figures: each captioned by its label: ``figure.set_label("what it shows, with the n")``.
+    """
+
+    id: str
+    title: str
+    text: Sequence[str] = ()
+    table: pd.DataFrame | None = None
+    figures: Sequence[Figure] = ()
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure as the page needs it: its words and its drawing."""
+
+    title: str
+    caption: str
+    file: str
+    svg: Markup
+
+
+def write(
+    path: Path,
+    template: str,
+    drawn: Mapping[str, Iterable[tuple[str, Figure | Callable[[], Figure]]]],
+    beside: Mapping[str, bytes] | None = None,
+    **facts: Any,
+) -> Path:
+    """Render a template to ``path`` and the figures to ``<stem>-figures/`` beside it; return ``path``.
+
+    Args:
+        drawn: by section: the figures, each with its heading ("" for none). One that is yet to be made, a function, is
+            made, turned into text and cleared before the next: a page of many runs holds one of them at a time.
+        beside: further files of the same folder, which are written together with them.
+        facts: the template's variables; ``pictures`` is added.
+
+    Raises:
+        UnmovedError: a folder that cannot be written.
+    """
+    folder = path.with_name(f"{path.stem}-figures")
+    files: dict[str, bytes] = {}
+    pictures: dict[str, list[Picture]] = {}
+    for section_id, titled in drawn.items():
+        pictures[section_id] = []
+        for name, figure in titled:
+            stem = _new_stem(f"{section_id} {name}", files)
+            svg, caption = _text_of(figure)
+            files[stem], caption = _encoded(svg), caption or section_id
+            html = Markup(drawing.to_html(svg, stem, f"{name}: {caption}" if name else caption))
+            pictures[section_id].append(Picture(name, caption, f"{folder.name}/{stem}.svg", html))
+    page = _environment().get_template(template).render(pictures=pictures, **facts)
+    written = {f"{folder.name}/{stem}.svg": svg for stem, svg in files.items()} | {path.name: _encoded(page)}
+    try:
+        write_set(path.parent, path.name, {**(beside or {}), **written})
+    except UnmovedError as error:
+        raise UnmovedError(f"{error}; or choose another --out") from error
+    return path
+
+
+def _text_of(figure: Figure | Callable[[], Figure]) -> tuple[str, str]:
+    """The figure as SVG, and its caption; one that is made here is cleared, for its parts hold each other."""
+    drawn = figure if isinstance(figure, Figure) else figure()
+    svg, caption = drawing.to_svg(drawn), str(drawn.get_label())
+    if drawn is not figure:
+        drawn.clear()
+    return svg, caption
+
+
+def _encoded(text: str) -> bytes:
+    return text.encode(errors="backslashreplace")
+
+
+def write_sections(
+    path: Path, title: str, sections: Sequence[Section], lead: str = "", beside: Mapping[str, bytes] | None = None
+) -> Path:
+    """A page of sections alone; see `write`."""
+    drawn = {section.id: [("", figure) for figure in section.figures] for section in sections}
+    titles = {section.id: section.title for section in sections}
+    return write(path, "sections.html.jinja", drawn, beside, title=title, titles=titles, sections=sections, lead=lead)
+
+
+def _new_stem(words: str, taken: Collection[str]) -> str:
+    """A file name's stem of letters, digits and hyphens that is not taken."""
+    stem = re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
+    return next(name for k in range(len(taken) + 1) if (name := f"{stem}-{k + 1}" if k else stem) not in taken)
+
+
+def _flat(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """("a.b", text) for every leaf of a nested dict."""
+    if isinstance(value, Mapping):
+        for name, part in value.items():
+            yield from _flat(part, f"{key}.{name}" if key else str(name))
+    else:
+        yield key, value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("unmoved.reports"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": _percent, "eps": _eps, "duration": _duration, "cell": _cell, "flat": _flat}
+    return environment
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
+def _eps(eps: float) -> str:
+    """``8/255`` where eps is no short decimal but a whole number of 255ths, otherwise four digits."""
+    whole = round(eps * 255)
+    is_short = float(f"{eps:.4g}") == eps
+    return f"{whole}/255" if not is_short and abs(eps * 255 - whole) < 1e-6 else f"{eps:.4g}"
+
+
+def _duration(seconds: float) -> str:
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s" if whole >= 10 else f"{seconds:.1f} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,117 @@
+"""A method beside its base: the difference in accuracy on the same images, with its interval, in words too."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from unmoved.evaluation import outcomes
+from unmoved.evaluation.outcomes import CLEAN, WORST
+from unmoved.runs.by_recipe import Verdict
+from unmoved.runs.evaluated import require_same_samples
+
+# Below this accuracy a difference may be real, and is still no use to anybody.
+NEXT_TO_NOTHING = 0.05
+_by_sample = partial(outcomes.by_sample, is_checked=True)
+COLUMNS = ("recipe", "base", "seeds", "n", "clean", "robust", "in words")
+
+
+def difference(
+    ours: Sequence[pd.DataFrame], theirs: Sequence[pd.DataFrame], measure: str
+) -> tuple[float, float, float]:
+    """Mean paired difference of accuracy with a 95 % interval over samples: (mean, low, high).
+
+    ``d_i = mean over seeds of (ours right on i) - (theirs right on i)``; ``mean d -+ 1.96 sd(d) / sqrt(n)``. The
+    interval speaks of the test images; what other seeds would give, it does not know.
+
+    Args:
+        ours, theirs: outcomes of the same seeds on the same samples, as they were read.
+        measure: ``"clean"``, an attack's name or ``"worst case"``.
+
+    Raises:
+        UnmovedError: tables of different samples.
+    """
+    for table in (*ours, *theirs):
+        require_same_samples(ours[0], table, ("the first run", "another one"))
+    pairs = [
+        _by_sample(a).set_index("index")[measure].astype(float)
+        - _by_sample(b).set_index("index")[measure].astype(float)
+        for a, b in zip(ours, theirs, strict=True)
+    ]
+    d = pd.concat(pairs, axis=1).mean(axis=1).to_numpy()
+    half = 1.96 * float(d.std(ddof=1)) / math.sqrt(len(d)) if len(d) > 1 else math.inf
+    mean = float(d.mean())
+    return mean, mean - half, mean + half
+
+
+def beside(judged: Sequence[Verdict]) -> pd.DataFrame:
+    """One row per recipe whose ``base`` is in the same report: accuracies, differences, and whether it helps.
+
+    Seeds that both have are compared; columns `COLUMNS`, ready to read. Where AutoAttack has judged both, a column
+    ``AutoAttack`` compares what it leaves, on the images and seeds that it judged in both.
+    """
+    by_name = {verdict.name: verdict for verdict in judged}
+    rows: list[dict[str, Any]] = []
+    for verdict in judged:
+        base = by_name.get(str(verdict.runs[0].recipe.get("base")))
+        if base is None or base is verdict:
+            continue
+        ours, theirs = ({run.seed: run.outcomes for run in v.runs} for v in (verdict, base))
+        seeds = sorted(ours.keys() & theirs.keys())
+        if not seeds:
+            continue
+        cells: dict[str, Any] = {"recipe": verdict.name, "base": base.name, "seeds": len(seeds)}
+        tables = [ours[s] for s in seeds], [theirs[s] for s in seeds]
+        said = {column: _compared(*tables, measure) for column, measure in (("clean", CLEAN), ("robust", WORST))}
+        settled = _settled(verdict, base)
+        if settled is not None:
+            cell, words = _compared(*settled, WORST)
+            cell += f", n = {settled[0][0]['index'].nunique()}"
+            if len(settled[0]) < len(seeds):
+                cell += f", {len(settled[0])} of {len(seeds)} seeds"
+            said["AutoAttack"] = cell, words
+        cells |= {column: cell for column, (cell, _) in said.items()}
+        cells["n"] = verdict.runs[0].protocol.n
+        cells["in words"] = "; ".join(f"{name}: {words}" for name, (_, words) in said.items())
+        rows.append(cells)
+    columns = list(COLUMNS)
+    if any("AutoAttack" in cells for cells in rows):
+        columns.insert(columns.index("robust") + 1, "AutoAttack")
+    return pd.DataFrame(rows, columns=columns).fillna("-")
+
+
+def _compared(ours: Sequence[pd.DataFrame], theirs: Sequence[pd.DataFrame], measure: str) -> tuple[str, str]:
+    """(accuracy and difference with its interval, what that is in a word)."""
+    levels = np.array([[_by_sample(table)[measure].mean() for table in side] for side in (ours, theirs)])
+    mean, low, high = difference(ours, theirs, measure)
+    cell = f"{100 * levels[0].mean():.1f} ({100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}])"
+    nothing = bool(levels.mean(axis=1).max() < NEXT_TO_NOTHING)
+    return cell, "next to nothing either way" if nothing else _words(low, high, levels[0] - levels[1])
+
+
+def _settled(verdict: Verdict, base: Verdict) -> tuple[list[pd.DataFrame], list[pd.DataFrame]] | None:
+    """AutoAttack's outcomes of the seeds and images that it judged in both; None where there are none.
+
+    Nor where its versions differ, nor where they are what the column robust shows.
+    """
+    ours, theirs = ({run.seed: run.autoattack for run in v.settled} for v in (verdict, base))
+    pairs = [(ours[s], theirs[s]) for s in sorted(ours.keys() & theirs.keys())]
+    common = [set(a["index"]) & set(b["index"]) for a, b in pairs if a is not None and b is not None]
+    shared = set.intersection(*common) if common else set()
+    same = all(run.outcomes is run.autoattack for run in (*verdict.runs, *base.runs))
+    if not shared or same or verdict.versions != base.versions:
+        return None
+    tables = [[side[side["index"].isin(shared)] for side in pair if side is not None] for pair in pairs]
+    return [a for a, _ in tables], [b for _, b in tables]
+
+
+def _words(low: float, high: float, by_seed: np.ndarray) -> str:
+    """Helps or hurts only where the interval over images leaves out zero and every seed agrees."""
+    if low > 0 and (by_seed > 0).all():
+        return "helps"
+    return "hurts" if high < 0 and (by_seed < 0).all() else "no difference shown"

@@ -1,0 +1,137 @@
+"""Runs -> one HTML page that opens offline, and each of its figures as an SVG file beside it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from unmoved.core.errors import UnmovedError
+from unmoved.evaluation.outcomes import CLEAN, WORST
+from unmoved.reports import figures, pages
+from unmoved.reports.drawing import MOST
+from unmoved.reports.figures import breakdown
+from unmoved.reports.pages import Section
+from unmoved.reports.paired import beside
+from unmoved.runs.by_recipe import Verdict, verdicts
+from unmoved.runs.opinion import DO_NOT_BELIEVE, LOOK_CLOSER
+
+if TYPE_CHECKING:
+    from unmoved.runs.folder import Run
+
+TITLES = {
+    "summary": "Summary",
+    "results": "Results",
+    "doctor": "Doctor",
+    "broken": "What broke it",
+    "tradeoff": "Trade-off",
+    "curve": "Accuracy against eps",
+    "training": "Training",
+    "gallery": "Gallery",
+    "classes": "Classes",
+    "reading": "How to read this",
+    "provenance": "Provenance",
+}
+WORDS: dict[str, Any] = {
+    "CLEAN": CLEAN,
+    "MOST": MOST,
+    "WORST": WORST,
+    "DO_NOT_BELIEVE": DO_NOT_BELIEVE,
+    "LOOK_CLOSER": LOOK_CLOSER,
+}
+
+
+def write(runs: Sequence[Run], path: Path, title: str, extra: Sequence[Section] = ()) -> Path:
+    """Write the page to ``path`` and its figures to ``<stem>-figures/`` beside it; return ``path``.
+
+    Raises:
+        UnmovedError: see `unmoved.runs.by_recipe.verdicts`; an extra section whose id is taken or is no anchor; a folder that
+            cannot be written.
+    """
+    judged, titles = verdicts(runs), dict(TITLES)
+    extra = (*_beside(judged), *extra)
+    for section in extra:
+        if section.id in titles or not re.fullmatch(r"[a-z][a-z0-9-]*", section.id):
+            taken = ", ".join(titles)
+            raise UnmovedError(f"section id {section.id!r}: expected a-z, 0-9 and hyphens, and none of {taken}")
+        titles[section.id] = section.title
+    titles |= {name: titles.pop(name) for name in ("reading", "provenance")}  # these stay last
+    drawn: dict[str, Any] = {**_figures(judged)}
+    drawn |= {section.id: [("", figure) for figure in section.figures] for section in extra}
+    return pages.write(
+        path, "report.html.jinja", drawn, title=title, titles=titles, extra=extra, **WORDS, **_facts(judged)
+    )
+
+
+def _beside(judged: Sequence[Verdict]) -> list[Section]:
+    """The recipes that name their base, beside it; no section where there is none."""
+    table = beside(judged)
+    text = (
+        "In brackets the difference to the base method on the same images and seeds, in points, with a 95 % interval "
+        "over images; helps and hurts are said only where every seed agrees. Robust is the worst case over the attacks "
+        "of the evaluation, an upper bound; a method that gains under weak attacks alone has not gained.",
+    )
+    return [Section("beside", "Beside the base method", text, table)] if len(table) else []
+
+
+def _figures(judged: Sequence[Verdict]) -> dict[str, list[tuple[str, Callable[[], Figure]]]]:
+    """By section: what makes the figures, each with the recipe it belongs to ("" where it belongs to all)."""
+    how, evaluation = judged[0].runs[0].protocol, judged[0].runs[0].evaluation
+    names = [str(name) for name in evaluation.get("classes") or ()]
+    curves = [verdict.curve for verdict in judged if verdict.curve is not None]
+    return {
+        "broken": [("", lambda: breakdown(pd.concat([verdict.broken for verdict in judged])))],
+        "tradeoff": [("", lambda: figures.tradeoff(pd.concat([verdict.by_seed for verdict in judged])))],
+        "curve": [("", lambda: figures.robustness_curve(pd.concat(curves), norm=how.norm, eps=how.eps))][: len(curves)],
+        "training": [(v.name, partial(figures.training_curves, v.metrics)) for v in judged if v.metrics is not None],
+        "gallery": [(v.name, partial(figures.gallery, v.gallery, names, 4)) for v in judged if v.gallery is not None],
+        "classes": [(v.name, partial(figures.per_class, v.classes, names)) for v in judged],
+    }
+
+
+def _facts(judged: Sequence[Verdict]) -> dict[str, Any]:
+    """What the words and tables of the page are made from."""
+    first = judged[0].runs[0]
+    settled = [verdict for verdict in judged if verdict.autoattack is not None]
+    pool = sorted(settled or judged, key=lambda verdict: -verdict.robust["accuracy"])
+    top = pool[0].robust
+    lower = [verdict for verdict in pool if verdict.robust["accuracy"] < top["accuracy"]]
+    bounded = [verdict for verdict in judged if verdict not in pool]
+    return {
+        "verdicts": judged,
+        "protocol": first.protocol,
+        "attacks": [] if first.evaluation is first.verdict else list(first.protocol.attacks),
+        "settled": settled,
+        "best": pool[: len(pool) - len(lower)],
+        "second": lower[0] if lower else None,
+        "rivals": [verdict for verdict in lower if verdict.robust["high"] >= top["low"]],
+        "bounded": bounded,  # by other attacks alone, while AutoAttack has judged some recipe
+        "open": [verdict for verdict in bounded if verdict.measures[WORST]["accuracy"] >= top["accuracy"]],
+        "cleanest": max(judged, key=lambda verdict: verdict.measures[CLEAN]["accuracy"]),
+        "several_seeds": any(len(verdict.runs) > 1 for verdict in judged),
+        "stale": [line for verdict in judged for run in verdict.runs for line in run.stale],
+        "notes": _notes(judged),
+    }
+
+
+def _notes(judged: Sequence[Verdict]) -> list[str]:
+    """What an attack had to do otherwise than usual, and for which recipes, where not for all."""
+    told: dict[str, list[str]] = {}
+    for verdict in judged:
+        for run in verdict.runs:
+            both = [("", run.evaluation), ("AutoAttack: ", run.verdict or {})]
+            for who, facts in both[run.evaluation is run.verdict :]:
+                for note in facts.get("notes") or ():
+                    names = told.setdefault(f"{who}{note}", [])
+                    names += [] if verdict.name in names else [verdict.name]
+    return [note if len(names) == len(judged) else f"{_listed(names)}: {note}" for note, names in told.items()]
+
+
+def _listed(names: Sequence[str]) -> str:
+    """The names, at most `MOST` of them, and how many there are beside these."""
+    return ", ".join(names[:MOST]) + (f" and {len(names) - MOST} more" if len(names) > MOST else "")

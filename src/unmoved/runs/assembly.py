@@ -1,0 +1,126 @@
+"""Recipes -> objects: model, data, phases, attacks."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter
+from torch import nn
+
+from unmoved import data
+from unmoved.attacks import APGD, PGD
+from unmoved.core.errors import UnmovedError
+from unmoved.core.phases import Phases
+from unmoved.core.protocols import Attack, Method
+from unmoved.core.threat import ThreatModel
+from unmoved.runs import components
+from unmoved.runs import recipe as config
+from unmoved.terms import Sum
+
+
+class Built:
+    """The objects of a recipe: model, data, phases and the rest of what the loop and the judge are handed.
+
+    Args:
+        recipe: what to build.
+        allow: packages of strangers whose code may run.
+        progress: told of images that are decoded.
+        source: the recipe's data, where it was made already for another recipe with the same.
+
+    Attributes:
+        source: the data as the recipe names it; ``data`` has the training part that the recipe asks for.
+
+    Raises:
+        UnmovedError: whatever a component refuses, before training starts.
+    """
+
+    def __init__(
+        self,
+        recipe: config.Recipe,
+        allow: Collection[str] = (),
+        progress: Any = None,
+        source: data.DataSet | None = None,
+    ) -> None:
+        self.recipe, self._allow = recipe, tuple(allow)
+        seed = recipe.training.seed
+        self.threat = ThreatModel(recipe.threat.norm, recipe.threat.eps)
+        self.source: data.DataSet = (
+            self._build("data", recipe.data, progress=progress, lazily=True) if source is None else source
+        )
+        if not isinstance(self.source, data.DataSet):
+            came = type(self.source).__name__
+            raise UnmovedError(f"data.use: expected a function that returns a DataSet, came {came}")
+        part = recipe.training.part
+        self.data = self.source if part is None else self.source.part_of_train(part.number, part.of, part.permutation)
+        self.shape, self.num_classes = self.data.shape, len(self.data.classes)
+        self.given = {"threat": self.threat, "seed": seed, "num_classes": self.num_classes, "shape": self.shape}
+        self._terms: dict[str, Any] = {}
+        self.phases = Phases(*((start, self._method(tables)) for start, tables in recipe.stretches()))
+        self.optimizer = self._build("optimizer", recipe.optimizer)
+        self.schedule = self._build("schedule", recipe.schedule)
+        self.average = self._build("average", recipe.average)
+        self.augment = data.augmentation(recipe.training.augment)
+        self.check: Attack = (
+            PGD(self.threat, steps=10, keep="best", seed=seed)
+            if recipe.validation is None
+            else self._build("attacks", recipe.validation, **self.given)
+        )
+        self.attacks: dict[str, Attack] = {
+            name: self._build("attacks", table, **self.given) for name, table in recipe.evaluation.attacks.items()
+        } or {"pgd": PGD(self.threat, steps=20, keep="best", seed=seed), "apgd": APGD(self.threat, seed=seed)}
+
+    def parts(self) -> tuple[data.ArraySplit | data.Selection, data.Selection | None]:
+        """(what weights are trained on, what is held out of it to choose an epoch or a setting, None if nothing is).
+
+        Both are in the memory of the training data.
+        """
+        share, train = self.recipe.training.validation, self.data.train
+        if not share:
+            return train, None
+        chosen = train.held_out(share if share < 1 else int(share), seed=0)
+        return train.lent(~chosen), train.lent(chosen, f"{train.name}/validation")
+
+    def attack(self, name: str) -> Attack:
+        """The attack of this name with its default settings, on the recipe's threat model."""
+        table = TypeAdapter(components.AttackTable).validate_python(name)
+        found: Attack = self._build("attacks", table, **self.given)
+        return found
+
+    def _build(self, kind: str, table: Any, **given: Any) -> Any:
+        try:
+            return components.build(kind, table, self._allow, **given)
+        except UnmovedError as error:
+            raise UnmovedError(f"recipe {self.recipe.name}: {error}") from error
+
+    def model(self) -> nn.Module:
+        """A new model, its weights drawn by the recipe's seed; the caller's random state is left alone."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.recipe.training.seed)
+            try:
+                model = self._build("models", self.recipe.model, **self.given)
+            except (RuntimeError, MemoryError, OverflowError) as error:  # torch's words for what is too large
+                raise UnmovedError(
+                    f"recipe {self.recipe.name}: model.use = {self.recipe.model.use!r} cannot be made with these "
+                    f"settings: {str(error)[:300]}; make it smaller"
+                ) from error
+        if not isinstance(model, nn.Module):
+            raise UnmovedError(f"model.use: expected a function that returns an nn.Module, came {type(model).__name__}")
+        return model
+
+    def _method(self, tables: dict[str, Any]) -> Method:
+        stretch = config.Stretch.model_validate(tables)
+        pairs = [(components.ramp(term.weight), self._term(term)) for term in stretch.objective.values()]
+        return Method(
+            attack=None if stretch.attack is None else self._build("attacks", stretch.attack, **self.given),
+            objective=Sum(*pairs),
+            defense=self._build("defenses", stretch.defense),
+        )
+
+    def _term(self, table: Any) -> Any:
+        """The same table in two phases is one object: a term that learns goes on learning."""
+        key = repr(table.model_copy(update={"weight": None}))
+        if key not in self._terms:
+            self._terms[key] = self._build("terms", table, **self.given)
+        return self._terms[key]

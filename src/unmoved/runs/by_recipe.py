@@ -1,0 +1,222 @@
+"""Runs -> verdicts: the seeds of one recipe taken together, after a look whether all runs were judged alike.
+
+Accuracies are only comparable on the same data, in the same ball, under the same attacks; `verdicts` refuses anything
+else. What AutoAttack and the doctor say is added where it is about the same weights.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from unmoved.core.errors import UnmovedError
+from unmoved.evaluation import outcomes
+from unmoved.evaluation.outcomes import CLEAN, WORST
+from unmoved.runs.evaluated import Judged, Protocol, require_same_samples
+from unmoved.runs.opinion import Opinion, opinion
+
+if TYPE_CHECKING:
+    from unmoved.runs.folder import Run
+
+# A run's tables were looked through when they were read.
+_summary, _per_class, _curve_summary = (
+    partial(measure, is_checked=True) for measure in (outcomes.summary, outcomes.per_class, outcomes.curve_summary)
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Verdict:
+    """One recipe, judged: its runs, one per seed, and what they say together."""
+
+    name: str
+    runs: tuple[Judged, ...]
+
+    @cached_property
+    def measures(self) -> dict[str, dict[str, Any]]:
+        """By measure ("clean", each attack, "worst case"): the row of `outcomes.across_seeds`."""
+        rows: list[dict[Any, Any]] = self._across(_summary).to_dict("records")
+        return {row["measure"]: row for row in rows}
+
+    @cached_property
+    def settled(self) -> tuple[Judged, ...]:
+        """The runs that AutoAttack has judged."""
+        return tuple(run for run in self.runs if run.autoattack is not None)
+
+    @cached_property
+    def autoattack(self) -> dict[str, Any] | None:
+        """What AutoAttack leaves, as a row of `measures`; None where it has judged no seed."""
+        tables = [run.autoattack for run in self.settled if run.autoattack is not None]
+        rows: list[dict[Any, Any]] = outcomes.across_seeds(tables, worst).to_dict("records") if tables else []
+        return rows[0] if rows else None
+
+    @cached_property
+    def autoattack_by_seed(self) -> dict[int, dict[str, Any]]:
+        """What AutoAttack leaves of each seed that it judged, as rows of `outcomes.summary`."""
+        tables = {run.seed: run.autoattack for run in self.settled if run.autoattack is not None}
+        return {seed: dict(worst(table).to_dict("records")[0]) for seed, table in tables.items()}  # type: ignore[arg-type]
+
+    @property
+    def versions(self) -> str:
+        """Which versions of AutoAttack judged, where it was not the standard one: ``"rand"``."""
+        names = {str(name) for run in self.settled if run.autoattack is not None for name in run.autoattack["attack"]}
+        return "" if names <= {"autoattack"} else ", ".join(n.partition("-")[2] or "standard" for n in sorted(names))
+
+    @property
+    def robust(self) -> dict[str, Any]:
+        """AutoAttack's row where there is one, otherwise that of the worst case."""
+        return self.autoattack or self.measures[WORST]
+
+    @cached_property
+    def broken(self) -> pd.DataFrame:
+        """recipe, source, by, place, share, n: `Judged.broken`, in the mean over the seeds that AutoAttack judged.
+
+        In the mean over all seeds where it judged none.
+        """
+        runs = self.settled or self.runs
+        tables = pd.concat([run.broken for run in runs])
+        shares = tables.groupby("by").agg(place=("place", "min"), share=("share", "sum")).reset_index()
+        shares["share"] /= len(runs)
+        source = ", ".join(name for name in self.measures if name not in (CLEAN, WORST))
+        if self.settled:
+            source = "AutoAttack" + (f" {self.versions}" if self.versions else "")
+        return shares.sort_values("place").assign(recipe=self.name, source=source, n=self.robust["n"])
+
+    @cached_property
+    def opinion(self) -> Opinion:
+        """What the doctor says of all seeds together."""
+        return opinion(self.runs)
+
+    @cached_property
+    def by_seed(self) -> pd.DataFrame:
+        """`outcomes.summary` of each run, with columns recipe and seed."""
+        rows = [_summary(run.outcomes).assign(recipe=self.name, seed=run.seed) for run in self.runs]
+        return pd.concat(rows, ignore_index=True)
+
+    @cached_property
+    def classes(self) -> pd.DataFrame:
+        """`outcomes.per_class` across the seeds."""
+        return self._across(_per_class)
+
+    @cached_property
+    def curve(self) -> pd.DataFrame | None:
+        """`outcomes.curve_summary` across the seeds that have a curve; None where none has."""
+        tables = [run.curve for run in self.runs if run.curve is not None]
+        if not tables:
+            return None
+        return outcomes.across_seeds(tables, _curve_summary).assign(recipe=self.name)
+
+    @cached_property
+    def metrics(self) -> pd.DataFrame | None:
+        """What training logged, with a column seed; None where nothing was trained here."""
+        tables = [run.metrics.assign(seed=run.seed) for run in self.runs if len(run.metrics)]
+        return pd.concat(tables, ignore_index=True) if tables else None
+
+    @property
+    def gallery(self) -> dict[str, np.ndarray] | None:
+        """The gallery of the first seed that has one."""
+        return next((run.gallery for run in self.runs if run.gallery is not None), None)
+
+    @property
+    def seconds(self) -> float | None:
+        """Training time of a run, in the mean over seeds; None where nothing was trained here."""
+        return None if self.metrics is None else float(self.metrics.groupby("seed")["seconds"].max().mean())
+
+    @property
+    def weights(self) -> str:
+        """Which weights were judged: "best" or "last"."""
+        return str(self.runs[0].evaluation.get("weights", "unknown"))
+
+    def _across(self, measure: Callable[[pd.DataFrame], pd.DataFrame]) -> pd.DataFrame:
+        return outcomes.across_seeds([run.outcomes for run in self.runs], measure)
+
+
+def verdicts(runs: Sequence[Run]) -> list[Verdict]:
+    """The runs grouped by recipe, in order of appearance. Recipes that differ in more than training.seed stay apart.
+
+    Different recipes of one name are told apart by the folder of their first run.
+
+    Raises:
+        UnmovedError: no run; a run without evaluation; runs judged on different images, in different balls, by
+            different attacks; one recipe with a seed twice, or whose seeds were judged on best weights here and last
+            ones there; AutoAttack's verdicts on its seeds that share no image.
+    """
+    if not runs:
+        raise UnmovedError("expected at least one run, came none")
+    read = [Judged.of(run) for run in runs]
+    _require_alike(read)
+    groups: dict[tuple[str, str], list[Judged]] = {}
+    for run in read:
+        recipe = json.dumps(without_seeds(run.recipe), sort_keys=True, default=str)
+        groups.setdefault((run.name, recipe), []).append(run)
+    for (name, _), members in groups.items():
+        seeds, paths = [run.seed for run in members], ", ".join(str(run.path) for run in members)
+        if len(set(seeds)) < len(seeds):
+            raise UnmovedError(f"recipe {name!r}: expected each seed once, came {seeds} in {paths}; leave one run out")
+        weights = [run.evaluation.get("weights") for run in members]
+        if len(set(weights)) > 1:
+            raise UnmovedError(f"recipe {name!r}: seeds judged on {weights} weights in {paths}; evaluate them alike")
+    names = [name for name, _ in groups]
+    return [
+        Verdict(name if names.count(name) == 1 else f"{name} [{members[0].path}]", _where_all_are_settled(members))
+        for (name, _), members in groups.items()
+    ]
+
+
+def worst(table: pd.DataFrame) -> pd.DataFrame:
+    """The row of `outcomes.summary` that says what stands against every attack; of a table that is checked."""
+    rows = _summary(table)
+    return rows[rows["measure"] == WORST]
+
+
+def _require_alike(runs: Sequence[Judged]) -> None:
+    first = runs[0]
+    for run in runs[1:]:
+        for name, expected, came in zip(Protocol._fields, first.protocol, run.protocol, strict=True):
+            if came != expected:
+                raise UnmovedError(
+                    f"expected runs judged alike, came {name} = {expected} in {first.path} and {came} in {run.path}; "
+                    "evaluate them alike, or report on them apart"
+                )
+        require_same_samples(first.outcomes, run.outcomes, (first.path, run.path))
+
+
+def _where_all_are_settled(runs: Sequence[Judged]) -> tuple[Judged, ...]:
+    """The seeds of one recipe, what AutoAttack says of each cut down to the images on which it judged all of them.
+
+    Raises:
+        UnmovedError: it judged no image in all of them.
+    """
+    tables = [run.autoattack for run in runs if run.autoattack is not None]
+    asked = [set(table["index"]) for table in tables]
+    if not asked or all(one == asked[0] for one in asked):
+        return tuple(runs)
+    shared, counts = set.intersection(*asked), ", ".join(str(len(one)) for one in asked)
+    if not shared:
+        paths = ", ".join(str(run.path) for run in runs)
+        raise UnmovedError(f"expected AutoAttack on the same images of all seeds, came none in common in {paths}")
+    note = f"{runs[0].name}: AutoAttack judged {counts} images of its seeds; shown are the {len(shared)} in all of them"
+    return tuple(
+        run
+        if run.autoattack is None
+        else replace(run, autoattack=run.autoattack[run.autoattack["index"].isin(shared)], stale=(*run.stale, note))
+        for run in runs
+    )
+
+
+def without_seeds(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe without what tells its runs apart: training.seed, and which of the parts of training.part it took.
+
+    Every other seed is a setting: data.seed chooses the test images.
+    """
+    if not isinstance(recipe.get("training"), Mapping):
+        return dict(recipe)
+    training = {key: value for key, value in recipe["training"].items() if key != "seed"}
+    if isinstance(training.get("part"), Mapping):
+        training["part"] = {"of": training["part"].get("of")}
+    return {**recipe, "training": training}

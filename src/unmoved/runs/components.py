@@ -1,0 +1,305 @@
+"""Recipe tables <-> objects: ``{use = "pgd", steps = 10}`` <-> ``attacks.PGD(steps=10)``.
+
+The namespace is the registry: what `unmoved.terms` exports can be named in a recipe, in snake case. The settings of a
+component are the parameters of its constructor, read from its signature, so there is no second list to keep.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import sys
+import types
+import typing
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, Union
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StrictBool,
+    Tag,
+    create_model,
+    model_validator,
+)
+from torch import nn
+
+from unmoved import attacks, data, defenses, models, terms
+from unmoved.core import protocols
+from unmoved.core.errors import UnmovedError, did_you_mean
+from unmoved.core.phases import Ramp
+from unmoved.core.threat import ThreatModel
+from unmoved.runs import foreign
+from unmoved.runs.foreign import Factory, Place
+from unmoved.terms.sum import snake_case
+from unmoved.training import averaging, optim
+
+
+def parse_number(value: Any) -> Any:
+    """``"8/255"`` as a float; any other number as it is."""
+    if isinstance(value, str):
+        # Not fractions.Fraction: "1e999999999" keeps it busy for ever.
+        top, slash, bottom = value.replace(" ", "").partition("/")
+        try:
+            number = float(top) / float(bottom) if slash else float(top)
+        except (ValueError, ZeroDivisionError):
+            number = math.nan
+        if not math.isfinite(number) or slash and math.isinf(float(bottom)):
+            raise ValueError(f'expected a number or a fraction such as "8/255", came {value!r:.80}')
+        return number
+    return _no_truth_value(value)
+
+
+def _no_truth_value(value: Any) -> Any:
+    """Python counts true as 1; a recipe that says so means something else."""
+    if isinstance(value, bool):
+        raise ValueError(f"expected a number, came {str(value).lower()}")
+    return value
+
+
+class UnknownKey(ValueError):
+    """A key that a table does not have; the message may name where it belongs."""
+
+    def __init__(self, key: str, known: Collection[str]) -> None:
+        super().__init__(f"unknown key {key!r}")
+        self.key, self.known = key, sorted(known)
+
+
+class Settings(BaseModel):
+    """A table of a recipe: unknown keys are refused, with the nearest known one."""
+
+    model_config = ConfigDict(
+        extra="forbid", populate_by_name=True, arbitrary_types_allowed=True, validate_default=True
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys(cls, table: Any) -> Any:
+        if isinstance(table, Mapping) and cls.model_config.get("extra") == "forbid":
+            known = {field.alias or name for name, field in cls.model_fields.items()}
+            for key in table:
+                if key not in known:
+                    raise UnknownKey(str(key), known)
+        return table
+
+
+Number = Annotated[float, BeforeValidator(parse_number), Field(json_schema_extra={"examples": ["8/255"]})]
+Whole = Annotated[int, BeforeValidator(_no_truth_value)]
+
+
+class RampTable(Settings):
+    """A number that goes from ``from`` to ``to`` over the share ``over`` of its phase, and stays there."""
+
+    from_: Number = Field(alias="from")
+    to: Number
+    over: Number = 1.0
+
+
+def _number_or_ramp(value: Any) -> str:
+    return "<ramp>" if isinstance(value, Mapping | RampTable) else "<number>"
+
+
+NumberOrRamp = Annotated[
+    Annotated[Number, Tag("<number>")] | Annotated[RampTable, Tag("<ramp>")], Discriminator(_number_or_ramp)
+]
+
+
+class Foreign(Settings):
+    """A stranger's own class or function, ``use = "module:Name"``; its other keys are its arguments."""
+
+    model_config = ConfigDict(extra="allow")
+    use: str = Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
+
+
+class ForeignTerm(Foreign):
+    """A stranger's own term, with its weight in the objective."""
+
+    weight: NumberOrRamp = 1.0
+
+
+# --- the names that recipes may use
+
+
+def _exported(namespace: Any) -> dict[str, Factory]:
+    return {snake_case(name): getattr(namespace, name) for name in namespace.__all__}
+
+
+KINDS: dict[str, dict[str, Factory]] = {
+    "terms": {name: term for name, term in _exported(terms).items() if name != "sum"},
+    "attacks": {
+        name: attack
+        for name, attack in _exported(attacks).items()
+        # An attack that needs another model cannot be written in a recipe; `unmoved evaluate` can name it.
+        if "threat" in inspect.signature(attack).parameters and "source" not in inspect.signature(attack).parameters
+    },
+    "stops": {n: a for n, a in _exported(attacks).items() if hasattr(a, "undo") and a is not attacks.StoppingRule},
+    "defenses": _exported(defenses),
+    "models": {n: f for n, f in _exported(models).items() if "num_classes" in inspect.signature(f).parameters},
+    "data": {n: f for n, f in _exported(data).items() if inspect.isfunction(f) and f is not data.augmentation},
+    "optimizer": {snake_case(kind.__name__): kind for kind in optim.OPTIMIZERS},
+    "schedule": {snake_case(kind.__name__): kind for kind in optim.SCHEDULES},
+    "average": {snake_case(kind.__name__): kind for kind in averaging.AVERAGES},
+}
+# What a stranger's part must be, by where the recipe names it.
+PLACES: dict[str, Place] = {
+    "terms": Place("a term", takes=("views",)),
+    "attacks": Place("an attack", takes=("model", "batch")),
+    "stops": Place("a stopping rule", takes=("logits", "y", "value", "step", "memory")),
+    "defenses": Place("a defense", takes=("model", "optimizer", "backward")),
+    "models": Place("a model", of=nn.Module),
+    "data": Place("data", of=data.DataSet),
+    "optimizer": Place("an optimizer", takes=("groups",)),
+    "schedule": Place("a schedule", takes=("optimizer", "total", "per_epoch")),
+    "average": Place("an average", takes=("step", "total")),
+}
+# What the package gives a component, so that no recipe has to.
+INJECTED = {"threat", "num_classes", "shape", "progress", "lazily"}
+
+
+def _field_type(hint: Any) -> Any:
+    """The type of a recipe key for a parameter's annotation."""
+    plain = {float: Number, int: Whole, bool: StrictBool}
+    if hint in plain:
+        return plain[hint]
+    if hint in _NESTED:
+        return _NESTED[hint]
+    if typing.get_origin(hint) in (Union, types.UnionType):
+        parts = set(typing.get_args(hint))
+        members = [NumberOrRamp] if Ramp in parts else []
+        members += [
+            _field_type(part) for part in typing.get_args(hint) if Ramp not in parts or part not in (float, Ramp)
+        ]
+        return Union[tuple(members)]  # noqa: UP007 - built at run time
+    return hint
+
+
+def _settings(kind: str, name: str, factory: Factory) -> type[Settings]:
+    """The pydantic model of a component, from its signature; a term has its weight in the same table."""
+    signature = inspect.signature(factory)
+    target = vars(factory)["__init__"] if isinstance(factory, type) else factory
+    hints = typing.get_type_hints(target, vars(sys.modules[factory.__module__]))
+    fields: dict[str, Any] = {"use": (Literal[name], name)}
+    for parameter in signature.parameters.values():
+        if parameter.name in INJECTED or (kind == "attacks" and parameter.name == "seed"):
+            continue
+        default = ... if parameter.default is parameter.empty else parameter.default
+        hint = _field_type(hints[parameter.name])
+        if isinstance(default, protocols.Term) and default is not None:
+            default = to_table(default)
+        fields[parameter.name] = (hint, default)
+    if kind == "terms":
+        fields["weight"] = (NumberOrRamp, 1.0)
+    if "threat" in signature.parameters:
+        fields["eps"] = (NumberOrRamp | None, None)
+    if kind == "attacks" and "seed" in signature.parameters:
+        fields["seed"] = (Whole | None, None)
+    doc = (inspect.getdoc(factory) or "").split("\n\n")[0]
+    return create_model(f"{name}_settings", __base__=Settings, __doc__=doc, **fields)
+
+
+# Tags of unions stand in angle brackets: error locations drop them, since a reader of the recipe knows no such key.
+def _table(kind: str) -> Any:
+    """The union of a kind's components, told apart by ``use``; a bare string is a component with its defaults."""
+    known = KINDS[kind]
+    SETTINGS[kind] = {name: _settings(kind, name, factory) for name, factory in known.items()}
+    members = [Annotated[settings, Tag(f"<{name}>")] for name, settings in SETTINGS[kind].items()]
+    members.append(Annotated[ForeignTerm if kind == "terms" else Foreign, Tag("<module:Name>")])
+
+    def normalise(value: Any) -> Any:
+        if isinstance(value, str):
+            value = {"use": value}
+        if isinstance(value, BaseModel):
+            return value
+        if not isinstance(value, Mapping) or not isinstance(value.get("use"), str):
+            raise ValueError(f'expected a table with use = "...", came {value!r:.200}')
+        use = value["use"]
+        if ":" not in use and use not in known:
+            raise ValueError(f"unknown name {use!r}" + did_you_mean(use, known))
+        return value
+
+    def tag(value: Any) -> str:
+        use = str(getattr(value, "use", None) or value["use"])
+        return "<module:Name>" if ":" in use else f"<{use}>"
+
+    union: Any = Annotated[Union[tuple(members)], Discriminator(tag)]  # noqa: UP007 - built at run time
+    return Annotated[union, BeforeValidator(normalise, json_schema_input_type=union)]
+
+
+def to_table(value: Any) -> dict[str, Any]:
+    """A component as the table that makes it (frozen dataclasses only)."""
+    settings = {name: getattr(value, name) for name in getattr(value, "__dataclass_fields__", {})}
+    return {"use": snake_case(type(value).__name__), **settings}
+
+
+SETTINGS: dict[str, dict[str, type[Settings]]] = {}  # kind -> name -> the keys of its table
+# What a setting may hold that is itself a component.
+_NESTED: dict[Any, Any] = {}
+
+if TYPE_CHECKING:
+    AttackTable: TypeAlias = Any
+    AverageTable: TypeAlias = Any
+    DataTable: TypeAlias = Any
+    DefenseTable: TypeAlias = Any
+    ModelTable: TypeAlias = Any
+    OptimizerTable: TypeAlias = Any
+    ScheduleTable: TypeAlias = Any
+    TermTable: TypeAlias = Any
+else:
+    TermTable = _NESTED[protocols.Term] = _table("terms")
+    _NESTED[attacks.StoppingRule] = _table("stops")
+    AttackTable = _table("attacks")
+    DefenseTable = _table("defenses")
+    ModelTable = _table("models")
+    DataTable = _table("data")
+    OptimizerTable = _table("optimizer")
+    ScheduleTable = _table("schedule")
+    AverageTable = _table("average")
+
+
+# --- tables -> objects
+
+
+def build(kind: str, table: BaseModel, allow: Collection[str] = (), **given: Any) -> Any:
+    """The object that a validated table describes; ``given`` fills the parameters that no recipe has to give.
+
+    Raises:
+        UnmovedError: as `foreign.find`, or arguments that it does not take.
+    """
+    use = str(table.use)  # type: ignore[attr-defined]
+    factory = foreign.find(use, allow, PLACES[kind]) if ":" in use else KINDS[kind][use]
+    settings = {name: getattr(table, name) for name in type(table).model_fields} | (table.model_extra or {})
+    settings = {name: _value(value, allow) for name, value in settings.items() if name not in ("use", "weight")}
+    try:
+        accepted = set(inspect.signature(factory).parameters)
+    except (TypeError, ValueError):
+        accepted = set()
+    eps = settings.pop("eps", None) if "threat" in accepted and "eps" not in accepted else None
+    if eps is not None and "threat" in given:
+        given["threat"] = ThreatModel(given["threat"].norm, eps, given["threat"].bounds)
+    settings = {name: value for name, value in settings.items() if value is not None or name not in given}
+    wanted = {name: value for name, value in given.items() if name in accepted and name not in settings}
+    try:
+        made = factory(**wanted, **settings)
+    except TypeError as error:
+        raise UnmovedError(f"use = {use!r}: {error}; its arguments are the other keys of the same table") from error
+    if ":" in use and not (kind == "average" and made is None):
+        foreign.require_made(use, made, PLACES[kind])
+    return made
+
+
+def _value(value: Any, allow: Collection[str]) -> Any:
+    if isinstance(value, RampTable):
+        return ramp(value)
+    if isinstance(value, BaseModel):
+        use = str(value.use)  # type: ignore[attr-defined]
+        is_term = use in KINDS["terms"] or isinstance(value, ForeignTerm)
+        return build("terms" if is_term else "stops", value, allow)
+    return value
+
+
+def ramp(value: float | RampTable) -> float | Ramp:
+    """A number of a recipe as the value that the package computes with."""
+    return Ramp(value.from_, value.to, value.over) if isinstance(value, RampTable) else value

@@ -1,0 +1,286 @@
+"""From a run folder to its verdict: which attacks, on how many images, and what is kept of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from unmoved.attacks import PGD, AutoAttack, Quick, Transfer
+from unmoved.core import untrusted
+from unmoved.core.errors import UnmovedError, did_you_mean, require_whole
+from unmoved.core.files import write_atomic
+from unmoved.core.precision import resolve
+from unmoved.core.protocols import Attack, Ensemble
+from unmoved.data import ArraySplit, Selection
+from unmoved.data.split import drawn
+from unmoved.evaluation import curve_and_gallery, judge, successes
+from unmoved.evaluation.doctor import examine
+from unmoved.evaluation.journal import Journal
+from unmoved.runs import components
+from unmoved.runs.assembly import Built
+from unmoved.runs.folder import Run
+from unmoved.runs.load import Opened, opened, question_about, weights_digest
+
+CURVE_SAMPLES = 500
+VERDICTS = ("standard", "rand")
+
+
+def evaluate_run(
+    run: Run,
+    *,
+    attacks: str = "recipe",
+    n: int | None = None,
+    weights: str = "best",
+    batch_size: int = 128,
+    workers: int = 0,
+    precision: str = "auto",
+    device: str = "auto",
+    save_adversarial: bool = False,
+    validation: bool = False,
+    allow: Collection[str] = (),
+    progress: Callable[[float, str], None] | None = None,
+    ready: Callable[[], Opened] | None = None,
+) -> dict[str, pd.DataFrame]:
+    """Judge a run on the test part of its data and save what came out in its folder.
+
+    AutoAttack's outcomes go to the folder ``verdict``; those of all other attacks to ``evaluation``, with an eps curve
+    and a gallery. Interrupted, the same call goes on with the samples that are not decided yet.
+    With ``validation`` the images that training held out are judged, and all outcomes go to the folder ``validation``,
+    which no report takes for a verdict: settings chosen on test images make a verdict on them too high.
+
+    Args:
+        run: a run folder.
+        attacks: ``"recipe"`` (what the recipe says), ``"quick"``, ``"standard"`` or ``"rand"`` (AutoAttack), an attack
+            by name, with its default settings, or ``"transfer:RUN"``; several with commas between.
+        n: judge this many images, drawn by a fixed seed; by default what the recipe says, or all.
+        weights: ``"best"`` (highest validation robust accuracy) or ``"last"``.
+        workers: threads that attack at a time on a CPU; 0 for as many as torch uses.
+        precision: of the search alone; every success is judged in float32.
+        save_adversarial: also keep the successful images, as ``adversarial/*.npz`` beside the outcomes, when all are
+            there. Without it those of an evaluation that answered the same question stay, others go.
+        validation: judge what ``training.validation`` held out instead of the test part.
+        allow: packages of strangers whose code may run.
+        progress: called with (share of the work, what is known so far).
+        ready: gives what `opened` gives for these weights, where it was called already.
+
+    Returns:
+        Folder name -> the outcomes table of `judge.evaluate`.
+
+    Raises:
+        UnmovedError: as `judge.evaluate`; an unknown name; weights that are missing or do not fit; ``validation`` of
+            a run that held nothing out; a run that another process trains or evaluates.
+    """
+    n = None if n is None else require_whole("n", n, at_least=1)
+    Run.open(run.path)  # before the lock, which would make a missing folder
+    with run.alone():
+        built, model = opened(run, weights, device, allow) if ready is None else ready()
+        precision = resolve(precision, next(model.parameters()).device)  # another machine's "auto" may be another one
+        count = n or built.recipe.evaluation.n
+        split = _judged(run, built, count, validation)
+        about = question_about(built, split, allow)
+        tables: dict[str, pd.DataFrame] = {}
+        kinds = _chosen(attacks, built, allow)
+        if validation:
+            kinds = {"validation": {name: attack for found in kinds.values() for name, attack in found.items()}}
+        for number, (kind, chosen) in enumerate(kinds.items()):
+            began = time.monotonic()
+            folder = run.path / kind
+            steps = curve_and_gallery.radii(built.threat) if kind == "evaluation" else []
+            most = 0.8 if steps else 1.0  # of the work is attacks, the rest is the curve
+
+            def tell(share: float, words: str, number: int = number) -> None:
+                if progress is not None:
+                    progress((number + share) / len(kinds), words)
+
+            def follow(done: float, total: float, words: str, tell: Any = tell, most: float = most) -> None:
+                tell(most * done / total, words)
+
+            question = _question(run, weights, attacks, chosen, precision) | about
+            answers = hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()
+            images = f".adversarial-{answers[:16]}" if save_adversarial else None
+            journal = Journal(folder / "journal.jsonl", question | {"kept": images})
+            successes.clear(folder, images)
+            tables[kind] = table = judge.evaluate(
+                model,
+                split,
+                chosen,
+                built.threat,
+                batch_size=batch_size,
+                precision=precision,
+                workers=workers,
+                journal=journal,
+                keep=None if images is None else successes.keeper(folder / images),
+                progress=follow,
+            )
+            facts: dict[str, Any] = {
+                "question": answers,
+                "images": split.digest,
+                "n": len(split),
+                "asked_n": count,
+                "split": split.name,
+                "weights": weights,
+                "weights_sha256": weights_digest(run, weights),
+                "precision": precision,
+                "threat": {"norm": built.threat.norm, "eps": built.threat.radius},
+                "asked": untrusted.readable(attacks),
+                "attacks": {name: repr(attack) for name, attack in chosen.items()},
+                "notes": [note for attack in chosen.values() for note in _notes(attack, split.num_classes)],
+                "classes": list(built.data.classes),
+            }
+            extra: dict[str, Any] = {}
+            if kind == "evaluation":
+                extra["curve"] = curve_and_gallery.curve(
+                    model,
+                    split.take(min(CURVE_SAMPLES, len(split)), seed=0),
+                    PGD(built.threat, steps=20, keep="best", seed=built.recipe.training.seed),
+                    built.threat,
+                    steps,
+                    batch_size=batch_size,
+                    workers=workers,
+                    progress=lambda done, total: tell(0.8 + 0.2 * done / total, "accuracy against eps"),
+                )
+                name, shown = next(reversed(chosen.items()))
+                extra["gallery"] = curve_and_gallery.gallery(model, split, shown, built.threat, name=name)
+            facts["seconds"] = round(time.monotonic() - began, 1)
+            run.save_evaluation(table, facts, kind=kind, images=images, journal=journal.path.name, **extra)
+            journal.close()
+    return tables
+
+
+def _judged(run: Run, built: Built, count: int | None, validation: bool) -> ArraySplit | Selection:
+    """The images to judge, all or ``count`` of them; no others are held in memory."""
+    if not validation:
+        whole = built.data.test
+    else:
+        held_out = built.parts()[1]
+        if held_out is None:
+            raise UnmovedError(
+                f"{run.path}: expected a run with validation images, came training.validation = 0: nothing was held "
+                "out; train it with some, or judge test images"
+            )
+        whole = held_out.select(torch.arange(len(held_out)))
+    if count is None or count >= len(whole):
+        return whole
+    rows = drawn(whole, count, seed=0)
+    # Few images are copied and the others let go; of many a copy would cost more than it saves.
+    return whole.select(rows) if 2 * count <= len(whole) else whole.lent(rows)
+
+
+def examine_run(
+    run: Run,
+    *,
+    n: int = 100,
+    device: str = "auto",
+    allow: Collection[str] = (),
+    progress: Callable[[float, str], None] | None = None,
+    ready: Callable[[], Opened] | None = None,
+) -> dict[str, Any]:
+    """Ask the doctor about an evaluated run and save the answer as ``examine.json`` in its folder.
+
+    The doctor reads the evaluation, or AutoAttack's verdict where there is no other, and looks at ``n`` test images.
+    ``ready`` is that of `evaluate_run`, for the weights that were judged.
+
+    Returns:
+        What was saved: weights_sha256, n, sentence, and findings (check, grade, measured, why, do).
+
+    Raises:
+        UnmovedError: a run that was not evaluated; as `unmoved.evaluation.doctor.examine.examine`.
+    """
+    n = require_whole("n", n, at_least=1)
+    kind = "evaluation" if run.evaluation is not None else "verdict"
+    facts, table = (run.evaluation, run.outcomes) if kind == "evaluation" else (run.verdict, run.verdict_outcomes)
+    if facts is None or table is None:
+        raise UnmovedError(f"{run.path}: expected an evaluated run, came none; run `unmoved evaluate {run.path}` first")
+    if weights_digest(run, facts["weights"]) != facts["weights_sha256"]:
+        raise UnmovedError(
+            f"{run.path}: expected the weights that were evaluated, came others: it was trained since; "
+            f"run `unmoved evaluate {run.path}` again"
+        )
+    built, model = opened(run, str(facts["weights"]), device, allow) if ready is None else ready()
+    test = built.data.test  # held: it is let go when nobody does, and read again
+    images = _judged(run, built, facts.get("asked_n"), validation=False).digest
+    if facts.get("images", images) != images:
+        raise UnmovedError(
+            f"{run.path}: expected the images that were evaluated, came others: its data changed since; "
+            f"run `unmoved evaluate {run.path}` again"
+        )
+    there = np.isin(built.data.index("test").cpu().numpy(), table["index"])
+    split = test.lent(torch.from_numpy(there))
+    findings = examine.examine(
+        model,
+        split,
+        built.threat,
+        outcomes=table,
+        attacks=facts["attacks"],
+        n=min(n, len(split)),
+        seed=built.recipe.training.seed,
+        progress=None if progress is None else lambda done, total, words: progress(done / total, f"doctor: {words}"),
+    )
+    answer = {
+        "weights_sha256": facts["weights_sha256"],
+        "evaluation": (facts.get("files") or {}).get("outcomes.csv"),
+        "n": min(n, len(split)),
+        "sentence": examine.verdict(findings),
+        "findings": [dataclasses.asdict(finding) for finding in findings],
+    }
+    write_atomic(run.path / "doctor.json", (json.dumps(answer, indent=2) + "\n").encode())
+    return answer
+
+
+def _chosen(names: str, built: Built, allow: Collection[str]) -> dict[str, dict[str, Attack]]:
+    """Folder -> attacks, from a list of names with commas."""
+    chosen: dict[str, dict[str, Attack]] = {}
+    known = components.KINDS["attacks"]
+    for name in dict.fromkeys(part.strip() for part in names.split(",")):
+        if name == "recipe":
+            found: dict[str, Attack] = dict(built.attacks)
+        elif name == "quick":
+            found = {"quick": Quick(built.threat, seed=built.recipe.training.seed)}
+        elif name in VERDICTS:
+            label = "autoattack" if name == "standard" else f"autoattack-{name}"
+            found = {label: AutoAttack(built.threat, version=name, seed=built.recipe.training.seed)}
+        elif name.startswith("transfer:"):
+            found = {"transfer": _transfer(Path(name.removeprefix("transfer:")), built, allow)}
+        elif name in known:
+            found = {name: built.attack(name)}
+        else:
+            names_known = ["recipe", "quick", *VERDICTS, *known, "transfer:RUN"]
+            raise UnmovedError(
+                f"--attacks: expected names of {', '.join(names_known)}, came {name!r}{did_you_mean(name, names_known)}"
+            )
+        chosen.setdefault("verdict" if name in VERDICTS else "evaluation", {}).update(found)
+    return chosen
+
+
+def _transfer(path: Path, built: Built, allow: Collection[str]) -> Transfer:
+    """What fools another run's model, which must see images of the same shape and classes."""
+    source, model = opened(Run.open(path), "best", "auto", allow)
+    if (source.shape, source.num_classes) != (built.shape, built.num_classes):
+        raise UnmovedError(
+            f"transfer: expected a run on {built.num_classes} classes of images {built.shape}, came {path} with "
+            f"{source.num_classes} classes of images {source.shape}"
+        )
+    return Transfer(built.threat, source=model)
+
+
+def _notes(attack: Attack, num_classes: int) -> list[str]:
+    return attack.notes(num_classes) if isinstance(attack, Ensemble) else []
+
+
+def _question(run: Run, weights: str, asked: str, attacks: Mapping[str, Attack], precision: str) -> dict[str, Any]:
+    """What answers in a journal are answers to: anything that could change one of them."""
+    return {
+        "weights": weights_digest(run, weights),
+        "attacks": {name: repr(attack) for name, attack in attacks.items()},
+        "asked": asked,
+        "precision": precision,
+    }

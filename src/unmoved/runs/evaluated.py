@@ -1,0 +1,197 @@
+"""A run as it was judged: its outcomes, AutoAttack's, and the doctor's words, if all are about the same weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from unmoved.core.errors import UnmovedError
+from unmoved.evaluation.outcomes import CLEAN, ROBUST
+
+if TYPE_CHECKING:
+    from unmoved.runs.folder import Run
+
+# The parts of the ensembles in the order in which they run.
+PARTS = ("apgd-ce", "apgd-dlr", "apgd-margin", "apgd-t", "apgd-margin-t", "fab-t", "square")
+
+
+class Protocol(NamedTuple):
+    """How a run was judged: two runs are comparable when these agree."""
+
+    split: str
+    norm: str
+    eps: float
+    attacks: tuple[str, ...]
+    n: int
+
+
+@dataclass(frozen=True, eq=False)
+class Judged:
+    """An evaluated run, read from its folder once (a `Run` reads its files anew each time it is asked).
+
+    ``autoattack`` holds AutoAttack's outcomes and ``verdict`` its facts; ``stale`` says what is not shown, because it
+    is about other weights than the evaluation.
+    """
+
+    path: Path
+    name: str
+    seed: int
+    recipe: dict[str, Any]
+    provenance: dict[str, Any]
+    metrics: pd.DataFrame
+    outcomes: pd.DataFrame
+    curve: pd.DataFrame | None
+    gallery: dict[str, np.ndarray] | None
+    evaluation: dict[str, Any]
+    autoattack: pd.DataFrame | None = None
+    verdict: dict[str, Any] | None = None
+    doctor: dict[str, Any] | None = None
+    stale: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, run: Run) -> Judged:
+        """Read a run; one that only AutoAttack has judged is reported from its outcomes.
+
+        Raises:
+            UnmovedError: it was not evaluated, or its outcomes do not hold the samples that its evaluation names.
+        """
+        evaluation, verdict, doctor, metrics = run.evaluation, run.verdict, run.doctor, run.metrics
+        table, autoattack, stale = run.outcomes if evaluation is not None else None, None, []
+        judged = (verdict if table is None else evaluation) or {}
+        if verdict is not None and verdict.get("weights_sha256") != judged.get("weights_sha256"):
+            which = "" if judged.get("weights", "best") == "best" else f" --weights {judged['weights']}"
+            stale.append(_stale("AutoAttack's verdict", run, f"evaluate {run.path} --attacks standard{which}"))
+            verdict = None
+        if verdict is not None and (autoattack := run.verdict_outcomes) is not None:
+            _require_whole(run, verdict, autoattack)
+        about = doctor.get("evaluation") if doctor is not None else None
+        told = (judged.get("files") or {}).get("outcomes.csv", about)
+        if doctor is not None and (doctor.get("weights_sha256"), about) != (judged.get("weights_sha256"), told):
+            other = "weights" if doctor.get("weights_sha256") != judged.get("weights_sha256") else "outcomes"
+            stale.append(_stale("the doctor's opinion", run, f"doctor {run.path}", other))
+            doctor = None
+        # What lies beside an evaluation that was broken off is of nobody knows which weights.
+        curve, gallery = (run.curve, run.gallery or {}) if table is not None else (None, {})
+        if table is None:
+            evaluation, table = verdict, autoattack
+        if evaluation is None or table is None:
+            raise UnmovedError(
+                f"{run.path}: expected an evaluated run, came none; run `unmoved evaluate {run.path}` first"
+            )
+        _require_whole(run, evaluation, table)
+        if len(gallery.get("x", ())):
+            _require_images(run, gallery)
+        return cls(
+            path=run.path,
+            name=run.name,
+            seed=run.seed,
+            recipe=run.recipe,
+            provenance=run.provenance,
+            metrics=metrics,
+            outcomes=table,
+            curve=curve,
+            gallery=gallery if len(gallery.get("x", ())) else None,
+            evaluation=evaluation,
+            autoattack=autoattack,
+            verdict=verdict if autoattack is not None else None,
+            doctor=doctor,
+            stale=tuple(stale),
+        )
+
+    @cached_property
+    def protocol(self) -> Protocol:
+        return Protocol(
+            split=str(self.evaluation.get("split", "unknown")),
+            norm=str(self.outcomes["norm"].iloc[0]),
+            eps=float(self.outcomes["eps"].max()),
+            attacks=tuple(sorted(self.outcomes["attack"].unique())),
+            n=int(self.outcomes["index"].nunique()),
+        )
+
+    @cached_property
+    def broken(self) -> pd.DataFrame:
+        """by, place, share: what broke the samples first, with its place in the order of attacks; AutoAttack's rather.
+
+        A sample that several attacks broke counts for the first of them alone.
+        """
+        table, facts = self.outcomes, self.evaluation
+        if self.autoattack is not None and self.verdict is not None:
+            table, facts = self.autoattack, self.verdict
+        by = {str(attack): rows.set_index("index")["by"] for attack, rows in table.groupby("attack", sort=False)}
+        ordered = [name for name in facts.get("attacks", ()) if name in by]
+        ordered += [name for name in by if name not in ordered]
+        first, places = by[ordered[-1]], {CLEAN: -1.0, ROBUST: np.inf}
+        for attack in reversed(ordered):
+            first = by[attack].where(by[attack] != ROBUST, first)
+        for number, attack in enumerate(ordered):
+            for part in set(by[attack]):
+                place = PARTS.index(part) if part in PARTS else 0
+                places.setdefault(part, float(len(PARTS) * number + place))
+        shares = first.value_counts(normalize=True)
+        return pd.DataFrame(
+            [{"by": part, "place": places[str(part)], "share": share} for part, share in shares.items()]
+        )
+
+
+def samples_of(table: pd.DataFrame) -> pd.DataFrame:
+    """The samples that a table is about: index and label, sorted, each once."""
+    return table[["index", "label"]].drop_duplicates().sort_values(["index", "label"], ignore_index=True)
+
+
+def require_same_samples(ours: pd.DataFrame, theirs: pd.DataFrame, names: tuple[object, object]) -> None:
+    """Raise `UnmovedError` unless two tables with columns index and label are about the same samples and labels.
+
+    Accuracies on other images are no seeds of one accuracy, and no difference of theirs is paired. Rows may repeat a
+    sample and come in any order.
+    """
+    first, second = samples_of(ours), samples_of(theirs)
+    if first.equals(second):
+        return
+    sets, (one, other) = [set(table["index"]) for table in (first, second)], names
+    if sets[0] != sets[1]:
+        raise UnmovedError(
+            f"expected runs on the same data, came {one} and {other}, whose test images differ ({len(sets[0])} and "
+            f"{len(sets[1])}, {len(sets[0] & sets[1])} of them in both); judge them on the same images (one data.seed, "
+            "one evaluation.n), or look at each data set apart"
+        )
+    raise UnmovedError(
+        f"expected runs on the same data, came other labels in {other} than in {one}; look at each data set apart"
+    )
+
+
+def _stale(what: str, run: Run, command: str, other: str = "weights") -> str:
+    return (
+        f"{run.path}: {what} is about other {other} than the evaluation, so it is not shown; "
+        f"`unmoved {command}` renews it"
+    )
+
+
+def _require_whole(run: Run, facts: Mapping[str, Any], table: pd.DataFrame) -> None:
+    n = table["index"].nunique()
+    if facts.get("n", n) != n:
+        raise UnmovedError(
+            f"{run.path}: expected outcomes of {facts['n']} samples, came {n}; run `unmoved evaluate {run.path}` again"
+        )
+
+
+def _require_images(run: Run, gallery: Mapping[str, np.ndarray]) -> None:
+    """Raise `UnmovedError` unless a gallery holds pairs of images (M, C, H, W) and their labels (M,)."""
+    empty = np.zeros(0)
+    x, x_adv = gallery["x"], gallery.get("x_adv", empty)
+    good = x.ndim == 4 and x.size > 0 and x.shape == x_adv.shape and {x.dtype.kind, x_adv.dtype.kind} == {"f"}
+    for name in ("label", "clean_prediction", "adversarial_prediction"):
+        values = gallery.get(name, empty)
+        good = good and values.dtype.kind in "iu" and values.shape == (len(x),)
+    if (
+        not good
+        or gallery.get("attack", empty).shape != (len(x),)
+        or not np.isfinite(x).all()
+        or not np.isfinite(x_adv).all()
+    ):
+        raise UnmovedError(f"{run.path}: its gallery holds no images; run `unmoved evaluate {run.path}` again")

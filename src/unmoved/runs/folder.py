@@ -1,0 +1,323 @@
+"""A run folder: what was asked, where and when it was done, how it went, and the weights. No pickle is ever executed.
+
+recipe.toml          the fully resolved recipe
+provenance.json      versions, hardware, seed, git state, times
+metrics.jsonl        one record an epoch
+per_class.jsonl      what terms report by class, one line an epoch; only where one does
+best.safetensors     weights with the highest validation robust accuracy
+last.safetensors     weights after the last saved epoch
+trainer.pt           everything that --resume needs; written after the weights, so it is the point a run comes back to
+trainer.previous.pt  the one before, for when trainer.pt is damaged
+evaluation/          outcomes.csv, curve.csv, gallery.npz, evaluation.json
+verdict/             outcomes.csv, verdict.json: AutoAttack's
+validation/          outcomes.csv, validation.json: of images held out of training, to choose settings by
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import shlex
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import tomli_w
+from torch import nn
+
+from unmoved import models
+from unmoved.core import untrusted
+from unmoved.core.errors import UnmovedError
+from unmoved.core.files import finish_set, latest, remove_leftovers, write_atomic, write_set
+from unmoved.evaluation import outcomes
+from unmoved.runs import lock, records
+from unmoved.runs.provenance import provenance
+from unmoved.runs.suggestions import run_meant
+from unmoved.training import checkpoint
+from unmoved.training.log import METRICS, PER_CLASS, Log, by_class, divided
+
+FORMAT = 1
+GALLERY = ("x", "x_adv", "label", "clean_prediction", "adversarial_prediction", "attack")
+
+
+class Run:
+    """A run folder on disk; see the module for what it holds.
+
+    Raises:
+        UnmovedError: `open`: a folder that is missing, half written or of another version.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self._tables: dict[str, tuple[tuple[int, ...], pd.DataFrame]] = {}
+
+    @classmethod
+    def create(cls, path: Path | str, recipe: dict[str, Any]) -> Run:
+        """A new run folder; a folder of a run of which anything was saved is refused."""
+        run = cls(path)
+        if run.is_begun():
+            raise UnmovedError(f"{run.path} already holds a run: pass --resume to go on with it, or another --out")
+        write_atomic(run.path / "provenance.json", _json({"format": FORMAT, **provenance(recipe)}))
+        write_atomic(run.path / "recipe.toml", tomli_w.dumps(recipe).encode())
+        return run
+
+    @classmethod
+    def open(cls, path: Path | str) -> Run:
+        run = cls(path)
+        if not run.path.is_dir():
+            raise UnmovedError(f"run folder {run.path}: expected a folder made by 'unmoved train'{run_meant(run.path)}")
+        if not os.path.lexists(run.path / "recipe.toml") and (inside := run_meant(run.path)):
+            raise UnmovedError(f"run folder {run.path}: expected one run, a folder made by 'unmoved train'{inside}")
+        for name in ("recipe.toml", "provenance.json"):
+            if not os.path.lexists(run.path / name):  # what is no file is named by its reader
+                raise UnmovedError(
+                    f"run folder {run.path}: {name} is missing, so this is no run or a half written one; train again"
+                )
+        if run.provenance.get("format") != FORMAT:
+            raise UnmovedError(
+                f"run folder {run.path}: expected format {FORMAT}, came {run.provenance.get('format')!r}; "
+                "use the version of unmoved that wrote it, or train again"
+            )
+        return run
+
+    def is_begun(self) -> bool:
+        """Whether anything of its training was saved."""
+        names = ("trainer.pt", "trainer.previous.pt", "last.safetensors", "best.safetensors", METRICS)
+        return any(os.path.lexists(self.path / name) for name in names)
+
+    @cached_property
+    def recipe(self) -> dict[str, Any]:
+        try:
+            return records.recipe(self.path / "recipe.toml", "train again")
+        except FileNotFoundError as error:
+            raise UnmovedError(f"run folder {self.path}: recipe.toml is missing; train again") from error
+
+    @cached_property
+    def provenance(self) -> dict[str, Any]:
+        return records.read(records.Provenance, self.path / "provenance.json", "train again") or {}
+
+    @property
+    def name(self) -> str:
+        return str(self.recipe.get("name", self.path.name))
+
+    @property
+    def seed(self) -> int:
+        return int(self.recipe.get("training", {}).get("seed", 0))
+
+    @property
+    def metrics(self) -> pd.DataFrame:
+        """One row an epoch; the objective's parts as columns ``parts.ce`` and so on."""
+        return pd.json_normalize(records.log(self.path / METRICS, "train again"))
+
+    @property
+    def per_class(self) -> pd.DataFrame:
+        """A row for each epoch, term and class, of what terms report by class, such as `GlobalProbability`'s q."""
+        lines = records.per_class(self.path / PER_CLASS, "train again")
+        if lines is None:  # an older version kept it in the log
+            log = records.log(self.path / METRICS, "train again")
+            lines = [{"epoch": record["epoch"], **divided(record)[1]} for record in log]
+        return by_class(lines)
+
+    # --- training state
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Be the only one who trains or evaluates this run, and clear away what killed processes left half written.
+
+        Raises:
+            UnmovedError: another process is at it.
+        """
+        with lock.alone(self.path):
+            remove_leftovers(self.path, spare="doctor.json")
+            for kind in ("evaluation", "verdict", "validation"):
+                finish_set(self.path / kind, kind)
+                remove_leftovers(self.path / kind)
+                for folder in (self.path / kind).glob("*adversarial*"):
+                    remove_leftovers(folder)
+            for folder in (self.path, self.path / "analysis"):  # where doctor and analyses may be writing right now
+                remove_leftovers(folder, older_than=3600.0)
+            yield
+
+    def save_state(self, state: dict[str, Any]) -> None:
+        """The trainer's state: tensors, numbers, strings and plain containers only. The one before is kept."""
+        checkpoint.save(self.path, state)
+
+    def load_state(
+        self, tell: Callable[[str], None] = checkpoint.silent, *, mend: bool = False
+    ) -> dict[str, Any] | None:
+        """The newest whole state that `save_state` saved, or None; nothing in it is run.
+
+        Args:
+            tell: called with a sentence where the newest is damaged and the one before is taken.
+            mend: whether the damaged one is removed, for whoever goes on and saves.
+        """
+        return checkpoint.load(self.path, tell, mend=mend)
+
+    def mend_weights(self, state: dict[str, Any], tell: Callable[[str], None] = checkpoint.silent) -> None:
+        """Write weights files that are missing or damaged anew, from what `load_state` returned."""
+        for which, tensors in (("last", state.get("average", state["model"])), ("best", state.get("best_model"))):
+            path = self.path / f"{which}.safetensors"
+            if tensors is not None and not models.is_whole(path):
+                models.save_tensors(tensors, path)
+                tell(f"{path} was missing or damaged: restored from the trainer's state")
+
+    @cached_property
+    def log(self) -> Log:
+        """The files that training appends an epoch's record to."""
+        return Log(self.path)
+
+    def mend_log(self, state: dict[str, Any], tell: Callable[[str], None] = checkpoint.silent) -> None:
+        """Bring the log to where it was when this state of `load_state` was saved, its own epoch the last line."""
+        self.log.go_back(state["log"], state["epochs"], tell)
+        self.log.add(state["record"])
+
+    def is_done(self, epochs: int) -> bool:
+        """Whether all epochs are saved, which the log says, and their weights are whole; nothing else is read."""
+        try:
+            logged = [line["epoch"] for line in records.log(self.path / METRICS, "")]
+        except UnmovedError:
+            return False
+        weights = (self.path / f"{which}.safetensors" for which in ("best", "last"))
+        return logged == list(range(1, epochs + 1)) and all(map(models.is_whole, weights))
+
+    def save_weights(self, model: nn.Module, which: str, state: dict[str, Any] | None = None) -> None:
+        """The weights of a model, or those that its ``state_dict`` returned at another time."""
+        models.save_weights(model, self.path / f"{which}.safetensors", state)
+
+    def load_weights(self, model: nn.Module, which: str) -> None:
+        path = self.path / f"{which}.safetensors"
+        recipe, out = (shlex.quote(str(path)) for path in (self.path / "recipe.toml", self.path))
+        train = f"`unmoved train {recipe} --out {out} --resume`"
+        if not os.path.lexists(path):
+            raise UnmovedError(f"run folder {self.path}: no {path.name} yet; train first: {train}")
+        try:
+            models.load_weights(model, path)
+        except models.DamagedFile as error:
+            raise UnmovedError(f"{error}; {train} restores it from the trainer's state") from error
+
+    # --- evaluation
+
+    def save_evaluation(
+        self,
+        table: pd.DataFrame,
+        facts: dict[str, Any],
+        *,
+        kind: str = "evaluation",
+        curve: pd.DataFrame | None = None,
+        gallery: dict[str, np.ndarray] | None = None,
+        images: str | None = None,
+        journal: str | None = None,
+    ) -> None:
+        """Into the folder ``kind``, in the place of the evaluation that is there: as a whole, or not at all.
+
+        Args:
+            facts: with a ``question``, the images of an evaluation that answered the same one are kept.
+            images: the folder in there whose images become ``adversarial``.
+            journal: the file in there that has done its work; it is emptied.
+        """
+        folder = self.path / kind
+        files = {"outcomes.csv": outcomes.as_csv(table, str(folder / "outcomes.csv"))}
+        if curve is not None:
+            files["curve.csv"] = outcomes.as_csv(curve, str(folder / "curve.csv"))
+        if gallery is not None:
+            buffer = io.BytesIO()
+            np.savez_compressed(buffer, **gallery)  # type: ignore[arg-type]
+            files["gallery.npz"] = buffer.getvalue()
+        told = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+        files[f"{kind}.json"] = _json(facts | {"files": told})
+        if journal is not None:
+            files[journal] = b""  # with the rest: it would go on without the images that it has answers for
+        folders = {"adversarial": images or ""}
+        if images is None and self._answered(kind) == facts.get("question", ""):
+            folders = {}
+        write_set(folder, kind, files, folders)
+
+    def _answered(self, kind: str) -> str | None:
+        try:
+            return (self._facts(kind) or {}).get("question")
+        except UnmovedError:  # it is about to be replaced
+            return None
+
+    @property
+    def evaluation(self) -> dict[str, Any] | None:
+        return self._facts("evaluation")
+
+    @property
+    def verdict(self) -> dict[str, Any] | None:
+        """The facts of AutoAttack's verdict, or None."""
+        return self._facts("verdict")
+
+    @property
+    def validation(self) -> dict[str, Any] | None:
+        """The facts of a judgement of validation images, or None."""
+        return self._facts("validation")
+
+    def _facts(self, kind: str) -> dict[str, Any] | None:
+        path = latest(self.path / kind, kind, f"{kind}.json")
+        return records.read(records.Evaluation, path, self._again("evaluate"))
+
+    def _require_own(self, kind: str, path: Path) -> None:
+        """Raise `UnmovedError` where a file is not the one that was saved with the facts beside it."""
+        expected = ((self._facts(kind) or {}).get("files") or {}).get(path.name)
+        if expected is not None and untrusted.digest(path) != expected:
+            raise UnmovedError(
+                f"{path}: expected what {kind}.json was saved with, came something else; if another process was "
+                f"saving just now, repeat the command, otherwise {self._again('evaluate')}"
+            )
+
+    @property
+    def doctor(self) -> dict[str, Any] | None:
+        """What `unmoved doctor` found and about which weights, or None where nobody looked."""
+        return records.read(records.Doctor, self.path / "doctor.json", self._again("doctor"))
+
+    @property
+    def outcomes(self) -> pd.DataFrame | None:
+        return self._outcomes("evaluation", "outcomes.csv")
+
+    @property
+    def verdict_outcomes(self) -> pd.DataFrame | None:
+        return self._outcomes("verdict", "outcomes.csv")
+
+    @property
+    def curve(self) -> pd.DataFrame | None:
+        return self._outcomes("evaluation", "curve.csv")
+
+    def _outcomes(self, kind: str, name: str) -> pd.DataFrame | None:
+        """A table, looked through once as long as its file is the same: a new one never has all of these alike."""
+        path = latest(self.path / kind, kind, name)
+        try:
+            with untrusted.regular(path) as file:
+                status = os.fstat(file.fileno())
+        except FileNotFoundError:
+            return None
+        key, stamp = f"{kind}/{name}", (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+        if key not in self._tables or self._tables[key][0] != stamp:
+            table = outcomes.read(path)
+            self._require_own(kind, path)
+            self._tables[key] = stamp, table
+        return self._tables[key][1].copy()  # what a caller changes is his own
+
+    @property
+    def gallery(self) -> dict[str, np.ndarray] | None:
+        path = latest(self.path / "evaluation", "evaluation", "gallery.npz")
+        if not os.path.lexists(path):
+            return None
+        try:
+            arrays = untrusted.npz(path, GALLERY)
+        except UnmovedError as error:
+            raise UnmovedError(f"{error}; {self._again('evaluate')}") from error
+        self._require_own("evaluation", path)
+        return arrays or None
+
+    def _again(self, command: str) -> str:
+        return f"run `unmoved {command} {self.path}` again"
+
+
+def _json(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()

@@ -1,0 +1,82 @@
+"""A run's model as it was trained: built from its recipe, with the weights that were kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection
+from functools import lru_cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from unmoved.core import untrusted
+from unmoved.core.errors import UnmovedError
+from unmoved.core.precision import layout, require_device
+from unmoved.data import ArraySplit, DataSet, Selection
+from unmoved.runs import recipe as config
+from unmoved.runs.assembly import Built
+from unmoved.runs.folder import Run
+from unmoved.runs.provenance import code
+
+
+class Opened(NamedTuple):
+    """A run's objects and its model with some of its weights, in evaluation mode on the device."""
+
+    built: Built
+    model: nn.Module
+
+
+def opened(
+    run: Run,
+    weights: str,
+    device: str,
+    allow: Collection[str],
+    *,
+    source: DataSet | None = None,
+    built: Built | None = None,
+) -> Opened:
+    """The run's objects and its model with these weights.
+
+    Args:
+        source: the data of its recipe, where it was made already.
+        built: the objects of its recipe, where they were.
+    """
+    require_device(device)
+    if built is None:
+        built = Built(config.parse(run.recipe, str(run.path / "recipe.toml")), allow, source=source)
+    model = built.model()
+    run.load_weights(model, weights)
+    where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    form = layout(model, where, torch.zeros(2, *built.shape))
+    model.to(where).to(memory_format=form)  # type: ignore[call-overload]  # the same numbers, faster
+    return Opened(built, model.eval())
+
+
+def weights_digest(run: Run, weights: str) -> str:
+    """The sha256 of a weights file: says which weights a verdict is about."""
+    path = run.path / f"{weights}.safetensors"
+    try:
+        status = path.stat()
+        return _digest(path, (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns))
+    except FileNotFoundError:
+        raise UnmovedError(f"{path}: expected a weights file, came none; train first") from None
+
+
+@lru_cache(maxsize=64)
+def _digest(path: Path, stamp: tuple[int, ...]) -> str:
+    """Of a file with this stamp, which no other version of it has: weights may be large, and are asked about often."""
+    return untrusted.digest(path)
+
+
+def question_about(built: Built, split: ArraySplit | Selection, allow: Collection[str]) -> dict[str, Any]:
+    """What any answer about a run's model depends on, beside its weights and the settings of the question."""
+    recipe = json.dumps(built.recipe.tables(), sort_keys=True, default=str)
+    return {
+        "images": split.digest,
+        "recipe": hashlib.sha256(recipe.encode()).hexdigest(),
+        "versions": [metadata.version("unmoved"), torch.__version__, code(allow)],
+    }

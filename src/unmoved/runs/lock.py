@@ -1,0 +1,87 @@
+"""One writer at a time in a folder. The operating system holds the lock, so that it dies with its process."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from unmoved.core.errors import UnmovedError
+from unmoved.core.files import unwritten
+
+NAME = ".lock"
+# Never through a link, which may lead to a file of somebody else's, and never waiting for the writer of a pipe.
+_OPEN = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+_held: set[tuple[str, int]] = set()  # (folder, thread): who holds a lock may enter it again
+
+if sys.platform == "win32":
+    import msvcrt
+
+    def _take(descriptor: int) -> None:
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+
+else:
+    import fcntl
+
+    def _take(descriptor: int) -> None:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Be the only one who writes into a folder, which is made where it is missing.
+
+    The same thread may enter again. What an ended process leaves behind, also one that was killed, locks nobody out.
+
+    Raises:
+        UnmovedError: somebody else is at work in the folder; a folder that cannot be made or written.
+    """
+    key = (str(folder.resolve()), threading.get_ident())
+    if key in _held:
+        yield
+        return
+    path = folder / NAME
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = _locked(path)
+    except OSError as error:
+        raise unwritten(path, error) from error
+    _held.add(key)
+    try:
+        yield
+    finally:
+        _held.discard(key)
+        with suppress(OSError):  # Windows keeps the name while the file is open; a left file locks nobody out
+            path.unlink()
+        os.close(descriptor)
+
+
+def _locked(path: Path) -> int:
+    while True:
+        descriptor = os.open(path, _OPEN, 0o666)
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise UnmovedError(f"{path}: expected a regular file, came something else; remove it")
+        try:
+            _take(descriptor)
+            # Its last holder may have taken the name away after we opened the file: that lock is nobody's.
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                return descriptor
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            if error.errno in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+                return descriptor  # some network file systems know no locks: better unguarded than not at all
+            os.close(descriptor)
+            if error.errno in (errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK):
+                raise UnmovedError(
+                    f"{path.parent}: another process trains or evaluates this run; expected to be the only one: wait "
+                    "until it ends (or end it), then repeat the command"
+                ) from error
+            raise
+        os.close(descriptor)

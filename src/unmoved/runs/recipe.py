@@ -1,0 +1,317 @@
+"""A recipe: one TOML file that says everything a run does; read, checked, and turned into objects."""
+
+from __future__ import annotations
+
+import copy
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from unmoved import data
+from unmoved.core.errors import UnmovedError, did_you_mean
+from unmoved.core.precision import PRECISIONS
+from unmoved.core.threat import ThreatModel
+from unmoved.core.untrusted import LONGEST, readable, require_plain, toml, toml_file
+from unmoved.evaluation.outcomes import CLEAN, WORST
+from unmoved.runs import recipe_keys
+from unmoved.runs.components import (
+    KINDS,
+    AttackTable,
+    AverageTable,
+    DataTable,
+    DefenseTable,
+    ModelTable,
+    Number,
+    OptimizerTable,
+    ScheduleTable,
+    Settings,
+    TermTable,
+    UnknownKey,
+    Whole,
+)
+from unmoved.runs.suggestions import recipe_meant
+
+PIPES = (Path("/dev/fd"), Path("/dev"))
+
+
+class Threat(Settings):
+    """The ball of allowed perturbations, on images in [0, 1]."""
+
+    norm: str = "linf"
+    eps: Number
+
+    @model_validator(mode="after")
+    def _is_a_ball(self) -> Threat:
+        ThreatModel(self.norm, self.eps)
+        return self
+
+
+class Part(Settings):
+    """One of ``of`` disjoint parts of equal size of the training data, after a permutation by its number."""
+
+    of: Whole = Field(ge=2)
+    number: Whole = Field(ge=0)
+    permutation: Whole = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _exists(self) -> Part:
+        if self.number >= self.of:
+            raise ValueError(f"expected a part 0..{self.of - 1}, came {self.number}")
+        return self
+
+
+class Swept(Settings):
+    """What a sweep has set: the recipe it started from, and its values by key."""
+
+    method: str
+    values: dict[str, str]
+
+
+class Training(Settings):
+    """How long and on what."""
+
+    epochs: Whole = Field(30, ge=1)
+    batch_size: Whole = Field(128, ge=1)
+    seed: Whole = Field(0, ge=0)
+    validation: Number = Field(
+        0.1, ge=0, allow_inf_nan=False, description="held out of the training data: a share, or a count above 1"
+    )
+    part: Part | None = None
+    augment: str = "none"
+    precision: str = "auto"
+    compiled: bool = Field(False, description="passes made by torch.compile: slow to begin, made for GPUs")
+    sync_batchnorm: bool = Field(False, description="BatchNorm over the samples of all processes; on GPUs")
+    checkpoint_share: Number = Field(
+        0.03, ge=0, le=1, description="most of the time that saving may take; 1 saves every epoch"
+    )
+
+    @field_validator("precision")
+    @classmethod
+    def _known_precision(cls, value: str) -> str:
+        if value not in PRECISIONS:
+            raise ValueError(f"unknown value {value!r}" + did_you_mean(value, PRECISIONS))
+        return value
+
+    @field_validator("augment")
+    @classmethod
+    def _known_augment(cls, value: str) -> str:
+        data.augmentation(value)
+        return value
+
+
+class Phase(Settings):
+    """What changes from an epoch on; the changes add up from phase to phase."""
+
+    from_epoch: Whole = Field(ge=1)
+    attack: dict[str, Any] | None = None
+    objective: dict[str, dict[str, Any]] | None = None
+    defense: dict[str, Any] | None = None
+
+    @field_validator("attack", "defense", mode="before")
+    @classmethod
+    def _a_bare_name_is_a_table(cls, value: Any) -> Any:
+        return {"use": value} if isinstance(value, str) else value
+
+
+class Evaluation(Settings):
+    """What ``unmoved evaluate`` runs; by default PGD with 20 steps and APGD with 100."""
+
+    n: Whole | None = Field(None, ge=1)
+    attacks: dict[str, AttackTable] = {}
+
+    @field_validator("attacks")
+    @classmethod
+    def _names_may_name_files(cls, attacks: dict[str, Any]) -> dict[str, Any]:
+        for name in attacks:
+            if not re.fullmatch(r"\w[\w .+=-]{0,99}", name):
+                raise ValueError(f"expected names of at most 100 letters, digits and -+=._, came {name!r:.200}")
+            if name in (CLEAN, WORST):
+                raise ValueError(f"{name!r} is a measure's name; call the attack otherwise")
+        return attacks
+
+
+class Stretch(Settings):
+    """What may change from phase to phase: attack, objective and defense."""
+
+    attack: AttackTable | None = None
+    objective: dict[str, TermTable] = Field(min_length=1)
+    defense: DefenseTable = Field({"use": "plain"})
+
+    @field_validator("objective", mode="before")
+    @classmethod
+    def _use_defaults_to_the_name(cls, value: Any) -> Any:
+        if isinstance(value, Mapping) and isinstance(value.get("use"), str):
+            raise ValueError(f"expected named terms, such as [objective.{value['use']}]")
+        if isinstance(value, Mapping):
+            return {k: {"use": k, **t} if isinstance(t, Mapping) else t for k, t in value.items()}
+        return value
+
+    @field_validator("attack", mode="before")
+    @classmethod
+    def _no_attack(cls, value: Any) -> Any:
+        return None if value == "none" or isinstance(value, Mapping) and value.get("use") == "none" else value
+
+
+class Recipe(Stretch):
+    """A run, described in full. ``[objective.NAME]`` tables are terms; ``use`` defaults to NAME."""
+
+    name: str = "recipe"
+    base: str | None = Field(None, description="the name of the recipe that the report sets this one beside")
+    swept: Swept | None = Field(None, description="set by `unmoved compare --sweep`")
+    data: DataTable
+    model: ModelTable
+    threat: Threat
+    training: Training = Training()
+    optimizer: OptimizerTable = Field({"use": "sgd"})
+    schedule: ScheduleTable = Field({"use": "constant"})
+    average: AverageTable = Field({"use": "none"})
+    phases: list[Phase] = []
+    validation: AttackTable | None = None
+    evaluation: Evaluation = Evaluation()
+
+    @field_validator("name")
+    @classmethod
+    def _may_name_a_folder(cls, name: str) -> str:
+        if not name.isprintable() or len(name) > 500 or "\\" in name or not name.strip("./ "):
+            raise ValueError(
+                f"expected at most 500 printable characters, not dots alone, no backslash; came {name!r:.250}"
+            )
+        return name
+
+    @model_validator(mode="after")
+    def _phases_are_methods(self) -> Recipe:
+        starts = [0, *(phase.from_epoch for phase in self.phases)]
+        if any(b <= a for a, b in zip(starts, starts[1:], strict=False)):
+            raise ValueError(f"phases: from_epoch must increase, came {starts[1:]}")
+        for start, tables in self.stretches()[1:]:
+            try:
+                Stretch.model_validate(tables)
+            except ValidationError as error:
+                raise ValueError(f"phase from epoch {start}: " + "; ".join(_messages(error, tables))) from None
+        return self
+
+    def stretches(self) -> list[tuple[int, dict[str, Any]]]:
+        """(first epoch, tables of attack, objective and defense) of each phase, changes merged in."""
+        result = [(0, self.model_dump(include=set(Stretch.model_fields), by_alias=True))]
+        for phase in self.phases:
+            changes = phase.model_dump(exclude={"from_epoch"}, exclude_none=True)
+            result.append((phase.from_epoch, _merge(result[-1][1], changes)))
+        return result
+
+    def tables(self) -> dict[str, Any]:
+        """The fully resolved recipe as plain data; what `unmoved show` prints."""
+        order = ("name", "base", "swept", "data", "model", "threat", "training", "optimizer", "schedule", "average")
+        tables = _without_none(self.model_dump(by_alias=True))
+        return {
+            key: tables[key]
+            for key in [*(k for k in order if k in tables), *(key for key in tables if key not in order)]
+        }
+
+
+def _merge(base: Any, changes: Any) -> Any:
+    """Tables merged key by key; a table whose ``use`` changes is replaced as a whole."""
+    if not isinstance(base, Mapping) or not isinstance(changes, Mapping):
+        return copy.deepcopy(changes)
+    if "use" in changes and changes["use"] != base.get("use"):
+        return copy.deepcopy(dict(changes))
+    if "from" in base and "to" in base:  # a ramp is replaced, never mixed with another
+        return copy.deepcopy(dict(changes))
+    return {**base, **{key: _merge(base.get(key), value) for key, value in changes.items()}}
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_none(part) for key, part in value.items() if part is not None}
+    return [_without_none(part) for part in value] if isinstance(value, list | tuple) else value
+
+
+# --- files -> recipes
+
+
+def read(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe file with ``a.b=value`` overrides.
+
+    Raises:
+        UnmovedError: a file that is missing or not TOML, or a key or value that is wrong: file, key and mend named.
+    """
+    path = Path(path)
+    try:
+        if path.is_fifo() and path.parent in PIPES:  # what a shell puts in the place of <(...)
+            with path.open(encoding="utf-8") as file:
+                tables = toml(file.read(LONGEST + 1), f"recipe {path}")
+        else:
+            tables = toml_file(path, f"recipe {path}")
+    except FileNotFoundError:
+        raise UnmovedError(f"recipe {path}: no such file" + recipe_meant(path, KINDS)) from None
+    except (OSError, UnicodeError) as error:
+        raise UnmovedError(f"recipe {path}: cannot be read: {error}") from error
+    tables.setdefault(
+        "name", readable("/".join(part for part in (path.parent.name, path.stem) if part)).replace("\\", "-")
+    )
+    for override in overrides:
+        _override(tables, override)
+    return parse(tables, str(path))
+
+
+def parse(tables: Mapping[str, Any], where: str = "recipe") -> Recipe:
+    """A recipe from plain data; errors name ``where``.
+
+    Raises:
+        UnmovedError: as `read`.
+    """
+    require_plain(tables, where)
+    try:
+        return Recipe.model_validate(tables)
+    except ValidationError as error:
+        raise UnmovedError("\n".join(f"{where}: {message}" for message in _messages(error, tables))) from None
+
+
+def _override(tables: dict[str, Any], override: str) -> None:
+    """Apply ``a.b=value``; the value is TOML where it can be, else a string."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UnmovedError(f"--set {override!r}: expected key=value, such as training.epochs=5")
+    try:
+        value = toml(f"value = {text}", f"--set {override!r:.200}")["value"]
+    except UnmovedError as error:
+        if not isinstance(error.__cause__, tomllib.TOMLDecodeError):
+            raise
+        value = text
+    *parents, last = key.split(".")
+    target: Any = tables
+    for part in parents:
+        if isinstance(target, list):
+            if not part.isdecimal() or int(part) >= len(target):
+                raise UnmovedError(f"--set {override!r}: expected an index below {len(target)}, came {part!r}")
+            target = target[int(part)]
+        else:
+            if isinstance(target.get(part), str):
+                target[part] = {"use": target[part]}
+            target = target.setdefault(part, {})
+        if not isinstance(target, dict | list):
+            raise UnmovedError(f"--set {override!r}: {part!r} is a value, not a table")
+    if not isinstance(target, dict):
+        raise UnmovedError(f"--set {override!r}: expected the index of a phase before {last!r}")
+    is_new_component = last == "use" and target.get("use") not in (None, value)
+    if is_new_component:
+        target.clear()
+    target[last] = value
+
+
+def _messages(error: ValidationError, tables: Mapping[str, Any]) -> list[str]:
+    """One line a mistake: the key and the mend."""
+    lines = []
+    for mistake in error.errors(include_url=False):
+        key = ".".join(str(part) for part in mistake["loc"] if not str(part).startswith("<"))
+        message = mistake["msg"].removeprefix("Value error, ")
+        if isinstance(unknown := mistake.get("ctx", {}).get("error"), UnknownKey):
+            message += recipe_keys.meant(unknown, Recipe, tables)
+        line = f"{key}: {message}" if key and not message.startswith(f"{key}.") else message
+        if mistake["type"] not in ("value_error", "missing") and not isinstance(mistake["input"], dict):
+            line += f", came {mistake['input']!r:.200}"
+        lines.append(line)
+    return list(dict.fromkeys(lines))

@@ -1,0 +1,152 @@
+"""From a recipe to a trained run folder, begun anew or gone on with."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from unmoved.core.errors import UnmovedError
+from unmoved.core.precision import resolve
+from unmoved.core.protocols import Split
+from unmoved.runs import recipe as config
+from unmoved.runs.assembly import Built
+from unmoved.runs.folder import Run
+from unmoved.terms.sum import stateful
+from unmoved.training import distributed, loop
+from unmoved.training.rehearsal import rehearse_training, require_trained
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+
+def train_recipe(
+    recipe: config.Recipe,
+    out: Path | str,
+    *,
+    resume: bool = False,
+    allow: Collection[str] = (),
+    device: str = "auto",
+    devices: int = 1,
+    nodes: int = 1,
+    progress: Callable[[dict[str, Any]], None] | None = None,
+    loading: Callable[[int, int], None] | None = None,
+    build: Callable[[], Built] | None = None,
+) -> Run:
+    """Train a recipe into a run folder; with ``resume`` go on where the folder stands, or start it.
+
+    With several ``devices`` or ``nodes`` the first process starts the others of its machine by its own command line;
+    on other machines that command is started by hand with ``NODE_RANK`` and ``MASTER_ADDR`` set, or on all by
+    ``torchrun``. They share each batch and make the step that one process would make; the first has the folder.
+
+    ``progress`` is that of `unmoved.train`; ``loading`` is called with (done, total) images where decoding takes
+    a while. ``build`` gives the objects of the recipe, for whoever wants them too.
+
+    Raises:
+        UnmovedError: a folder that holds a run (without ``resume``) or a run of another recipe, or in which another
+            process is at work; another process that ended; as `train` and `distributed.prepare`.
+    """
+    first = distributed.rank(devices, nodes) == 0
+    with ExitStack() as held:
+        if first and Path(out).is_dir():  # otherwise none is made before the recipe is known to be sound
+            held.enter_context(Run(out).alone())
+        run = _begun(out, recipe.tables()) if first and resume else None
+        done = run is not None and _is_done(run, recipe, progress)
+        if run is not None and done and nodes == 1 and not distributed.started_by_others():
+            return run  # of several machines each must be told, or the others would wait for this one
+        fabric = distributed.prepare(device, devices, nodes)
+        # Everything a recipe can get wrong is found before a folder is made, and before other processes are.
+        built = Built(recipe, allow, loading) if build is None else build()
+        model = built.model()
+        train_part, validation = built.parts()
+        _rehearse(model, built, train_part, validation, fabric)
+        if first:
+            held.enter_context(Run(out).alone())
+            # Where the folder was missing, another process may have begun in the meantime.
+            run = (_begun(out, recipe.tables()) if resume else None) or Run.create(out, recipe.tables())
+        with distributed.together(fabric):
+            if not distributed.told(fabric, done):
+                loop.train(
+                    model,
+                    built.phases,
+                    train_part,
+                    validation=validation,
+                    check=built.check,
+                    threat=built.threat,
+                    epochs=recipe.training.epochs,
+                    batch_size=recipe.training.batch_size,
+                    optimizer=built.optimizer,
+                    schedule=built.schedule,
+                    augment=built.augment,
+                    average=built.average,
+                    precision=recipe.training.precision,
+                    compiled=recipe.training.compiled,
+                    sync_batchnorm=recipe.training.sync_batchnorm,
+                    seed=recipe.training.seed,
+                    checkpoint_share=recipe.training.checkpoint_share,
+                    fabric=fabric,
+                    run=run,
+                    progress=progress if first else None,
+                    rehearsal=False,
+                )
+    return Run(out) if run is None else run
+
+
+def _rehearse(model: nn.Module, built: Built, train_part: Split, validation: Split | None, fabric: Fabric) -> None:
+    """As `train` does, on the device of this process, which is then the model's."""
+    size, precision = built.recipe.training.batch_size, resolve(built.recipe.training.precision, fabric.device)
+    fabric.to_device(model)
+    for _, method in built.phases.phases:
+        fabric.to_device(nn.ModuleList(stateful(method.objective)))
+    require_trained(model)
+    rehearse_training(
+        model,
+        built.phases,
+        train_part,
+        size,
+        device=fabric.device,
+        count=fabric.world_size,
+        validation=validation,
+        check=built.check,
+        threat=built.threat,
+        precision=precision,
+        augment=built.augment,
+        seed=built.recipe.training.seed,
+    )
+
+
+def _is_done(run: Run, recipe: config.Recipe, progress: Callable[[dict[str, Any]], None] | None) -> bool:
+    """Whether all epochs are saved; a log or weights that are missing or damaged are then mended."""
+    if run.is_done(recipe.training.epochs):
+        return True
+    saved = run.load_state()
+    if saved is None or saved["epochs"] < recipe.training.epochs:
+        return False
+
+    def tell(words: str) -> None:
+        if progress is not None:
+            progress({"note": words})
+
+    run.mend_weights(saved, tell)
+    run.mend_log(saved, tell)
+    return True
+
+
+def _begun(out: Path | str, tables: dict[str, Any]) -> Run | None:
+    """The run of this recipe that the folder holds, if it holds one."""
+    if not os.path.lexists(Path(out) / "recipe.toml"):
+        return None
+    run = Run.open(out)
+    # Parsed: a folder of an older version lacks the keys that were added since, which have their defaults.
+    begun = config.parse(run.recipe, str(run.path / "recipe.toml")).tables()
+    if begun != tables:
+        keys = sorted(key for key in {*tables, *begun} if tables.get(key) != begun.get(key))
+        raise UnmovedError(
+            f"{out} holds a run of another recipe (it differs in: {', '.join(keys)}); choose another --out, "
+            f"or pass {Path(out) / 'recipe.toml'} to go on with that one"
+        )
+    return run

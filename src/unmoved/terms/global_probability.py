@@ -1,0 +1,145 @@
+"""ProbsCut's global constraint: every sample of a class is drawn to one probability that the class shares."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from unmoved.core import collectives
+from unmoved.core.errors import UnmovedError, require_choice, require_number, require_whole
+from unmoved.core.protocols import Logits, PerSample, StatefulTerm
+from unmoved.core.views import Views
+
+DIVERGENCES = ("generalized", "bernoulli", "qp", "pq")
+THETA_BOUND = 6.0
+
+
+class GlobalProbability(StatefulTerm):
+    """A learned expected probability q_c per class, and the divergence of each sample's p_y from its class's q_y.
+
+    ``G_i = D(q_{y_i}, s_i)`` with ``s_i`` the probability of the true class and ``q = sigmoid(theta)``:
+
+    - ``generalized``: ``q log(q / s) - q + s`` (zero iff s = q; near it (s - q)^2 / 2q, so a penalty on the variance);
+    - ``bernoulli``: ``q log(q / s) + (1 - q) log((1 - q) / (1 - s))``;
+    - ``qp``: ``q log(q / s)`` and ``pq``: ``s log(s / q)``, the literal one-element divergences.
+
+    **Published** (release of *Frontiers of Computer Science*, 15 April 2026): a single-element KL divergence draws the
+    target-class probability to a globally optimal expected probability of each category, learned with the parameters,
+    and can be added to TRADES and MART. **Reconstructed here**: the form of the divergence, which view it sees, how q
+    is updated, and every default. ``qp`` and ``pq`` are kept for fidelity; they do not shrink the gap (docs).
+
+    Args:
+        num_classes: K.
+        divergence: one of the four above.
+        update: ``"gradient"``: theta is a parameter of the optimizer (no weight decay), kept in [-6, 6]; ``"ema"``:
+            after each step ``q_c <- m q_c + (1 - m) mean(s_i of class c)`` for the classes present.
+        view: ``"adv"``, ``"clean"`` or ``"both"`` (the mean of the two probabilities).
+        init: starting value of every q_c, in (0, 1).
+        momentum: m of ``"ema"``.
+
+    Raises:
+        UnmovedError: a value outside its bounds, or logits of another number of classes.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        divergence: str = "generalized",
+        update: str = "gradient",
+        view: str = "adv",
+        init: float = 0.5,
+        momentum: float = 0.99,
+    ) -> None:
+        super().__init__()
+        num_classes = require_whole("GlobalProbability.num_classes", num_classes, at_least=2)
+        require_choice("GlobalProbability.divergence", divergence, DIVERGENCES)
+        require_choice("GlobalProbability.update", update, ("gradient", "ema"))
+        require_choice("GlobalProbability.view", view, ("adv", "clean", "both"))
+        init = require_number("GlobalProbability.init", init, above=0, at_most=1 / (1 + math.exp(-THETA_BOUND)))
+        momentum = require_number("GlobalProbability.momentum", momentum, at_least=0, at_most=1)
+        self.num_classes, self.divergence, self.how = num_classes, divergence, update
+        self.view, self.init, self.momentum = view, init, momentum
+        theta = torch.full((num_classes,), math.log(init / (1 - init)))
+        if update == "gradient":
+            self.theta = nn.Parameter(theta)
+        else:
+            self.register_buffer("theta", theta)
+        # Per class: count, sum and sum of squares of p_y since the last report, for the clean and adversarial view.
+        self.seen: Tensor
+        self.register_buffer("seen", torch.zeros(2, 3, num_classes, dtype=torch.float64), persistent=False)
+
+    def __repr__(self) -> str:
+        return (
+            f"GlobalProbability({self.num_classes}, divergence={self.divergence!r}, update={self.how!r}, "
+            f"view={self.view!r}, init={self.init!r}, momentum={self.momentum!r})"
+        )
+
+    @property
+    def q(self) -> Tensor:
+        """The expected probability of each class, (K,)."""
+        return torch.sigmoid(self.theta)
+
+    def forward(self, views: Views) -> PerSample:
+        s = self._target_probability(views).clamp(1e-6, 1 - 1e-6)
+        q = self.q[views.y].to(s.dtype)
+        if self.divergence == "generalized":
+            return q * torch.log(q / s) - q + s
+        if self.divergence == "bernoulli":
+            return q * torch.log(q / s) + (1 - q) * torch.log((1 - q) / (1 - s))
+        return q * torch.log(q / s) if self.divergence == "qp" else s * torch.log(s / q)
+
+    def _target_probability(self, views: Views) -> PerSample:
+        if self.view == "both":
+            return (self._p_true(views.clean, views) + self._p_true(views.adv, views)) / 2
+        return self._p_true(views.logits(self.view), views)
+
+    def _p_true(self, logits: Logits, views: Views) -> PerSample:
+        if logits.shape[1] != self.num_classes:
+            raise UnmovedError(
+                f"GlobalProbability: expected num_classes = {logits.shape[1]}, as the model has, "
+                f"came {self.num_classes}"
+            )
+        return F.softmax(logits, dim=1).gather(1, views.y[:, None]).squeeze(1)
+
+    @torch.no_grad()
+    def update(self, views: Views) -> None:
+        if self.how == "ema":
+            count, total = collectives.summed(self._by_class(self._target_probability(views), views, powers=2))
+            mean = total / count.clamp_min(1)
+            q = torch.where(count > 0, self.momentum * self.q + (1 - self.momentum) * mean, self.q.double())
+            self.theta.copy_(torch.logit(q))
+        self.theta.clamp_(-THETA_BOUND, THETA_BOUND)
+        for row, name in enumerate(("clean", "adv")):
+            if views.has(name):
+                p = self._p_true(views.logits(name), views)
+                self.seen[row] += collectives.summed(self._by_class(p, views, powers=3))
+
+    def _by_class(self, s: PerSample, views: Views, powers: int) -> Tensor:
+        """Sums of 1, s, s^2, ... over this process's samples of each class, (powers, K) float64."""
+        y, p = collectives.own(views.y), collectives.own(s).double()
+        sums = p.new_zeros(powers, self.num_classes)
+        return sums.index_add_(1, y, torch.stack([p**power for power in range(powers)]))
+
+    def report(self) -> dict[str, Any]:
+        """q, and per class the mean and variance of p_y since the last report, clean and adversarial.
+
+        Of a class without a sample both are None, which JSON has and NaN it has not.
+        """
+        facts: dict[str, Any] = {"q": self.q.tolist()}
+        for row, name in enumerate(("clean", "adv")):
+            count, total, square = self.seen[row]
+            if count.any():
+                mean = total / count
+                facts[f"p_{name}_mean"] = _numbers(mean)
+                facts[f"p_{name}_variance"] = _numbers((square / count - mean**2).clamp_min(0))
+        self.seen.zero_()
+        return facts
+
+
+def _numbers(values: Tensor) -> list[float | None]:
+    """The values as Python's numbers, None in the place of 0 / 0."""
+    return [None if math.isnan(value) else value for value in values.tolist()]

@@ -1,0 +1,123 @@
+"""The exam of attacks."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from contextlib import suppress
+
+import torch
+from torch import nn
+
+from unmoved.core.protocols import Attack, Batch
+from unmoved.core.threat import ThreatModel
+from unmoved.testing.fixtures import Failing, Planned, network, require, same_random_state, small_batch, untouched
+
+
+def check_attack(
+    make: Callable[[ThreatModel], Attack],
+    *,
+    norm: str = "linf",
+    maximises: bool = True,
+    batch_statistics: bool = False,
+    minimum_norm: bool = False,
+    reach: float = 0.05,
+) -> None:
+    """An attack stays in the ball, leaves the caller as it was, and beats the linear model as theory says.
+
+    Args:
+        make: threat model -> the attack.
+        norm: of the threat model.
+        maximises: whether the attack seeks the largest loss; if not (early stopping), the oracle is skipped.
+        batch_statistics: whether it attacks the model in training mode, so that samples depend on each other by
+            design; the laws of order and batch size are then skipped.
+        minimum_norm: whether it seeks the nearest misclassified image, inside the ball or not: the oracle is then the
+            distance to the boundary rather than the reach of the ball.
+        reach: how far short of the oracle it may fall, as a share.
+
+    Raises:
+        ExamFailed: naming the property.
+    """
+    threat = ThreatModel(norm, 0.08 if norm == "linf" else 0.5)
+    attack, model, batch = make(threat), network(), small_batch()
+    name = repr(attack)
+    model[1].eval()  # one frozen BatchNorm inside a training model: modes are restored one by one
+    next(model.parameters()).grad = torch.ones_like(next(model.parameters()))
+    with untouched(model), same_random_state():
+        x_adv = attack(model, batch)
+    require(not x_adv.requires_grad, f"{name}: the proposal still carries a graph")
+    box = dataclasses.replace(threat, eps=1.0 if norm == "linf" else 1e3)
+    (box if minimum_norm else threat).check(x_adv, batch.x, name)
+    require(
+        torch.equal(batch.x, small_batch().x) and torch.equal(batch.y, small_batch().y), f"{name}: changed its input"
+    )
+    require(torch.equal(x_adv, attack(model, batch)), f"{name}: two calls on the same batch differ")
+    for guard in (torch.no_grad, torch.inference_mode):
+        with guard():
+            require(torch.equal(x_adv, attack(model, batch)), f"{name}: differs inside {guard.__name__}")
+    if not minimum_norm:
+        still = make(dataclasses.replace(threat, eps=0.0))(model, batch)
+        require(torch.equal(still, batch.x), f"{name}: eps = 0 moves x")
+    if not batch_statistics:
+        _check_batch_laws(attack, model, batch, name)
+    for fails_at in (1, 2):
+        broken = Failing(model, fails_at)
+        with untouched(model), same_random_state(), suppress(Planned):
+            attack(broken, batch)
+    if minimum_norm:
+        _check_nearest(attack, norm, name, reach)
+    elif maximises:
+        _check_linear_oracle(attack, threat, name, reach)
+
+
+def _check_batch_laws(attack: Attack, model: nn.Module, batch: Batch, name: str) -> None:
+    """In float64, where rounding does not decide a sign, a sample's fate is its own."""
+    exact, wide = copy.deepcopy(model).double(), dataclasses.replace(batch, x=batch.x.double())
+    whole = attack(exact, wide)
+    order = torch.arange(len(wide) - 1, -1, -1)
+    require(torch.allclose(attack(exact, wide.take(order)), whole[order]), f"{name}: depends on the batch's order")
+    alone = torch.cat([attack(exact, wide.take(torch.tensor([k]))) for k in range(len(wide))])
+    require(torch.allclose(alone, whole), f"{name}: depends on the other samples of the batch")
+
+
+def _linear() -> tuple[nn.Module, torch.Tensor, Batch]:
+    """Two linear logits with score ``w x``, and images far from the box of valid ones, so that only the ball binds."""
+    draw = torch.Generator().manual_seed(3)
+    weight = torch.randn(16, generator=draw, dtype=torch.float64)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 2, bias=False)).double()
+    with torch.no_grad():
+        next(model.parameters()).copy_(torch.stack([-weight, weight]) / 2)
+    x = 0.5 + 0.02 * torch.randn(64, 1, 4, 4, generator=draw, dtype=torch.float64)
+    return model, weight, Batch(x, (x.flatten(1) @ weight > 0).long())
+
+
+def _dual(weight: torch.Tensor, norm: str) -> float:
+    return float(torch.linalg.vector_norm(weight, ord={"linf": 1, "l2": 2, "l1": float("inf")}[norm]))
+
+
+def _check_nearest(attack: Attack, norm: str, name: str, short: float) -> None:
+    """The boundary of a linear model lies at ``margin / ||w||_dual``."""
+    model, weight, batch = _linear()
+    x_adv = attack(model, batch)
+    nearest = (batch.x.flatten(1) @ weight).abs() / _dual(weight, norm)
+    distance = ThreatModel(norm, 1.0).distance(x_adv, batch.x)
+    require(bool((model(x_adv).argmax(dim=1) != batch.y).all()), f"{name}: not misclassified on the linear model")
+    require((distance >= nearest - 1e-9).all(), f"{name}: nearer than the boundary of the linear model")
+    worst = float((distance / nearest).max()) - 1
+    require(worst <= short, f"{name}: {worst:.0%} farther than the boundary of the linear model ({short:.0%} allowed)")
+
+
+def _check_linear_oracle(attack: Attack, threat: ThreatModel, name: str, short: float) -> None:
+    """On two linear logits the smallest reachable margin is ``margin - eps ||w||_dual``: Goodfellow et al. 2015."""
+    model, weight, batch = _linear()
+    score, y = batch.x.flatten(1) @ weight, batch.y
+    reach = threat.radius * _dual(weight, threat.norm)
+    after = (attack(model, batch).flatten(1) @ weight) * (2 * y - 1)
+    best = score.abs() - reach
+    # Madry's rule walks 2.5 eps in all, which from a random start leaves an l2 attack 2-3 % short of the best.
+    gap = float((after - best).max())
+    require((after >= best - 1e-9).all(), f"{name}: better than the optimum on the linear model: it left the ball")
+    require(
+        gap <= short * reach, f"{name}: {gap / reach:.0%} short of the linear model's optimum ({short:.0%} allowed)"
+    )

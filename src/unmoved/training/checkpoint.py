@@ -1,0 +1,195 @@
+"""The trainer's state on disk: sealed with a checksum, the one before it kept, and no pickle ever executed."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import pickle
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from time import monotonic
+from typing import IO, Any, BinaryIO, cast
+
+import torch
+
+from unmoved.core.errors import UnmovedError
+from unmoved.core.files import replacing
+from unmoved.core.untrusted import require_regular
+
+NEWEST, PREVIOUS = "trainer.pt", "trainer.previous.pt"
+_SEAL = b"\nunmoved sha256 "  # and 64 hexadecimal digits, at the end of the file: all that comes before is whole
+_CHUNK = 1 << 20
+
+
+def silent(words: str) -> None:
+    """For those who do not want to be told."""
+
+
+class _Damaged(Exception):
+    """The file is not what was saved, or nothing that may be read."""
+
+
+class _Hashed:
+    """Passes what is written on to a file and through a checksum: the state is never in memory a second time.
+
+    What stops the writing, be it a full disk or an interruption, is kept and raised by `close`: torch would cover it
+    with a complaint of its own archive writer.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.digest = file, hashlib.sha256()
+        self.stopped: BaseException | None = None
+
+    def write(self, data: bytes | memoryview) -> int:
+        if self.stopped is None:
+            try:
+                self.digest.update(data)
+                self.file.write(data)
+            except BaseException as error:
+                self.stopped = error
+        return len(data)
+
+    def flush(self) -> None:
+        """`disk.replacing` flushes, once."""
+
+    def close(self) -> None:
+        if self.stopped is not None:
+            raise self.stopped
+        self.digest.update(_SEAL)
+        self.file.write(_SEAL + self.digest.hexdigest().encode())
+
+
+class Budget:
+    """When to save: as often as a share of the time allows, of training and saving together.
+
+    Only when it is saved depends on the clock, never what: a training that is gone on with ends in the same bits from
+    whatever epoch. A kill loses what was trained since, about (seconds of a save) / share.
+
+    Args:
+        share: in [0, 1]; 1 allows every epoch, 0 none.
+        expected: seconds that the first save is thought to take; each later one, what the last one took.
+    """
+
+    def __init__(self, share: float, expected: float) -> None:
+        self.share, self.expected = share, expected
+        self.trained = self.spent = 0.0
+
+    def allows(self, seconds: float) -> bool:
+        """Whether to save now, ``seconds`` of training after the last time that this was asked."""
+        self.trained += seconds
+        saving = self.spent + self.expected
+        return saving <= self.share * (self.trained + saving)
+
+    @contextlib.contextmanager
+    def spending(self) -> Iterator[None]:
+        """Count the time of a save."""
+        began = monotonic()
+        yield
+        self.expected = monotonic() - began
+        self.spent += self.expected
+
+
+def guessed(tensors: Any) -> float:
+    """Seconds that saving all tensors within takes, as a disk of 200 MB/s would: known better after the first time."""
+    if isinstance(tensors, torch.Tensor):
+        return tensors.nbytes / 200e6
+    parts = tensors.values() if isinstance(tensors, dict) else tensors if isinstance(tensors, list | tuple) else ()
+    return sum(map(guessed, parts))
+
+
+def save(folder: Path, state: dict[str, Any]) -> None:
+    """Replace the newest state, in one pass over it; it becomes the previous one.
+
+    Raises:
+        UnmovedError: as `disk.write_atomic`.
+    """
+    # Checksum and state in one file: a kill cannot come between them. Readers of zip archives look for the archive's
+    # end from the back and pass over the seal, so that torch.load opens the file as it is.
+    with replacing(folder / NEWEST, previous=folder / PREVIOUS) as file:
+        hashed = _Hashed(file)
+        torch.save(state, cast(IO[bytes], hashed))
+        hashed.close()
+
+
+def load(folder: Path, tell: Callable[[str], None] = silent, *, mend: bool = False) -> dict[str, Any] | None:
+    """The newest whole state, or None where nothing was saved; read with ``weights_only=True``: nothing in it is run.
+
+    Args:
+        tell: called with a sentence where the newest is damaged and the one before is taken.
+        mend: whether a damaged newest is then removed, as whoever saves next must do: `save` would put it in the place
+            of the whole one before.
+
+    Raises:
+        UnmovedError: none of them is whole; or one cannot be read at the moment, which says nothing about what is in
+            it: for want of memory or permission, or because the disk does not answer. Nothing is removed then.
+    """
+    problems: dict[str, _Damaged] = {}
+    for name in (NEWEST, PREVIOUS):
+        path = folder / name
+        try:
+            state = _read(path)
+        except FileNotFoundError:  # the newest, too, for a moment: see `disk.replacing`
+            continue
+        except _Damaged as error:
+            problems[name] = error
+            continue
+        except (OSError, MemoryError, RuntimeError) as error:
+            raise UnmovedError(
+                f"{path}: the trainer's state cannot be read at the moment ({_cause(error)}), which does not mean that "
+                "it is damaged: it was left as it is; see to that cause, then repeat the command"
+            ) from error
+        for damaged, problem in problems.items():
+            tell(f"{folder / damaged} is damaged ({problem}); going on from {name}, the one before")
+            if mend:
+                (folder / damaged).unlink(missing_ok=True)
+        return state
+    if not problems:
+        return None
+    first, problem = next(iter(problems.items()))
+    raise UnmovedError(
+        f"{folder / first}: not a trainer state that can be read safely ({problem}); "
+        f"delete {'it' if len(problems) == 1 else 'it and ' + PREVIOUS} to train this run from its start"
+    ) from problem
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A state; `_Damaged` where it is not what `save` wrote, any other error where that cannot be told now."""
+    require_regular(path, path.stat())
+    with open(path, "rb") as file:
+        _require_seal(file)
+        file.seek(0)
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, EOFError, LookupError, TypeError, ValueError, AttributeError) as error:
+            # Sealed, so it is what was saved; but `save` writes nothing that torch refuses.
+            raise _Damaged(type(error).__name__) from error
+    if not isinstance(state, dict) or not isinstance(state.get("log"), dict):
+        raise _Damaged("of another version of unmoved")
+    return state
+
+
+def _require_seal(file: BinaryIO) -> None:
+    """Read all of a file once, a piece at a time, and raise `_Damaged` unless it ends in its own checksum."""
+    size = os.fstat(file.fileno()).st_size
+    file.seek(max(size - 64 - len(_SEAL), 0))
+    if file.read(len(_SEAL)) != _SEAL:  # before all of it is read: it may be anything, and of any length
+        raise _Damaged("its checksum differs")
+    file.seek(0)
+    left, digest = size - 64, hashlib.sha256()
+    while left > 0:
+        piece = file.read(min(_CHUNK, left))
+        if not piece:
+            raise _Damaged("cut short")  # while it was read
+        digest.update(piece)
+        left -= len(piece)
+    if file.read() != digest.hexdigest().encode():
+        raise _Damaged("its checksum differs")
+
+
+def _cause(error: Exception) -> str:
+    """Why a file cannot be read, in the words of whoever refused it."""
+    if isinstance(error, OSError):
+        return str(error.strerror or error)
+    words = str(error).strip().splitlines()
+    return words[0] if words else "out of memory" if isinstance(error, MemoryError) else type(error).__name__

@@ -1,0 +1,191 @@
+"""Devices and processes: what lightning-fabric and torch.distributed start, and what every process must agree on."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from unmoved.attacks import IAAT, PGD
+from unmoved.core.errors import UnmovedError, require_whole
+from unmoved.core.phases import Phases
+from unmoved.core.precision import require_device
+from unmoved.core.protocols import Split
+from unmoved.experiments.local_pool import SAFE, end_with_parent
+from unmoved.terms import PRSL
+from unmoved.terms.sum import as_sum
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+Thing = TypeVar("Thing")
+RESIDENT = 0.25  # the share of a device's free memory that training data may take
+
+
+def prepare(device: str = "auto", devices: int = 1, nodes: int = 1, precision: Any = "32-true") -> Fabric:
+    """The engine for ``nodes`` machines with ``devices`` processes each, one a device; nothing is started yet.
+
+    Under ``torchrun`` it tells how many there are. On a CPU a device is a process, and they share the cores.
+    ``precision`` is fabric's, that of the parameters.
+
+    Raises:
+        UnmovedError: a device that this machine lacks, fewer than one, or other numbers than torchrun's.
+    """
+    from lightning_fabric import Fabric  # seconds to import, and only training needs it
+    from lightning_fabric.plugins.environments.lightning import LightningEnvironment
+    from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+    from lightning_fabric.strategies.ddp import DDPStrategy
+
+    devices = require_whole("devices", devices, at_least=1)
+    nodes = require_whole("nodes", nodes, at_least=1)
+    require_device(device)
+    if dist.is_torchelastic_launched():
+        here, world = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
+        if (devices, nodes) not in ((1, 1), (here, world // here)):
+            raise UnmovedError(
+                f"torchrun started {world // here} node(s) of {here}, --devices {devices} --nodes {nodes} says "
+                "otherwise; leave them out"
+            )
+        devices, nodes = here, world // here
+    accelerator = "auto" if device == "auto" else device
+    # Named, or fabric would take a batch job of Slurm for one of several processes.
+    place = TorchElasticEnvironment() if dist.is_torchelastic_launched() else LightningEnvironment()
+    if devices * nodes == 1:
+        return Fabric(accelerator=accelerator, devices=1, precision=precision, plugins=[place])
+    available = torch.cuda.device_count()
+    if device != "cpu" and torch.cuda.is_available() and devices > available:
+        raise UnmovedError(f"--devices: expected at most {available}, as many as this machine has, came {devices}")
+    # Running statistics are averaged by the loop; DDP would overwrite them between two passes of one step.
+    settings = inspect.signature(nn.parallel.DistributedDataParallel).parameters
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in settings else "broadcast_buffers"
+    options: dict[str, Any] = {buffers: False}
+    strategy = DDPStrategy(**options)
+    return Fabric(
+        accelerator=accelerator,
+        devices=devices,
+        num_nodes=nodes,
+        strategy=strategy,
+        precision=precision,
+        plugins=[place],
+    )
+
+
+def rank(devices: int = 1, nodes: int = 1) -> int:
+    """The number of this process among all that train, told by its environment before anything is started."""
+    if dist.is_torchelastic_launched():
+        return int(os.environ["RANK"])
+    if devices * nodes == 1:
+        return 0
+    return int(os.environ.get("NODE_RANK", 0)) * devices + int(os.environ.get("LOCAL_RANK", 0))
+
+
+def started_by_others() -> bool:
+    """Whether this process was started as one of several, by torchrun or by the first of them."""
+    return dist.is_torchelastic_launched() or "LOCAL_RANK" in os.environ
+
+
+@contextmanager
+def together(fabric: Fabric) -> Iterator[None]:
+    """All processes of the engine, started; when this one fails the others end too, and what they say is one sentence.
+
+    Raises:
+        UnmovedError: another process ended.
+    """
+    several, before = fabric.world_size > 1, dict(os.environ)
+    if several and "LOCAL_RANK" in os.environ and not dist.is_torchelastic_launched():
+        end_with_parent()
+    if several:
+        if sys.flags.safe_path:  # python -P: fabric repeats the command, but not the options of Python
+            os.environ[SAFE] = "1"
+        fabric.launch()
+    try:
+        yield
+    except RuntimeError as error:
+        _end(fabric)
+        if several and not isinstance(error, torch.OutOfMemoryError) and _is_lost(error):
+            raise UnmovedError(
+                "another process of this training ended (what it said stands above); what was saved stays: "
+                "the same command with --resume goes on from there"
+            ) from error
+        raise
+    except BaseException:
+        _end(fabric)
+        raise
+    finally:
+        if several:  # what starting the others has set would make a second training believe that it is one of them
+            for name in os.environ.keys() - before.keys():
+                del os.environ[name]
+    if several and dist.is_initialized():
+        fabric.barrier()
+        dist.destroy_process_group()
+
+
+def _end(fabric: Fabric) -> None:
+    """The processes that this one started; they would wait for it until a timeout."""
+    children: list[Any] = getattr(fabric.strategy.launcher, "procs", [])
+    for process in children:
+        process.kill()
+        process.wait()
+    children.clear()  # lightning's observer, who has the same list, would kill this process before it has spoken
+
+
+def _is_lost(error: RuntimeError) -> bool:
+    words = str(error).lower()
+    return isinstance(error, dist.DistError) or any(sign in words for sign in ("gloo", "connection", "nccl", "socket"))
+
+
+def told(fabric: Fabric, thing: Thing) -> Thing:
+    """What the first process says, in all of them."""
+    return fabric.broadcast(thing) if fabric.world_size > 1 else thing
+
+
+def summed(fabric: Fabric, numbers: Tensor) -> Tensor:
+    """The sum over all processes."""
+    if fabric.world_size > 1:
+        dist.all_reduce(numbers)
+    return numbers
+
+
+def synchronized(model: nn.Module, fabric: Fabric) -> nn.Module:
+    """The model with BatchNorm over all processes' samples; as it is in one process.
+
+    Raises:
+        UnmovedError: on a CPU, where torch has none.
+    """
+    if fabric.world_size == 1:
+        return model
+    if fabric.device.type == "cpu":
+        raise UnmovedError("sync_batchnorm: torch synchronises BatchNorm on GPUs only; leave it out, or use a GPU")
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+
+def require_lockstep(phases: Phases, sync_batchnorm: bool) -> None:
+    """Raise `UnmovedError` for attacks that ask the other processes, each a different number of times."""
+    for _, method in phases.phases:
+        attack: Any = method.attack
+        if isinstance(attack, PGD | IAAT) and getattr(attack, "stop", None) is None:
+            continue  # every other attack leaves out the samples that it is done with
+        loss = getattr(attack, "loss", None)
+        couples = loss is not None and any(isinstance(term, PRSL) for _, term in as_sum(loss).terms)
+        if couples or (sync_batchnorm and getattr(attack, "mode", "eval") == "train"):
+            raise UnmovedError(
+                f"{method.attack!r}: its samples are done at different steps in different processes, and its loss or "
+                "its batch statistics need all of them at each step; train in one process"
+            )
+
+
+def resident(split: Split, device: torch.device) -> Split:
+    """The split on the device where it takes at most a quarter of the free memory there: nothing is copied per step."""
+    images: Any = getattr(split, "images", None)
+    move: Any = getattr(split, "to", None)
+    if device.type != "cuda" or move is None or images is None:
+        return split
+    free, _ = torch.cuda.mem_get_info(device)
+    return move(device) if images.nbytes <= RESIDENT * free else split

@@ -1,0 +1,158 @@
+"""The log of a training on disk: files that grow by a line an epoch, and that a resumed training cuts back.
+
+``metrics.jsonl`` has a record an epoch; what terms report by class, lists of as many numbers as there are classes, goes
+to ``per_class.jsonl``, so that the log stays as small as it would be with two classes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from unmoved.core import files, untrusted
+
+METRICS, PER_CLASS = "metrics.jsonl", "per_class.jsonl"
+MOST = 2**30  # bytes of a file of a training that is gone on with
+
+
+def divided(record: dict[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, list[Any]]]]:
+    """An epoch's record without the lists that its terms report, and these lists, term by term."""
+    if "terms" not in record:
+        return record, {}
+    lists, rest = dict[str, dict[str, list[Any]]](), dict[str, dict[str, Any]]()
+    for name, facts in record["terms"].items():
+        for key, value in facts.items():
+            (lists if isinstance(value, list) else rest).setdefault(name, {})[key] = value
+    return record | {"terms": rest}, lists
+
+
+def joined(record: dict[str, Any], lists: dict[str, Any]) -> dict[str, Any]:
+    """The record that `divided` made two of; ``lists`` may have its epoch beside the terms."""
+    terms = record.get("terms", {})
+    if not lists or not isinstance(terms, dict):  # a damaged log may say anything
+        return record
+    pairs = {name: (terms.get(name, {}), facts) for name, facts in lists.items()}
+    told = {name: a | b for name, (a, b) in pairs.items() if isinstance(a, dict) and isinstance(b, dict)}
+    return record | {"terms": terms | told}
+
+
+def by_class(lines: Iterable[dict[str, Any]]) -> pd.DataFrame:
+    """A row for each epoch, term and class of ``{"epoch": 1, "term": {"q": [0.5, 0.4], ...}, ...}``."""
+    columns: dict[str, list[Any]] = {"epoch": [], "term": [], "class": []}
+    for line in lines:
+        for term, facts in line.items():
+            if term == "epoch":
+                continue
+            before, count = len(columns["epoch"]), max(map(len, facts.values()), default=0)
+            told = facts | {"epoch": [line["epoch"]] * count, "term": [term] * count, "class": list(range(count))}
+            for key in told:
+                columns.setdefault(key, [None] * before)
+            for key, column in columns.items():
+                values = told.get(key, [])
+                column += [*values, *[None] * (count - len(values))]
+    return pd.DataFrame(columns)
+
+
+class Log:
+    """The two files of a run, and how far they are known by content.
+
+    A mark (`mark`) is the length of each file and the checksum of what it holds. It is kept in the trainer's state,
+    with the record of the epoch that the state is of: that line is written when the state is saved. So a log whose last
+    line is that of the last epoch says that nothing is left to do, and no kill comes between a state and its line.
+
+    Raises:
+        UnmovedError: files that cannot be written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._files = {name: _Lines(folder / name) for name in (METRICS, PER_CLASS)}
+
+    def mark(self) -> dict[str, Any]:
+        """Where the files stand, which are on disk when this returns."""
+        return {name: file.mark() for name, file in self._files.items()}
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Append an epoch's record. A crash of the machine may lose it, as nothing that is saved counts on it yet."""
+        slim, lists = divided(record)
+        # The record comes last: who finds it finds the numbers by class.
+        if lists:
+            self._files[PER_CLASS].add({"epoch": record["epoch"], **lists})
+        self._files[METRICS].add(slim)
+
+    def records(self, mark: dict[str, Any], before: int) -> list[dict[str, Any]]:
+        """The records up to a mark, all of epochs below ``before``; of a damaged log those that can be read."""
+        records, lists = (self._files[name].read(mark[name], before) for name in (METRICS, PER_CLASS))
+        by_epoch = {line["epoch"]: line for line in lists}
+        return [joined(record, by_epoch.get(record["epoch"], {})) for record in records]
+
+    def go_back(self, mark: dict[str, Any] | None, before: int, tell: Callable[[str], None]) -> None:
+        """Cut the files back to a mark, or empty them; those that are damaged keep what can be read, and it is told."""
+        for name, file in self._files.items():
+            file.go_back(None if mark is None else mark[name], before, tell)
+
+
+class _Lines:
+    """A file of JSON lines, each with its epoch."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.size, self.digest = path, 0, hashlib.sha256()
+
+    def mark(self) -> dict[str, Any]:
+        if self.size:
+            files.sync(self.path)
+        return {"bytes": self.size, "sha256": self.digest.hexdigest()}
+
+    def add(self, line: dict[str, Any]) -> None:
+        self._take(data := (json.dumps(line) + "\n").encode())
+        files.append(self.path, data, synced=False)
+
+    def _take(self, data: bytes) -> None:
+        self.digest.update(data)
+        self.size += len(data)
+
+    def read(self, mark: dict[str, Any], before: int) -> list[dict[str, Any]]:
+        whole, data = self._content(mark)
+        return [json.loads(line) for line in (data.splitlines() if whole else _readable(data, before))]
+
+    def go_back(self, mark: dict[str, Any] | None, before: int, tell: Callable[[str], None]) -> None:
+        whole, data = (True, b"") if mark is None else self._content(mark)
+        self.size, self.digest = 0, hashlib.sha256()
+        if whole:
+            self._take(data)
+            files.cut(self.path, self.size)
+            return
+        lines = _readable(data, before)
+        self._take(b"".join(lines))
+        files.write_atomic(self.path, b"".join(lines))
+        tell(
+            f"{self.path} is missing or is not what training wrote: of {before - 1} epochs it keeps the {len(lines)} "
+            "that can be read; the weights do not depend on it"
+        )
+
+    def _content(self, mark: dict[str, Any]) -> tuple[bool, bytes]:
+        """Whether the file is as it was at a mark, and its bytes up to there, or all that there are."""
+        try:
+            data = untrusted.content(self.path, MOST)
+        except FileNotFoundError:
+            data = b""
+        start = data[: mark["bytes"]]
+        whole = len(start) == mark["bytes"] and hashlib.sha256(start).hexdigest() == mark["sha256"]
+        return whole, start if whole else data
+
+
+def _readable(data: bytes, before: int) -> list[bytes]:
+    """The first line of each epoch below ``before``, where it is JSON, in the order of epochs."""
+    found: dict[int, bytes] = {}
+    for line in data.split(b"\n"):
+        try:
+            epoch = json.loads(line)["epoch"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            continue
+        if isinstance(epoch, int) and not isinstance(epoch, bool) and 1 <= epoch < before:
+            found.setdefault(epoch, line + b"\n")
+    return [found[epoch] for epoch in sorted(found)]

@@ -1,0 +1,171 @@
+"""Whether a training that was begun may go on as a new call asks: what is done was done as another call asked."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from unmoved.core.errors import UnmovedError
+from unmoved.core.phases import Phases
+
+_NOT_SETTINGS = ("params", "foreach", "fused", "capturable")  # and how torch computes a step
+Share = Callable[[int, int], float]
+
+
+def settings_of(optimizer: Optimizer, *, epochs: int, batch_size: int, samples: int) -> dict[str, Any]:
+    """What a call trains by, in plain values; of a new optimizer, before a schedule has changed its numbers."""
+    groups = [{"kind": type(optimizer).__name__} | _numbers(group) for group in optimizer.param_groups]
+    return {"epochs": epochs, "batch_size": batch_size, "samples": samples, "optimizer": groups}
+
+
+def name_of(scheduler: LRScheduler) -> str:
+    """A new schedule in words that differ where its kind or its numbers do."""
+    return f"{type(scheduler).__name__} {sorted(scheduler.state_dict().items())!r}"
+
+
+def followed(
+    saved: dict[str, Any],
+    settings: dict[str, Any],
+    *,
+    optimizer: Optimizer,
+    scheduler: LRScheduler,
+    steps: int,
+    phases: Phases,
+    average: Share | None,
+    where: str,
+) -> dict[str, Any]:
+    """What was saved, with the schedule of this call in place of that of the call that began.
+
+    Args:
+        saved: with the settings that the call that began saved; without them nothing can be held against this call.
+        settings: of this call.
+        optimizer: of this call, new.
+        scheduler: of this call, new.
+        steps: an epoch.
+        phases: of this call.
+        average: of this call.
+        where: the run.
+
+    Raises:
+        UnmovedError: a batch size, optimizer, rate or number of samples that differs; more epochs, or another schedule,
+            under which the epochs that are trained would have been trained otherwise.
+    """
+    before, done = saved.get("settings"), saved["epochs"]
+    if before is None:
+        return saved
+    try:
+        require_same(before, settings, done, where)
+        if (before["epochs"], before["schedule"]) == (settings["epochs"], settings["schedule"]):
+            return saved
+        require_same_past(phases, average, done, steps, (before["epochs"], settings["epochs"]), where)
+        return saved | {"schedule": follow_schedule(saved["optimizer"], done, steps, optimizer, scheduler, where)}
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UnmovedError(f"{where}: trainer.pt holds no settings of a training ({error!r}); train again") from error
+
+
+def require_same(saved: dict[str, Any], now: dict[str, Any], done: int, where: str) -> None:
+    """Raise `UnmovedError` where a call cannot be followed after ``done`` epochs of another.
+
+    Args:
+        saved: `settings_of` the call that began.
+        now: those of this call.
+        where: the run.
+    """
+    was, new = _flat(saved), _flat(now)
+    differing = [f"{key} = {was.get(key)!r}, came {new.get(key)!r}" for key in new if was.get(key) != new.get(key)]
+    if differing:
+        raise UnmovedError(
+            f"{where}: its first {done} epochs were trained with {'; '.join(differing)}; pass what it was begun with, "
+            "or begin another run"
+        )
+    if now["epochs"] < done:
+        raise UnmovedError(f"{where}: {done} epochs are trained already, came epochs = {now['epochs']}; ask for more")
+
+
+def follow_schedule(
+    saved: dict[str, Any], done: int, steps: int, optimizer: Optimizer, scheduler: LRScheduler, where: str
+) -> dict[str, Any]:
+    """The state of this call's schedule after ``done`` epochs of ``steps`` steps, which must be where the run stands.
+
+    Args:
+        saved: state of the saved optimizer.
+        optimizer: that of this call, new; it takes the schedule's numbers, and no step.
+        scheduler: its schedule, new.
+        where: the run.
+
+    Raises:
+        UnmovedError: the schedule would have brought the optimizer to other numbers: followed from here on, the rate
+            would leap.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch wants the optimizer to step, too
+        try:
+            for _ in range(done * steps):
+                scheduler.step()
+        except ValueError as error:  # of a schedule that has an end
+            raise UnmovedError(
+                f"{where}: this call's schedule ends before the {done} epochs that are trained"
+            ) from error
+    for group, other in zip(saved["param_groups"], optimizer.param_groups, strict=False):
+        was, new = _numbers(group), _numbers(other)
+        for key in was:
+            if key in ("lr", "momentum", "betas", "weight_decay") and not _close(was[key], new.get(key)):
+                raise UnmovedError(
+                    f"{where}: after its {done} epochs {key} is {_short(was[key])}, where the schedule of this call, "
+                    f"over its own number of epochs, has {_short(new.get(key))}; ask for the schedule "
+                    "and the epochs of the first call, or begin another run"
+                )
+    return scheduler.state_dict()
+
+
+def require_same_past(
+    phases: Phases, average: Share | None, done: int, steps: int, epochs: tuple[int, int], where: str
+) -> None:
+    """Raise `UnmovedError` where ramps or the average over more epochs would have gone another way so far.
+
+    Args:
+        epochs: (of the call that began, of this one).
+        where: the run.
+    """
+    before, now = (phases.at(done, total) for total in epochs)
+    what = "the ramps" if before is not now and repr(before) != repr(now) else ""
+    if average is not None and any(
+        average(step, epochs[0] * steps) != average(step, epochs[1] * steps) for step in range(done * steps)
+    ):
+        what = "the average"
+    if what:
+        raise UnmovedError(
+            f"{where}: {what} of a training of {epochs[0]} epochs stand elsewhere after {done} of them than those of "
+            f"one of {epochs[1]}; ask for epochs = {epochs[0]}, or begin another run"
+        )
+
+
+def _numbers(group: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a parameter group: numbers, and pairs of them."""
+    plain = {key: value.tolist() if isinstance(value, Tensor) else value for key, value in group.items()}
+    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in plain.items()}
+    return {k: v for k, v in plain.items() if k not in _NOT_SETTINGS and isinstance(v, bool | int | float | list)}
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings under the names that messages use; epochs are looked at by themselves."""
+    many = len(settings["optimizer"]) > 1
+    flat = {"batch_size": settings["batch_size"], "number of samples": settings["samples"]}
+    for k, group in enumerate(settings["optimizer"]):
+        name = f"optimizer group {k}" if many else "optimizer"
+        flat |= {name if key == "kind" else f"{name} {key}": value for key, value in group.items()}
+    return flat
+
+
+def _close(was: Any, new: Any) -> bool:
+    pairs = zip(was, new, strict=False) if isinstance(was, list) and isinstance(new, list) else [(was, new)]
+    return all(a == b or (a and b and abs(a - b) <= 1e-9 * abs(a)) for a, b in pairs)
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

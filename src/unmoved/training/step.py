@@ -1,0 +1,155 @@
+"""One step of a method: x_adv made once, then gradient and step as the defense takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from unmoved.core import collectives, weights
+from unmoved.core import precision as formats
+from unmoved.core.errors import UnmovedError
+from unmoved.core.preconditions import require_images, without_waiting
+from unmoved.core.protocols import Batch, Method, StatefulAttack
+from unmoved.core.threat import bounds_of
+from unmoved.core.views import Views
+from unmoved.defenses import Plain
+from unmoved.terms.sum import as_sum, stateful
+from unmoved.training import sharing
+
+
+class Diverged(UnmovedError):
+    """The loss or a weight became NaN or infinite."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimizer step saw at the uncorrupted weights.
+
+    Attributes:
+        loss: the mean objective.
+        parts: each term's own mean, unweighted.
+        accuracy: share of the batch that was right on the view that was trained on.
+    """
+
+    loss: Tensor
+    parts: dict[str, Tensor]
+    accuracy: Tensor
+
+
+def train_step(
+    model: nn.Module,
+    method: Method,
+    optimizer: Optimizer,
+    batch: Batch,
+    precision: str = "auto",
+    *,
+    attacked: nn.Module | None = None,
+    backward: Callable[[Tensor], Any] = Tensor.backward,
+    watch: bool = True,
+    bounds: tuple[float, float] | None = None,
+) -> Step:
+    """One step of a method: make x_adv once, then let the defense take gradient and step.
+
+    Args:
+        model: in training mode, its parameters (and those of learned terms) in ``optimizer``. Those that are not there
+            are constant in the step: no defense moves them, and their ``.grad`` stays what it was.
+        method: what to do.
+        batch: images, labels, identities; set ``batch.step`` so that each step draws new noise.
+        precision: ``"auto"``, ``"float32"`` or ``"bf16"``; parameters stay float32.
+        attacked: the bare module where ``model`` is a wrapper.
+        backward: what turns a loss into gradients, where an engine has its own.
+        watch: whether to look at images, labels and the loss, for which a GPU has to be waited for.
+        bounds: smallest and largest valid pixel value, where the attack has no threat model that says it; [0, 1].
+
+    Raises:
+        UnmovedError: with ``watch``, images out of bounds, labels beyond the logits, a loss that is
+            not finite (`Diverged`); a term that does not return (B,), a loss without a gradient. Raised before
+            anything is changed.
+    """
+    with nullcontext() if watch else without_waiting():
+        if not isinstance(model, nn.Module) or not isinstance(method, Method) or not isinstance(batch, Batch):
+            came = ", ".join(type(value).__name__ for value in (model, method, batch))
+            raise UnmovedError(
+                f"train_step: expected a model (an nn.Module), a Method and a Batch, came {came}; the order is "
+                "train_step(model, Method(attack, objective), optimizer, Batch(images, labels))"
+            )
+        require_images(batch.x, bounds_of(method.attack) or bounds or (0.0, 1.0))
+        modules = (model if attacked is None else attacked, *stateful(as_sum(method.objective)))
+        with weights.constant_beside(optimizer, *modules):
+            return _step(model, method, optimizer, batch, precision, attacked, backward, watch)
+
+
+def _step(
+    model: nn.Module,
+    method: Method,
+    optimizer: Optimizer,
+    batch: Batch,
+    precision: str,
+    attacked: nn.Module | None,
+    backward: Callable[[Tensor], Any],
+    watch: bool,
+) -> Step:
+    objective, bare = as_sum(method.objective), model if attacked is None else attacked
+    shared = sharing.Clean(model, batch, precision) if sharing.is_modeless(bare) else None
+    x_adv = None
+    if method.attack is not None:
+        with formats.autocast(precision, batch.x.device), formats.constant_weights(bare):
+            x_adv = method.attack(bare, batch if shared is None else replace(batch, known=shared.constant))
+        if not isinstance(x_adv, Tensor) or x_adv.shape != batch.x.shape:
+            came = f"shape {tuple(x_adv.shape)}" if isinstance(x_adv, Tensor) else type(x_adv).__name__
+            raise UnmovedError(f"attack {method.attack!r:.80}: expected images {tuple(batch.x.shape)}, came {came}")
+    first: list[tuple[Views, Step]] = []
+
+    def closure() -> Tensor:
+        with formats.autocast(precision, batch.x.device):
+            views = Views(model, batch, x_adv, None if shared is None else shared.graph)
+            parts = objective.parts(views)
+            values = objective.combine(parts)
+            loss = collectives.mean(values)
+        if not loss.requires_grad:
+            raise UnmovedError(_why_constant(bare, optimizer))
+        means = {name: part.detach().mean() for name, part in parts.items()}
+        if watch and not torch.isfinite(loss):
+            words = ", ".join(f"{name} = {value:g}" for name, value in means.items())
+            raise Diverged(f"the loss became {loss.item():g} at step {batch.step} ({words})")
+        if not first:
+            # A view that the objective did not ask for is not computed: its pass would move BatchNorm's statistics.
+            logits = views.adv if views.has("adv") else views.clean
+            accuracy = (logits.detach().argmax(dim=1) == batch.y).double().mean()
+            first.append((views, Step(values.detach().mean(), means, accuracy)))
+        backward(loss)
+        return loss.detach()
+
+    with formats.products(precision, batch.x.device):
+        (method.defense or Plain())(model, optimizer, closure)
+    if not first:
+        raise UnmovedError(
+            f"defense {method.defense!r:.80}: expected it to call backward() once at least, came no call"
+        )
+    views, step = first[0]
+    with torch.no_grad():
+        for term in stateful(objective):
+            term.update(views)
+        if isinstance(method.attack, StatefulAttack) and x_adv is not None:
+            method.attack.update(bare, batch, x_adv)
+    return step
+
+
+def _why_constant(model: nn.Module, optimizer: Optimizer) -> str:
+    """Why the loss has no gradient over anything that the optimizer steps, and what to do."""
+    expected = "train_step: expected a loss that depends on the parameters that the optimizer steps, but it "
+    if weights.trainable(model, optimizer):
+        return (
+            f"{expected}has no gradient; look for .detach(), .data, .numpy() or torch.no_grad() in the model's forward "
+            "and in the terms"
+        )
+    return (
+        f"{expected}steps none of the model's that require a gradient: they are frozen, or the optimizer holds copies "
+        "or those of another model; make it of model.parameters()"
+    )
