@@ -5,26 +5,28 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
 if _TYPE_CHECKING:
-    from unmoved import analyses, attacks, data, defenses, models, terms, testing
-    from unmoved.core import weights
+    from unmoved import analyses, attacks, averaging, data, defenses, models, optim, outcomes, terms, testing, weights
+    from unmoved.core.batch import Batch
     from unmoved.core.errors import UnmovedError
     from unmoved.core.phases import Phases, Ramp
-    from unmoved.core.protocols import Batch, Method
+    from unmoved.core.protocols import Attack, Method, ParameterDefense, StatefulTerm, Term
     from unmoved.core.threat import ThreatModel
     from unmoved.core.views import Views
-    from unmoved.evaluation import outcomes
     from unmoved.evaluation.judge import evaluate
     from unmoved.runs.folder import Run
-    from unmoved.training import averaging, optim
     from unmoved.training.loop import train
     from unmoved.training.step import train_step
 
 __all__ = [
+    "Attack",
     "Batch",
     "Method",
+    "ParameterDefense",
     "Phases",
     "Ramp",
     "Run",
+    "StatefulTerm",
+    "Term",
     "ThreatModel",
     "UnmovedError",
     "Views",
@@ -45,11 +47,15 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Batch": "core.protocols",
+    "Attack": "core.protocols",
+    "Batch": "core.batch",
     "Method": "core.protocols",
+    "ParameterDefense": "core.protocols",
     "Phases": "core.phases",
     "Ramp": "core.phases",
     "Run": "runs.folder",
+    "StatefulTerm": "core.protocols",
+    "Term": "core.protocols",
     "ThreatModel": "core.threat",
     "UnmovedError": "core.errors",
     "Views": "core.views",

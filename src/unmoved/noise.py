@@ -1,4 +1,4 @@
-"""Counter-based random numbers: noise is a function of (seed, stream, step, sample identity, pixel) and nothing else."""
+"""Counter-based random numbers: functions of seed, stream, step, identity and pixel."""
 
 from unmoved.core.noise import normal, uniform
 

@@ -1,32 +1,22 @@
 """The whole language of the package: what flows (Batch, Split) and what acts (Attack, Term, ParameterDefense)."""
 
+from unmoved.core.batch import Batch, Image, Index, Label, Logits, PerSample, Table
 from unmoved.core.protocols import (
-    Analysis,
     Attack,
-    Batch,
     Ensemble,
-    Figure,
-    Image,
-    Index,
-    Label,
-    Logits,
     Method,
     MinimumNormAttack,
     ParameterDefense,
-    PerSample,
     Split,
     StatefulAttack,
     StatefulTerm,
-    Table,
     Term,
 )
 
 __all__ = [
-    "Analysis",
     "Attack",
     "Batch",
     "Ensemble",
-    "Figure",
     "Image",
     "Index",
     "Label",

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from unmoved.analyses.bias_variance import table
 from unmoved.analyses.committee import joint, probabilities
 from unmoved.attacks import PGD
+from unmoved.core.batch import Batch
 from unmoved.core.errors import UnmovedError
-from unmoved.core.protocols import Batch
 from unmoved.core.threat import ThreatModel
 
 

@@ -16,8 +16,8 @@ from torch import nn
 from unmoved.analyses import softmax
 from unmoved.analyses.softmax import CLAIMED, COLUMNS, STATISTICS
 from unmoved.attacks import FAB, FMN, PGD
+from unmoved.core.batch import Batch
 from unmoved.core.errors import UnmovedError
-from unmoved.core.protocols import Batch
 from unmoved.core.threat import ThreatModel
 from unmoved.core.views import Views
 from unmoved.evaluation.outcomes import wilson

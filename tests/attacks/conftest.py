@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from unmoved.core.protocols import Batch
+from unmoved.core.batch import Batch
 
 
 @pytest.fixture(scope="session")

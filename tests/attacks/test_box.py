@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from unmoved.attacks import APGD, CW, FAB, FGSM, FMN, IAAT, PGD, SPSA, DeepFool, HopSkipJump, Quick, Square
-from unmoved.core.protocols import Batch
+from unmoved.core.batch import Batch
 from unmoved.core.threat import ThreatModel
 from unmoved.terms import Margin
 

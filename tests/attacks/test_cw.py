@@ -9,8 +9,8 @@ from torch import nn
 
 from unmoved.attacks.cw import CW
 from unmoved.attacks.fmn import FMN
+from unmoved.core.batch import Batch
 from unmoved.core.errors import UnmovedError
-from unmoved.core.protocols import Batch
 from unmoved.core.threat import ThreatModel
 from unmoved.terms.margin import margin
 from unmoved.testing import check_attack

@@ -10,8 +10,8 @@ from helpers.linear_models import deaf, distance, linear, nearest, nearest_in_th
 from torch import nn
 
 from unmoved.attacks.deepfool import DeepFool
+from unmoved.core.batch import Batch
 from unmoved.core.errors import UnmovedError
-from unmoved.core.protocols import Batch
 from unmoved.core.threat import ThreatModel
 from unmoved.testing import check_attack
 

@@ -12,8 +12,8 @@ from unmoved.attacks.fab import FAB
 from unmoved.attacks.hyperplanes import dual_length, length, to_hyperplane
 from unmoved.attacks.minimum_norm import searching
 from unmoved.attacks.restarts import Round
+from unmoved.core.batch import Batch
 from unmoved.core.errors import UnmovedError
-from unmoved.core.protocols import Batch
 from unmoved.core.threat import ThreatModel
 from unmoved.core.views import ranked_wrong
 

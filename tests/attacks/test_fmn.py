@@ -10,8 +10,9 @@ from torch import nn
 from unmoved.attacks import PGD
 from unmoved.attacks.fmn import FMN, annealed
 from unmoved.attacks.minimum_norm import Nearest, crossed, searching
+from unmoved.core.batch import Batch
 from unmoved.core.errors import UnmovedError
-from unmoved.core.protocols import Batch, MinimumNormAttack
+from unmoved.core.protocols import MinimumNormAttack
 from unmoved.core.threat import ThreatModel
 from unmoved.testing import check_attack
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from unmoved.attacks import APGD, AutoAttack
 from unmoved.attacks.gradients import Best, attacking, broken
-from unmoved.core.protocols import Batch
+from unmoved.core.batch import Batch
 from unmoved.core.threat import ThreatModel
 from unmoved.terms import TargetedMargin
 

@@ -10,8 +10,8 @@ from torch.nn import functional
 
 from unmoved.attacks.hop_skip_jump import HopSkipJump
 from unmoved.attacks.minimum_norm import searching
+from unmoved.core.batch import Batch
 from unmoved.core.errors import UnmovedError
-from unmoved.core.protocols import Batch
 from unmoved.core.threat import ThreatModel
 from unmoved.testing import check_attack
 

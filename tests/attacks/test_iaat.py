@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from unmoved.attacks import IAAT
+from unmoved.core.batch import Batch
 from unmoved.core.errors import UnmovedError
-from unmoved.core.protocols import Batch, StatefulAttack
+from unmoved.core.protocols import StatefulAttack
 from unmoved.core.threat import ThreatModel
 
 THREAT = ThreatModel("linf", 0.3)

@@ -9,7 +9,7 @@ import torch
 from test_box import BOUNDS, NORMS, Score
 
 from unmoved.attacks import CW, FAB, FMN, DeepFool
-from unmoved.core.protocols import Batch
+from unmoved.core.batch import Batch
 from unmoved.core.threat import ThreatModel
 
 

@@ -12,9 +12,9 @@ from unmoved.attacks import APGD, FGSM, PGD, Friendly, Sensible
 from unmoved.attacks.apgd_steps import MomentumPace
 from unmoved.attacks.gradients import attacking, gradient_at
 from unmoved.attacks.restarts import Round
+from unmoved.core.batch import Batch
 from unmoved.core.errors import UnmovedError
 from unmoved.core.phases import Ramp, resolve
-from unmoved.core.protocols import Batch
 from unmoved.core.threat import ThreatModel
 from unmoved.core.views import Views
 from unmoved.terms import CE, DLR, KL, TRADES, Margin

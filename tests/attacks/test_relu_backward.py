@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 from unmoved.attacks import APGD, PGD
 from unmoved.attacks.relu_backward import smoothed
+from unmoved.core.batch import Batch
 from unmoved.core.errors import UnmovedError
-from unmoved.core.protocols import Batch
 from unmoved.core.threat import ThreatModel
 
 LINF = ThreatModel("linf", 0.3)

@@ -10,8 +10,8 @@ from torch import nn
 from unmoved.attacks import PGD
 from unmoved.attacks.gradients import attacking
 from unmoved.attacks.spsa import SPSA
+from unmoved.core.batch import Batch
 from unmoved.core.errors import UnmovedError
-from unmoved.core.protocols import Batch
 from unmoved.core.threat import ThreatModel
 from unmoved.terms.margin import margin
 from unmoved.testing import check_attack

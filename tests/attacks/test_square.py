@@ -13,8 +13,8 @@ from unmoved.attacks import PGD
 from unmoved.attacks.square import BLOCK, Square
 from unmoved.attacks.square_proposals import Draws, Flips, _both_ways, _hump, mosaic, stripes
 from unmoved.core import noise
+from unmoved.core.batch import Batch
 from unmoved.core.errors import UnmovedError
-from unmoved.core.protocols import Batch
 from unmoved.core.threat import NORMS, ThreatModel
 from unmoved.core.views import Views
 from unmoved.terms import CE, Margin

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from unmoved.core.batch import Batch
 from unmoved.core.errors import UnmovedError
 from unmoved.core.phases import Phases, Ramp, require_ramp, resolve
-from unmoved.core.protocols import Batch, Method
+from unmoved.core.protocols import Method
 from unmoved.core.threat import ThreatModel
 from unmoved.core.views import Views
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
+from unmoved.core.batch import Batch
 from unmoved.core.errors import UnmovedError, did_you_mean, require_choice, require_number
-from unmoved.core.protocols import Attack, Batch, Method, ParameterDefense, StatefulAttack, StatefulTerm, Term
+from unmoved.core.protocols import Attack, Method, ParameterDefense, StatefulAttack, StatefulTerm, Term
 from unmoved.core.views import Views
 
 X, Y = torch.rand(4, 1, 2, 2), torch.tensor([0, 1, 2, 1])

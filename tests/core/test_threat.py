@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from scipy import optimize, stats
 from torch import Tensor
 
+from unmoved.core.batch import Batch
 from unmoved.core.errors import UnmovedError
 from unmoved.core.phases import Ramp
-from unmoved.core.protocols import Batch
 from unmoved.core.threat import NORMS, ThreatModel
 
 ALL_NORMS = pytest.mark.parametrize("norm", NORMS)

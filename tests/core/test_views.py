@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from unmoved.core.batch import Batch
 from unmoved.core.errors import UnmovedError
-from unmoved.core.protocols import Batch
 from unmoved.core.views import Views, logits
 
 

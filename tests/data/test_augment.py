@@ -9,8 +9,8 @@ import torch
 from torch.nn import functional
 
 from unmoved.core import noise
+from unmoved.core.batch import Batch
 from unmoved.core.errors import UnmovedError
-from unmoved.core.protocols import Batch
 from unmoved.data import Augmentation, Chain, Flip, PadCrop, augmentation
 from unmoved.data.augment import CROP
 

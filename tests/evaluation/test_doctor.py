@@ -17,7 +17,8 @@ from unmoved.core.threat import ThreatModel
 from unmoved.data import ArraySplit
 from unmoved.evaluation.doctor import examine as doctor
 from unmoved.evaluation.doctor import outcomes_table
-from unmoved.evaluation.doctor.examine import Finding, examine, verdict
+from unmoved.evaluation.doctor.examine import examine
+from unmoved.evaluation.doctor.finding import Finding, summary
 from unmoved.evaluation.outcomes import ROBUST
 from unmoved.testing.fixtures import network, same_random_state, untouched
 
@@ -40,7 +41,7 @@ def test_a_broken_defense_is_caught_by_the_check_that_names_its_cause(name: str)
     model = BROKEN[name].make()
     findings = examine(model, BROKEN[name].shown(model), THREAT, n=N)
     assert set(BROKEN[name].cause) <= checks(findings), findings
-    assert verdict(findings).startswith("Do not believe this number: ")
+    assert summary(findings).startswith("Do not believe this number: ")
     grades = [finding.grade for finding in findings]
     assert grades == sorted(grades, key=["do not believe", "look closer", "note"].index)
     for finding in findings:
@@ -51,7 +52,7 @@ def test_a_broken_defense_is_caught_by_the_check_that_names_its_cause(name: str)
 def test_an_honest_model_is_not_accused(name: str) -> None:
     findings = examined(HONEST[name](), n=100)
     assert checks(findings) | checks(findings, "look closer") == set(), findings
-    assert verdict(findings) == ""
+    assert summary(findings) == ""
 
 
 def test_log_probabilities_are_logits() -> None:
@@ -277,7 +278,7 @@ def test_the_verdict_names_the_gravest_checks_once() -> None:
     def finding(check: str, grade: str) -> Finding:
         return Finding(check, grade, "m", "w", "d")
 
-    assert verdict([]) == verdict([finding("a", "note")]) == ""
-    assert verdict([finding("a", "look closer"), finding("b", "note")]) == "Look closer at this number: a."
+    assert summary([]) == summary([finding("a", "note")]) == ""
+    assert summary([finding("a", "look closer"), finding("b", "note")]) == "Look closer at this number: a."
     grave = [finding("c", "do not believe"), finding("c", "do not believe"), finding("a", "look closer")]
-    assert verdict(grave) == "Do not believe this number: c."
+    assert summary(grave) == "Do not believe this number: c."

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from unmoved import evaluate, train
 from unmoved.attacks import APGD, FGSM, PGD
+from unmoved.core.batch import Batch
 from unmoved.core.errors import UnmovedError
-from unmoved.core.protocols import Batch, Method
+from unmoved.core.protocols import Method
 from unmoved.core.threat import ThreatModel
 from unmoved.data import ArraySplit, digits
 from unmoved.evaluation import curve_and_gallery, outcomes

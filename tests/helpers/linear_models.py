@@ -9,7 +9,7 @@ import torch
 from scipy.optimize import linprog, minimize
 from torch import Tensor, nn
 
-from unmoved.core.protocols import Batch
+from unmoved.core.batch import Batch
 
 ORDER = {"linf": math.inf, "l2": 2.0, "l1": 1.0}
 DUAL = {"linf": 1.0, "l2": 2.0, "l1": math.inf}

@@ -22,8 +22,8 @@ from torch import nn
 
 from unmoved import evaluate
 from unmoved.attacks import APGD, FAB, PGD, AutoAttack, Quick, Square
+from unmoved.core.batch import Batch
 from unmoved.core.errors import UnmovedError
-from unmoved.core.protocols import Batch
 from unmoved.core.threat import ThreatModel
 from unmoved.data import ArraySplit, digits
 from unmoved.evaluation import outcomes

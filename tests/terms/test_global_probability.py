@@ -8,8 +8,8 @@ import math
 import pytest
 import torch
 
+from unmoved.core.batch import Batch
 from unmoved.core.errors import UnmovedError
-from unmoved.core.protocols import Batch
 from unmoved.core.views import Views
 from unmoved.terms import CE, KL, GlobalProbability, Sum
 

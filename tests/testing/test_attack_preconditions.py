@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unmoved import attacks, terms
+from unmoved.core.batch import Batch
 from unmoved.core.errors import UnmovedError
-from unmoved.core.protocols import Batch, Method
+from unmoved.core.protocols import Method
 from unmoved.core.threat import ThreatModel
 from unmoved.terms.sum import Sum
 

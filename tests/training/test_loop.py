@@ -20,9 +20,10 @@ from unmoved import train, train_step
 from unmoved.attacks import PGD
 from unmoved.attacks.gradients import gradient_at
 from unmoved.core import precision
+from unmoved.core.batch import Batch
 from unmoved.core.errors import UnmovedError
 from unmoved.core.phases import Phases, Ramp
-from unmoved.core.protocols import Batch, Method, StatefulTerm
+from unmoved.core.protocols import Method, StatefulTerm
 from unmoved.core.threat import ThreatModel
 from unmoved.core.views import Views
 from unmoved.data import ArraySplit, augmentation, digits

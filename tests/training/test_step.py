@@ -14,9 +14,10 @@ from torch.nn import functional as F
 from unmoved import data, terms, train, train_step
 from unmoved.attacks import PGD, Transfer
 from unmoved.core import preconditions
+from unmoved.core.batch import Batch
 from unmoved.core.errors import UnmovedError
 from unmoved.core.phases import Phases
-from unmoved.core.protocols import Batch, Method
+from unmoved.core.protocols import Method
 from unmoved.core.threat import ThreatModel
 from unmoved.training import averaging, optim
 

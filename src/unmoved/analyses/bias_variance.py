@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from unmoved.analyses.resampling import bootstrap_means, interval
+from unmoved.core.batch import Label
 from unmoved.core.errors import UnmovedError, require_choice
-from unmoved.core.protocols import Label
 
 CORRECTIONS = ("plug-in", "k/(k-1)", "jackknife")
 LOSSES = ("squared error", "KL")

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from unmoved.core.batch import Image, Logits
 from unmoved.core.errors import UnmovedError, require_whole
-from unmoved.core.protocols import Image, Logits
 from unmoved.core.views import logits
 from unmoved.core.weights import evaluating
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unmoved.core import views
+from unmoved.core.batch import Batch
 from unmoved.core.errors import UnmovedError, did_you_mean, require_whole
 from unmoved.core.precision import exact
 from unmoved.core.preconditions import require_labels
-from unmoved.core.protocols import Batch
 from unmoved.core.weights import evaluating
 
 GLOBAL = "global"

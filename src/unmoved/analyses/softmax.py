@@ -16,8 +16,8 @@ import pandas as pd
 
 from unmoved.analyses.association import Estimate, auc, fisher, percentiles, spearman
 from unmoved.analyses.softmax_observed import COLUMNS, STATISTICS, VIEWS, collect, collect_batch, observe, statistics
+from unmoved.core.batch import Table
 from unmoved.core.errors import UnmovedError, require_choice
-from unmoved.core.protocols import Table
 from unmoved.evaluation.outcomes import wilson
 
 __all__ = [

@@ -14,21 +14,11 @@ from torch import Tensor, nn
 
 from unmoved.attacks import FMN
 from unmoved.core import views
+from unmoved.core.batch import Batch, Image, Index, Label, Logits, PerSample, Table
 from unmoved.core.errors import UnmovedError, require_whole
 from unmoved.core.precision import exact
 from unmoved.core.preconditions import require_attack, require_images, require_labels
-from unmoved.core.protocols import (
-    Attack,
-    Batch,
-    Image,
-    Index,
-    Label,
-    Logits,
-    MinimumNormAttack,
-    PerSample,
-    Split,
-    Table,
-)
+from unmoved.core.protocols import Attack, MinimumNormAttack, Split
 from unmoved.core.threat import ThreatModel, require_threat
 from unmoved.core.weights import evaluating
 

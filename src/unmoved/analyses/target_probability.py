@@ -9,8 +9,8 @@ from torch import Tensor
 
 from unmoved.analyses.bias_variance import checked
 from unmoved.analyses.resampling import bootstrap_means, interval
+from unmoved.core.batch import Label
 from unmoved.core.errors import UnmovedError
-from unmoved.core.protocols import Label
 
 PARTS = ("mean", "bias2", "between_models", "between_examples", "risk")
 

@@ -15,10 +15,11 @@ from unmoved.attacks.gradients import Best, attacking, broken, crossed, gradient
 from unmoved.attacks.relu_backward import smoothed
 from unmoved.attacks.restarts import Retired, Round, compacts, in_rounds
 from unmoved.core import noise
+from unmoved.core.batch import Batch, Image
 from unmoved.core.errors import UnmovedError, flag_field, keep_field, number_field, require_seed, whole_field
 from unmoved.core.precision import exact
 from unmoved.core.preconditions import require_loss
-from unmoved.core.protocols import Batch, Image, Term
+from unmoved.core.protocols import Term
 from unmoved.core.threat import ThreatModel, require_threat
 from unmoved.core.views import Views
 from unmoved.terms import CE

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from unmoved.attacks.gradients import like
-from unmoved.core.protocols import Image, PerSample
+from unmoved.core.batch import Image, PerSample
 from unmoved.core.threat import ThreatModel
 
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from unmoved.attacks.gradients import crossed, gradient_at, like, rounding
 from unmoved.attacks.minimum_norm import MARGIN, Nearest, searching
+from unmoved.core.batch import Batch, Image, PerSample
 from unmoved.core.errors import UnmovedError, number_field, whole_field
-from unmoved.core.protocols import Batch, Image, PerSample
 from unmoved.core.threat import ThreatModel, require_threat
 from unmoved.core.views import Views
 

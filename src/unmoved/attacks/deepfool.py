@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from unmoved.attacks.gradients import crossed, input_gradient, not_differentiable, rounding
 from unmoved.attacks.hyperplanes import dual_length, length, toward
 from unmoved.attacks.minimum_norm import Nearest, searching
+from unmoved.core.batch import Batch, Image
 from unmoved.core.errors import UnmovedError, number_field, whole_field
-from unmoved.core.protocols import Batch, Image
 from unmoved.core.threat import ThreatModel, require_threat
 from unmoved.core.views import Views, ranked_wrong
 

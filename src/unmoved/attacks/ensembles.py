@@ -13,10 +13,11 @@ from unmoved.attacks.fab import FAB
 from unmoved.attacks.gradients import require_attackable
 from unmoved.attacks.square import Square
 from unmoved.core import views
+from unmoved.core.batch import Batch, Image
 from unmoved.core.errors import keep_field, number_field, require_choice, require_seed
 from unmoved.core.precision import exact
 from unmoved.core.preconditions import require_labels
-from unmoved.core.protocols import Attack, Batch, Image
+from unmoved.core.protocols import Attack
 from unmoved.core.threat import ThreatModel, require_threat
 from unmoved.core.weights import evaluating
 from unmoved.terms import CE, DLR, Margin, TargetedDLR, TargetedMargin

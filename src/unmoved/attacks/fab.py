@@ -12,8 +12,8 @@ from unmoved.attacks.hyperplanes import length, to_hyperplane, toward
 from unmoved.attacks.minimum_norm import clear, searching
 from unmoved.attacks.restarts import Retired, Round, compacts, in_rounds
 from unmoved.core import noise
+from unmoved.core.batch import Batch, Image, Label, Logits, PerSample
 from unmoved.core.errors import flag_field, keep_field, number_field, require_seed, whole_field
-from unmoved.core.protocols import Batch, Image, Label, Logits, PerSample
 from unmoved.core.threat import ThreatModel, require_threat
 from unmoved.core.views import Views
 from unmoved.terms.margin import margin

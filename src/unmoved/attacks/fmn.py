@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from unmoved.attacks.gradients import crossed, gradient_at, like, rounding
 from unmoved.attacks.hyperplanes import dual_length, length
 from unmoved.attacks.minimum_norm import MARGIN, Nearest, searching
+from unmoved.core.batch import Batch, Image, PerSample
 from unmoved.core.errors import number_field, whole_field
-from unmoved.core.protocols import Batch, Image, PerSample
 from unmoved.core.threat import ThreatModel, require_threat
 
 

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from unmoved.core import views as seen
+from unmoved.core.batch import Batch, Image, Label, Logits, PerSample
 from unmoved.core.errors import UnmovedError
 from unmoved.core.model_errors import cause_in_graph
 from unmoved.core.precision import exact
 from unmoved.core.preconditions import require_images, values_of
-from unmoved.core.protocols import Batch, Image, Label, Logits, PerSample, Term
+from unmoved.core.protocols import Term
 from unmoved.core.threat import ThreatModel
 from unmoved.core.views import Views
 from unmoved.core.weights import evaluating

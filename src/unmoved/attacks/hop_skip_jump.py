@@ -14,8 +14,8 @@ from unmoved.attacks.gradients import crossed, like
 from unmoved.attacks.hyperplanes import length
 from unmoved.attacks.minimum_norm import Nearest, searching
 from unmoved.core import noise
+from unmoved.core.batch import Batch, Image
 from unmoved.core.errors import UnmovedError, keep_field, require_seed, whole_field
-from unmoved.core.protocols import Batch, Image
 from unmoved.core.threat import ThreatModel, require_threat
 from unmoved.core.views import Views
 

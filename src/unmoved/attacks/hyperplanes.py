@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from unmoved.core.batch import PerSample
 from unmoved.core.errors import require_choice
-from unmoved.core.protocols import PerSample
 
 DUAL = {"linf": "l1", "l2": "l2", "l1": "linf"}
 

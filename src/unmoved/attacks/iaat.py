@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from unmoved.attacks.gradients import MODES, attacking, gradient_at, require_attackable
 from unmoved.core import collectives
 from unmoved.core import views as seen
+from unmoved.core.batch import Batch, Image
 from unmoved.core.errors import require_choice, require_number, require_seed, require_whole
 from unmoved.core.preconditions import require_loss
-from unmoved.core.protocols import Batch, Image, Term
+from unmoved.core.protocols import Term
 from unmoved.core.threat import ThreatModel, require_threat
 from unmoved.core.weights import evaluating
 from unmoved.terms import CE

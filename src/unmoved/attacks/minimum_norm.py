@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from unmoved.attacks.gradients import attacking, crossed, like
 from unmoved.attacks.hyperplanes import length
+from unmoved.core.batch import Batch, Image
 from unmoved.core.precision import exact
-from unmoved.core.protocols import Batch, Image
 from unmoved.core.threat import ThreatModel
 from unmoved.core.views import Views
 from unmoved.terms import Margin

@@ -12,10 +12,11 @@ from unmoved.attacks.gradients import MODES, Best, attacking, broken, gradient_a
 from unmoved.attacks.relu_backward import smoothed
 from unmoved.attacks.stopping import StoppingRule
 from unmoved.core import noise
+from unmoved.core.batch import Batch, Image, Logits, PerSample
 from unmoved.core.errors import UnmovedError, keep_field, number_field, require_choice, require_seed, whole_field
 from unmoved.core.phases import Ramp, number, ramp_field
 from unmoved.core.preconditions import require_callable, require_loss
-from unmoved.core.protocols import Batch, Image, Logits, PerSample, Term
+from unmoved.core.protocols import Term
 from unmoved.core.threat import ThreatModel, require_threat
 from unmoved.core.views import Views
 from unmoved.terms import CE

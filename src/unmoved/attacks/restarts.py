@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from unmoved.attacks.gradients import Best
-from unmoved.core.protocols import Batch, Image
+from unmoved.core.batch import Batch, Image
 from unmoved.core.views import Views, ranked_wrong
 
 ROWS = 128  # a pass of a small network is fastest, image for image, at about this size on a CPU

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from unmoved.attacks.gradients import Best, attacking, broken, like, value_at
 from unmoved.core import noise
+from unmoved.core.batch import Batch, Image
 from unmoved.core.errors import keep_field, number_field, require_seed, whole_field
 from unmoved.core.preconditions import require_loss
-from unmoved.core.protocols import Batch, Image, Term
+from unmoved.core.protocols import Term
 from unmoved.core.threat import ThreatModel, require_threat
 from unmoved.core.views import Views
 from unmoved.terms import Margin

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from unmoved.attacks.gradients import Best, broken, value_at
 from unmoved.attacks.minimum_norm import searching
 from unmoved.attacks.square_proposals import Draws, Flips, Tiles, mosaic, stripes
+from unmoved.core.batch import Batch, Image, PerSample
 from unmoved.core.errors import UnmovedError, flag_field, keep_field, number_field, require_seed, whole_field
 from unmoved.core.preconditions import require_loss
-from unmoved.core.protocols import Batch, Image, PerSample, Term
+from unmoved.core.protocols import Term
 from unmoved.core.threat import ThreatModel, require_threat
 from unmoved.core.views import Views
 from unmoved.terms import Margin

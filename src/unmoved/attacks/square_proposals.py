@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from unmoved.core import noise
-from unmoved.core.protocols import Batch, Image
+from unmoved.core.batch import Batch, Image
 from unmoved.core.threat import ThreatModel
 
 

@@ -9,8 +9,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from unmoved.core.batch import Label, Logits, PerSample
 from unmoved.core.errors import flag_field, number_field, whole_field
-from unmoved.core.protocols import Label, Logits, PerSample, Term
+from unmoved.core.protocols import Term
 from unmoved.terms import CE
 
 

@@ -12,9 +12,10 @@ from torch import nn
 
 from unmoved.attacks.gradients import require_attackable
 from unmoved.attacks.pgd import PGD
+from unmoved.core.batch import Batch, Image
 from unmoved.core.errors import UnmovedError
 from unmoved.core.preconditions import require_callable
-from unmoved.core.protocols import Attack, Batch, Image, MinimumNormAttack
+from unmoved.core.protocols import Attack, MinimumNormAttack
 from unmoved.core.threat import ThreatModel, require_threat
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from unmoved.core.protocols import Batch, PerSample
+from unmoved.core.batch import Batch, PerSample
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from unmoved.core.batch import Batch, Index
 from unmoved.core.errors import UnmovedError
-from unmoved.core.protocols import Batch, Index, Split
+from unmoved.core.protocols import Split
 
 
 def one_pass(split: Split, size: int) -> Iterator[Batch]:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from unmoved.core import noise
+from unmoved.core.batch import Batch, Image, PerSample
 from unmoved.core.errors import UnmovedError, require_choice, require_number
 from unmoved.core.phases import Ramp, number, ramp_field
-from unmoved.core.protocols import Batch, Image, PerSample
 
 NORMS = ("linf", "l2", "l1")
 _ORDER = {"linf": math.inf, "l2": 2.0, "l1": 1.0}

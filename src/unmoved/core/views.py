@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unmoved.core.batch import Batch, Image, Index, Label, Logits
 from unmoved.core.errors import UnmovedError, require_choice
 from unmoved.core.model_errors import explained
 from unmoved.core.preconditions import require_labels
-from unmoved.core.protocols import Batch, Image, Index, Label, Logits
 from unmoved.core.weights import frozen_buffers
 
 

@@ -13,8 +13,8 @@ import torch
 from torch.nn import functional
 
 from unmoved.core import noise
+from unmoved.core.batch import Batch
 from unmoved.core.errors import UnmovedError, number_field, require_choice, whole_field
-from unmoved.core.protocols import Batch
 
 MODES = {"zeros": "constant", "reflect": "reflect"}
 # Streams far from those of the attacks: the same seed must not make an attack's start follow the augmentation.

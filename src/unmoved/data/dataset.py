@@ -6,8 +6,8 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from unmoved.core.batch import Index
 from unmoved.core.errors import UnmovedError, require_whole
-from unmoved.core.protocols import Index
 from unmoved.data.split import ArraySplit, positions_of_part
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unmoved.core.batch import Batch, Image, Index, Label
 from unmoved.core.errors import UnmovedError, require_whole
-from unmoved.core.protocols import Batch, Image, Index, Label
 from unmoved.data.validation import as_classes, as_images, as_labels, held_out, seeded
 
 MOVED = 4096  # images that are copied at a time

@@ -52,7 +52,7 @@ def curve(
 def gallery(
     model: nn.Module, split: Split, attack: Attack, threat: ThreatModel, count: int = 8, name: str = "attack"
 ) -> dict[str, np.ndarray]:
-    """The first samples that the model gets right, with what the attack made of them, as arrays for `unmoved.runs.folder`."""
+    """The first samples that the model gets right, with what the attack made of them, as arrays for `unmoved.Run`."""
     parts: list[dict[str, np.ndarray]] = []
     missing = count = require_whole("count", count, at_least=1)
     for batch in judge.checked_batches(model, split, 4 * count, threat):

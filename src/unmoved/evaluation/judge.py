@@ -13,11 +13,12 @@ from torch import nn
 
 from unmoved.attacks import APGD
 from unmoved.core import views
+from unmoved.core.batch import Batch, Image, Label
 from unmoved.core.errors import UnmovedError, require_whole
 from unmoved.core.passes import one_pass, require_distinct
 from unmoved.core.precision import autocast, exact
 from unmoved.core.preconditions import require_attack, require_images, require_labels, require_model, require_split
-from unmoved.core.protocols import Attack, Batch, Ensemble, Image, Label, MinimumNormAttack, Split
+from unmoved.core.protocols import Attack, Ensemble, MinimumNormAttack, Split
 from unmoved.core.threat import ThreatModel, require_threat
 from unmoved.core.weights import evaluating
 from unmoved.evaluation.journal import Journal

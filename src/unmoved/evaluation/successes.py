@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from unmoved.core.batch import Batch, Image
 from unmoved.core.files import write_atomic
-from unmoved.core.protocols import Batch, Image
 from unmoved.evaluation import judge
 
 

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
-import threading
-import time
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from multiprocessing.connection import Connection
-from multiprocessing.connection import wait as wait_for
 from typing import TypeVar
 
+from unmoved.core.child_process import end_with_parent, nothing_from_here
+
 JobT = TypeVar("JobT")
-SAFE = "PYTHONSAFEPATH"  # the option -P, as processes inherit it
 DEATHS = 2  # of a job's process, and it is given up
 
 
@@ -92,39 +87,3 @@ class _Pool:
         """Wait until the process has ended, after its job."""
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._here.close()
-
-
-@contextmanager
-def nothing_from_here() -> Iterator[None]:
-    """Python processes started inside import nothing from the current folder until they are told where to look.
-
-    They are started as ``python -c``, which looks in the current folder before the standard library: a struct.py that
-    lies there would run. What they are told then is the ``sys.path`` of this process.
-    """
-    before = os.environ.get(SAFE)
-    os.environ[SAFE] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[SAFE]
-        else:
-            os.environ[SAFE] = before
-
-
-def end_with_parent(line: Connection | None = None) -> None:
-    """Let this process end as soon as its parent is gone, killed too: it would go on alone, and keep its run locked.
-
-    Args:
-        line: the end of a pipe; let this process end, too, when the other end is closed.
-    """
-    parent, number = multiprocessing.parent_process(), os.getppid()
-
-    def watch() -> None:
-        if parent is not None:
-            wait_for([parent.sentinel, *([line] if line else [])])
-        while parent is None and os.getppid() == number:  # a process that another library started
-            time.sleep(1.0)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()

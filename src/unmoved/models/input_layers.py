@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from unmoved.core.batch import Image
 from unmoved.core.errors import UnmovedError, require_number, require_whole
-from unmoved.core.protocols import Image
 
 
 class Images(nn.Module):

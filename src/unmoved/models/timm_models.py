@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from unmoved.core.environment import variable
 from unmoved.core.errors import UnmovedError, did_you_mean, require_flag
 from unmoved.models.input_layers import entrance, require_sizes
 
@@ -75,15 +75,8 @@ def timm(
 @contextmanager
 def _no_pickles() -> Iterator[None]:
     """Weights are read as weights alone: some versions of timm unpickle files that a recipe's options name."""
-    before = os.environ.get(_WEIGHTS_ONLY)
-    os.environ[_WEIGHTS_ONLY] = "1"  # torch.load obeys it whatever its caller says
-    try:
+    with variable(_WEIGHTS_ONLY, "1"):  # torch.load obeys it whatever its caller says
         yield
-    finally:
-        if before is None:
-            del os.environ[_WEIGHTS_ONLY]
-        else:
-            os.environ[_WEIGHTS_ONLY] = before
 
 
 def _try_out(net: nn.Module, shape: Sequence[int], name: str) -> None:

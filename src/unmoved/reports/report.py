@@ -12,6 +12,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from unmoved.core.errors import UnmovedError
+from unmoved.evaluation.doctor.finding import DO_NOT_BELIEVE, LOOK_CLOSER
 from unmoved.evaluation.outcomes import CLEAN, WORST
 from unmoved.reports import figures, pages
 from unmoved.reports.drawing import MOST
@@ -19,7 +20,6 @@ from unmoved.reports.figures import breakdown
 from unmoved.reports.pages import Section
 from unmoved.reports.paired import beside
 from unmoved.runs.by_recipe import Verdict, verdicts
-from unmoved.runs.opinion import DO_NOT_BELIEVE, LOOK_CLOSER
 
 if TYPE_CHECKING:
     from unmoved.runs.folder import Run
@@ -50,7 +50,7 @@ def write(runs: Sequence[Run], path: Path, title: str, extra: Sequence[Section] 
     """Write the page to ``path`` and its figures to ``<stem>-figures/`` beside it; return ``path``.
 
     Raises:
-        UnmovedError: see `unmoved.runs.by_recipe.verdicts`; an extra section whose id is taken or is no anchor; a folder that
+        UnmovedError: see `by_recipe.verdicts`; an extra section whose id is taken or is no anchor; a folder that
             cannot be written.
     """
     judged, titles = verdicts(runs), dict(TITLES)

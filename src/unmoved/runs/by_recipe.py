@@ -10,16 +10,16 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from unmoved.core.errors import UnmovedError
 from unmoved.evaluation import outcomes
+from unmoved.evaluation.doctor.finding import DO_NOT_BELIEVE, FIELDS, GRADES, LOOK_CLOSER, Finding, summary
 from unmoved.evaluation.outcomes import CLEAN, WORST
 from unmoved.runs.evaluated import Judged, Protocol, require_same_samples
-from unmoved.runs.opinion import Opinion, opinion
 
 if TYPE_CHECKING:
     from unmoved.runs.folder import Run
@@ -28,6 +28,22 @@ if TYPE_CHECKING:
 _summary, _per_class, _curve_summary = (
     partial(measure, is_checked=True) for measure in (outcomes.summary, outcomes.per_class, outcomes.curve_summary)
 )
+
+
+class Opinion(NamedTuple):
+    """What the doctor says of a recipe.
+
+    Attributes:
+        grade: the worst over the seeds; "" where nothing objects, or nobody looked.
+        said: the sentences to put beside the number, each with the seeds that it is about.
+        findings: every finding, the gravest first: check, grade, why, do, and measured as (seed, words) each.
+        unseen: the runs at which nobody looked.
+    """
+
+    grade: str
+    said: list[tuple[str, list[int]]]
+    findings: list[dict[str, Any]]
+    unseen: list[Judged]
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,6 +150,25 @@ class Verdict:
 
     def _across(self, measure: Callable[[pd.DataFrame], pd.DataFrame]) -> pd.DataFrame:
         return outcomes.across_seeds([run.outcomes for run in self.runs], measure)
+
+
+def opinion(runs: Sequence[Judged]) -> Opinion:
+    """The findings of all seeds together; what was found alike at several seeds stands once."""
+    cards: dict[tuple[str, ...], dict[str, Any]] = {}
+    by_grade: dict[str, dict[str, list[int]]] = {grade: {} for grade in GRADES}
+    for run in runs:
+        findings = run.doctor["findings"] if run.doctor is not None else []
+        for found in findings:
+            key = tuple(found[name] for name in ("grade", "check", "why", "do"))
+            cards.setdefault(key, {**found, "measured": []})["measured"].append((run.seed, found["measured"]))
+        if run.doctor is not None and findings:
+            grade = min((found["grade"] for found in findings), key=GRADES.index)
+            sentence = run.doctor.get("sentence") or summary(Finding(**{k: f[k] for k in FIELDS}) for f in findings)
+            by_grade[grade].setdefault(str(sentence), []).append(run.seed)
+    grade = next((grade for grade in GRADES if by_grade[grade]), "")
+    said = list(by_grade[grade].items()) if grade in (DO_NOT_BELIEVE, LOOK_CLOSER) else []
+    ordered = sorted(cards.values(), key=lambda card: GRADES.index(card["grade"]))
+    return Opinion(grade, said, ordered, [run for run in runs if run.doctor is None])
 
 
 def verdicts(runs: Sequence[Run]) -> list[Verdict]:

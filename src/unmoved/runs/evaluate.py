@@ -24,6 +24,7 @@ from unmoved.data import ArraySplit, Selection
 from unmoved.data.split import drawn
 from unmoved.evaluation import curve_and_gallery, judge, successes
 from unmoved.evaluation.doctor import examine
+from unmoved.evaluation.doctor.finding import summary
 from unmoved.evaluation.journal import Journal
 from unmoved.runs import components
 from unmoved.runs.assembly import Built
@@ -229,7 +230,7 @@ def examine_run(
         "weights_sha256": facts["weights_sha256"],
         "evaluation": (facts.get("files") or {}).get("outcomes.csv"),
         "n": min(n, len(split)),
-        "sentence": examine.verdict(findings),
+        "sentence": summary(findings),
         "findings": [dataclasses.asdict(finding) for finding in findings],
     }
     write_atomic(run.path / "doctor.json", (json.dumps(answer, indent=2) + "\n").encode())

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from unmoved.core import untrusted
 from unmoved.core.errors import UnmovedError
-from unmoved.runs.opinion import GRADES
+from unmoved.evaluation.doctor.finding import GRADES
 
 MOST_LOG = 2**26  # bytes of a training log
 MOST_PER_CLASS = 2**30  # of what it says of each class

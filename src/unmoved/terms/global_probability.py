@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unmoved.core import collectives
+from unmoved.core.batch import Logits, PerSample
 from unmoved.core.errors import UnmovedError, require_choice, require_number, require_whole
-from unmoved.core.protocols import Logits, PerSample, StatefulTerm
+from unmoved.core.protocols import StatefulTerm
 from unmoved.core.views import Views
 
 DIVERGENCES = ("generalized", "bernoulli", "qp", "pq")

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch.nn import functional as F
 
+from unmoved.core.batch import PerSample
 from unmoved.core.phases import Ramp
-from unmoved.core.protocols import PerSample
 from unmoved.core.views import Views
 from unmoved.terms.cross_entropy import CE
 from unmoved.terms.masked import expectation

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from unmoved.core.batch import Label, Logits, PerSample
 from unmoved.core.errors import UnmovedError, require_choice
-from unmoved.core.protocols import Label, Logits, PerSample
 from unmoved.core.views import Views
 from unmoved.terms.cross_entropy import VIEWS
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
+from unmoved.core.batch import PerSample
 from unmoved.core.errors import require_choice
 from unmoved.core.phases import Ramp
-from unmoved.core.protocols import PerSample
 from unmoved.core.views import Views
 from unmoved.terms.cross_entropy import VIEWS
 from unmoved.terms.kl import KL

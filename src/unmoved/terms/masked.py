@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from unmoved.core.protocols import Logits, PerSample
+from unmoved.core.batch import Logits, PerSample
 
 
 def ruled_out(logits: Logits) -> Tensor:

@@ -9,10 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
+from unmoved.core.batch import PerSample
 from unmoved.core.errors import UnmovedError
 from unmoved.core.phases import Ramp, require_ramp
 from unmoved.core.preconditions import require_term, values_of
-from unmoved.core.protocols import PerSample, StatefulTerm, Term
+from unmoved.core.protocols import StatefulTerm, Term
 from unmoved.core.views import Views
 
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from unmoved.core import collectives
+from unmoved.core.batch import Label, Logits, PerSample
 from unmoved.core.errors import UnmovedError, number_field, require_choice, whole_field
-from unmoved.core.protocols import Label, Logits, PerSample
 from unmoved.core.views import Views
 from unmoved.terms.cross_entropy import VIEWS
 from unmoved.terms.masked import expectation, ruled_out

@@ -10,7 +10,8 @@ from contextlib import suppress
 import torch
 from torch import nn
 
-from unmoved.core.protocols import Attack, Batch
+from unmoved.core.batch import Batch
+from unmoved.core.protocols import Attack
 from unmoved.core.threat import ThreatModel
 from unmoved.testing.fixtures import Failing, Planned, network, require, same_random_state, small_batch, untouched
 

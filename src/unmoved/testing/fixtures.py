@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unmoved.core.protocols import Batch
+from unmoved.core.batch import Batch
 
 
 class ExamFailed(AssertionError):

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from unmoved.attacks import IAAT, PGD
+from unmoved.core.child_process import SAFE, end_with_parent
 from unmoved.core.errors import UnmovedError, require_whole
 from unmoved.core.phases import Phases
 from unmoved.core.precision import require_device
 from unmoved.core.protocols import Split
-from unmoved.experiments.local_pool import SAFE, end_with_parent
 from unmoved.terms import PRSL
 from unmoved.terms.sum import as_sum
 

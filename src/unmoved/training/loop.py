@@ -18,14 +18,14 @@ from unmoved import models
 from unmoved.attacks import PGD
 from unmoved.core import collectives, weights
 from unmoved.core import precision as formats
+from unmoved.core.batch import Batch
 from unmoved.core.errors import UnmovedError, require_seed, require_whole, several
 from unmoved.core.passes import one_epoch, one_pass
 from unmoved.core.phases import Phases
 from unmoved.core.preconditions import require_callable, require_model, require_split
-from unmoved.core.protocols import Attack, Batch, Method, Split
+from unmoved.core.protocols import Attack, Method, Split
 from unmoved.core.threat import ThreatModel, require_threat
 from unmoved.evaluation import judge, outcomes
-from unmoved.runs.folder import Run
 from unmoved.terms.sum import snake_case, stateful
 from unmoved.training import averaging, distributed, resuming
 from unmoved.training.optim import SGD, Constant
@@ -38,6 +38,7 @@ from unmoved.training.rehearsal import (
 )
 from unmoved.training.state import Means, TrainerState
 from unmoved.training.step import Diverged, train_step
+from unmoved.training.store import Store
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -67,7 +68,7 @@ def train(
     checkpoint_share: float = 0.03,
     device: str = "auto",
     fabric: Fabric | None = None,
-    run: Run | None = None,
+    run: Store | None = None,
     progress: Callable[[dict[str, Any]], None] | None = None,
     rehearsal: bool = True,
 ) -> list[dict[str, Any]]:

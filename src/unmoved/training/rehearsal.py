@@ -16,12 +16,13 @@ import torch
 from torch import nn
 
 from unmoved.core import weights
+from unmoved.core.batch import Batch
 from unmoved.core.errors import UnmovedError, require_number
 from unmoved.core.passes import one_pass, require_distinct
 from unmoved.core.phases import Phases, resolve
 from unmoved.core.precision import autocast
 from unmoved.core.preconditions import require_labels
-from unmoved.core.protocols import Attack, Batch, Split, StatefulAttack
+from unmoved.core.protocols import Attack, Split, StatefulAttack
 from unmoved.core.threat import ThreatModel, bounds_of
 from unmoved.core.views import logits
 from unmoved.evaluation import judge

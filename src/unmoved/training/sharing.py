@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from unmoved.core import precision as formats
-from unmoved.core.protocols import Batch, Image, Logits
+from unmoved.core.batch import Batch, Image, Logits
 from unmoved.core.views import Views
 from unmoved.models.input_layers import Images, Normalize
 

@@ -12,8 +12,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from unmoved.core.errors import UnmovedError, is_want_of_memory
 from unmoved.core.protocols import StatefulAttack
-from unmoved.runs.folder import Run
 from unmoved.training import checkpoint
+from unmoved.training.store import Store
 
 _EVERY_SAVE = 0.02  # seconds that a save takes at least: the files of it are on disk when it returns
 
@@ -33,7 +33,7 @@ class TrainerState:
         scheduler: LRScheduler,
         terms: nn.ModuleList,
         attacks: list[Any],
-        run: Run | None,
+        run: Store | None,
         average: nn.Module | None = None,
         share: float = 1.0,
         settings: dict[str, Any] | None = None,
@@ -120,7 +120,7 @@ class TrainerState:
         best_model = dict(self.kept.state_dict()) if self.best_model is None else self.best_model
         return state | {"best": list(self.best), "best_model": best_model}
 
-    def _save(self, run: Run, record: dict[str, Any]) -> None:
+    def _save(self, run: Store, record: dict[str, Any]) -> None:
         state = self._state()
         if not self._best_is_saved:
             run.save_weights(self.kept, "best", state["best_model"])

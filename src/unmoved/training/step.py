@@ -13,9 +13,10 @@ from torch.optim import Optimizer
 
 from unmoved.core import collectives, weights
 from unmoved.core import precision as formats
+from unmoved.core.batch import Batch
 from unmoved.core.errors import UnmovedError
 from unmoved.core.preconditions import require_images, without_waiting
-from unmoved.core.protocols import Batch, Method, StatefulAttack
+from unmoved.core.protocols import Method, StatefulAttack
 from unmoved.core.threat import bounds_of
 from unmoved.core.views import Views
 from unmoved.defenses import Plain

@@ -15,8 +15,8 @@ from helpers.cli import RECIPE, digests, here, recipe, unmoved
 
 from unmoved import analyses
 from unmoved.analyses import studies
+from unmoved.core.batch import Batch
 from unmoved.core.errors import UnmovedError
-from unmoved.core.protocols import Batch
 from unmoved.runs.folder import Run
 
 SWEEP = ("--sweep", "attack.eps=0,0.05,0.1", "--splits", 2, "--set", "training.epochs=1")

@@ -14,13 +14,13 @@ from torch import Tensor
 from unmoved.analyses import bias_variance as estimators
 from unmoved.analyses.bias_variance_verdict import verdict
 from unmoved.analyses.committee import joint, probabilities
+from unmoved.analyses.studies.bias_variance_figures import bias_variance as figure
+from unmoved.analyses.studies.bias_variance_figures import bias_variance_by_class
 from unmoved.analyses.studies.study import Progress, Study, Subject, told
 from unmoved.analyses.target_probability import target_probability
 from unmoved.attacks import PGD
+from unmoved.core.batch import Batch
 from unmoved.core.errors import UnmovedError, require_choice
-from unmoved.core.protocols import Batch
-from unmoved.reports.figures import bias_variance as figure
-from unmoved.reports.figures import bias_variance_by_class
 from unmoved.reports.pages import Section
 from unmoved.runs.by_recipe import without_seeds
 

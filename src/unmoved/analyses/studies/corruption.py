@@ -12,11 +12,11 @@ from matplotlib.figure import Figure
 
 from unmoved.analyses import corruption, flatness, hessian, surface
 from unmoved.analyses.risks import ModelRisk, layers
+from unmoved.analyses.studies.corruption_figures import corruption_curves, corruption_layers, loss_lines, loss_surface
+from unmoved.analyses.studies.corruption_figures import flatness as flatness_figure
 from unmoved.analyses.studies.study import Progress, Study, Subject, accuracies, part_of, told
 from unmoved.attacks import PGD
-from unmoved.core.protocols import Batch
-from unmoved.reports.figures import corruption_curves, corruption_layers, loss_lines, loss_surface
-from unmoved.reports.figures import flatness as flatness_figure
+from unmoved.core.batch import Batch
 from unmoved.reports.pages import Section
 
 GRID = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5)  # of the weights' norm

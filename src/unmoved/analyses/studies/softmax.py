@@ -8,9 +8,9 @@ from functools import partial
 import pandas as pd
 
 from unmoved.analyses import softmax
+from unmoved.analyses.studies import softmax_figures
 from unmoved.analyses.studies.study import Progress, Study, Subject, accuracies, part_of, told
 from unmoved.attacks import APGD, FMN
-from unmoved.reports.figures import softmax_across, softmax_landings, softmax_within
 from unmoved.reports.pages import Section
 
 CHUNK = 250  # samples that an interruption may cost
@@ -53,10 +53,12 @@ def study(found: Sequence[Subject], progress: Progress = told) -> Study:
         "within": pd.concat([table.assign(run=name) for name, table in inside.items()], ignore_index=True),
         "landings": pd.concat([table.assign(run=name) for name, table in landed.items()], ignore_index=True),
     }
-    drawn = [softmax_within(both["within"]), softmax_within(both["within"], measure="Spearman")]
+    drawn = [softmax_figures.within(both["within"]), softmax_figures.within(both["within"], measure="Spearman")]
     if both["landings"]["share"].notna().any():
-        drawn.append(softmax_landings(both["landings"]))
-    drawn += [softmax_across(summary, correlations, against=name) for name in ("robust_accuracy", "clean_accuracy")]
+        drawn.append(softmax_figures.landings(both["landings"]))
+    drawn += [
+        softmax_figures.across(summary, correlations, against=name) for name in ("robust_accuracy", "clean_accuracy")
+    ]
     sentences = [claim.sentence for claim in claims]
     return Study(
         "softmax",

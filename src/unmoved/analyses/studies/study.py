@@ -33,7 +33,7 @@ class Subject:
 
     Attributes:
         name: the recipe's name, with what tells its runs apart where several of one recipe are studied.
-        question: what a table made from this model and these images depends on; see `unmoved.analyses.studies.table_cache`.
+        question: what a table made from this model and these images depends on; see `table_cache`.
         shelf: where its tables are kept, in the run's own folder.
     """
 

@@ -10,9 +10,9 @@ import pandas as pd
 from unmoved.analyses import pareto
 from unmoved.analyses.pareto_verdict import verdict
 from unmoved.analyses.studies.study import Study, Subject, answers
+from unmoved.analyses.studies.tradeoff_figures import pareto as pareto_figure
 from unmoved.core.errors import UnmovedError
 from unmoved.evaluation.outcomes import CLEAN, WORST
-from unmoved.reports.figures import pareto as pareto_figure
 from unmoved.reports.pages import Section
 
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from unmoved.attacks import APGD, PGD
 from unmoved.attacks.gradients import attacking, input_gradient
 from unmoved.core import views
-from unmoved.core.protocols import Attack, Batch, Image, Logits, PerSample, Term
+from unmoved.core.batch import Batch, Image, Logits, PerSample
+from unmoved.core.protocols import Attack, Term
 from unmoved.core.threat import ThreatModel
 from unmoved.core.weights import evaluating
 from unmoved.terms import CE, DLR, Margin, TargetedDLR, TargetedMargin

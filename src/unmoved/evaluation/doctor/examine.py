@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 
 import pandas as pd
 import torch
 from torch import nn
 
+from unmoved.core.batch import Batch
 from unmoved.core.errors import require_seed, require_whole
 from unmoved.core.preconditions import require_labels, require_model, require_split
-from unmoved.core.protocols import Batch, Split
+from unmoved.core.protocols import Split
 from unmoved.core.threat import ThreatModel, require_threat
 from unmoved.evaluation import judge
-from unmoved.evaluation.doctor import (
-    DO_NOT_BELIEVE,
-    GRADES,
-    LOOK_CLOSER,
-    Case,
-    Finding,
-    gradients,
-    outcomes_table,
-    outputs,
-    searches,
-)
-
-__all__ = ["Finding", "examine", "verdict"]
+from unmoved.evaluation.doctor import gradients, outcomes_table, outputs, searches
+from unmoved.evaluation.doctor.evidence import Case
+from unmoved.evaluation.doctor.finding import GRADES, Finding
 
 ORDER = "examine(model, split, threat)"
 Check = Callable[[Case], Finding | None]
@@ -74,7 +65,7 @@ def examine(
             evaluation mode. Left as it was found.
         split: the data that the accuracy is about.
         threat: the ball that it is about.
-        outcomes: the table of `unmoved.evaluation.judge.evaluate`: what it says of PGD and of attacks without gradients is read
+        outcomes: the table of `unmoved.evaluate`: what it says of PGD and of attacks without gradients is read
             from it, and it is held against the searches made here.
         attacks: the attacks of that table, name -> attack or its repr, where the names do not tell.
         surrogate: another model of the same task, for a transfer attack.
@@ -104,15 +95,6 @@ def examine(
         if progress is not None:
             progress(len(plan), len(plan), "done")
     return sorted(findings, key=lambda finding: GRADES.index(finding.grade))
-
-
-def verdict(findings: Sequence[Finding]) -> str:
-    """One sentence to put beside the number; empty where nothing of weight objects."""
-    for grade, opening in ((DO_NOT_BELIEVE, "Do not believe this number"), (LOOK_CLOSER, "Look closer at this number")):
-        checks = list(dict.fromkeys(finding.check for finding in findings if finding.grade == grade))
-        if checks:
-            return f"{opening}: {', '.join(checks)}."
-    return ""
 
 
 def _case(model: nn.Module, split: Split, threat: ThreatModel, n: int, seed: int, surrogate: nn.Module | None) -> Case:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from unmoved.core.errors import require_choice
 
 DO_NOT_BELIEVE, LOOK_CLOSER, NOTE = "do not believe", "look closer", "note"
 GRADES = (DO_NOT_BELIEVE, LOOK_CLOSER, NOTE)
+FIELDS = ("check", "grade", "measured", "why", "do")
 
 
 @dataclass(frozen=True)
@@ -33,3 +35,13 @@ class Finding:
 
     def __post_init__(self) -> None:
         require_choice("Finding.grade", self.grade, GRADES)
+
+
+def summary(findings: Iterable[Finding]) -> str:
+    """Return the sentence to put beside the number: the checks of the gravest grade; empty where only notes object."""
+    said = list(findings)
+    for grade, opening in ((DO_NOT_BELIEVE, "Do not believe this number"), (LOOK_CLOSER, "Look closer at this number")):
+        checks = dict.fromkeys(finding.check for finding in said if finding.grade == grade)
+        if checks:
+            return f"{opening}: {', '.join(checks)}."
+    return ""

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from unmoved.core.protocols import PerSample
+from unmoved.core.batch import PerSample
 from unmoved.evaluation.doctor.evidence import Case
 from unmoved.evaluation.doctor.finding import DO_NOT_BELIEVE, LOOK_CLOSER, Finding
 from unmoved.terms import CE, Margin

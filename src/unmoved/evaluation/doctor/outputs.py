@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
+from unmoved.core.batch import Image
 from unmoved.core.errors import UnmovedError
-from unmoved.core.protocols import Image
 from unmoved.evaluation.doctor.evidence import PASSES, Case, differ
 from unmoved.evaluation.doctor.finding import DO_NOT_BELIEVE, LOOK_CLOSER, Finding
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from unmoved.attacks import PGD
 from unmoved.attacks.square import Square
 from unmoved.attacks.transfer import Transfer
-from unmoved.core.protocols import Image
+from unmoved.core.batch import Image
 from unmoved.core.threat import ThreatModel
 from unmoved.evaluation.doctor.evidence import MORE_RESTARTS, STRONG_STEPS, TARGETS, WEAK_STEPS, Case, Search
 from unmoved.evaluation.doctor.finding import DO_NOT_BELIEVE, LOOK_CLOSER, NOTE, Finding

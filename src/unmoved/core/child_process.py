@@ -1,0 +1,45 @@
+"""Processes that this one starts: what they may import, and that they end with it."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from multiprocessing.connection import wait as wait_for
+
+from unmoved.core.environment import variable
+
+SAFE = "PYTHONSAFEPATH"  # the option -P, as processes inherit it
+
+
+@contextmanager
+def nothing_from_here() -> Iterator[None]:
+    """Start Python processes inside that import nothing from the current folder until they are told where to look.
+
+    They are started as ``python -c``, which looks in the current folder before the standard library: a struct.py that
+    lies there would run. What they are told then is the ``sys.path`` of this process.
+    """
+    with variable(SAFE, "1"):
+        yield
+
+
+def end_with_parent(line: Connection | None = None) -> None:
+    """Let this process end as soon as its parent is gone, killed too: it would go on alone, and keep its run locked.
+
+    Args:
+        line: the end of a pipe; let this process end, too, when the other end is closed.
+    """
+    parent, number = multiprocessing.parent_process(), os.getppid()
+
+    def watch() -> None:
+        if parent is not None:
+            wait_for([parent.sentinel, *([line] if line else [])])
+        while parent is None and os.getppid() == number:  # a process that another library started
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -1,0 +1,50 @@
+"""What a training saves through, so that the loop knows no run folder: `unmoved.Run` is one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import nn
+
+from unmoved.training.log import Log
+
+
+class Store(Protocol):
+    """Where a training's log, weights and state are kept; raises `UnmovedError` where they cannot be."""
+
+    @property
+    def path(self) -> Path:
+        """Where that is, for messages."""
+        ...
+
+    @property
+    def log(self) -> Log:
+        """The records of the epochs."""
+        ...
+
+    def alone(self) -> AbstractContextManager[None]:
+        """Keep others from training into the same place."""
+        ...
+
+    def save_state(self, state: dict[str, Any]) -> None:
+        """Save everything that resuming needs."""
+        ...
+
+    def load_state(self, tell: Callable[[str], None], *, mend: bool) -> dict[str, Any] | None:
+        """Return the newest whole state, or None; ``tell`` hears of damage, which ``mend`` removes."""
+        ...
+
+    def save_weights(self, model: nn.Module, which: str, state: dict[str, Any] | None = None) -> None:
+        """Save the ``"best"`` or ``"last"`` weights: the model's, or those in ``state``."""
+        ...
+
+    def mend_weights(self, state: dict[str, Any], tell: Callable[[str], None]) -> None:
+        """Write weights that are missing or damaged anew, from a saved state."""
+        ...
+
+    def mend_log(self, state: dict[str, Any], tell: Callable[[str], None]) -> None:
+        """Bring the log back to where it was when the state was saved."""
+        ...
