@@ -11,7 +11,7 @@ from torch import nn
 from unmoved.attacks.fab import FAB
 from unmoved.attacks.hyperplanes import dual_length, length, to_hyperplane
 from unmoved.attacks.minimum_norm import searching
-from unmoved.attacks.restarts import Round
+from unmoved.attacks.rounds import Round
 from unmoved.core.batch import Batch
 from unmoved.core.errors import UnmovedError
 from unmoved.core.threat import ThreatModel
@@ -171,7 +171,7 @@ def test_a_result_belongs_to_its_sample(exact, monkeypatch, until_broken):
     parts = [attack(model, batch.take(part)) for part in torch.arange(len(batch)).split(5)]
     assert torch.allclose(torch.cat(parts), whole, atol=1e-9)
     for rows in (1, 10**6):
-        monkeypatch.setattr("unmoved.attacks.restarts.ROWS", rows)
+        monkeypatch.setattr("unmoved.attacks.rounds.ROWS", rows)
         assert torch.allclose(attack(model, batch), whole, atol=1e-9)
 
 

@@ -68,7 +68,7 @@ def test_the_best_is_misclassified_first_and_then_of_highest_loss():
 
 def test_earlier_targets_win_however_many_share_a_pass(monkeypatch):
     """Stacking several targets in one pass changes no result."""
-    from unmoved.attacks import restarts
+    from unmoved.attacks import rounds
 
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(36, 20), nn.ReLU(), nn.Linear(20, 5)).double()
@@ -77,7 +77,7 @@ def test_earlier_targets_win_however_many_share_a_pass(monkeypatch):
     attack = APGD(ThreatModel("linf", 0.05), TargetedMargin(), steps=10, targets=4, until_broken=True)
     found = []
     for rows in (1, 24, 10_000):
-        monkeypatch.setattr(restarts, "ROWS", rows)
+        monkeypatch.setattr(rounds, "ROWS", rows)
         found.append(attack(model, batch))
     assert torch.allclose(found[0], found[1])
     assert torch.allclose(found[0], found[2])

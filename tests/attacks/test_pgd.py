@@ -11,7 +11,7 @@ from torch import nn
 from unmoved.attacks import APGD, FGSM, PGD, Friendly, Sensible
 from unmoved.attacks.apgd_steps import MomentumPace
 from unmoved.attacks.gradients import attacking, gradient_at
-from unmoved.attacks.restarts import Round
+from unmoved.attacks.rounds import Round
 from unmoved.core.batch import Batch
 from unmoved.core.errors import UnmovedError
 from unmoved.core.phases import Ramp, resolve

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from unmoved.attacks.apgd_steps import MomentumPace, SparsePace
 from unmoved.attacks.gradients import Best, attacking, broken, crossed, gradient_at, like, value_at
 from unmoved.attacks.relu_backward import smoothed
-from unmoved.attacks.restarts import Retired, Round, compacts, in_rounds
+from unmoved.attacks.rounds import Retired, Round, compacts, in_rounds
 from unmoved.core import noise
 from unmoved.core.batch import Batch, Image
 from unmoved.core.errors import UnmovedError, flag_field, keep_field, number_field, require_seed, whole_field

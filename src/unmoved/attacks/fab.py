@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from unmoved.attacks.gradients import Best, crossed, input_gradient, like, not_differentiable, rounding
 from unmoved.attacks.hyperplanes import length, to_hyperplane, toward
 from unmoved.attacks.minimum_norm import clear, searching
-from unmoved.attacks.restarts import Retired, Round, compacts, in_rounds
+from unmoved.attacks.rounds import Retired, Round, compacts, in_rounds
 from unmoved.core import noise
 from unmoved.core.batch import Batch, Image, Label, Logits, PerSample
 from unmoved.core.errors import flag_field, keep_field, number_field, require_seed, whole_field
