@@ -46,7 +46,7 @@ LONG = {
     "models.trades_cnn.small_cnn": 73,
     "runs.evaluate.evaluate_run": 120,
     "runs.train.train_recipe": 70,
-    "training.loop.train": 225,
+    "training.loop.train": 107,
 }
 
 

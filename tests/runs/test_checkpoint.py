@@ -23,7 +23,8 @@ from unmoved import models
 from unmoved.core import files
 from unmoved.core.errors import UnmovedError
 from unmoved.runs.folder import Run
-from unmoved.training import checkpoint, loop
+from unmoved.training import checkpoint
+from unmoved.training.validation import Validation
 
 EPOCHS = 3
 DRAW = random.Random(0)
@@ -340,7 +341,7 @@ def first_is_best(monkeypatch: pytest.MonkeyPatch) -> None:
     def validated(*anything: object) -> dict[str, float]:
         return {"validation_clean": 0.9, "validation_robust": next(scores)}
 
-    monkeypatch.setattr(loop, "_validate", validated)
+    monkeypatch.setattr(Validation, "accuracy", validated)
 
 
 @pytest.mark.parametrize("which", ["best", "last"])

@@ -65,7 +65,7 @@ def test_a_finished_run_on_several_machines_still_meets_them(
         met.append(nodes)
         raise UnmovedError("met")
 
-    monkeypatch.setattr(train.engine, "prepare", prepare)
+    monkeypatch.setattr(train.distributed, "prepare", prepare)
     asked = recipe.read(RECIPE, SMALL)
     assert train.train_recipe(asked, uncut[0], resume=True).path == uncut[0]
     assert met == []

@@ -2,43 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from unmoved import models
-from unmoved.attacks import PGD
 from unmoved.core import collectives, weights
 from unmoved.core import precision as formats
 from unmoved.core.batch import Batch
-from unmoved.core.errors import UnmovedError, require_seed, require_whole, several
-from unmoved.core.passes import one_epoch, one_pass
+from unmoved.core.errors import UnmovedError, several
+from unmoved.core.passes import one_epoch
 from unmoved.core.phases import Phases
-from unmoved.core.preconditions import require_callable, require_model, require_split
+from unmoved.core.preconditions import require_model, require_split
 from unmoved.core.protocols import Attack, Method, Split
-from unmoved.core.threat import ThreatModel, require_threat
-from unmoved.evaluation import judge, outcomes
-from unmoved.terms.sum import snake_case, stateful
+from unmoved.core.threat import ThreatModel
+from unmoved.terms.sum import snake_case
 from unmoved.training import averaging, distributed, resuming
 from unmoved.training.optim import SGD, Constant
-from unmoved.training.rehearsal import (
-    bounds_of_phases,
-    rehearse_training,
-    require_optimizer,
-    require_steps,
-    require_trained,
-)
+from unmoved.training.parts import Parts, build
+from unmoved.training.plan import Plan
+from unmoved.training.rehearsal import bounds_of_phases, rehearse_training, require_trained
 from unmoved.training.state import Means, TrainerState
 from unmoved.training.step import Diverged, train_step
 from unmoved.training.store import Store
+from unmoved.training.validation import Validation
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -110,168 +105,165 @@ def train(
             that is not finite (naming the step; what was saved stays); a ``run`` that another process trains or
             evaluates, that was trained with other settings, or whose saved states are all damaged.
     """
-    epochs = require_whole("epochs", epochs, at_least=1)
-    batch_size, seed = require_whole("batch_size", batch_size, at_least=1), require_seed("seed", seed)
     formats.require_device(device)
     require_model(model, ORDER)
     require_split(split, ORDER)
-    if validation is not None:
-        require_split(validation, ORDER)
-        if threat is None:
-            raise UnmovedError("train: validation needs the threat model to judge by; pass threat=ThreatModel(...)")
-        check = PGD(threat, keep="best") if check is None else check
-    phases = Phases.of(method)
-    for name, value, arguments in (
-        ("optimizer", optimizer, "groups"),
-        ("schedule", schedule, "optimizer, total, per_epoch"),
-        ("augment", augment, "batch, seed"),
-        ("average", average, "step, total"),
-        ("check", check, "model, batch"),
-    ):
-        if value is not None or name in ("optimizer", "schedule"):
-            require_callable(name, value, arguments)
-    if threat is not None:
-        require_threat("threat", threat)
+    held_out = Validation.of(validation, check, threat, ORDER)
+    plan = Plan(Phases.of(method), split, epochs, batch_size, optimizer, schedule, augment, average, seed)
     require_trained(model)
-    bounds = bounds_of_phases(phases)
+    bounds = bounds_of_phases(plan.phases)
     fabric = distributed.prepare(device) if fabric is None else fabric
-    rank, count = fabric.global_rank, fabric.world_size
-    if count > 1:
-        distributed.require_lockstep(phases, sync_batchnorm)
-    precision = formats.resolve(precision, fabric.device)
-    learned = _unique(t for _, m in phases.phases for t in stateful(m.objective))
-    terms = nn.ModuleList(learned)
-    fabric.to_device(terms)
-    if sync_batchnorm:
-        model = distributed.synchronized(model, fabric)
-    groups: list[dict[str, Any]] = [{"params": list(model.parameters())}]
-    if any(True for _ in terms.parameters()):
-        groups.append({"params": list(terms.parameters()), "weight_decay": 0.0})
-    form = formats.layout(model, fabric.device, next(one_pass(split, 2)).x)
-    model.to(memory_format=form)  # type: ignore[call-overload]  # the same numbers
-    per_epoch = -(-len(split) // batch_size)
-    opt = optimizer(groups)
-    require_optimizer(opt)
-    require_trained(model, opt)
-    settings = resuming.settings_of(opt, epochs=epochs, batch_size=batch_size, samples=len(split))
-    scheduler = schedule(opt, per_epoch * epochs, per_epoch)
-    require_steps(scheduler, average, per_epoch * epochs)
-    settings["schedule"] = resuming.name_of(scheduler)
-    attacked: Any = torch.compile(model) if compiled else model
-    with weights.constant_beside(opt, model):  # several processes wait for the gradients that are asked for here
-        wrapped, wrapped_opt = fabric.setup(attacked, opt)
+    if fabric.world_size > 1:
+        distributed.require_lockstep(plan.phases, sync_batchnorm)
+    parts = build(model, plan, fabric, precision=precision, compiled=compiled, sync_batchnorm=sync_batchnorm)
     if run is not None:
-        models.require_savable(model.state_dict())
+        models.require_savable(parts.model.state_dict())
     if rehearsal:
-        rehearse_training(
-            model,
-            phases,
-            split,
-            batch_size,
-            device=fabric.device,
-            count=count,
-            validation=validation,
-            check=check,
-            threat=threat,
-            parameters=[p for group in opt.param_groups for p in group["params"]],
-            precision=precision,
-            augment=augment,
-            seed=seed,
-        )
-    split = distributed.resident(split, fabric.device)
-    averaged = None if average is None else averaging.Average(model, average)
-    attacks = _unique(m.attack for _, m in phases.phases)
-    average_model = None if averaged is None else averaged.model
-    state = TrainerState(model, opt, scheduler, terms, attacks, run, average_model, checkpoint_share, settings)
-
-    def backward(loss: Tensor) -> None:
-        fabric.backward(loss)
-        collectives.average([p.grad for p in terms.parameters() if p.grad is not None])  # DDP knows the model alone
-
-    def tell(words: str) -> None:
-        if progress is not None:
-            progress({"note": words})
-
+        _rehearse(parts, plan, held_out)
+    plan = replace(plan, split=distributed.resident(split, fabric.device))
+    averaged = None if plan.average is None else averaging.Average(parts.model, plan.average)
+    state = parts.state(plan.phases, averaged, run, checkpoint_share)
+    report = _ignore if progress is None else progress
     with (
         nullcontext() if run is None else run.alone(),
         torch.random.fork_rng([fabric.device] if fabric.device.type == "cuda" else []),
-        weights.in_training(model) as (train_mode, frozen),
+        weights.in_training(parts.model) as (train_mode, frozen),
     ):
         if frozen:
-            tell(f"in evaluation mode, as they came, stay {several(frozen)}; model.train() before training thaws them")
-        saved = distributed.told(fabric, state.saved(tell))
-        if saved is not None:
-            saved = resuming.followed(
-                saved,
-                settings,
-                optimizer=opt,
-                scheduler=scheduler,
-                steps=per_epoch,
-                phases=phases,
-                average=average,
-                where="the run" if run is None else str(run.path),
+            words = (
+                f"in evaluation mode, as they came, stay {several(frozen)}; model.train() before training thaws them"
             )
-        state.restore(saved, tell)
-        for epoch in range(state.epochs, epochs):
-            torch.manual_seed(_mix(seed, epoch) + rank)  # what a model draws, such as dropout, is not keyed by sample
+            report({"note": words})
+        _resume(state, parts, plan, lambda words: report({"note": words}))
+        for epoch in range(state.epochs, plan.epochs):
             train_mode()  # again in each epoch: a callback may have left another
-            began, log = monotonic(), Means()
-            for k, batch in enumerate(one_epoch(split, batch_size, _mix(seed, epoch))):
-                batch, share = collectives.Share.of(batch, rank, count)
-                batch = replace(batch.to(fabric.device), step=epoch * per_epoch + k)
-                batch = batch if augment is None else augment(batch, seed)
-                current = phases.at(epoch + k / per_epoch, epochs)
-                # On a GPU, to look at every loss would be to wait for every step.
-                watch = fabric.device.type == "cpu" or k % WATCHED == 0
-                with collectives.sharing(share):
-                    try:
-                        step = train_step(
-                            wrapped,
-                            current,
-                            wrapped_opt,
-                            batch,
-                            precision,
-                            attacked=attacked,
-                            backward=backward,
-                            watch=watch,
-                            bounds=bounds,
-                        )
-                    except UnmovedError as error:
-                        raise _stopped(error, epoch, state) from error
-                    except RuntimeError as error:
-                        if not compiled or not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-                            raise
-                        words = f"compiled: torch.compile cannot build this model here ({str(error).splitlines()[0]})"
-                        raise UnmovedError(f"{words}; leave training.compiled out") from error
-                    if share is not None:  # asked anew: a layer may have put another tensor in a buffer's place
-                        collectives.average([b for b in model.buffers() if b.is_floating_point()])
-                losses = {"loss": step.loss, "train_accuracy": step.accuracy}
-                log.add(losses, step.parts, len(batch) if share is None else share.own)
-                if averaged is not None:
-                    averaged.follow(model, batch.step, per_epoch * epochs)
-                scheduler.step()
-                if progress is not None and watch:
-                    progress({"epoch": epoch, "share": (k + 1) / per_epoch, "loss": float(step.loss)})
-            if not torch.stack([p.detach().isfinite().all() for p in model.parameters()]).all():  # one look at a device
-                raise _stopped(Diverged(f"a weight became NaN or infinite by step {batch.step}"), epoch, state)
-            record = {"epoch": epoch + 1, "step": (epoch + 1) * per_epoch, "lr": opt.param_groups[0]["lr"]}
-            record |= {
-                "eps": _eps(current.attack),
-                **log.means(partial(distributed.summed, fabric)),
-            }
-            if validation is not None and check is not None and threat is not None:
-                try:
-                    record |= _validate(state.kept, validation, check, threat, batch_size, fabric)
-                except UnmovedError as error:
-                    raise _stopped(error, epoch, state) from error
-            reports = {snake_case(type(term).__name__): term.report() for term in learned}
+            began = monotonic()
+            record = _epoch(parts, plan, state, averaged, epoch, bounds, report)
+            if held_out is not None:
+                with _stopping(epoch, state):
+                    record |= held_out.accuracy(state.kept, plan.batch_size, fabric)
+            reports = {snake_case(type(term).__name__): term.report() for term in parts.terms}
             record |= {"terms": {name: facts for name, facts in reports.items() if facts}}
-            state.commit(record, monotonic() - began, last=epoch + 1 == epochs)
-            if progress is not None:
-                progress(state.log[-1])
+            state.commit(record, monotonic() - began, last=epoch + 1 == plan.epochs)
+            report(state.log[-1])
     if averaged is not None:
-        averaged.give(model)
+        averaged.give(parts.model)
     return state.log
+
+
+def _ignore(event: dict[str, Any]) -> None:
+    """The default of ``progress``."""
+
+
+def _rehearse(parts: Parts, plan: Plan, held_out: Validation | None) -> None:
+    """Try a step of each phase and the validation; see `rehearse_training`."""
+    rehearse_training(
+        parts.model,
+        plan.phases,
+        plan.split,
+        plan.batch_size,
+        device=parts.fabric.device,
+        count=parts.fabric.world_size,
+        validation=None if held_out is None else held_out.split,
+        check=None if held_out is None else held_out.check,
+        threat=None if held_out is None else held_out.threat,
+        parameters=parts.parameters,
+        precision=parts.precision,
+        augment=plan.augment,
+        seed=plan.seed,
+    )
+
+
+def _resume(state: TrainerState, parts: Parts, plan: Plan, tell: Callable[[str], None]) -> None:
+    """Bring all parts, in every process, to where the run stands, if this call can go on from there."""
+    saved = distributed.told(parts.fabric, state.saved(tell))
+    if saved is not None:
+        saved = resuming.followed(
+            saved,
+            parts.settings,
+            optimizer=parts.optimizer,
+            scheduler=parts.scheduler,
+            steps=plan.steps_per_epoch,
+            phases=plan.phases,
+            average=plan.average,
+            where="the run" if state.run is None else str(state.run.path),
+        )
+    state.restore(saved, tell)
+
+
+def _epoch(
+    parts: Parts,
+    plan: Plan,
+    state: TrainerState,
+    averaged: averaging.Average | None,
+    epoch: int,
+    bounds: tuple[float, float] | None,
+    report: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:
+    """Take the steps of one epoch and return its record: number, step, rate, eps, and the means over its samples."""
+    fabric, steps, seed, means = parts.fabric, plan.steps_per_epoch, plan.seed_of(epoch), Means()
+    torch.manual_seed(seed + fabric.global_rank)  # what a model draws, such as dropout, is not keyed by sample
+    for k, batch in enumerate(one_epoch(plan.split, plan.batch_size, seed)):
+        batch, share = collectives.Share.of(batch, fabric.global_rank, fabric.world_size)
+        batch = replace(batch.to(fabric.device), step=epoch * steps + k)
+        batch = batch if plan.augment is None else plan.augment(batch, plan.seed)
+        method = plan.phases.at(epoch + k / steps, plan.epochs)
+        # On a GPU, to look at every loss would be to wait for every step.
+        watch = fabric.device.type == "cpu" or k % WATCHED == 0
+        with collectives.sharing(share):
+            with _compiling(parts), _stopping(epoch, state):
+                step = train_step(
+                    parts.wrapped,
+                    method,
+                    parts.wrapped_optimizer,
+                    batch,
+                    parts.precision,
+                    attacked=parts.attacked,
+                    backward=parts.backward,
+                    watch=watch,
+                    bounds=bounds,
+                )
+            if share is not None:  # asked anew: a layer may have put another tensor in a buffer's place
+                collectives.average([b for b in parts.model.buffers() if b.is_floating_point()])
+        losses = {"loss": step.loss, "train_accuracy": step.accuracy}
+        means.add(losses, step.parts, len(batch) if share is None else share.own)
+        if averaged is not None:
+            averaged.follow(parts.model, batch.step, plan.steps)
+        parts.scheduler.step()
+        if watch:
+            report({"epoch": epoch, "share": (k + 1) / steps, "loss": float(step.loss)})
+    with _stopping(epoch, state):
+        _require_finite(parts.model, batch.step)
+    place = {"epoch": epoch + 1, "step": (epoch + 1) * steps, "lr": parts.optimizer.param_groups[0]["lr"]}
+    return place | {"eps": _eps(method.attack)} | means.means(partial(distributed.summed, fabric))
+
+
+def _require_finite(model: nn.Module, step: int) -> None:
+    """Raise `Diverged` where a weight is not finite; a GPU is waited for once."""
+    if not torch.stack([p.detach().isfinite().all() for p in model.parameters()]).all():
+        raise Diverged(f"a weight became NaN or infinite by step {step}")
+
+
+@contextmanager
+def _compiling(parts: Parts) -> Iterator[None]:
+    """Name the model where ``torch.compile``, which works at the first pass, cannot build it."""
+    try:
+        yield
+    except RuntimeError as error:
+        is_compilers = type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
+        if parts.attacked is parts.model or not is_compilers:
+            raise
+        words = f"compiled: torch.compile cannot build this model here ({str(error).splitlines()[0]})"
+        raise UnmovedError(f"{words}; leave training.compiled out") from error
+
+
+@contextmanager
+def _stopping(epoch: int, state: TrainerState) -> Iterator[None]:
+    """Let an `UnmovedError` name the epoch and what is saved."""
+    try:
+        yield
+    except UnmovedError as error:
+        raise _stopped(error, epoch, state) from error
 
 
 def _stopped(error: UnmovedError, epoch: int, state: TrainerState) -> UnmovedError:
@@ -280,31 +272,6 @@ def _stopped(error: UnmovedError, epoch: int, state: TrainerState) -> UnmovedErr
     return UnmovedError(f"{error}, in epoch {epoch + 1}: training stopped{kept if state.saved_epochs else ''}{mend}")
 
 
-def _validate(
-    model: nn.Module, validation: Split, check: Attack, threat: ThreatModel, batch_size: int, fabric: Fabric
-) -> dict[str, Any]:
-    """Accuracy clean and attacked; where a split can be selected from, each process takes its part of the samples."""
-    n, count, select = len(validation), fabric.world_size, getattr(validation, "select", None)
-    divided = select is not None and 1 < count <= n
-    part = select(torch.arange(fabric.global_rank, n, count)) if select is not None and divided else validation
-    table = judge.evaluate(model, part, {"validation": check}, threat, batch_size=batch_size)
-    accuracy = outcomes.summary(table).set_index("measure")["accuracy"]
-    right = torch.tensor([accuracy["clean"], accuracy["validation"]], dtype=torch.float64).mul(len(part)).round()
-    if divided:
-        right = distributed.summed(fabric, right.to(fabric.device))
-    clean, robust = (right / n).tolist()
-    return {"validation_clean": clean, "validation_robust": robust, "validation_n": n}
-
-
 def _eps(attack: Attack | None) -> float | None:
     threat = getattr(attack, "threat", None)
     return threat.radius if isinstance(threat, ThreatModel) else None
-
-
-def _unique(items: Any) -> list[Any]:
-    return list({id(item): item for item in items if item is not None}.values())
-
-
-def _mix(seed: int, epoch: int) -> int:
-    """One seed per epoch, far apart for neighbouring run seeds."""
-    return (seed * 1_000_003 + epoch) % 2**63

@@ -1,0 +1,72 @@
+"""Clean and robust accuracy on held-out data after each epoch, by which the best epoch is picked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from unmoved.attacks import PGD
+from unmoved.core.errors import UnmovedError
+from unmoved.core.preconditions import require_callable, require_split
+from unmoved.core.protocols import Attack, Split
+from unmoved.core.threat import ThreatModel, require_threat
+from unmoved.evaluation import judge, outcomes
+from unmoved.training import distributed
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Held-out data, the attack on it, and the threat model that it is judged by."""
+
+    split: Split
+    check: Attack
+    threat: ThreatModel
+
+    @classmethod
+    def of(
+        cls, split: Split | None, check: Attack | None, threat: ThreatModel | None, order: str = "validation"
+    ) -> Validation | None:
+        """Make one of the arguments of `train`, or None without data; the attack is a 10-step PGD where none is given.
+
+        Args:
+            order: the call that a message shows.
+
+        Raises:
+            UnmovedError: data without a threat model, or arguments of other kinds.
+        """
+        if split is not None:
+            require_split(split, order)
+            if threat is None:
+                raise UnmovedError("train: validation needs the threat model to judge by; pass threat=ThreatModel(...)")
+            check = PGD(threat, keep="best") if check is None else check
+        if check is not None:
+            require_callable("check", check, "model, batch")
+        if threat is not None:
+            require_threat("threat", threat)
+        return None if split is None or check is None or threat is None else cls(split, check, threat)
+
+    def accuracy(self, model: nn.Module, batch_size: int, fabric: Fabric) -> dict[str, Any]:
+        """Measure; where a split can be selected from, each of several processes takes its part of the samples.
+
+        Returns:
+            ``validation_clean`` and ``validation_robust``, accuracies in [0, 1], and ``validation_n`` samples.
+
+        Raises:
+            UnmovedError: as `judge.evaluate`.
+        """
+        n, count, select = len(self.split), fabric.world_size, getattr(self.split, "select", None)
+        divided = select is not None and 1 < count <= n
+        part = select(torch.arange(fabric.global_rank, n, count)) if select is not None and divided else self.split
+        table = judge.evaluate(model, part, {"validation": self.check}, self.threat, batch_size=batch_size)
+        accuracy = outcomes.summary(table).set_index("measure")["accuracy"]
+        right = torch.tensor([accuracy["clean"], accuracy["validation"]], dtype=torch.float64).mul(len(part)).round()
+        if divided:
+            right = distributed.summed(fabric, right.to(fabric.device))
+        clean, robust = (right / n).tolist()
+        return {"validation_clean": clean, "validation_robust": robust, "validation_n": n}
