@@ -34,6 +34,8 @@ def not_a_term(number):
     "attacks": """
 class Shift:
     '''Adds a constant, brighter or darker by the label's parity.'''
+    kind = "queries"
+
     def __init__(self, threat, seed, share=1.0):
         self.threat, self.seed, self.share = threat, seed, share
 
@@ -183,6 +185,7 @@ def test_everything_may_be_theirs(lab: Path) -> None:
     unmoved("evaluate", "run", "--allow", "my_lab").fine()
     assert run.evaluation["attacks"].keys() == {"shift", "pgd"}
     assert run.evaluation["classes"] == ["a", "b", "c"]
+    assert run.evaluation["kinds"] == {"shift": {"shift": "queries"}, "pgd": {"pgd": "fixed-step gradients"}}
     unmoved("report", "run").fine()  # reads tables, imports nothing
     assert (lab / "report.html").exists()
     unmoved("train", "theirs.toml", "--out", "run", "--resume", "--allow", "my_lab").fine()
@@ -261,6 +264,17 @@ def test_a_strangers_attack_that_leaves_the_ball_is_not_counted(lab: Path) -> No
     unmoved("train", "theirs.toml", "--out", "run", "--allow", "my_lab").fine()
     message = unmoved("evaluate", "run", "--allow", "my_lab").mistake()
     assert "attack 'far' left the threat model: distance 0.5 > eps 0.1" in message
+    assert Run.open("run").evaluation is None
+
+
+def test_a_strangers_attack_of_an_unknown_kind_is_named_before_it_is_run(lab: Path) -> None:
+    recipe(lab, THEIRS, "theirs")
+    unmoved("train", "theirs.toml", "--out", "run", "--allow", "my_lab").fine()
+    for name in [name for name in sys.modules if name.split(".")[0] == "my_lab"]:
+        del sys.modules[name]
+    (lab / "my_lab" / "attacks.py").write_text(LAB["attacks"].replace('kind = "queries"', 'kind = "query"'))
+    message = unmoved("evaluate", "run", "--allow", "my_lab").mistake()
+    assert "Shift.kind: unknown value 'query'; did you mean 'queries'?" in message
     assert Run.open("run").evaluation is None
 
 

@@ -3,6 +3,7 @@
 from unmoved.core.batch import Batch, Image, Index, Label, Logits, PerSample, Table
 from unmoved.core.protocols import (
     Attack,
+    AttackDeclarations,
     Ensemble,
     Method,
     MinimumNormAttack,
@@ -11,10 +12,12 @@ from unmoved.core.protocols import (
     StatefulAttack,
     StatefulTerm,
     Term,
+    TermDeclarations,
 )
 
 __all__ = [
     "Attack",
+    "AttackDeclarations",
     "Batch",
     "Ensemble",
     "Image",
@@ -30,4 +33,5 @@ __all__ = [
     "StatefulTerm",
     "Table",
     "Term",
+    "TermDeclarations",
 ]

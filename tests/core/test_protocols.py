@@ -12,9 +12,24 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
+from unmoved import attacks, terms
 from unmoved.core.batch import Batch
 from unmoved.core.errors import UnmovedError, did_you_mean, require_choice, require_number
-from unmoved.core.protocols import Attack, Method, ParameterDefense, StatefulAttack, StatefulTerm, Term
+from unmoved.core.protocols import (
+    ATTACK_KINDS,
+    Attack,
+    Method,
+    ParameterDefense,
+    StatefulAttack,
+    StatefulTerm,
+    Term,
+    couples_samples,
+    draws_of,
+    is_lockstep,
+    kind_of,
+    kinds_of,
+)
+from unmoved.core.threat import ThreatModel
 from unmoved.core.views import Views
 
 X, Y = torch.rand(4, 1, 2, 2), torch.tensor([0, 1, 2, 1])
@@ -182,3 +197,77 @@ def test_a_choice_is_one_of_those_offered() -> None:
     require_choice("mode", "eval", ("eval", "train"))
     with pytest.raises(UnmovedError, match=r"mode: unknown value 'trian'; did you mean 'train'\?"):
         require_choice("mode", "trian", ("eval", "train"))
+
+
+# --- what attacks and terms declare
+
+BALL = ThreatModel("linf", 0.1)
+
+
+class Shift:
+    """A stranger's attack, which declares nothing."""
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
+        return batch.x
+
+
+def declaring(**attributes: object) -> Any:
+    return type("Declaring", (Shift,), attributes)()
+
+
+def test_what_declares_nothing_is_taken_for_the_default() -> None:
+    assert (kind_of(Shift()), draws_of(Shift()), is_lockstep(Shift())) == ("gradients", 1, False)
+    assert not couples_samples(lambda views: views.y)
+
+
+def test_a_strangers_part_declares_it_too() -> None:
+    attack = declaring(kind="queries", draws=5, lockstep=True)
+    assert (kind_of(attack), draws_of(attack), is_lockstep(attack)) == ("queries", 5, True)
+    term = type("Coupled", (), {"couples_samples": True, "__call__": lambda self, views: views.y})()
+    assert couples_samples(term)
+
+
+@pytest.mark.parametrize(
+    ("read", "attributes", "words"),
+    [
+        (kind_of, {"kind": "query"}, "Declaring.kind: unknown value 'query'; did you mean 'queries'"),
+        (draws_of, {"draws": 0}, "Declaring.draws: expected a whole number >= 1, came 0"),
+        (is_lockstep, {"lockstep": "no"}, "Declaring.lockstep: expected true or false, came 'no'"),
+        (couples_samples, {"couples_samples": 1}, "Declaring.couples_samples: expected true or false, came 1"),
+    ],
+)
+def test_a_wrong_declaration_is_refused(
+    read: Callable[[Any], object], attributes: dict[str, object], words: str
+) -> None:
+    with pytest.raises(UnmovedError, match=words):
+        read(declaring(**attributes))
+
+
+def test_what_the_exported_attacks_declare() -> None:
+    source = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+    declared = {
+        "gradients": [attacks.APGD(BALL), attacks.IAAT(BALL), attacks.FAB(BALL), attacks.DeepFool(BALL)],
+        "fixed-step gradients": [attacks.PGD(BALL), attacks.FGSM(BALL)],
+        "queries": [attacks.Square(BALL), attacks.SPSA(BALL), attacks.HopSkipJump(BALL)],
+        "transfer": [attacks.Transfer(BALL, source)],
+    }
+    assert tuple(declared) == ATTACK_KINDS
+    for kind, those in declared.items():
+        assert [kind_of(attack) for attack in those] == [kind] * len(those)
+    assert draws_of(attacks.APGD(BALL, draws=7)) == 7
+    stopped = attacks.PGD(BALL, stop=attacks.Sensible(0.5))
+    lockstep = [is_lockstep(attack) for attack in (attacks.PGD(BALL), attacks.IAAT(BALL), stopped, attacks.APGD(BALL))]
+    assert lockstep == [True, True, False, False]
+
+
+def test_an_ensemble_is_of_the_kinds_of_its_parts() -> None:
+    whole, random = attacks.AutoAttack(BALL), attacks.AutoAttack(BALL, version="rand")
+    assert kinds_of("autoattack", whole, 10)["square"] == "queries"
+    assert set(kinds_of("autoattack", random, 10).values()) == {"gradients"}
+    assert kinds_of("mine", declaring(kind="transfer"), 10) == {"mine": "transfer"}
+
+
+def test_a_sum_couples_its_samples_where_one_of_its_terms_does() -> None:
+    coupled = terms.Sum((1, terms.CE()), (2, terms.Sum((1, terms.PRSL()), (1, terms.KL()))))
+    assert couples_samples(coupled)
+    assert not couples_samples(terms.TRADES())

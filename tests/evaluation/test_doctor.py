@@ -11,8 +11,9 @@ import torch
 from helpers.masked_models import BROKEN, HONEST, THREAT, after, at, before, digits, log_softmax, rounded, standard
 from torch import Tensor, nn
 
-from unmoved import models
+from unmoved import Batch, attacks, models
 from unmoved.core.errors import UnmovedError
+from unmoved.core.protocols import kinds_of
 from unmoved.core.threat import ThreatModel
 from unmoved.data import ArraySplit
 from unmoved.evaluation.doctor import examine as doctor
@@ -194,9 +195,53 @@ def test_a_gap_needs_pgd_and_something_else() -> None:
 def test_attacks_without_gradients_that_win_are_read_from_the_table(broken: int, grade: str | None) -> None:
     ensemble = table({"autoattack": lambda k: "apgd-ce" if k >= 50 else "square" if k < broken else ""})
     alone = table({"apgd": lambda k: "apgd" if k >= 50 else "", "blind": lambda k: "blind" if k < broken else ""})
-    for rows, attacks in ((ensemble, {}), (alone, {"blind": "Square(threat=...)"})):
-        found = outcomes_table.blind_wins(rows, attacks)
+    for rows, those in ((ensemble, {}), (alone, {"blind": "Square(threat=...)"})):
+        found = outcomes_table.blind_wins(rows, those)
         assert (None if found is None else found.grade) == grade, rows
+
+
+EXPORTED = {
+    "pgd": attacks.PGD(THREAT),
+    "fgsm": attacks.FGSM(THREAT),
+    "apgd": attacks.APGD(THREAT),
+    "square": attacks.Square(THREAT),
+    "spsa": attacks.SPSA(THREAT),
+    "hop_skip_jump": attacks.HopSkipJump(THREAT),
+    "iaat": attacks.IAAT(THREAT),
+    "fab": attacks.FAB(THREAT),
+    "transfer": attacks.Transfer(THREAT, nn.Flatten()),
+    "autoattack": attacks.AutoAttack(THREAT),
+    "quick": attacks.Quick(THREAT),
+}
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_a_table_of_an_older_run_has_reprs_or_names_alone_and_says_the_same(name: str) -> None:
+    rows, attack = table({name: lambda k: ""}), EXPORTED[name]
+    declared = outcomes_table.kinds_in(rows, {name: attack})
+    assert declared == {name: kinds_of(name, attack, 10)}
+    assert outcomes_table.kinds_in(rows, {name: declared[name]}) == declared, "as evaluations record it"
+    assert outcomes_table.kinds_in(rows, {name: repr(attack)}) == declared
+    assert outcomes_table.kinds_in(rows, {}) == declared
+
+
+def test_what_a_stranger_declares_goes_before_its_name() -> None:
+    class Square:
+        kind = "gradients"
+
+        def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
+            return batch.x
+
+    rows = table({"square": lambda k: "", "pgd": lambda k: ""})
+    assert outcomes_table.has_blind(rows, {})
+    assert not outcomes_table.has_blind(rows, {"square": Square()})
+    assert outcomes_table.has_weak(rows, {"square": Square()})
+    assert not outcomes_table.has_weak(rows, {"square": {"square": "fixed-step gradients"}})
+
+
+def test_autoattack_for_randomised_models_asks_for_gradients_alone() -> None:
+    rows = table({"autoattack-rand": lambda k: ""})
+    assert not outcomes_table.has_blind(rows, {"autoattack-rand": attacks.AutoAttack(THREAT, version="rand")})
 
 
 def test_samples_that_gradients_break_too_do_not_count_for_the_blind() -> None:

@@ -379,3 +379,32 @@ def test_radii_of_the_curve_stay_in_the_box_for_linf_alone() -> None:
     assert curve_and_gallery.radii(ThreatModel("linf", 0.8)) == pytest.approx([0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
     assert curve_and_gallery.radii(ThreatModel("l2", 2.0)) == [0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0]
     assert curve_and_gallery.radii(ThreatModel("linf", 0.0)) == [0.0]
+
+
+class Counted(nn.Module):
+    """Counts the passes that are made of a model."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.passes = inner, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passes += 1
+        return self.inner(x)
+
+
+def test_the_judge_takes_as_many_draws_as_an_attack_declares(model: nn.Sequential) -> None:
+    class Still:
+        draws = 5
+
+        def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
+            return batch.x
+
+    passes = []
+    for attack in (Still(), type("One", (Still,), {"draws": 1})()):
+        counted = Counted(model)
+        evaluate(counted, TEST.take(20), {"still": attack}, THREAT)
+        passes.append(counted.passes)
+    assert passes[0] == passes[1] + 4
+    with pytest.raises(UnmovedError, match=r"Still\.draws: expected a whole number >= 1"):
+        evaluate(model, TEST.take(20), {"still": type("Still", (Still,), {"draws": 0})()}, THREAT)

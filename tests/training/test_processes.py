@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -224,6 +225,22 @@ def test_attacks_that_would_wait_for_each_other_for_ever_are_refused() -> None:
     with pytest.raises(UnmovedError, match="train in one process"):
         distributed.require_lockstep(Phases.of(normalises), sync_batchnorm=True)
     distributed.require_lockstep(Phases.of(normalises), sync_batchnorm=False)
+    nested = terms.Sum((1, terms.CE()), (2, terms.Sum((1, terms.PRSL("adv")), (1, terms.KL()))))
+    with pytest.raises(UnmovedError, match="train in one process"):
+        distributed.require_lockstep(Phases.of(Method(pgd(stop=stop, loss=nested), terms.CE())), sync_batchnorm=False)
+
+
+@pytest.mark.parametrize(("couples", "lockstep"), [(True, False), (True, True), (False, False)])
+def test_what_strangers_declare_decides_it_too(couples: bool, lockstep: bool) -> None:
+    loss = type("Loss", (terms.CE,), {"couples_samples": couples})()
+    attack = type("Attack", (attacks.APGD,), {"lockstep": lockstep})(ddp_cases.THREAT, loss)
+    phases = Phases.of(Method(attack, terms.CE()))
+    with pytest.raises(UnmovedError, match="train in one process") if couples and not lockstep else nullcontext():
+        distributed.require_lockstep(phases, sync_batchnorm=False)
+
+
+def test_attacks_that_never_wait_are_trained_with() -> None:
+    stop = attacks.Sensible(0.5)
     distributed.require_lockstep(Phases.of(Method(pgd(stop=stop), terms.PRSL())), sync_batchnorm=True)
 
 

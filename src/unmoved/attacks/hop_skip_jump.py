@@ -16,6 +16,7 @@ from unmoved.attacks.minimum_norm import Nearest, searching
 from unmoved.core import noise
 from unmoved.core.batch import Batch, Image
 from unmoved.core.errors import UnmovedError, keep_field, require_seed, whole_field
+from unmoved.core.protocols import QUERIES
 from unmoved.core.threat import ThreatModel, require_threat
 from unmoved.core.views import Views
 
@@ -61,6 +62,7 @@ class HopSkipJump:
     starts: int = 40
     seed: int = 0
 
+    kind = QUERIES
     minimum_norm = True
 
     def __post_init__(self) -> None:

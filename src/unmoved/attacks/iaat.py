@@ -43,6 +43,8 @@ class IAAT:
     capped at eps, so that every proposal is in the threat model. Warm-up with a common radius is a phase.
     """
 
+    lockstep = True
+
     def __init__(
         self,
         threat: ThreatModel,

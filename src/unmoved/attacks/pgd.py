@@ -16,7 +16,7 @@ from unmoved.core.batch import Batch, Image, Logits, PerSample
 from unmoved.core.errors import UnmovedError, keep_field, number_field, require_choice, require_seed, whole_field
 from unmoved.core.phases import Ramp, number, ramp_field
 from unmoved.core.preconditions import require_callable, require_loss
-from unmoved.core.protocols import Term
+from unmoved.core.protocols import FIXED_STEP, Term
 from unmoved.core.threat import ThreatModel, require_threat
 from unmoved.core.views import Views
 from unmoved.terms import CE
@@ -61,6 +61,7 @@ class PGD:
     seed: int = 0
     mode: str = "eval"
     smooth: float = 0.0
+    kind = FIXED_STEP
 
     def __post_init__(self) -> None:
         require_threat("PGD.threat", self.threat)
@@ -78,6 +79,11 @@ class PGD:
             require_callable("PGD.stop", self.stop, "logits, y, value, step, memory")
         if self.stop is not None and self.keep == "best":
             raise UnmovedError('PGD: a stopping rule decides which point is kept; use keep="last" with it')
+
+    @property
+    def lockstep(self) -> bool:
+        """Whether no sample stops before the others."""
+        return self.stop is None
 
     def __call__(self, model: nn.Module, batch: Batch) -> Image:
         with attacking(model, batch, self.threat, self.mode) as views, smoothed(self.smooth):

@@ -12,7 +12,7 @@ from unmoved.core import noise
 from unmoved.core.batch import Batch, Image
 from unmoved.core.errors import keep_field, number_field, require_seed, whole_field
 from unmoved.core.preconditions import require_loss
-from unmoved.core.protocols import Term
+from unmoved.core.protocols import QUERIES, Term
 from unmoved.core.threat import ThreatModel, require_threat
 from unmoved.core.views import Views
 from unmoved.terms import Margin
@@ -56,6 +56,7 @@ class SPSA:
     step_size: float | None = None
     loss: Term = Margin("adv")
     seed: int = 0
+    kind = QUERIES
 
     def __post_init__(self) -> None:
         require_threat("SPSA.threat", self.threat)

@@ -16,7 +16,7 @@ from unmoved.attacks.square_proposals import Draws, Flips, Tiles, mosaic, stripe
 from unmoved.core.batch import Batch, Image, PerSample
 from unmoved.core.errors import UnmovedError, flag_field, keep_field, number_field, require_seed, whole_field
 from unmoved.core.preconditions import require_loss
-from unmoved.core.protocols import Term
+from unmoved.core.protocols import QUERIES, Term
 from unmoved.core.threat import ThreatModel, require_threat
 from unmoved.core.views import Views
 from unmoved.terms import Margin
@@ -61,6 +61,7 @@ class Square:
     loss: Term = Margin()
     rescale_schedule: bool = False
     seed: int = 0
+    kind = QUERIES
 
     def __post_init__(self) -> None:
         require_threat("Square.threat", self.threat)

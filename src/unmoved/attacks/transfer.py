@@ -15,7 +15,7 @@ from unmoved.attacks.pgd import PGD
 from unmoved.core.batch import Batch, Image
 from unmoved.core.errors import UnmovedError
 from unmoved.core.preconditions import require_callable
-from unmoved.core.protocols import Attack, MinimumNormAttack
+from unmoved.core.protocols import TRANSFER, Attack, MinimumNormAttack
 from unmoved.core.threat import ThreatModel, require_threat
 
 
@@ -38,6 +38,7 @@ class Transfer:
     threat: ThreatModel
     source: nn.Module
     attack: Attack | None = None
+    kind = TRANSFER
 
     def __post_init__(self) -> None:
         require_threat("Transfer.threat", self.threat)

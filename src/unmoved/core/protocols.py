@@ -14,10 +14,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from unmoved.core.batch import Batch, Image, PerSample
+from unmoved.core.errors import require_choice, require_flag, require_whole
 from unmoved.core.preconditions import require_attack, require_callable, require_term
 
 if TYPE_CHECKING:
     from unmoved.core.views import Views
+
+GRADIENTS, FIXED_STEP, QUERIES, TRANSFER = "gradients", "fixed-step gradients", "queries", "transfer"
+ATTACK_KINDS = (GRADIENTS, FIXED_STEP, QUERIES, TRANSFER)
 
 
 @runtime_checkable
@@ -51,6 +55,25 @@ class Ensemble(Protocol):
         ...
 
 
+class AttackDeclarations(Protocol):
+    """What an attack may say of itself in attributes; where one is missing, the value given here holds.
+
+    Each is read by one function: `kind_of`, `draws_of`, `is_lockstep`.
+
+    Attributes:
+        kind: what it asks of the model: ``"gradients"`` (default), ``"fixed-step gradients"`` (as PGD, whose steps
+            follow no progress and which masking fools first), ``"queries"`` (outputs alone) or ``"transfer"``
+            (nothing: it is found on another model).
+        draws: forward passes whose mean logits decide its success; 1 (default) unless it attacks a randomised model.
+        lockstep: whether each call makes as many passes whatever its samples are, so that processes with shares of one
+            batch meet in every pass; False (default) where samples that are done are left out.
+    """
+
+    kind: str
+    draws: int
+    lockstep: bool
+
+
 @runtime_checkable
 class StatefulAttack(Protocol):
     """An attack with per-sample memory: calling reads it, ``update`` writes it, once per optimizer step."""
@@ -69,6 +92,16 @@ class Term(Protocol):
     """One number per sample; larger is worse for the defender. Pure."""
 
     def __call__(self, views: Views) -> PerSample: ...
+
+
+class TermDeclarations(Protocol):
+    """What a term may say of itself in attributes; read by `couples_samples`.
+
+    Attributes:
+        couples_samples: whether its value of one sample depends on the others of the batch; False by default.
+    """
+
+    couples_samples: bool
 
 
 class StatefulTerm(nn.Module):
@@ -120,6 +153,63 @@ class Method:
         if self.defense is not None:
             order = "a defense is one of unmoved.defenses, such as AWP()"
             require_callable("Method.defense", self.defense, "model, optimizer, backward", order)
+
+
+def kind_of(attack: object) -> str:
+    """The kind that an attack, or its class, declares: one of `ATTACK_KINDS`.
+
+    Raises:
+        UnmovedError: it declares another.
+    """
+    kind = getattr(attack, "kind", GRADIENTS)
+    require_choice(f"{_name(attack)}.kind", kind, ATTACK_KINDS)
+    return str(kind)
+
+
+def draws_of(attack: Attack) -> int:
+    """The number of forward passes whose mean logits decide an attack's success.
+
+    Raises:
+        UnmovedError: it declares something else than a whole number >= 1.
+    """
+    return require_whole(f"{_name(attack)}.draws", getattr(attack, "draws", 1), at_least=1)
+
+
+def is_lockstep(attack: Attack) -> bool:
+    """Whether an attack declares that it makes as many passes whatever its samples are.
+
+    Raises:
+        UnmovedError: it declares neither True nor False.
+    """
+    return require_flag(f"{_name(attack)}.lockstep", getattr(attack, "lockstep", False))
+
+
+def couples_samples(term: Term) -> bool:
+    """Whether a term declares that its value of one sample depends on the others.
+
+    Raises:
+        UnmovedError: it declares neither True nor False.
+    """
+    return require_flag(f"{_name(term)}.couples_samples", getattr(term, "couples_samples", False))
+
+
+def _name(part: object) -> str:
+    return part.__name__ if isinstance(part, type) else type(part).__name__
+
+
+def parts_of(name: str, attack: Attack, num_classes: int) -> dict[str, Attack]:
+    """The parts of an ensemble by name, or the attack alone under its own name."""
+    return dict(attack.parts(num_classes)) if isinstance(attack, Ensemble) else {name: attack}
+
+
+def kinds_of(name: str, attack: Attack, num_classes: int) -> dict[str, str]:
+    """The kind of each of an attack's parts, as `parts_of` names them."""
+    return {part: kind_of(own) for part, own in parts_of(name, attack, num_classes).items()}
+
+
+def notes_of(attack: Attack, num_classes: int) -> list[str]:
+    """What an ensemble adapted to this many classes, in sentences; nothing of any other attack."""
+    return attack.notes(num_classes) if isinstance(attack, Ensemble) else []
 
 
 class Split(Protocol):

@@ -11,14 +11,13 @@ import pandas as pd
 import torch
 from torch import nn
 
-from unmoved.attacks import APGD
 from unmoved.core import views
 from unmoved.core.batch import Batch, Image, Label
 from unmoved.core.errors import UnmovedError, require_whole
 from unmoved.core.passes import one_pass, require_distinct
 from unmoved.core.precision import autocast, exact
 from unmoved.core.preconditions import require_attack, require_images, require_labels, require_model, require_split
-from unmoved.core.protocols import Attack, Ensemble, MinimumNormAttack, Split
+from unmoved.core.protocols import Attack, Ensemble, MinimumNormAttack, Split, draws_of, kind_of, parts_of
 from unmoved.core.threat import ThreatModel, require_threat
 from unmoved.core.weights import evaluating
 from unmoved.evaluation.journal import Journal
@@ -72,13 +71,7 @@ def evaluate(
     """
     require_model(model, ORDER)
     require_split(split, ORDER)
-    if not isinstance(attacks, Mapping) or not attacks:
-        came = "none" if isinstance(attacks, Mapping) else type(attacks).__name__
-        raise UnmovedError(
-            f'attacks: expected at least one attack by its name, such as {{"pgd": PGD(threat)}}, came {came}'
-        )
-    for name, attack in attacks.items():
-        require_attack(f"attack {name!r}", attack)
+    _require_attacks(attacks)
     require_threat("threat", threat)
     batch_size = require_whole("batch_size", batch_size, at_least=1)
     workers = require_whole("workers", workers, at_least=0)
@@ -123,9 +116,16 @@ def evaluate(
     return pd.concat(tables, ignore_index=True).sort_values(["attack", "index"], kind="stable", ignore_index=True)
 
 
-def parts_of(name: str, attack: Attack, num_classes: int) -> dict[str, Attack]:
-    """The parts of an ensemble, or the attack alone under its own name."""
-    return dict(attack.parts(num_classes)) if isinstance(attack, Ensemble) else {name: attack}
+def _require_attacks(attacks: Mapping[str, Attack]) -> None:
+    if not isinstance(attacks, Mapping) or not attacks:
+        came = "none" if isinstance(attacks, Mapping) else type(attacks).__name__
+        raise UnmovedError(
+            f'attacks: expected at least one attack by its name, such as {{"pgd": PGD(threat)}}, came {came}'
+        )
+    for name, attack in attacks.items():
+        require_attack(f"attack {name!r}", attack)
+        kind_of(attack)
+        draws_of(attack)
 
 
 class _Clean:
@@ -236,8 +236,7 @@ def _join(batches: Sequence[Batch]) -> Batch:
 
 def _answer(model: nn.Module, attack: Attack, batch: Batch, threat: ThreatModel, name: str, precision: str) -> _Answer:
     proposal = propose(model, attack, batch, threat, name, precision)
-    draws = attack.draws if isinstance(attack, APGD) else 1
-    prediction = predict(model, proposal, batch.y, draws)
+    prediction = predict(model, proposal, batch.y, draws_of(attack))
     return proposal, prediction.cpu().numpy(), threat.distance(proposal, batch.x).cpu().numpy()
 
 

@@ -19,7 +19,7 @@ from unmoved.core import untrusted
 from unmoved.core.errors import UnmovedError, did_you_mean, require_whole
 from unmoved.core.files import write_atomic
 from unmoved.core.precision import resolve
-from unmoved.core.protocols import Attack, Ensemble
+from unmoved.core.protocols import Attack, kinds_of, notes_of
 from unmoved.data import ArraySplit, Selection
 from unmoved.data.split import drawn
 from unmoved.evaluation import curve_and_gallery, judge, successes
@@ -133,8 +133,7 @@ def evaluate_run(
                 "precision": precision,
                 "threat": {"norm": built.threat.norm, "eps": built.threat.radius},
                 "asked": untrusted.readable(attacks),
-                "attacks": {name: repr(attack) for name, attack in chosen.items()},
-                "notes": [note for attack in chosen.values() for note in _notes(attack, split.num_classes)],
+                **_recorded(chosen, split.num_classes),
                 "classes": list(built.data.classes),
             }
             extra: dict[str, Any] = {}
@@ -221,7 +220,7 @@ def examine_run(
         split,
         built.threat,
         outcomes=table,
-        attacks=facts["attacks"],
+        attacks=facts["attacks"] | facts.get("kinds", {}),
         n=min(n, len(split)),
         seed=built.recipe.training.seed,
         progress=None if progress is None else lambda done, total, words: progress(done / total, f"doctor: {words}"),
@@ -273,8 +272,13 @@ def _transfer(path: Path, built: Built, allow: Collection[str]) -> Transfer:
     return Transfer(built.threat, source=model)
 
 
-def _notes(attack: Attack, num_classes: int) -> list[str]:
-    return attack.notes(num_classes) if isinstance(attack, Ensemble) else []
+def _recorded(attacks: Mapping[str, Attack], num_classes: int) -> dict[str, Any]:
+    """What an evaluation keeps of its attacks."""
+    return {
+        "attacks": {name: repr(attack) for name, attack in attacks.items()},
+        "kinds": {name: kinds_of(name, attack, num_classes) for name, attack in attacks.items()},
+        "notes": [note for attack in attacks.values() for note in notes_of(attack, num_classes)],
+    }
 
 
 def _question(run: Run, weights: str, asked: str, attacks: Mapping[str, Attack], precision: str) -> dict[str, Any]:

@@ -46,6 +46,7 @@ class Evaluation(Record):
     weights_sha256: str
     split: str = "unknown"
     attacks: dict[str, str]
+    kinds: dict[str, dict[str, str]] = {}
     asked: str | None = None
     asked_n: Count | None = None
     precision: str | None = None

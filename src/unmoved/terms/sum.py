@@ -13,7 +13,7 @@ from unmoved.core.batch import PerSample
 from unmoved.core.errors import UnmovedError
 from unmoved.core.phases import Ramp, require_ramp
 from unmoved.core.preconditions import require_term, values_of
-from unmoved.core.protocols import StatefulTerm, Term
+from unmoved.core.protocols import StatefulTerm, Term, couples_samples
 from unmoved.core.views import Views
 
 
@@ -47,6 +47,11 @@ class Sum:
 
     def __repr__(self) -> str:
         return f"Sum({', '.join(f'({weight!r}, {term!r})' for weight, term in self.terms)})"
+
+    @property
+    def couples_samples(self) -> bool:
+        """Whether one of the terms does."""
+        return any(couples_samples(term) for _, term in self.terms)
 
     def parts(self, views: Views) -> dict[str, PerSample]:
         """Each term's own value (B,), unweighted, under its name; terms of weight zero are left out."""

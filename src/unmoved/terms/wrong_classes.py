@@ -82,6 +82,7 @@ class PRSL:
     view: str = "clean"
     start: int = 0
     end: int = 4
+    couples_samples = True
 
     def __post_init__(self) -> None:
         require_choice("PRSL.view", self.view, VIEWS)

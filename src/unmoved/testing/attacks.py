@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from unmoved.core.batch import Batch
-from unmoved.core.protocols import Attack
+from unmoved.core.protocols import Attack, MinimumNormAttack, draws_of, is_lockstep, kind_of
 from unmoved.core.threat import ThreatModel
 from unmoved.testing.fixtures import Failing, Planned, network, require, same_random_state, small_batch, untouched
 
@@ -21,8 +21,8 @@ def check_attack(
     *,
     norm: str = "linf",
     maximises: bool = True,
-    batch_statistics: bool = False,
-    minimum_norm: bool = False,
+    batch_statistics: bool | None = None,
+    minimum_norm: bool | None = None,
     reach: float = 0.05,
 ) -> None:
     """An attack stays in the ball, leaves the caller as it was, and beats the linear model as theory says.
@@ -32,9 +32,9 @@ def check_attack(
         norm: of the threat model.
         maximises: whether the attack seeks the largest loss; if not (early stopping), the oracle is skipped.
         batch_statistics: whether it attacks the model in training mode, so that samples depend on each other by
-            design; the laws of order and batch size are then skipped.
+            design; the laws of order and batch size are then skipped. ``None``: whether its ``mode`` is "train".
         minimum_norm: whether it seeks the nearest misclassified image, inside the ball or not: the oracle is then the
-            distance to the boundary rather than the reach of the ball.
+            distance to the boundary rather than the reach of the ball. ``None`` is what the attack declares.
         reach: how far short of the oracle it may fall, as a share.
 
     Raises:
@@ -43,6 +43,11 @@ def check_attack(
     threat = ThreatModel(norm, 0.08 if norm == "linf" else 0.5)
     attack, model, batch = make(threat), network(), small_batch()
     name = repr(attack)
+    kind_of(attack), draws_of(attack), is_lockstep(attack)
+    if batch_statistics is None:
+        batch_statistics = getattr(attack, "mode", "eval") == "train"
+    if minimum_norm is None:
+        minimum_norm = isinstance(attack, MinimumNormAttack) and attack.minimum_norm
     model[1].eval()  # one frozen BatchNorm inside a training model: modes are restored one by one
     next(model.parameters()).grad = torch.ones_like(next(model.parameters()))
     with untouched(model), same_random_state():

@@ -8,18 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unmoved.core import protocols
 from unmoved.core.protocols import StatefulTerm, Term
 from unmoved.core.views import Views
 from unmoved.testing.fixtures import require, same_random_state, untouched
 
 
-def check_term(term: Term, *, num_classes: int = 5, couples_samples: bool = False) -> None:
+def check_term(term: Term, *, num_classes: int = 5, couples_samples: bool | None = None) -> None:
     """A term is pure and gives one finite, differentiable number per sample, whatever the logits.
 
     Args:
         term: the term; a `StatefulTerm` must not change in ``forward``.
         num_classes: classes of the logits that it is tried on.
-        couples_samples: set for a term whose value of one sample depends on the others; batch laws are skipped.
+        couples_samples: whether the value of one sample depends on the others, so that batch laws are skipped;
+            ``None`` is what the term declares.
 
     Raises:
         ExamFailed: naming the property.
@@ -38,7 +40,7 @@ def check_term(term: Term, *, num_classes: int = 5, couples_samples: bool = Fals
     require(whole.shape == (12,), f"{term!r}: expected one value per sample (12,), came {tuple(whole.shape)}")
     require(whole.is_floating_point() and torch.isfinite(whole).all(), f"{term!r}: values are not finite floats")
     require(torch.equal(whole, value()), f"{term!r}: two calls on the same views differ")
-    if not couples_samples:
+    if not (protocols.couples_samples(term) if couples_samples is None else couples_samples):
         order = torch.randperm(12, generator=draw)
         require(torch.allclose(value(order), whole[order]), f"{term!r}: permuting the batch changes the values")
         require(torch.allclose(value(slice(0, 1)), whole[:1]), f"{term!r}: a batch of one sample gives another value")

@@ -13,14 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from unmoved.attacks import IAAT, PGD
 from unmoved.core.child_process import SAFE, end_with_parent
 from unmoved.core.errors import UnmovedError, require_whole
 from unmoved.core.phases import Phases
 from unmoved.core.precision import require_device
-from unmoved.core.protocols import Split
-from unmoved.terms import PRSL
-from unmoved.terms.sum import as_sum
+from unmoved.core.protocols import Split, couples_samples, is_lockstep
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -170,10 +167,10 @@ def require_lockstep(phases: Phases, sync_batchnorm: bool) -> None:
     """Raise `UnmovedError` for attacks that ask the other processes, each a different number of times."""
     for _, method in phases.phases:
         attack: Any = method.attack
-        if isinstance(attack, PGD | IAAT) and getattr(attack, "stop", None) is None:
-            continue  # every other attack leaves out the samples that it is done with
+        if attack is None or is_lockstep(attack):
+            continue
         loss = getattr(attack, "loss", None)
-        couples = loss is not None and any(isinstance(term, PRSL) for _, term in as_sum(loss).terms)
+        couples = loss is not None and couples_samples(loss)
         if couples or (sync_batchnorm and getattr(attack, "mode", "eval") == "train"):
             raise UnmovedError(
                 f"{method.attack!r}: its samples are done at different steps in different processes, and its loss or "

@@ -22,7 +22,7 @@ from unmoved.core.passes import one_pass, require_distinct
 from unmoved.core.phases import Phases, resolve
 from unmoved.core.precision import autocast
 from unmoved.core.preconditions import require_labels
-from unmoved.core.protocols import Attack, Split, StatefulAttack
+from unmoved.core.protocols import Attack, Split, StatefulAttack, parts_of
 from unmoved.core.threat import ThreatModel, bounds_of
 from unmoved.core.views import logits
 from unmoved.evaluation import judge
@@ -162,7 +162,7 @@ def rehearse_validation(model: nn.Module, split: Split, check: Attack, threat: T
             index.append(each.index.cpu())
             require_distinct(torch.cat(index[:2]))
         require_distinct(torch.cat(index))
-        for name, part in judge.parts_of("validation", check, num_classes).items():
+        for name, part in parts_of("validation", check, num_classes).items():
             judge.propose(model, part, batch, threat, name)
 
 

@@ -67,7 +67,8 @@ def examine(
         threat: the ball that it is about.
         outcomes: the table of `unmoved.evaluate`: what it says of PGD and of attacks without gradients is read
             from it, and it is held against the searches made here.
-        attacks: the attacks of that table, name -> attack or its repr, where the names do not tell.
+        attacks: the attacks of that table, name -> attack (or what `outcomes_table.kinds_in` takes in its place);
+            those left out are taken for what their names say.
         surrogate: another model of the same task, for a transfer attack.
         n: number of samples, drawn from the split by ``seed``.
         seed: of all noise; the caller's random state is left alone.

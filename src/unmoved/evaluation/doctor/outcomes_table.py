@@ -1,43 +1,63 @@
-"""What an evaluation's own table says against itself."""
+"""Checks computed from the outcomes table alone."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import pandas as pd
 
+from unmoved import attacks as exported
+from unmoved.core.protocols import FIXED_STEP, QUERIES, TRANSFER, kind_of, kinds_of
+from unmoved.core.threat import ThreatModel
 from unmoved.evaluation import outcomes
 from unmoved.evaluation.doctor.evidence import Case
 from unmoved.evaluation.doctor.finding import Finding
 from unmoved.evaluation.doctor.searches import beaten, grade, loss_gap, weaker_wins
 
-# Attacks by the start of their type's or their given name.
-WEAK = ("pgd", "fgsm")
-BLIND = ("square", "spsa", "transfer", "hopskipjump", "hard")
-BOTH = ("autoattack", "standard")
+BLIND = {QUERIES, TRANSFER}
 # How many points more than the table's attacks the doctor's own searches may break on the same samples. Evaluated by
 # PGD and APGD with cross-entropy alone, honest TRADES models lose 15.
 OWN_CLOSER, OWN_WRONG = 0.05, 0.25
 
 
-def kind(name: str, attack: object = None) -> str:
-    """``"weak"``, ``"blind"`` (asks for no gradient), ``"both"`` (AutoAttack, which ends with Square) or ``"strong"``.
+def kinds_in(table: pd.DataFrame, attacks: Mapping[str, object]) -> dict[str, dict[str, str]]:
+    """A table's attack -> each of its parts -> its kind: as declared, or as the class that a name begins with declares.
 
     Args:
-        name: the attack's name in the table.
-        attack: the attack or its repr; it decides where it is given.
+        table: outcomes.
+        attacks: name -> the attack, or the kinds of its parts (`unmoved.core.protocols.kinds_of`), as evaluations
+            record them, or its repr, which is all that those made before version 0.2 have. The attack's name in the
+            table stands in for what is missing.
     """
-    text = str(attack if attack is not None else name).lower()
-    starts = {"blind": BLIND, "weak": WEAK, "both": BOTH}
-    return next((its for its, names in starts.items() if text.startswith(names)), "strong")
+    return {name: _kinds(name, attacks.get(name, name)) for name in table["attack"].unique()}
+
+
+def _kinds(name: str, attack: object) -> dict[str, str]:
+    if isinstance(attack, Mapping):
+        return {str(part): str(kind) for part, kind in attack.items()}
+    if not isinstance(attack, str):
+        return kinds_of(name, attack, num_classes=10)  # type: ignore[arg-type]
+    made = _class_of(attack)
+    if made in (exported.AutoAttack, exported.Quick):
+        return kinds_of(name, made(ThreatModel("linf", 0.1)), num_classes=10)
+    return {name: kind_of(made)}
+
+
+def _class_of(text: str) -> Any:
+    """The exported attack whose name a repr, or a name chosen by hand such as ``pgd-20``, begins with."""
+    classes = {name.lower(): thing for name, thing in vars(exported).items() if name in exported.__all__}
+    classes |= {"fgsm": exported.PGD, "standard": exported.AutoAttack}
+    begins = [name for name in classes if text.lower().replace("_", "").startswith(name)]
+    return classes[max(begins, key=len)] if begins else None
 
 
 def pgd_overrates(table: pd.DataFrame, attacks: Mapping[str, object]) -> Finding | None:
     """A large gap between PGD and the strongest attack of the table."""
-    samples, kinds = _read(table, attacks)
-    weak = [name for name, its in kinds.items() if its == "weak"]
+    samples = outcomes.by_sample(table)
     if not has_weak(table, attacks):
         return None
+    weak = [name for name, parts in kinds_in(table, attacks).items() if set(parts.values()) == {FIXED_STEP}]
     best = str(samples[weak].sum().idxmin())
     before, after, right = (int(samples[c].sum()) for c in (best, outcomes.WORST, outcomes.CLEAN))
     share = (before - after) / max(right, 1)
@@ -51,7 +71,9 @@ def blind_wins(table: pd.DataFrame, attacks: Mapping[str, object]) -> Finding | 
         return None
     right = table[table["clean_prediction"] == table["label"]]
     wins = right[right["success"]]
-    is_blind = pd.Series([kind(by, attacks.get(by)) == "blind" for by in wins["by"]], index=wins.index, dtype=bool)
+    kinds = kinds_in(table, attacks)
+    blind = [_kind_of_part(kinds[name], by) in BLIND for name, by in zip(wins["attack"], wins["by"], strict=True)]
+    is_blind = pd.Series(blind, index=wins.index, dtype=bool)
     only_blind = is_blind.groupby(wins["index"]).all()
     count, samples = int(only_blind.sum()), right["index"].nunique()
     found = beaten(count / max(samples, 1), count)
@@ -66,7 +88,7 @@ def blind_wins(table: pd.DataFrame, attacks: Mapping[str, object]) -> Finding | 
 
 def table_is_weak(table: pd.DataFrame, case: Case) -> Finding | None:
     """Samples that the table calls robust and that the doctor's own searches broke."""
-    samples, _ = _read(table, {})
+    samples = outcomes.by_sample(table)
     robust = set(samples.loc[samples[outcomes.WORST], "index"])
     seen = [int(k) for k in case.right.index if int(k) in set(samples["index"])]
     broken = {int(k) for search in case.white_box for k in search.batch.index[search.broken]}
@@ -86,16 +108,16 @@ def table_is_weak(table: pd.DataFrame, case: Case) -> Finding | None:
 
 def has_blind(table: pd.DataFrame, attacks: Mapping[str, object]) -> bool:
     """Whether the table holds an attack that asks for no gradient, beside one that does."""
-    kinds = {kind(name, attacks.get(name)) for name in table["attack"].unique()}
-    return "both" in kinds or ("blind" in kinds and len(kinds) > 1)
+    kinds = {kind for parts in kinds_in(table, attacks).values() for kind in parts.values()}
+    return bool(kinds & BLIND and kinds - BLIND)
 
 
 def has_weak(table: pd.DataFrame, attacks: Mapping[str, object]) -> bool:
-    """Whether the table holds PGD, beside something else."""
-    kinds = {kind(name, attacks.get(name)) for name in table["attack"].unique()}
-    return "weak" in kinds and len(kinds) > 1
+    """Whether the table holds PGD, or what declares itself as weak, beside something else."""
+    is_weak = {set(parts.values()) == {FIXED_STEP} for parts in kinds_in(table, attacks).values()}
+    return is_weak == {True, False}
 
 
-def _read(table: pd.DataFrame, attacks: Mapping[str, object]) -> tuple[pd.DataFrame, dict[str, str]]:
-    samples = outcomes.by_sample(table)
-    return samples, {name: kind(name, attacks.get(name)) for name in table["attack"].unique()}
+def _kind_of_part(parts: Mapping[str, str], by: str) -> str:
+    """The kind of what broke a sample; of a part that its ensemble no longer has by its name."""
+    return parts.get(by) or kind_of(_class_of(by))
