@@ -147,3 +147,15 @@ def test_a_training_refuses_classes_in_place_of_what_they_make(settings: dict[st
     split = data.ArraySplit.of(a_batch().x, a_batch().y, layout="NCHW")
     with pytest.raises(UnmovedError, match=words):
         train(Copying(), CLEAN, split, epochs=1, **({"validation": split, "threat": THREAT} | settings))
+
+
+def test_images_made_in_inference_mode_are_still_trained_on() -> None:
+    batch, states = a_batch(), []
+    with torch.inference_mode():
+        made = Batch(batch.x + 0, batch.y, batch.index)
+    for given in (batch, made):
+        model = Copying().train()
+        attack = PGD(THREAT, loss=terms.KL(), start="gaussian", steps=2)
+        train_step(model, Method(attack, terms.CE()), torch.optim.SGD(model.parameters(), lr=0.1), given, "float32")
+        states.append(model.state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])

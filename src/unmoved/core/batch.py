@@ -36,7 +36,6 @@ class Batch:
         index: (B,) int64, a sample's identity for ever; 0..B-1 unless given. Keys all noise and per-sample memory.
         step: the optimizer step, set by the training loop; with ``index`` it keys the noise.
         target: (B,) int64, the class that a targeted attack aims at; None where nobody aims.
-        known: gives an attack the clean logits (B, K) of these very images, or None; see `sharing.Clean`.
 
     Raises:
         UnmovedError: images or labels of the wrong shape or type.
@@ -47,7 +46,6 @@ class Batch:
     index: Index = field(default=None)  # type: ignore[assignment]
     step: int = 0
     target: Label | None = None
-    known: Callable[[Image], Logits | None] | None = None
 
     def __post_init__(self) -> None:
         for name, value in (("x", self.x), ("y", self.y), ("index", self.index)):

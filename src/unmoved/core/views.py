@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -52,9 +51,9 @@ def ranked_wrong(values: Logits, y: Label) -> Tensor:
 class Views:
     """The clean and the adversarial view of one batch.
 
-    ``Views(model, batch, x_adv)`` computes logits when they are first asked for, unless ``given`` has those of the
-    clean images then. Without ``x_adv`` the adversarial view is the clean one. ``Views.of(y=..., clean=..., adv=...)``
-    takes ready logits. Labels that the logits have no column for are refused with the first logits of a batch.
+    ``Views(model, batch, x_adv)`` computes logits when they are first asked for. Without ``x_adv`` the adversarial view
+    is the clean one. ``Views.of(y=..., clean=..., adv=...)`` takes ready logits. Labels that the logits have no column
+    for are refused with the first logits of a batch.
 
     Attributes:
         y: (B,) int64 labels.
@@ -63,18 +62,11 @@ class Views:
         adv: (B, K) logits of the adversarial images.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        batch: Batch,
-        x_adv: Image | None = None,
-        given: Callable[[], Logits | None] | None = None,
-    ) -> None:
+    def __init__(self, model: nn.Module, batch: Batch, x_adv: Image | None = None) -> None:
         self._model: nn.Module | None = model
         self._batch: Batch | None = batch
         self._x_adv = x_adv
         self._base: Views | None = None
-        self._given = given
         self._clean: Logits | None = None
         self._constant: Logits | None = None
         self._adv: Logits | None = None
@@ -95,7 +87,7 @@ class Views:
     ) -> Views:
         """Views of ready logits (B, K), for tests and for users' own loops."""
         views = cls.__new__(cls)
-        views._model = views._batch = views._x_adv = views._base = views._given = None
+        views._model = views._batch = views._x_adv = views._base = None
         views._clean, views._constant, views._adv = clean, None, adv
         views.y, views._target, views._fits = y, target, False
         views.index = torch.arange(len(y), device=y.device) if index is None else index
@@ -164,9 +156,7 @@ class Views:
             if self._base is not None:
                 self._clean = self._base._constant_clean()
             elif self._model is not None and self._batch is not None:
-                self._clean = None if self._given is None else self._given()
-                if self._clean is None:
-                    self._clean = logits(self._model, self._batch.x)
+                self._clean = logits(self._model, self._batch.x)
                 self._fit(self._clean)
             else:
                 raise UnmovedError("this term needs the clean logits: pass Views.of(..., clean=logits)")
@@ -178,11 +168,8 @@ class Views:
             if self._clean is not None or self._base is not None or self._model is None:
                 self._constant = self.clean.detach()
             else:
-                x, known = self.batch.x, self.batch.known
-                self._constant = None if known is None else known(x)
-                if self._constant is None:
-                    with torch.no_grad(), frozen_buffers(self.model):  # it is no view that anything is trained on
-                        self._constant = logits(self.model, x)
+                with torch.no_grad(), frozen_buffers(self.model):  # it is no view that anything is trained on
+                    self._constant = logits(self.model, self.batch.x)
                 self._fit(self._constant)
         return self._constant
 

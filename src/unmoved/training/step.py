@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +21,6 @@ from unmoved.core.threat import bounds_of
 from unmoved.core.views import Views
 from unmoved.defenses import Plain
 from unmoved.terms.sum import as_sum, stateful
-from unmoved.training import sharing
 
 
 class Diverged(UnmovedError):
@@ -97,11 +96,10 @@ def _step(
     watch: bool,
 ) -> Step:
     objective, bare = as_sum(method.objective), model if attacked is None else attacked
-    shared = sharing.Clean(model, batch, precision) if sharing.is_modeless(bare) else None
     x_adv = None
     if method.attack is not None:
         with formats.autocast(precision, batch.x.device), formats.constant_weights(bare):
-            x_adv = method.attack(bare, batch if shared is None else replace(batch, known=shared.constant))
+            x_adv = method.attack(bare, batch)
         if not isinstance(x_adv, Tensor) or x_adv.shape != batch.x.shape:
             came = f"shape {tuple(x_adv.shape)}" if isinstance(x_adv, Tensor) else type(x_adv).__name__
             raise UnmovedError(f"attack {method.attack!r:.80}: expected images {tuple(batch.x.shape)}, came {came}")
@@ -109,7 +107,7 @@ def _step(
 
     def closure() -> Tensor:
         with formats.autocast(precision, batch.x.device):
-            views = Views(model, batch, x_adv, None if shared is None else shared.graph)
+            views = Views(model, batch, x_adv)
             parts = objective.parts(views)
             values = objective.combine(parts)
             loss = collectives.mean(values)
