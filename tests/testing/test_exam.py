@@ -158,7 +158,7 @@ class Small:
     whole: AutoAttack
 
     def __call__(self, model, batch):
-        return in_turn(model, batch, self.threat, self.parts)[0]
+        return in_turn(model, batch, self.threat, self.parts)
 
     @property
     def threat(self):

@@ -86,7 +86,7 @@ class AutoAttack:
         return said
 
     def __call__(self, model: nn.Module, batch: Batch) -> Image:
-        return in_turn(model, batch, self.threat, self.parts)[0]
+        return in_turn(model, batch, self.threat, self.parts)
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class Quick:
         return ["the DLR loss needs 4 classes: the margin of the logits takes its place"] if num_classes < 4 else []
 
     def __call__(self, model: nn.Module, batch: Batch) -> Image:
-        return in_turn(model, batch, self.threat, self.parts)[0]
+        return in_turn(model, batch, self.threat, self.parts)
 
 
 @dataclass(frozen=True)
@@ -166,32 +166,31 @@ class Near:
         near = torch.nonzero(wrong & ~inside & (distance <= self.reach * self.threat.radius)).flatten()
         if len(near):
             parts = {str(number): attack for number, attack in enumerate(self.attacks)}
-            x_adv[near] = in_turn(model, batch.take(near), self.threat, lambda classes: parts)[0]
+            x_adv[near] = in_turn(model, batch.take(near), self.threat, lambda classes: parts)
         return x_adv
 
 
 def in_turn(
     model: nn.Module, batch: Batch, threat: ThreatModel, parts_of: Callable[[int], Mapping[str, Attack]]
-) -> tuple[Image, Tensor]:
-    """(the proposals, which part broke each sample): -1 where none did, also where the clean image is misclassified.
+) -> Image:
+    """The proposals; the clean image where no part broke the sample, and where it is misclassified already.
 
     Every success is checked in float32, on the whole image in the ball, before the sample is left.
     """
     require_attackable(model, batch, threat)
     x_adv = batch.x.detach().clone()
-    by = torch.full_like(batch.y, -1)
     wrong, num_classes = _wrong(model, x_adv, batch.y)
     left = torch.nonzero(~wrong).flatten()
-    for number, attack in enumerate(parts_of(num_classes).values()):
+    for attack in parts_of(num_classes).values():
         if len(left) == 0 or threat.radius == 0:
             break
         few = batch.take(left)
         proposal = attack(model, few)
         won, _ = _wrong(model, proposal, few.y)
         won &= threat.distance(proposal, few.x) <= threat.radius + threat.tolerance
-        x_adv[left[won]], by[left[won]] = proposal[won], number
+        x_adv[left[won]] = proposal[won]
         left = left[~won]
-    return x_adv, by
+    return x_adv
 
 
 def _wrong(model: nn.Module, x: Image, y: Tensor) -> tuple[Tensor, int]:

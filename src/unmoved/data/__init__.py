@@ -30,5 +30,3 @@ __all__ = [
     "hf",
     "mnist",
 ]
-
-SOURCES = ("arrays", "cifar10", "digits", "folder", "hf", "mnist")
