@@ -57,7 +57,7 @@ WHAT = {
     "epochs": "train as many epochs of 16 images",
     "parameters": "train and save",
 }
-TRAINED = 25.0  # seconds that the networks of "parameters" are trained for, about
+SAVES = 1.5  # that the time of a training of "parameters" allows, at 3 % of it, before its last
 RECIPE = """name = "{name}"
 [data]
 use = "arrays"
@@ -218,7 +218,7 @@ def saving(act: Callable[[], None]) -> dict[str, float]:
 
 
 def large(size: int, folder: Path) -> None:
-    """Train a network of as many parameters for about half a minute."""
+    """Train a network of as many parameters for as long as `SAVES` of its state are allowed for."""
     width = math.isqrt(size)
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, width), nn.ReLU(), nn.Linear(width, width), nn.Linear(width, 2))
     made = images(64, 2, side=2)
@@ -228,7 +228,10 @@ def large(size: int, folder: Path) -> None:
     train(model, method, split, epochs=1, **how)
     began = time.perf_counter()
     train(model, method, split, epochs=2, **how)
-    epochs = max(3, round(2 * TRAINED / (time.perf_counter() - began)))
+    an_epoch = (time.perf_counter() - began) / 2
+    # Weights, momentum and the best epoch's weights; the budget takes a first save to be twice as slow as guessed.
+    seconds = SAVES * 2 * 3 * checkpoint.guessed([p.detach() for p in model.parameters()]) / 0.03
+    epochs = max(3, round(seconds / an_epoch))
     train(model, method, split, epochs=epochs, run=Run.create(folder / f"large{size}", {"name": "x"}), **how)
 
 
