@@ -210,7 +210,7 @@ def test_weights_that_cannot_be_read_now_are_not_damaged(
     """Nor written anew from the state: what is there may be somebody's."""
     run = Path(shutil.copytree(stopped[2], tmp_path / "run"))
     before, refuse = digests(run), raising(error)
-    monkeypatch.setattr(models.files, "safe_open", refuse)
+    monkeypatch.setattr(models.weights_file, "safe_open", refuse)
     for command in (["train", stopped[0], "--out", run, "--resume"], ["evaluate", run, "--n", 5]):
         message = unmoved(*command).mistake()
         assert "cannot be read at the moment" in message
