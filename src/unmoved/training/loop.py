@@ -90,8 +90,7 @@ def train(
         fabric: an engine that is launched already, in place of ``device``: one of several processes takes its part of
             each batch, and all of them make the step that one would make. Only the first is given a ``run``.
         checkpoint_share: the share of the time that saving into ``run`` may take, in [0, 1]: what a kill loses was
-            trained in about (seconds of a save) / share. 1 saves every epoch; the first and the last are saved
-            unless it is 0, and then the last.
+            trained in about (seconds of a save) / share. 1 saves every epoch; the first and last are always.
         run: where to log and save; if it holds a saved state, training goes on from there. What terms report by class
             is then in ``run.per_class`` too. More epochs are trained where those that are trained already would have
             been the same.
