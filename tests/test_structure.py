@@ -42,7 +42,6 @@ LONG = {
     "analyses.studies.corruption.study": 112,
     "analyses.studies.tradeoff_figures.pareto": 63,
     "cli.grid_commands.compare": 83,
-    "evaluation.judge.evaluate": 85,
     "models.trades_cnn.small_cnn": 73,
     "runs.evaluate.evaluate_run": 119,
     "runs.train.train_recipe": 70,

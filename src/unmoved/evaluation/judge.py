@@ -69,51 +69,84 @@ def evaluate(
             images or labels out of range; one identity for two samples; logits that are not finite; a proposal outside
             the threat model.
     """
+    _require_question(model, split, attacks, threat)
+    batch_size = require_whole("batch_size", batch_size, at_least=1)
+    workers = require_whole("workers", workers, at_least=0)
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    # A randomised model draws from the global generator: its draws are fixed, and the caller's state is put back.
+    with torch.random.fork_rng(devices), Workers(model, workers) as pool:
+        torch.manual_seed(0)
+        run = _Evaluation(model, split, attacks, threat, batch_size, precision, pool, journal, keep, progress)
+        tables = [run.outcomes(name) for name in attacks]
+    return pd.concat(tables, ignore_index=True).sort_values(["attack", "index"], kind="stable", ignore_index=True)
+
+
+def _require_question(model: nn.Module, split: Split, attacks: Mapping[str, Attack], threat: ThreatModel) -> None:
+    """Raise `UnmovedError` unless these are a model, a split, attacks by name and a threat model."""
     require_model(model, ORDER)
     require_split(split, ORDER)
     _require_attacks(attacks)
     require_threat("threat", threat)
-    batch_size = require_whole("batch_size", batch_size, at_least=1)
-    workers = require_whole("workers", workers, at_least=0)
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    tables = []
-    # A randomised model draws from the global generator: its draws are fixed, and the caller's state is put back.
-    with torch.random.fork_rng(devices), Workers(model, workers) as pool:
-        torch.manual_seed(0)
-        clean = _Clean(model, split, batch_size, threat)
-        listed = {name: parts_of(name, attack, clean.num_classes) for name, attack in attacks.items()}
-        often = Counter(part for parts in listed.values() for part in parts)
-        done, total = 0.0, float(sum(len(parts) for parts in listed.values()) * max(int(clean.right.sum()), 1))
-        for name, parts in listed.items():
-            sheet = _Sheet(name, clean, threat, cumulative=isinstance(attacks[name], Ensemble))
-            for part, attack in parts.items():
-                sheet.begin()
-                met = max(int(sheet.open.sum()), 1)
-                if journal is not None:
-                    sheet.enter(part, *sheet.awaited(*journal.read(name, part)))
-                # The same chunks after an interruption, so that not even rounding differs.
-                size = max(1, min(batch_size, -(-met // pool.count)))
-                chunks = _chunks(model, split, sheet.waiting, size, threat)
 
-                def ask(own: nn.Module, chunk: _Chunk, part: str = part, attack: Attack = attack) -> _Answer:
-                    return _answer(own, attack, chunk[1], threat, part, precision)
 
-                label = part if often[part] == 1 else f"{name},{part}"
-                right, ran = float(clean.right.sum()), 0
-                for (position, batch), (proposal, prediction, distance) in pool.map(ask, chunks):
-                    if keep is not None:
-                        keep(label, batch, proposal, sheet.success(prediction, batch.y.cpu().numpy(), distance))
-                    if journal is not None:
-                        journal.add(name, part, position, prediction, distance)
-                    sheet.enter(part, position, prediction, distance)
-                    ran += len(position)
-                    if progress is not None:
-                        progress(min(done + right * ran / met, total), total, sheet.words(part))
-                done += right
-                if progress is not None:
-                    progress(done, total, sheet.words(part))
-            tables.append(sheet.table())
-    return pd.concat(tables, ignore_index=True).sort_values(["attack", "index"], kind="stable", ignore_index=True)
+@dataclasses.dataclass
+class _Evaluation:
+    """Attacks on one model and its data; the fields are the arguments of `evaluate`, and the threads."""
+
+    model: nn.Module
+    split: Split
+    attacks: Mapping[str, Attack]
+    threat: ThreatModel
+    batch_size: int
+    precision: str
+    pool: Workers
+    journal: Journal | None
+    keep: Keep | None
+    progress: Progress | None
+
+    def __post_init__(self) -> None:
+        self.clean = _Clean(self.model, self.split, self.batch_size, self.threat)
+        self.parts = {name: parts_of(name, attack, self.clean.num_classes) for name, attack in self.attacks.items()}
+        self._attacks_of_part = Counter(part for parts in self.parts.values() for part in parts)
+        # Work is counted in samples: each part is as much as there are samples that the model gets right.
+        self._right = int(self.clean.right.sum())
+        self._done, self._total = 0.0, float(sum(map(len, self.parts.values())) * max(self._right, 1))
+
+    def outcomes(self, name: str) -> pd.DataFrame:
+        """Run an attack, or the parts of an ensemble one after the other, each on what is still robust."""
+        sheet = _Sheet(name, self.clean, self.threat, cumulative=isinstance(self.attacks[name], Ensemble))
+        for part, attack in self.parts[name].items():
+            self._run(sheet, part, attack)
+            self._done += float(self._right)
+            self._tell(self._done, sheet, part)
+        return sheet.table()
+
+    def _run(self, sheet: _Sheet, part: str, attack: Attack) -> None:
+        """Enter the answers of one part on the samples that are open: those of the journal, then those it lacks."""
+        sheet.begin()
+        met = max(int(sheet.open.sum()), 1)
+        if self.journal is not None:
+            sheet.enter(part, *sheet.awaited(*self.journal.read(sheet.name, part)))
+        # The same chunks after an interruption, so that not even rounding differs.
+        size = max(1, min(self.batch_size, -(-met // self.pool.count)))
+        chunks = _chunks(self.model, self.split, sheet.waiting, size, self.threat)
+
+        def ask(copied: nn.Module, chunk: _Chunk) -> _Answer:
+            return _answer(copied, attack, chunk[1], self.threat, part, self.precision)
+
+        label, ran = part if self._attacks_of_part[part] == 1 else f"{sheet.name},{part}", 0
+        for (position, batch), (proposal, prediction, distance) in self.pool.map(ask, chunks):
+            if self.keep is not None:
+                self.keep(label, batch, proposal, sheet.success(prediction, batch.y.cpu().numpy(), distance))
+            if self.journal is not None:
+                self.journal.add(sheet.name, part, position, prediction, distance)
+            sheet.enter(part, position, prediction, distance)
+            ran += len(position)
+            self._tell(min(self._done + self._right * ran / met, self._total), sheet, part)
+
+    def _tell(self, done: float, sheet: _Sheet, part: str) -> None:
+        if self.progress is not None:
+            self.progress(done, self._total, sheet.words(part))
 
 
 def _require_attacks(attacks: Mapping[str, Attack]) -> None:
