@@ -7,12 +7,14 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from torch import nn
 
 from unmoved.attacks import PGD, AutoAttack, Quick, Transfer
 from unmoved.core import untrusted
@@ -88,72 +90,111 @@ def evaluate_run(
         count = n or built.recipe.evaluation.n
         split = _judged(run, built, count, validation)
         about = question_about(built, split, allow)
+        kinds = _chosen(attacks, built, allow, validation)
+        asked = _Asked(run, built, model, split, count, attacks, weights, precision, batch_size, workers, about)
         tables: dict[str, pd.DataFrame] = {}
-        kinds = _chosen(attacks, built, allow)
-        if validation:
-            kinds = {"validation": {name: attack for found in kinds.values() for name, attack in found.items()}}
         for number, (kind, chosen) in enumerate(kinds.items()):
-            began = time.monotonic()
-            folder = run.path / kind
-            steps = curve_and_gallery.radii(built.threat) if kind == "evaluation" else []
-            most = 0.8 if steps else 1.0  # of the work is attacks, the rest is the curve
-
-            def tell(share: float, words: str, number: int = number) -> None:
-                if progress is not None:
-                    progress((number + share) / len(kinds), words)
-
-            def follow(done: float, total: float, words: str, tell: Any = tell, most: float = most) -> None:
-                tell(most * done / total, words)
-
-            question = _question(run, weights, attacks, chosen, precision) | about
-            answers = hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()
-            images = f".adversarial-{answers[:16]}" if save_adversarial else None
-            journal = Journal(folder / "journal.jsonl", question | {"kept": images})
-            successes.clear(folder, images)
-            tables[kind] = table = judge.evaluate(
-                model,
-                split,
-                chosen,
-                built.threat,
-                batch_size=batch_size,
-                precision=precision,
-                workers=workers,
-                journal=journal,
-                keep=None if images is None else successes.keeper(folder / images),
-                progress=follow,
-            )
-            facts: dict[str, Any] = {
-                "question": answers,
-                "images": split.digest,
-                "n": len(split),
-                "asked_n": count,
-                "split": split.name,
-                "weights": weights,
-                "weights_sha256": weights_digest(run, weights),
-                "precision": precision,
-                "threat": {"norm": built.threat.norm, "eps": built.threat.radius},
-                "asked": untrusted.readable(attacks),
-                **_recorded(chosen, split.num_classes),
-                "classes": list(built.data.classes),
-            }
-            extra: dict[str, Any] = {}
-            if kind == "evaluation":
-                extra["curve"] = curve_and_gallery.curve(
-                    model,
-                    split.take(min(CURVE_SAMPLES, len(split)), seed=0),
-                    PGD(built.threat, steps=20, keep="best", seed=built.recipe.training.seed),
-                    built.threat,
-                    steps,
-                    batch_size=batch_size,
-                    workers=workers,
-                    progress=lambda done, total: tell(0.8 + 0.2 * done / total, "accuracy against eps"),
-                )
-                name, shown = next(reversed(chosen.items()))
-                extra["gallery"] = curve_and_gallery.gallery(model, split, shown, built.threat, name=name)
-            facts["seconds"] = round(time.monotonic() - began, 1)
-            run.save_evaluation(table, facts, kind=kind, images=images, journal=journal.path.name, **extra)
-            journal.close()
+            tell = partial(_tell, progress, number, len(kinds))
+            tables[kind] = asked.answer(kind, chosen, save_adversarial, tell)
     return tables
+
+
+def _tell(progress: Callable[[float, str], None] | None, number: int, count: int, share: float, words: str) -> None:
+    """Report a share of the work for one of several folders as a share of all of it."""
+    if progress is not None:
+        progress((number + share) / count, words)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Asked:
+    """What of a run is judged, and how: arguments of `evaluate_run` and what was made of them.
+
+    Attributes:
+        split: the images that are judged.
+        count: how many were asked for; None for all.
+        attacks: as they were asked for.
+        precision: ``"float32"`` or ``"bf16"``.
+        about: what else the answers depend on, of `question_about`.
+    """
+
+    run: Run
+    built: Built
+    model: nn.Module
+    split: ArraySplit | Selection
+    count: int | None
+    attacks: str
+    weights: str
+    precision: str
+    batch_size: int
+    workers: int
+    about: dict[str, Any]
+
+    def answer(
+        self, kind: str, chosen: dict[str, Attack], save_adversarial: bool, tell: Callable[[float, str], None]
+    ) -> pd.DataFrame:
+        """Judge by some attacks, save the outcomes in the folder ``kind`` and return them."""
+        began, folder = time.monotonic(), self.run.path / kind
+        steps = curve_and_gallery.radii(self.built.threat) if kind == "evaluation" else []
+        most = 0.8 if steps else 1.0  # of the work is attacks, the rest is the curve
+        question = _question(self.run, self.weights, self.attacks, chosen, self.precision) | self.about
+        digest = hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()
+        images = f".adversarial-{digest[:16]}" if save_adversarial else None
+        journal = Journal(folder / "journal.jsonl", question | {"kept": images})
+        successes.clear(folder, images)
+        table = judge.evaluate(
+            self.model,
+            self.split,
+            chosen,
+            self.built.threat,
+            batch_size=self.batch_size,
+            precision=self.precision,
+            workers=self.workers,
+            journal=journal,
+            keep=None if images is None else successes.keeper(folder / images),
+            progress=lambda done, total, words: tell(most * done / total, words),
+        )
+        facts = {"question": digest} | self._facts(chosen)
+        extra = self._curve_and_gallery(chosen, steps, tell) if kind == "evaluation" else {}
+        facts["seconds"] = round(time.monotonic() - began, 1)
+        self.run.save_evaluation(table, facts, kind=kind, images=images, journal=journal.path.name, **extra)
+        journal.close()
+        return table
+
+    def _facts(self, chosen: dict[str, Attack]) -> dict[str, Any]:
+        """What is written beside the outcomes."""
+        threat = self.built.threat
+        return {
+            "images": self.split.digest,
+            "n": len(self.split),
+            "asked_n": self.count,
+            "split": self.split.name,
+            "weights": self.weights,
+            "weights_sha256": weights_digest(self.run, self.weights),
+            "precision": self.precision,
+            "threat": {"norm": threat.norm, "eps": threat.radius},
+            "asked": untrusted.readable(self.attacks),
+            **_recorded(chosen, self.split.num_classes),
+            "classes": list(self.built.data.classes),
+        }
+
+    def _curve_and_gallery(
+        self, chosen: dict[str, Attack], steps: list[float], tell: Callable[[float, str], None]
+    ) -> dict[str, Any]:
+        """Accuracy against eps on some of the images, and what the last attack makes of a few."""
+        threat = self.built.threat
+        curve = curve_and_gallery.curve(
+            self.model,
+            self.split.take(min(CURVE_SAMPLES, len(self.split)), seed=0),
+            PGD(threat, steps=20, keep="best", seed=self.built.recipe.training.seed),
+            threat,
+            steps,
+            batch_size=self.batch_size,
+            workers=self.workers,
+            progress=lambda done, total: tell(0.8 + 0.2 * done / total, "accuracy against eps"),
+        )
+        name, shown = next(reversed(chosen.items()))
+        gallery = curve_and_gallery.gallery(self.model, self.split, shown, threat, name=name)
+        return {"curve": curve, "gallery": gallery}
 
 
 def _judged(run: Run, built: Built, count: int | None, validation: bool) -> ArraySplit | Selection:
@@ -236,8 +277,8 @@ def examine_run(
     return answer
 
 
-def _chosen(names: str, built: Built, allow: Collection[str]) -> dict[str, dict[str, Attack]]:
-    """Folder -> attacks, from a list of names with commas."""
+def _chosen(names: str, built: Built, allow: Collection[str], validation: bool = False) -> dict[str, dict[str, Attack]]:
+    """Folder -> attacks, from a list of names with commas; all of them in one folder for validation images."""
     chosen: dict[str, dict[str, Attack]] = {}
     known = components.KINDS["attacks"]
     for name in dict.fromkeys(part.strip() for part in names.split(",")):
@@ -258,6 +299,8 @@ def _chosen(names: str, built: Built, allow: Collection[str]) -> dict[str, dict[
                 f"--attacks: expected names of {', '.join(names_known)}, came {name!r}{did_you_mean(name, names_known)}"
             )
         chosen.setdefault("verdict" if name in VERDICTS else "evaluation", {}).update(found)
+    if validation:
+        return {"validation": {name: attack for found in chosen.values() for name, attack in found.items()}}
     return chosen
 
 
