@@ -271,7 +271,7 @@ def main() -> None:
             found = []
             for size in SIZES[what]:
                 asked = [sys.executable, __file__, "--worker", what, str(size), folder]
-                done = subprocess.run(asked, check=True, capture_output=True, text=True)
+                done = subprocess.run(asked, check=True, capture_output=True, encoding="utf-8")
                 found.append(json.loads(done.stdout.splitlines()[-1]))
                 row = found[-1]
                 more = "".join(f"  {key} {row[key]:.3g}" for key in list(row)[3:])

@@ -44,7 +44,7 @@ LONG = {
     "cli.grid_commands.compare": 83,
     "models.trades_cnn.small_cnn": 73,
     "runs.train.train_recipe": 70,
-    "training.loop.train": 107,
+    "training.loop.train": 106,
 }
 
 

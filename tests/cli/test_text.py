@@ -83,8 +83,8 @@ def test_text_is_never_read_or_written_in_the_encoding_of_the_locale(path: Path)
     assert without_encoding(ast.parse(path.read_text(encoding="utf-8"))) == []
 
 
-# What is no message of the command: a recipe or a schema for a program to read, notes of other processes.
-WRITES = {"screen.py": 3, "cli/showing.py": 2, "compare.py": 1, "cluster.py": 1}
+# What is no message of the command: a recipe or a schema for a program to read, what other processes log.
+WRITES = {"cli/screen.py": 3, "cli/info_commands.py": 2, "core/messages.py": 1}
 
 
 def test_everything_is_printed_in_one_place_as_it_is() -> None:

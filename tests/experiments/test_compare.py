@@ -11,6 +11,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -137,6 +138,55 @@ def test_failures_are_named_and_stop_nobody_else(
     after = files(out)
     assert {key: after[key] for key in before} == before
     assert Run.open(out / "new" / "seed0").evaluation["n"] == 30
+
+
+def test_a_failed_job_leaves_its_traceback_until_it_succeeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here(monkeypatch)
+    path, out = recipe(tmp_path), tmp_path / "out"
+    command = ("compare", path, "--out", out, "--set", "training.epochs=1")
+    traces = out / f"{tmp_path.name}-tiny" / "seed0" / "error.txt"
+
+    def fail(error: Exception) -> str:
+        def misjudge(*arguments: Any, **settings: Any) -> None:
+            raise error
+
+        with monkeypatch.context() as patch:
+            patch.setattr(grid, "evaluate_run", misjudge)
+            return unmoved(*command).mistake()
+
+    assert fail(UnmovedError("expected this, came that")).endswith("tiny seed 0: expected this, came that")
+    assert not traces.exists()
+    message = fail(ZeroDivisionError("odd \udcff"))
+    assert message.endswith(f"tiny seed 0: ZeroDivisionError: odd \\udcff (traceback in {traces})")
+    text = traces.read_text(encoding="utf-8")
+    assert text.startswith("Traceback (most recent call last):\n")
+    assert "in misjudge\n    raise error\n" in text
+    assert text.endswith("ZeroDivisionError: odd \\udcff\n")
+    with monkeypatch.context() as patch:
+        patch.setattr(grid, "write_atomic", misses := Mock(side_effect=UnmovedError("the disk is full")))
+        assert fail(ZeroDivisionError("odd")).endswith("tiny seed 0: ZeroDivisionError: odd")
+        assert misses.called
+    unmoved(*command).fine()
+    assert not traces.exists()
+
+
+def test_processes_show_what_they_log_and_tell_what_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    jobs_made = jobs_of([config.read(recipe(tmp_path), ["training.epochs=1"])], [0, 1], tmp_path / "out", (), threads=1)
+    grid.compare(jobs_made, workers=1)
+    assert capfd.readouterr().err == ""
+    weights = Path(jobs_made[0].path) / "last.safetensors"
+    weights.unlink()
+    spoilt: Any = 5  # what no user can ask for
+    with pytest.raises(
+        UnmovedError, match=r"1 of 2 runs failed.*\n.*tiny seed 1: AttributeError: 'int' object"
+    ) as caught:
+        grid.compare([jobs_made[0], replace(jobs_made[1], attacks=spoilt)], workers=1)
+    traces = Path(jobs_made[1].path) / "error.txt"
+    assert str(caught.value).endswith(f" (traceback in {traces})")
+    assert "Error: 'int' object" in traces.read_text(encoding="utf-8")
+    assert capfd.readouterr().err == f"note: {weights} was missing or damaged: restored from the trainer's state\n"
 
 
 def test_a_run_whose_process_is_killed_goes_on_in_another_one_and_ends_in_the_same_bits(

@@ -18,7 +18,7 @@ import pytest
 import torch
 from helpers.cli import RECIPE, Said, digests, here, recipe, unmoved
 from helpers.deadly_jobs import Task, act, alive
-from helpers.ray_jobs import look, mistaken
+from helpers.ray_jobs import failed, look, mistaken
 
 import unmoved as package
 from unmoved.core.errors import UnmovedError
@@ -251,10 +251,13 @@ def test_only_the_job_whose_process_dies_is_tried_again_and_given_up_at_the_seco
     assert ray.is_initialized()  # it was joined before
 
 
-def test_a_users_mistake_comes_back_as_the_same_words(session: None, tmp_path: Path) -> None:
+def test_what_failed_comes_back_in_the_same_words(session: None, tmp_path: Path) -> None:
     ((_, error),) = ray_cluster.each(mistaken, [tmp_path / "this"], 1, cluster=Cluster(), shared=tmp_path)
     assert type(error) is UnmovedError
     assert str(error) == "expected another path, came this"
+    ((_, error),) = ray_cluster.each(failed, [tmp_path / "this"], 1, cluster=Cluster(), shared=tmp_path)
+    assert type(error) is ray_cluster.JobError
+    assert str(error) == f"OddError: odd (traceback in {tmp_path / 'this'})"
 
 
 def test_a_job_works_in_the_folder_of_the_command_and_sees_no_gpu_that_it_did_not_ask_for(
@@ -320,14 +323,14 @@ def test_a_machine_whose_pytorch_sees_no_gpu(session: None, tmp_path: Path) -> N
     assert "expected a PyTorch that sees the 0.5 GPU(s) which Ray set aside for a run" in message
 
 
-def test_a_run_too_large_for_every_machine(session: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_too_large_for_every_machine(session: None, caplog: pytest.LogCaptureFixture) -> None:
     words = "expected a machine with 3 CPUs and 0 GPUs for a run, came 2 CPUs and 1 GPUs"
     with pytest.raises(UnmovedError, match=f"{words}; ask for less with --cpus-per-run"):
         ray_cluster._say_where_nothing_fits(ray, Cluster(cpus=3), started=True)
     ray_cluster._say_where_nothing_fits(ray, Cluster(cpus=3), started=False)  # others may join
-    assert capsys.readouterr().err == f"note: {words}; waiting until one joins the cluster\n"
+    assert caplog.messages == [f"{words}; waiting until one joins the cluster"]
     ray_cluster._say_where_nothing_fits(ray, Cluster(cpus=2, gpus=1), started=True)
-    assert capsys.readouterr().err == ""
+    assert len(caplog.messages) == 1
 
 
 # --- the command

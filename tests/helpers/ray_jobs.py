@@ -6,10 +6,15 @@ import os
 from pathlib import Path
 
 from unmoved.core.errors import UnmovedError
+from unmoved.experiments.local_pool import JobError
 
 
 def mistaken(path: Path) -> None:
     raise UnmovedError(f"expected another path, came {path.name}")
+
+
+def failed(path: Path) -> None:
+    raise JobError(f"OddError: odd (traceback in {path})")
 
 
 def look(path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -111,27 +112,29 @@ def test_what_a_kill_left_of_a_line_is_not_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("more", [0, 1, 3])
 @pytest.mark.parametrize("torn", [b"", b'{"epoch": 9, "lo'])
-def test_what_was_logged_after_a_mark_is_cut_off(tmp_path: Path, more: int, torn: bytes) -> None:
+def test_what_was_logged_after_a_mark_is_cut_off(
+    tmp_path: Path, more: int, torn: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
     log = begun(tmp_path, 2)
     mark, expected = log.mark(), files(tmp_path)
     for epoch in range(3, 3 + more):
         log.add(record(epoch))
     for name in expected:
         disk.append(tmp_path / name, torn)
-    again, notes = Log(tmp_path), list[str]()  # another process
+    again = Log(tmp_path)  # another process
     assert again.records(mark, 3) == [record(k) for k in (1, 2)]
-    again.go_back(mark, 3, notes.append)
+    again.go_back(mark, 3)
     assert files(tmp_path) == expected
     assert again.mark() == mark
     again.add(record(3))
     begun(tmp_path / "undisturbed", 3)
     assert files(tmp_path) == files(tmp_path / "undisturbed")
-    assert notes == []
+    assert caplog.messages == []
 
 
 def test_without_a_state_a_log_begins_anew(tmp_path: Path) -> None:
     log = begun(tmp_path, 2)
-    log.go_back(None, 1, lambda words: None)
+    log.go_back(None, 1)
     log.add(record(1))
     begun(tmp_path / "one", 1)
     assert files(tmp_path) == files(tmp_path / "one")
@@ -151,15 +154,18 @@ DAMAGE: dict[str, tuple[Callable[[list[bytes]], list[bytes]], list[int]]] = {
 
 @pytest.mark.parametrize("name", [METRICS, PER_CLASS])
 @pytest.mark.parametrize("how", DAMAGE)
-def test_a_damaged_log_is_told_and_keeps_what_can_be_read(tmp_path: Path, name: str, how: str) -> None:
+def test_a_damaged_log_is_told_and_keeps_what_can_be_read(
+    tmp_path: Path, name: str, how: str, caplog: pytest.LogCaptureFixture
+) -> None:
     log, (damage, left) = begun(tmp_path, 4), DAMAGE[how]
     mark, before = log.mark(), files(tmp_path)
     (tmp_path / name).write_bytes(b"".join(damage(before[name].splitlines(keepends=True))))
-    again, notes = Log(tmp_path), list[str]()
+    again = Log(tmp_path)
     assert [line["epoch"] for line in again.records(mark, 5)] == (left if name == METRICS else [1, 2, 3, 4])
-    again.go_back(mark, 5, notes.append)
+    again.go_back(mark, 5)
     assert [json.loads(line)["epoch"] for line in (tmp_path / name).read_bytes().splitlines()] == left
-    (note,) = notes
+    ((logger, level, note),) = caplog.record_tuples
+    assert (logger, level) == ("unmoved", logging.WARNING)
     told = f"{tmp_path / name} is missing or is not what training wrote: of 4 epochs it keeps the {len(left)} that"
     assert note.startswith(told)
     again.add(record(5))

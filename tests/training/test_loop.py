@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -327,25 +328,25 @@ class Stays(nn.Module):
     ],
     ids=["training", "as loaded", "BatchNorm", "all but the head", "dropout"],
 )
-def test_a_training_leaves_the_modes_that_the_caller_set(freeze: Any, moves: bool, tmp_path: Path) -> None:
+def test_a_training_leaves_the_modes_that_the_caller_set(
+    freeze: Any, moves: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """T2: what was frozen stays so in each epoch, after validation and after resuming; all modes are as before."""
-    notes, seen, models = [], set(), [network() for _ in range(2)]
+    caplog.set_level(logging.INFO, "unmoved")
+    seen, models = set(), [network() for _ in range(2)]
     for model, run in zip(models, (None, Run.create(tmp_path / "run", {})), strict=True):
         freeze(model)
         modes, before = [m.training for m in model.modules()], model[1].running_mean.clone()
         model.register_forward_hook(lambda m, *_: seen.add(tuple(part.training for part in m.modules())))
-
-        def progress(record: dict[str, Any]) -> None:
-            notes.extend([record["note"]] if "note" in record else [])
-
-        settings: dict[str, Any] = {"validation": DATA.test.take(20), "threat": THREAT, "progress": progress}
+        settings: dict[str, Any] = {"validation": DATA.test.take(20), "threat": THREAT}
         for epochs in (2,) if run is None else (1, 2):
             fit(model, MADRY, run=run, epochs=epochs, **settings)
             assert [m.training for m in model.modules()] == modes
         assert torch.equal(model[1].running_mean, before) != moves
     expected = tuple(modes) if any(modes) else (True,) * len(modes)
     assert seen == {expected, (False,) * len(modes)}  # in the steps, and in attacks and validation
-    assert bool(notes) == (not all(modes) and any(modes))
+    said = ["in evaluation mode, as they came, stay" in message for message in caplog.messages]
+    assert said == [True] * 3 * (not all(modes) and any(modes))  # once a training
 
 
 def test_a_model_that_freezes_by_itself_does() -> None:

@@ -57,7 +57,7 @@ def compare(
     from dataclasses import replace
 
     from unmoved.analyses import studies
-    from unmoved.core import errors
+    from unmoved.core import errors, messages
     from unmoved.experiments import compare as grid
     from unmoved.experiments import jobs as plans
     from unmoved.reports import report as reports
@@ -76,7 +76,7 @@ def compare(
     for name in chapters:
         errors.require_choice("--analyze", name, studies.NAMES)
     jobs = [replace(job, analyze=chapters, analysis_n=analysis_n) for job in jobs]
-    with screen.bars() as add:
+    with messages.shown(lambda words: screen.say(words, error=True)), screen.bars() as add:
         advance = add(f"{len(jobs)} runs", sum(job.epochs for job in jobs))
 
         def done(job: plans.Job, error: str | None) -> None:

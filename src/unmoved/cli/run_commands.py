@@ -30,6 +30,7 @@ def train(
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also log to RUN/tensorboard.")] = False,
 ) -> None:
     """Train one recipe into a run folder."""
+    from unmoved.core import messages
     from unmoved.runs import recipe as config
     from unmoved.runs import train as training
     from unmoved.training import distributed
@@ -39,7 +40,7 @@ def train(
     screen.console.quiet = not first  # the others would say the same
     epochs = parsed.training.epochs
     log = screen.tensorboard_log(out) if tensorboard and first else None
-    with screen.bars() as add:
+    with messages.shown(screen.say), screen.bars() as add:
         loading: list[screen.Advance] = []
         advance = add(parsed.name, epochs)
 
@@ -49,9 +50,6 @@ def train(
             loading[0](done)
 
         def progress(record: dict[str, Any]) -> None:
-            if "note" in record:
-                screen.say(f"note: {record['note']}")
-                return
             if "share" in record:
                 advance(record["epoch"] + record["share"])
                 return

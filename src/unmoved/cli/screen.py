@@ -18,13 +18,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from unmoved.core.messages import printable as plain
+
 
 def _console(**settings: Any) -> Console:
     return Console(markup=False, emoji=False, highlight=False, **settings)
 
 
 console, complaints = _console(), _console(stderr=True)
-MOST_WORDS = 5000  # characters of a message
 
 WORDS = TextColumn("{task.description}", markup=False)
 Advance = Callable[[float], None]
@@ -117,12 +118,6 @@ def say_epoch(record: dict[str, Any], epochs: int) -> None:
     if "validation_robust" in record:
         words += f", validation clean {record['validation_clean']:.1%}, robust {record['validation_robust']:.1%}"
     say(words + f", {record['seconds']:.0f} s")
-
-
-def plain(words: str) -> str:
-    """Words without what would steer the terminal, and of a length to read: they may be a stranger's."""
-    words = words if len(words) <= MOST_WORDS else words[:MOST_WORDS] + " ..."
-    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in words)
 
 
 def epochs_done(job: Any) -> int:

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import os
-import sys
+import traceback
 from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from unmoved.core.errors import UnmovedError
+from unmoved.core.files import write_atomic
 from unmoved.core.untrusted import readable
 from unmoved.evaluation import outcomes
 from unmoved.experiments import local_pool
 from unmoved.experiments import ray_cluster as clusters
 from unmoved.experiments.jobs import Job
+from unmoved.experiments.local_pool import JobError
 from unmoved.runs import recipe as config
 from unmoved.runs.assembly import Built
 from unmoved.runs.evaluate import evaluate_run, examine_run
@@ -26,6 +27,7 @@ from unmoved.runs.folder import Run
 from unmoved.runs.load import Opened, opened, weights_digest
 from unmoved.runs.train import train_recipe
 
+ERROR = "error.txt"  # of a run folder: the traceback of a job that failed
 DOCTOR_SAMPLES = 32  # enough to see masked gradients; `unmoved doctor RUN` looks at more
 
 
@@ -33,11 +35,26 @@ def work(job: Job, device: str = "auto") -> str:
     """Train and judge one job in this process, going on where it stands; returns the run's folder.
 
     It computes with ``job.threads`` threads, never with more than torch was set to here.
+
+    Raises:
+        UnmovedError: a mistake of the user.
+        JobError: any other error; its traceback is in ``error.txt`` of the run folder until the job succeeds.
     """
-    ceiling = torch.get_num_threads()
+    ceiling, traces = torch.get_num_threads(), Path(job.path) / ERROR
     torch.set_num_threads(min(job.threads or ceiling, ceiling))
     try:
-        return _done(job, device)
+        folder = _done(job, device)
+        traces.unlink(missing_ok=True)
+        return folder
+    except UnmovedError:
+        raise
+    except Exception as error:
+        words = f"{type(error).__name__}: {error}"
+        try:
+            write_atomic(traces, traceback.format_exc().encode("utf-8", "backslashreplace"))
+        except UnmovedError:  # such as the full disk that the job itself met
+            raise JobError(words) from error
+        raise JobError(f"{words} (traceback in {traces})") from error
     finally:
         torch.set_num_threads(ceiling)
 
@@ -55,7 +72,7 @@ def _done(job: Job, device: str) -> str:
         tests.append(build().data.test)  # held, or each step would read it again
         return opened(run, "best", device, job.allow, built=build())
 
-    run = train_recipe(recipe, job.path, resume=True, allow=job.allow, device=device, progress=_say_notes, build=build)
+    run = train_recipe(recipe, job.path, resume=True, allow=job.allow, device=device, build=build)
     done = run.evaluation
     asked = weights_digest(run, "best"), readable(job.attacks)
     if done is None or (done.get("weights_sha256"), done.get("asked")) != asked:
@@ -170,12 +187,7 @@ def _worst(run: Run) -> float:
     return 0.0 if table is None else float(outcomes.by_sample(table, is_checked=True)[outcomes.WORST].mean())
 
 
-def _say_notes(record: dict[str, Any]) -> None:
-    if "note" in record:
-        sys.stderr.write(f"note: {record['note']}\n")
-
-
 def _words(error: BaseException) -> str:
     if isinstance(error, local_pool.ProcessDied):
         return f"its process was ended from outside (out of memory, or killed), {local_pool.DEATHS} times"
-    return str(error) if isinstance(error, UnmovedError | clusters.JobError) else f"{type(error).__name__}: {error}"
+    return str(error) if isinstance(error, UnmovedError | JobError) else f"{type(error).__name__}: {error}"

@@ -7,8 +7,10 @@ from collections import Counter, deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import Connection
 from typing import TypeVar
 
+from unmoved.core import messages
 from unmoved.core.child_process import end_with_parent, nothing_from_here
 
 JobT = TypeVar("JobT")
@@ -17,6 +19,10 @@ DEATHS = 2  # of a job's process, and it is given up
 
 class ProcessDied(Exception):
     """The process of a job was ended from outside, each time that it was tried."""
+
+
+class JobError(Exception):
+    """An error that is no user's mistake, in words: its type may be a stranger's, which this process cannot load."""
 
 
 def each(
@@ -66,6 +72,12 @@ def each(
             pool.close()
 
 
+def _begin(line: Connection) -> None:
+    """Prepare a process: it ends with its parent, and shows what is logged in it."""
+    end_with_parent(line)
+    messages.show()
+
+
 class _Pool:
     """A process for one job at a time, which ends when this one does or says so."""
 
@@ -73,7 +85,7 @@ class _Pool:
         spawn = multiprocessing.get_context("spawn")
         with nothing_from_here():  # it starts multiprocessing's tracker of resources
             there, self._here = spawn.Pipe(duplex=False)
-            self._pool = ProcessPoolExecutor(1, mp_context=spawn, initializer=end_with_parent, initargs=(there,))
+            self._pool = ProcessPoolExecutor(1, mp_context=spawn, initializer=_begin, initargs=(there,))
 
     def submit(self, act: Callable[[JobT], object], job: JobT) -> Future[object]:
         with nothing_from_here():  # the first job starts the process

@@ -17,18 +17,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import unmoved
+from unmoved.core import messages
 from unmoved.core.errors import UnmovedError, require_number, require_whole
 from unmoved.core.files import write_atomic
-from unmoved.experiments.local_pool import DEATHS, ProcessDied
+from unmoved.experiments.local_pool import DEATHS, JobError, ProcessDied
 
+logger = logging.getLogger("unmoved")
 JobT = TypeVar("JobT")
 Answer = tuple[str, str]  # what came of a job: done, mistake (of a user), error, unfit (machine); and the words
 PATIENCE = 10.0  # seconds: network file systems tell news late
 STORE = 100 * 2**20  # bytes of shared memory of a cluster of our own: nothing large passes through it
-
-
-class JobError(Exception):
-    """An error that is no user's mistake, as its machine told it: type and words."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +138,6 @@ def _traveller() -> Callable[..., Answer]:
         except ImportError as error:
             there = str(error)
         import socket
-        import sys
 
         return "unfit", (
             f"{socket.gethostname()}: expected unmoved {version} on every machine of the cluster, came: {there} "
@@ -176,9 +173,12 @@ def attempt(payload: bytes, token: str, folder: str, gpus: float, patience: floa
                 f"{torch.__version__}, which sees none; install one that is built for them"
             )
     try:
-        act(job)
+        with messages.shown():
+            act(job)
     except UnmovedError as error:
         return "mistake", str(error)
+    except JobError as error:
+        return "error", str(error)
     except Exception as error:  # as words: its type may be a stranger's, which nobody else can unpickle
         return "error", f"{type(error).__name__}: {error}"
     return "done", ""
@@ -274,7 +274,7 @@ def _say_where_nothing_fits(ray: Any, cluster: Cluster, *, started: bool) -> Non
     words = f"expected a machine with {cluster.cpus} CPUs and {cluster.gpus:g} GPUs for a run, came {found}"
     if started:
         raise UnmovedError(f"{words}; ask for less with --cpus-per-run and --gpus-per-run")
-    sys.stderr.write(f"note: {words}; waiting until one joins the cluster\n")
+    logger.warning("%s; waiting until one joins the cluster", words)
 
 
 @contextmanager

@@ -18,9 +18,10 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import logging
 import os
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -42,6 +43,7 @@ from unmoved.runs.suggestions import run_meant
 from unmoved.training import checkpoint
 from unmoved.training.log import METRICS, PER_CLASS, Log, by_class, divided
 
+logger = logging.getLogger("unmoved")
 FORMAT = 1
 GALLERY = ("x", "x_adv", "label", "clean_prediction", "adversarial_prediction", "attack")
 
@@ -148,33 +150,31 @@ class Run:
         """The trainer's state: tensors, numbers, strings and plain containers only. The one before is kept."""
         checkpoint.save(self.path, state)
 
-    def load_state(
-        self, tell: Callable[[str], None] = checkpoint.silent, *, mend: bool = False
-    ) -> dict[str, Any] | None:
-        """The newest whole state that `save_state` saved, or None; nothing in it is run.
+    def load_state(self, *, mend: bool = False) -> dict[str, Any] | None:
+        """Return the newest whole state that `save_state` saved, or None; nothing in it is run.
 
         Args:
-            tell: called with a sentence where the newest is damaged and the one before is taken.
-            mend: whether the damaged one is removed, for whoever goes on and saves.
+            mend: whether a damaged newest is removed where the one before is taken, for whoever goes on and saves. It
+                is logged then.
         """
-        return checkpoint.load(self.path, tell, mend=mend)
+        return checkpoint.load(self.path, mend=mend)
 
-    def mend_weights(self, state: dict[str, Any], tell: Callable[[str], None] = checkpoint.silent) -> None:
+    def mend_weights(self, state: dict[str, Any]) -> None:
         """Write weights files that are missing or damaged anew, from what `load_state` returned."""
         for which, tensors in (("last", state.get("average", state["model"])), ("best", state.get("best_model"))):
             path = self.path / f"{which}.safetensors"
             if tensors is not None and not models.is_whole(path):
                 models.save_tensors(tensors, path)
-                tell(f"{path} was missing or damaged: restored from the trainer's state")
+                logger.warning("%s was missing or damaged: restored from the trainer's state", path)
 
     @cached_property
     def log(self) -> Log:
         """The files that training appends an epoch's record to."""
         return Log(self.path)
 
-    def mend_log(self, state: dict[str, Any], tell: Callable[[str], None] = checkpoint.silent) -> None:
+    def mend_log(self, state: dict[str, Any]) -> None:
         """Bring the log to where it was when this state of `load_state` was saved, its own epoch the last line."""
-        self.log.go_back(state["log"], state["epochs"], tell)
+        self.log.go_back(state["log"], state["epochs"])
         self.log.add(state["record"])
 
     def is_done(self, epochs: int) -> bool:

@@ -55,7 +55,7 @@ def train_recipe(
         if first and Path(out).is_dir():  # otherwise none is made before the recipe is known to be sound
             held.enter_context(Run(out).alone())
         run = _begun(out, recipe.tables()) if first and resume else None
-        done = run is not None and _is_done(run, recipe, progress)
+        done = run is not None and _is_done(run, recipe)
         if run is not None and done and nodes == 1 and not distributed.started_by_others():
             return run  # of several machines each must be told, or the others would wait for this one
         fabric = distributed.prepare(device, devices, nodes)
@@ -119,20 +119,15 @@ def _rehearse(model: nn.Module, built: Built, train_part: Split, validation: Spl
     )
 
 
-def _is_done(run: Run, recipe: config.Recipe, progress: Callable[[dict[str, Any]], None] | None) -> bool:
+def _is_done(run: Run, recipe: config.Recipe) -> bool:
     """Whether all epochs are saved; a log or weights that are missing or damaged are then mended."""
     if run.is_done(recipe.training.epochs):
         return True
     saved = run.load_state()
     if saved is None or saved["epochs"] < recipe.training.epochs:
         return False
-
-    def tell(words: str) -> None:
-        if progress is not None:
-            progress({"note": words})
-
-    run.mend_weights(saved, tell)
-    run.mend_log(saved, tell)
+    run.mend_weights(saved)
+    run.mend_log(saved)
     return True
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from time import monotonic
 from typing import IO, Any, BinaryIO, cast
@@ -17,13 +18,10 @@ from unmoved.core.errors import UnmovedError
 from unmoved.core.files import replacing
 from unmoved.core.untrusted import require_regular
 
+logger = logging.getLogger("unmoved")
 NEWEST, PREVIOUS = "trainer.pt", "trainer.previous.pt"
 _SEAL = b"\nunmoved sha256 "  # and 64 hexadecimal digits, at the end of the file: all that comes before is whole
 _CHUNK = 1 << 20
-
-
-def silent(words: str) -> None:
-    """For those who do not want to be told."""
 
 
 class _Damaged(Exception):
@@ -112,13 +110,12 @@ def save(folder: Path, state: dict[str, Any]) -> None:
         hashed.close()
 
 
-def load(folder: Path, tell: Callable[[str], None] = silent, *, mend: bool = False) -> dict[str, Any] | None:
+def load(folder: Path, *, mend: bool = False) -> dict[str, Any] | None:
     """The newest whole state, or None where nothing was saved; read with ``weights_only=True``: nothing in it is run.
 
     Args:
-        tell: called with a sentence where the newest is damaged and the one before is taken.
-        mend: whether a damaged newest is then removed, as whoever saves next must do: `save` would put it in the place
-            of the whole one before.
+        mend: whether a damaged newest is removed where the one before is taken, and that is logged. Whoever saves next
+            must do so: `save` would put the damaged one in the place of the whole one.
 
     Raises:
         UnmovedError: none of them is whole; or one cannot be read at the moment, which says nothing about what is in
@@ -139,10 +136,9 @@ def load(folder: Path, tell: Callable[[str], None] = silent, *, mend: bool = Fal
                 f"{path}: the trainer's state cannot be read at the moment ({_cause(error)}), which does not mean that "
                 "it is damaged: it was left as it is; see to that cause, then repeat the command"
             ) from error
-        for damaged, problem in problems.items():
-            tell(f"{folder / damaged} is damaged ({problem}); going on from {name}, the one before")
-            if mend:
-                (folder / damaged).unlink(missing_ok=True)
+        for damaged, problem in problems.items() if mend else ():
+            logger.warning("%s is damaged (%s); going on from %s, the one before", folder / damaged, problem, name)
+            (folder / damaged).unlink(missing_ok=True)
         return state
     if not problems:
         return None

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pandas as pd
 
 from unmoved.core import files, untrusted
 
+logger = logging.getLogger("unmoved")
 METRICS, PER_CLASS = "metrics.jsonl", "per_class.jsonl"
 MOST = 2**30  # bytes of a file of a training that is gone on with
 
@@ -90,10 +92,10 @@ class Log:
         by_epoch = {line["epoch"]: line for line in lists}
         return [joined(record, by_epoch.get(record["epoch"], {})) for record in records]
 
-    def go_back(self, mark: dict[str, Any] | None, before: int, tell: Callable[[str], None]) -> None:
-        """Cut the files back to a mark, or empty them; those that are damaged keep what can be read, and it is told."""
+    def go_back(self, mark: dict[str, Any] | None, before: int) -> None:
+        """Cut the files back to a mark, or empty them; those that are damaged keep what can be read. It is logged."""
         for name, file in self._files.items():
-            file.go_back(None if mark is None else mark[name], before, tell)
+            file.go_back(None if mark is None else mark[name], before)
 
 
 class _Lines:
@@ -119,7 +121,7 @@ class _Lines:
         whole, data = self._content(mark)
         return [json.loads(line) for line in (data.splitlines() if whole else _readable(data, before))]
 
-    def go_back(self, mark: dict[str, Any] | None, before: int, tell: Callable[[str], None]) -> None:
+    def go_back(self, mark: dict[str, Any] | None, before: int) -> None:
         whole, data = (True, b"") if mark is None else self._content(mark)
         self.size, self.digest = 0, hashlib.sha256()
         if whole:
@@ -129,9 +131,12 @@ class _Lines:
         lines = _readable(data, before)
         self._take(b"".join(lines))
         files.write_atomic(self.path, b"".join(lines))
-        tell(
-            f"{self.path} is missing or is not what training wrote: of {before - 1} epochs it keeps the {len(lines)} "
-            "that can be read; the weights do not depend on it"
+        logger.warning(
+            "%s is missing or is not what training wrote: of %d epochs it keeps the %d that can be read; "
+            "the weights do not depend on it",
+            self.path,
+            before - 1,
+            len(lines),
         )
 
     def _content(self, mark: dict[str, Any]) -> tuple[bool, bytes]:

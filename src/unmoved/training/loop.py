@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -38,6 +39,7 @@ from unmoved.training.validation import Validation
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
+logger = logging.getLogger("unmoved")
 ORDER = "train(model, method, split)"
 WATCHED = 50  # on a GPU, the loss of one step in so many is looked at
 
@@ -69,6 +71,9 @@ def train(
 ) -> list[dict[str, Any]]:
     """Train ``model`` in place and return the log, one record an epoch.
 
+    What was found damaged in ``run`` and mended, and which submodules stay in evaluation mode, is logged
+    (``logging.getLogger("unmoved")``, as warning and information).
+
     Args:
         model: images in [0, 1] -> logits. Submodules that come in evaluation mode, such as a BatchNorm that is to keep
             its statistics, stay in it; a model that comes in evaluation mode as a whole is trained as a whole. In the
@@ -94,9 +99,7 @@ def train(
         run: where to log and save; if it holds a saved state, training goes on from there. What terms report by class
             is then in ``run.per_class`` too. More epochs are trained where those that are trained already would have
             been the same.
-        progress: called with the latest record after each step (``{"epoch", "share"}``) and epoch; and with
-            ``{"note"}``, a sentence, where something damaged was found in ``run`` and mended, or where submodules stay
-            in evaluation mode.
+        progress: called with the latest record after each step (``{"epoch", "share"}``) and epoch.
         rehearsal: whether to try a step of each phase first, on as few samples as an epoch's last batch has, and the
             validation on two: what they refuse is then refused before anything is trained. Nothing changes by it.
 
@@ -129,12 +132,10 @@ def train(
         torch.random.fork_rng([fabric.device] if fabric.device.type == "cuda" else []),
         weights.in_training(parts.model) as (train_mode, frozen),
     ):
-        if frozen:
-            words = (
-                f"in evaluation mode, as they came, stay {several(frozen)}; model.train() before training thaws them"
-            )
-            report({"note": words})
-        _resume(state, parts, plan, lambda words: report({"note": words}))
+        if frozen and fabric.global_rank == 0:
+            words = "in evaluation mode, as they came, stay %s; model.train() before training thaws them"
+            logger.info(words, several(frozen))
+        _resume(state, parts, plan)
         for epoch in range(state.epochs, plan.epochs):
             train_mode()  # again in each epoch: a callback may have left another
             began = monotonic()
@@ -174,9 +175,9 @@ def _rehearse(parts: Parts, plan: Plan, held_out: Validation | None) -> None:
     )
 
 
-def _resume(state: TrainerState, parts: Parts, plan: Plan, tell: Callable[[str], None]) -> None:
+def _resume(state: TrainerState, parts: Parts, plan: Plan) -> None:
     """Bring all parts, in every process, to where the run stands, if this call can go on from there."""
-    saved = distributed.told(parts.fabric, state.saved(tell))
+    saved = distributed.told(parts.fabric, state.saved())
     if saved is not None:
         saved = resuming.followed(
             saved,
@@ -188,7 +189,7 @@ def _resume(state: TrainerState, parts: Parts, plan: Plan, tell: Callable[[str],
             average=plan.average,
             where="the run" if state.run is None else str(state.run.path),
         )
-    state.restore(saved, tell)
+    state.restore(saved)
 
 
 def _epoch(

@@ -51,18 +51,18 @@ class TrainerState:
         self._settings = {} if settings is None else {"settings": settings}
         self._share, self._budget = share, None if share < 1 else checkpoint.Budget(share, 0.0)
 
-    def saved(self, tell: Callable[[str], None] = lambda words: None) -> dict[str, Any] | None:
-        """What the run saved, with its records, or None; what was damaged on disk is told, and removed."""
-        state = self.run.load_state(tell, mend=True) if self.run is not None else None
+    def saved(self) -> dict[str, Any] | None:
+        """What the run saved, with its records, or None; what was damaged on disk is logged, and removed."""
+        state = self.run.load_state(mend=True) if self.run is not None else None
         if self.run is None or state is None:
             return None
         return state | {"records": self.run.log.records(state["log"], state["epochs"])}
 
-    def restore(self, saved: dict[str, Any] | None, tell: Callable[[str], None] = lambda words: None) -> None:
+    def restore(self, saved: dict[str, Any] | None) -> None:
         """Go on from what `saved` returned, here or in the process that has the run; its files are mended."""
         if saved is None:
             if self.run is not None:
-                self.run.log.go_back(None, 1, tell)
+                self.run.log.go_back(None, 1)
             return
         try:
             for name, part in self.parts.items():
@@ -84,8 +84,8 @@ class TrainerState:
             ) from error
         self.saved_epochs = self.epochs
         if self.run is not None:
-            self.run.mend_weights(saved, tell)  # first: of all that is mended they alone may be unreadable for now
-            self.run.mend_log(saved, tell)
+            self.run.mend_weights(saved)  # first: of all that is mended they alone may be unreadable for now
+            self.run.mend_log(saved)
 
     def commit(self, record: dict[str, Any], seconds: float, *, last: bool = False) -> None:
         """Append an epoch to the log, and save where it is the ``last`` or the time for it has come.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,18 +32,18 @@ class Store(Protocol):
         """Save everything that resuming needs."""
         ...
 
-    def load_state(self, tell: Callable[[str], None], *, mend: bool) -> dict[str, Any] | None:
-        """Return the newest whole state, or None; ``tell`` hears of damage, which ``mend`` removes."""
+    def load_state(self, *, mend: bool) -> dict[str, Any] | None:
+        """Return the newest whole state, or None; damage is logged, and with ``mend`` removed."""
         ...
 
     def save_weights(self, model: nn.Module, which: str, state: dict[str, Any] | None = None) -> None:
         """Save the ``"best"`` or ``"last"`` weights: the model's, or those in ``state``."""
         ...
 
-    def mend_weights(self, state: dict[str, Any], tell: Callable[[str], None]) -> None:
+    def mend_weights(self, state: dict[str, Any]) -> None:
         """Write weights that are missing or damaged anew, from a saved state."""
         ...
 
-    def mend_log(self, state: dict[str, Any], tell: Callable[[str], None]) -> None:
+    def mend_log(self, state: dict[str, Any]) -> None:
         """Bring the log back to where it was when the state was saved."""
         ...

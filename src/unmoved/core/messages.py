@@ -1,0 +1,59 @@
+"""Show what the package logs: a handler for ``logging.getLogger("unmoved")`` that writes one sentence a line.
+
+The package logs what somebody should know and nobody must act on, such as a damaged file that was mended. A program
+that imports it decides with ``logging`` what becomes of that; the command and its processes show it with `shown`.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+logger = logging.getLogger("unmoved")
+MOST_WORDS = 5000  # characters of a message
+
+
+def printable(words: str) -> str:
+    """Escape what would steer a terminal, and cut what is too long to read: a message may hold a stranger's names."""
+    words = words if len(words) <= MOST_WORDS else words[:MOST_WORDS] + " ..."
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in words)
+
+
+def to_stderr(words: str) -> None:
+    """Write one line to standard error."""
+    sys.stderr.write(printable(words) + "\n")
+
+
+class Notes(logging.Handler):
+    """Hand each record to ``say`` as ``note: ...``."""
+
+    def __init__(self, say: Callable[[str], None] = to_stderr) -> None:
+        super().__init__(logging.INFO)
+        self.say = say
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self.say(f"note: {record.getMessage()}")
+        except Exception:  # a pipe that nobody reads any more ends no training
+            self.handleError(record)
+
+
+def show(say: Callable[[str], None] = to_stderr) -> Notes:
+    """Show what is logged from now on, from level INFO on, by ``say``."""
+    handler = Notes(say)
+    logger.addHandler(handler)
+    logger.setLevel(handler.level)
+    return handler
+
+
+@contextmanager
+def shown(say: Callable[[str], None] = to_stderr) -> Iterator[None]:
+    """Show what is logged inside, as `show`; afterwards the log is as it was before."""
+    level, handler = logger.level, show(say)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
