@@ -1,1 +1,1 @@
-"""The language and the ground: batches, views, protocols, threat models, noise, precision, errors, files."""
+"""Define what other packages build on: batches, views, protocols, threat models, noise, precision, errors, files."""

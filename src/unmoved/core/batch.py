@@ -1,4 +1,4 @@
-"""A batch of images with labels and identities, and the names of the shapes that flow.
+"""Define a batch of images with labels and identities, and type aliases for the tensors that the package passes on.
 
 ``Image`` (B, C, H, W) float in [0, 1]; ``Label`` and ``Index`` (B,) int64; ``Logits`` (B, K); ``PerSample`` (B,). A
 model is any ``nn.Module`` that maps Image to Logits.
@@ -78,11 +78,11 @@ class Batch:
         return len(self.y)
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same samples on another device."""
+        """Return the same samples on another device."""
         return self._map(lambda tensor: tensor.to(device))
 
     def take(self, which: Tensor) -> Batch:
-        """The samples chosen by a mask or by positions; identities and step stay."""
+        """Select samples by a mask or by positions; identities and step stay."""
         return self._map(lambda tensor: tensor[which])
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:

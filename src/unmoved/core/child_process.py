@@ -1,4 +1,4 @@
-"""Processes that this one starts: what they may import, and that they end with it."""
+"""Start Python processes that import nothing from the current folder and end with the process that started them."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ SAFE = "PYTHONSAFEPATH"  # the option -P, as processes inherit it
 
 @contextmanager
 def nothing_from_here() -> Iterator[None]:
-    """Start Python processes inside that import nothing from the current folder until they are told where to look.
+    """Keep Python processes started inside the block from importing modules of the current folder.
 
     They are started as ``python -c``, which looks in the current folder before the standard library: a struct.py that
-    lies there would run. What they are told then is the ``sys.path`` of this process.
+    lies there would run. multiprocessing then hands them the ``sys.path`` of this process.
     """
     with variable(SAFE, "1"):
         yield
 
 
 def end_with_parent(line: Connection | None = None) -> None:
-    """Let this process end as soon as its parent is gone, killed too: it would go on alone, and keep its run locked.
+    """End this process as soon as its parent is gone, even if killed: it would go on alone and keep its run locked.
 
     Args:
         line: the end of a pipe; let this process end, too, when the other end is closed.

@@ -1,4 +1,4 @@
-"""Several processes that train one model: whose samples are whose, and what one has to know of the others' samples.
+"""Compute sums, means and gathers over the processes that train one model, each with its rows of a batch.
 
 Each process holds some rows of a batch; gradients are averaged over the processes (DDP). That gives what one process
 with the whole batch would do as long as each mean is weighted by its samples (`mean`), and each quantity that couples
@@ -21,7 +21,7 @@ from unmoved.core.batch import Batch, PerSample
 
 @dataclass(frozen=True)
 class Share:
-    """The rows ``rank, rank + count, ...`` of a batch of ``total`` samples, ``own`` of them.
+    """Describe one process's rows of a batch: ``rank, rank + count, ...`` of ``total``, ``own`` of them.
 
     A batch smaller than the number of processes leaves some without a sample: they work on the batch's first one,
     which then counts for nothing (``own`` is 0).
@@ -34,7 +34,7 @@ class Share:
 
     @staticmethod
     def of(batch: Batch, rank: int, count: int) -> tuple[Batch, Share | None]:
-        """The rows of process ``rank`` of ``count``; all of them, and None, where it is the only one."""
+        """Return the rows of process ``rank`` of ``count`` and its share; all rows and None if there is one process."""
         if count == 1:
             return batch, None
         rows = torch.arange(len(batch), device=batch.y.device)[rank::count]
@@ -47,7 +47,7 @@ _current: Share | None = None
 
 @contextmanager
 def sharing(share: Share | None) -> Iterator[None]:
-    """Inside, this process works on its share of a batch, and all others do the same thing at the same time."""
+    """Mark a block in which this process works on its share of a batch, while all others do the same on theirs."""
     global _current
     before, _current = _current, share
     try:
@@ -57,7 +57,7 @@ def sharing(share: Share | None) -> Iterator[None]:
 
 
 def mean(values: PerSample) -> Tensor:
-    """The objective of a batch: averaged over the processes it is the mean over all samples.
+    """Average a loss so that the mean of the results over all processes is the mean over all samples.
 
     ``(count / total) sum_i values_i`` over this process's own samples; one process alone: the mean.
     """
@@ -67,7 +67,7 @@ def mean(values: PerSample) -> Tensor:
 
 
 def logsumexp(values: PerSample) -> Tensor:
-    """``log sum_i exp(values_i)`` over all processes.
+    """Compute ``log sum_i exp(values_i)`` over the rows of all processes.
 
     Its gradient is scaled by total / own, so that the mean over all samples of a term that adds this number to each
     of them has the gradient that it has in one process, and so has the sum over own samples that an attack maximises.
@@ -83,17 +83,17 @@ def logsumexp(values: PerSample) -> Tensor:
 
 
 def own(rows: Tensor) -> Tensor:
-    """The rows that count: all, or none where this process has no sample of its own."""
+    """Return the rows that count: all, or none if this process has no sample of its own."""
     return rows if _current is None else rows[: _current.own]
 
 
 def gathered(rows: Tensor) -> Tensor:
-    """The rows (B, ...) of all processes, without a gradient."""
+    """Gather the rows (B, ...) of all processes, without a gradient."""
     return rows.detach() if _current is None else torch.cat(_rows(rows[: _current.own]))
 
 
 def summed(value: Tensor) -> Tensor:
-    """The sum over all processes, without a gradient; what is given must count own samples only."""
+    """Sum over all processes, without a gradient; each passes the sum over its own samples only."""
     if _current is None:
         return value.detach()
     total = value.detach().clone()
@@ -114,7 +114,7 @@ def _rows(rows: Tensor) -> list[Tensor]:
 
 
 def average(tensors: list[Tensor]) -> None:
-    """Each tensor replaced by its mean over the processes, in one exchange; nothing in one process."""
+    """Replace each tensor by its mean over the processes, in one exchange; do nothing if there is one process."""
     if _current is None or not tensors:
         return
     flat = torch.cat([tensor.detach().flatten() for tensor in tensors])

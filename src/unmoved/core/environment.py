@@ -1,4 +1,4 @@
-"""Environment variables that are set for a while."""
+"""Set environment variables for the length of a block."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def variable(name: str, value: str) -> Iterator[None]:
-    """Set an environment variable inside, for this process and those that it starts, and put it back after."""
+    """Set an environment variable for this process and those it starts; restore it when the block ends."""
     before = os.environ.get(name)
     os.environ[name] = value
     try:

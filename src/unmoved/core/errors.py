@@ -1,4 +1,4 @@
-"""The one exception that a user can cause, and the words it uses: what was expected, what came, what to do."""
+"""Define `UnmovedError`, raised for every mistake a user can make, and the checks of settings that raise it."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from typing import Any
 
 
 class UnmovedError(ValueError):
-    """Something the user can mend: the message says what was expected, what came and what to do."""
+    """Report a mistake that the user can mend: the message says what was expected, what came and what to do."""
 
 
 def is_want_of_memory(error: BaseException) -> bool:
-    """Whether something failed because there was no memory for it: torch says so in RuntimeErrors of several words."""
+    """Return whether something failed for want of memory, which torch reports as RuntimeErrors of several texts."""
     words = str(error).lower()
     said = ("allocate memory", "not enough memory", "out of memory")
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(word in words for word in said))
 
 
 def did_you_mean(name: str, known: Iterable[object]) -> str:
-    """``"; did you mean 'awp'?"`` when a known name is near, otherwise the list of known names."""
+    """Return ``"; did you mean 'awp'?"`` when a known name is near, otherwise the list of known names."""
     names = sorted(map(str, known))
     near = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(names) or 'none'}"
 
 
 def several(names: Iterable[str]) -> str:
-    """``'a', 'b', 'c' and 5 more``: enough to see what is meant."""
+    """List names as ``'a', 'b', 'c' and 5 more``."""
     first, *rest = [repr(name) for name in names]
     shown = ", ".join([first, *rest[:2]])
     return f"{shown} and {len(rest) - 2} more" if len(rest) > 2 else shown
@@ -43,7 +43,7 @@ def require_number(
     at_most: float = math.inf,
     advice: str = "",
 ) -> float:
-    """``value`` as a plain number of Python, which any kind of real number may stand for: numpy's, a tensor of one.
+    """Return ``value`` as a Python number; any real number is accepted, such as numpy's or a tensor of one element.
 
     Raises:
         UnmovedError: it is not a finite number within the bounds.
@@ -57,7 +57,7 @@ def require_number(
 def require_whole(
     name: str, value: Any, *, at_least: float = -math.inf, at_most: float = math.inf, advice: str = ""
 ) -> int:
-    """``value`` as a plain int; 10.0 is 10, since divisions such as eps / step_size give floats.
+    """Return ``value`` as an int; 10.0 becomes 10, since divisions such as eps / step_size give floats.
 
     Raises:
         UnmovedError: it is not a whole number within the bounds.
@@ -70,12 +70,12 @@ def require_whole(
 
 
 def require_seed(name: str, value: Any) -> int:
-    """`require_whole` for a seed: any whole number that 64 bits hold, with its sign."""
+    """Apply `require_whole` to a seed: a whole number of at most 64 bits, with its sign."""
     return require_whole(name, value, at_least=-(2**63), at_most=2**63 - 1)
 
 
 def require_flag(name: str, value: Any) -> bool:
-    """``value`` as True or False.
+    """Return ``value`` as True or False.
 
     Raises:
         UnmovedError: it is neither, such as the text "no", which Python takes for true.
@@ -88,7 +88,7 @@ def require_flag(name: str, value: Any) -> bool:
 
 
 def number_field(owner: object, name: str, **bounds: Any) -> None:
-    """`require_number` for a field of a frozen value, kept as a plain number, so that ``repr`` rebuilds the value.
+    """Apply `require_number` to a field of a frozen value and keep the plain number, so that ``repr`` rebuilds it.
 
     Args:
         owner: the value that is being made.
@@ -98,17 +98,17 @@ def number_field(owner: object, name: str, **bounds: Any) -> None:
 
 
 def whole_field(owner: object, name: str, **bounds: Any) -> None:
-    """`require_whole` for a field of a frozen value; otherwise as `number_field`."""
+    """Apply `require_whole` to a field of a frozen value, as `number_field` does."""
     keep_field(owner, name, require_whole, **bounds)
 
 
 def flag_field(owner: object, name: str) -> None:
-    """`require_flag` for a field of a frozen value; otherwise as `number_field`."""
+    """Apply `require_flag` to a field of a frozen value, as `number_field` does."""
     keep_field(owner, name, require_flag)
 
 
 def keep_field(owner: object, name: str, require: Callable[..., Any], **bounds: Any) -> None:
-    """Put what ``require(name, value, **bounds)`` makes of a frozen field in its place; ``name`` as in `number_field`.
+    """Replace a frozen field by ``require(name, value, **bounds)``; ``name`` as in `number_field`.
 
     Fields are set once, while the value is being made: it is as frozen as before.
     """
@@ -117,7 +117,7 @@ def keep_field(owner: object, name: str, require: Callable[..., Any], **bounds: 
 
 
 def _plain(value: Any) -> float | None:
-    """The int or float that a real number of whatever kind is; None where it is none, or not finite."""
+    """Convert any kind of real number to int or float; None if it is no real number or not finite."""
     if getattr(value, "shape", None) == () and hasattr(value, "item"):  # numpy's numbers, and tensors of one
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, Number):

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, one or several together, or grow line by line."""
+"""Write files atomically, one or several together, and append to files that grow line by line."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def write_atomic(path: Path, data: bytes, *, previous: Path | None = None) -> No
 
 @contextlib.contextmanager
 def replacing(path: Path, *, previous: Path | None = None) -> Iterator[BinaryIO]:
-    """A file to write to, which takes the place of ``path`` as a whole once the block has ended without an error.
+    """Open a temporary file that replaces ``path`` as a whole when the block ends without an error.
 
     Args:
         previous: the old file takes this name. A crash between the two renames leaves it alone, as ``previous``.
@@ -107,7 +107,7 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def finish_set(folder: Path, name: str) -> None:
-    """Put the files of a valid set into their places, where a crash kept `write_set` from it.
+    """Move the files of a complete set to their places, if a crash kept `write_set` from it.
 
     Raises:
         UnmovedError: a folder that cannot be written.
@@ -143,13 +143,13 @@ def _replace_folder(place: Path, source: str) -> None:
 
 
 def latest(folder: Path, name: str, file: str) -> Path:
-    """Where a file of a set is: in its place, or on its way there; its place, if there is none."""
+    """Return where a file of a set is: in its place, or in a complete set that a crash kept from it."""
     valid = folder / f".{name}.new" / file
     return valid if os.path.lexists(valid) else folder / file
 
 
 def append(path: Path, data: bytes, *, synced: bool = True) -> None:
-    """Add to the end of a file. A crash may leave a part at the end.
+    """Append to a file. A crash may leave a part of the data at its end.
 
     Args:
         synced: whether it is on disk when this returns, and no crash of the machine can lose it any more.
@@ -169,7 +169,7 @@ def append(path: Path, data: bytes, *, synced: bool = True) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until what was appended to a file is on disk.
+    """Wait until everything appended to a file is on disk.
 
     Raises:
         UnmovedError: as `write_atomic`.
@@ -178,7 +178,7 @@ def sync(path: Path) -> None:
 
 
 def cut(path: Path, size: int) -> None:
-    """Take away what a file has beyond ``size`` bytes; a file that is missing has none.
+    """Truncate a file to ``size`` bytes; a missing file counts as empty.
 
     Raises:
         UnmovedError: as `write_atomic`.
@@ -191,7 +191,7 @@ def cut(path: Path, size: int) -> None:
 
 
 def remove_leftovers(folder: Path, *, older_than: float = 0.0, spare: str = "") -> None:
-    """Remove what killed processes left half written in a folder: those of `write_atomic` and `write_set`, no others.
+    """Remove temporary files of `write_atomic` and `write_set` that killed processes left in a folder.
 
     Args:
         older_than: seconds; leave younger ones, where somebody else may be writing.
@@ -205,7 +205,7 @@ def remove_leftovers(folder: Path, *, older_than: float = 0.0, spare: str = "") 
 
 
 def unwritten(path: Path, error: OSError) -> UnmovedError:
-    """What to say where a file could not be written."""
+    """Make the `UnmovedError` for a file that could not be written."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     what = "the disk is full" if full else str(error.strerror or error)
     mend = "free some space" if full else "mend the folder"

@@ -1,4 +1,4 @@
-"""What torch refuses of a model, in words that name the likely cause and the mend."""
+"""Turn errors that torch raises in a model's passes into messages that name the likely cause and the remedy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _SIZES = ("shapes cannot be multiplied", "channels", "size of tensor", "Kernel s
 
 
 def explained(error: Exception, model: nn.Module, x: Tensor) -> UnmovedError | None:
-    """What a pass of ``model`` over images ``x`` that raised ``error`` met, or None where the cause is not known.
+    """Return a message that explains why ``model`` raised ``error`` on images ``x``; None if the cause is unknown.
 
     Nothing is caught that is a mistake within the model and not between model and images.
     """
@@ -21,7 +21,7 @@ def explained(error: Exception, model: nn.Module, x: Tensor) -> UnmovedError | N
 
 
 def cause_in_graph(error: Exception) -> str | None:
-    """Cause and mend where the gradient over the images is what failed, or None."""
+    """Return cause and remedy if the gradient with respect to the images failed, or None."""
     said = str(error)
     if "use_reentrant" in said:
         return (
@@ -42,7 +42,7 @@ def cause_in_graph(error: Exception) -> str | None:
 
 
 def _cause(error: Exception, model: nn.Module, x: Tensor) -> str | None:
-    """Cause and mend of a forward's error, or None."""
+    """Return cause and remedy of an error in the forward pass, or None."""
     said, first = str(error), str(error).partition("\n")[0]
     if isinstance(error, TypeError):
         return None if _takes_one(model) else f"expected a forward that takes the images alone, but {first}; {_WRAP}"

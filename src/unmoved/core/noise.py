@@ -1,4 +1,4 @@
-"""Counter-based random numbers: noise is a function of (seed, stream, step, sample identity, pixel) and nothing else.
+"""Draw random numbers that depend on (seed, stream, step, sample identity, pixel) and nothing else.
 
 So a verdict does not depend on batch size, order or device, two processes with half the batch each draw what one
 process with the whole batch draws, and the caller's random state is never touched.
@@ -20,7 +20,7 @@ from unmoved.core.errors import require_whole
 
 
 def _signed(value: int) -> int:
-    """The int64 with the same bits as an unsigned 64-bit constant."""
+    """Return the int64 with the same bits as an unsigned 64-bit constant."""
     value &= (1 << 64) - 1
     return value - (1 << 64) if value >> 63 else value
 
@@ -32,7 +32,7 @@ _BLOCK = 2**14  # numbers: 128 KiB each of bits and scratch
 
 
 def _shift_right(z: Tensor, bits: int) -> Tensor:
-    """Logical shift: int64 shifts in torch keep the sign."""
+    """Shift logically: int64 shifts in torch keep the sign."""
     return (z >> bits) & ((1 << (64 - bits)) - 1)
 
 
@@ -80,7 +80,7 @@ def _drawn(
 
 
 def uniform(index: Tensor, shape: tuple[int, ...], *, seed: int, step: int = 0, stream: int = 0) -> Tensor:
-    """Uniform in [0, 1), float32.
+    """Draw from the uniform distribution on [0, 1), float32.
 
     Args:
         index: (B,) int64, sample identities.
@@ -98,7 +98,7 @@ def _uniform(bits: Tensor) -> Tensor:
 
 
 def normal(index: Tensor, shape: tuple[int, ...], *, seed: int, step: int = 0, stream: int = 0) -> Tensor:
-    """Standard normal, float32 (Box-Muller on one 64-bit draw per value); arguments as in `uniform`."""
+    """Draw from the standard normal, float32 (Box-Muller on one 64-bit draw per value); arguments as in `uniform`."""
     return _drawn(index, shape, seed, step, stream, _normal)
 
 

@@ -1,4 +1,4 @@
-"""Passes over a split: what its batches have to be, checked as they come."""
+"""Iterate over a data split, checking each batch as it comes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from unmoved.core.protocols import Split
 
 
 def one_pass(split: Split, size: int) -> Iterator[Batch]:
-    """All samples of a split in batches, as stored.
+    """Iterate over all samples of a split in batches, in stored order.
 
     A pass that ended early would leave the samples that nobody saw unattacked, and a robust accuracy too high.
 
@@ -32,7 +32,7 @@ def one_pass(split: Split, size: int) -> Iterator[Batch]:
 
 
 def one_epoch(split: Split, size: int, shuffle: int) -> Iterator[Batch]:
-    """The shuffled batches of an epoch, at most ceil(len(split) / size) of at most ``size`` samples.
+    """Iterate over the shuffled batches of an epoch: at most ceil(len(split) / size) of at most ``size`` samples.
 
     Raises:
         UnmovedError: something other than a `Batch`, a larger batch, or more of them: the schedule counts steps.
@@ -49,7 +49,7 @@ def one_epoch(split: Split, size: int, shuffle: int) -> Iterator[Batch]:
 
 
 def _batches(batches: Iterator[Batch]) -> Iterator[Batch]:
-    """Those that are not empty."""
+    """Iterate over the batches that are not empty."""
     for batch in batches:
         if not isinstance(batch, Batch):
             raise UnmovedError(
@@ -61,7 +61,7 @@ def _batches(batches: Iterator[Batch]) -> Iterator[Batch]:
 
 
 def require_distinct(index: Index) -> None:
-    """Raise `UnmovedError` where an identity stands twice in ``index`` (B,)."""
+    """Raise `UnmovedError` if an identity occurs twice in ``index`` (B,)."""
     values, counts = index.unique(return_counts=True)
     if len(values) < len(index):
         raise UnmovedError(

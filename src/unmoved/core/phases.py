@@ -1,4 +1,4 @@
-"""A number that ramps over a phase, and phases of training: both are values, so resuming needs no special state."""
+"""Describe how a training method changes over the epochs: phases, and numbers that ramp linearly within one."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Ramp:
 
 
 def require_ramp(name: str, value: float | Ramp, **bounds: Any) -> float | Ramp:
-    """`require_number` for what may ramp: both ends must be within the bounds."""
+    """Apply `require_number` to a number, or to both ends of a ramp."""
     if not isinstance(value, Ramp):
         return require_number(name, value, **bounds)
     for end in (value.start, value.stop):
@@ -46,12 +46,12 @@ def require_ramp(name: str, value: float | Ramp, **bounds: Any) -> float | Ramp:
 
 
 def ramp_field(owner: object, name: str, **bounds: Any) -> None:
-    """`number_field` for a field that may ramp."""
+    """Apply `number_field` to a field that may ramp."""
     keep_field(owner, name, require_ramp, **bounds)
 
 
 def number(name: str, value: float | Ramp) -> float:
-    """A field that may ramp, as the number it is.
+    """Return a field that may ramp as the number it is.
 
     Raises:
         UnmovedError: it is a `Ramp` that nobody resolved.
@@ -62,7 +62,7 @@ def number(name: str, value: float | Ramp) -> float:
 
 
 def resolve(value: Any, share: float) -> Any:
-    """The value with each `Ramp` inside replaced by its number; the same object where nothing ramps."""
+    """Replace each `Ramp` inside a value by its number; return the same object if nothing ramps."""
     if isinstance(value, Ramp):
         return value.at(share)
     if isinstance(value, tuple):
@@ -110,7 +110,7 @@ class Phases:
         return Phases(*method)
 
     def at(self, epoch: float, epochs: int) -> Method:
-        """The method at a fractional epoch of a training of ``epochs`` epochs, with its ramps resolved."""
+        """Return the method at a fractional epoch of a training of ``epochs`` epochs, its ramps resolved."""
         current = max(k for k, (start, _) in enumerate(self.phases) if start <= epoch)
         start, method = self.phases[current]
         end = self.phases[current + 1][0] if current + 1 < len(self.phases) else epochs

@@ -1,4 +1,7 @@
-"""Which number format and memory layout the passes run in. Parameters, losses and verdicts are float32 always."""
+"""Choose the number format (float32 or bf16) and memory layout of forward and backward passes.
+
+Parameters, losses and judged predictions are float32 always.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ def require_device(device: str) -> None:
 
 
 def resolve(precision: str, device: torch.device | str) -> str:
-    """``"auto"`` as the format that is faster on this device: bf16 where the hardware multiplies it, else float32.
+    """Resolve ``"auto"`` to the format that is faster on this device: bf16 if the hardware multiplies it, else float32.
 
     Raises:
         UnmovedError: an unknown precision.
@@ -48,28 +51,28 @@ def resolve(precision: str, device: torch.device | str) -> str:
 
 
 def autocast(precision: str, device: torch.device | str) -> AbstractContextManager[object]:
-    """The context for a forward pass in a resolved precision."""
+    """Run forward passes of the block in a resolved precision."""
     if resolve(precision, device) == "float32":
         return products(precision, device)
     return torch.autocast(torch.device(device).type, dtype=torch.bfloat16)
 
 
 def products(precision: str, device: torch.device | str) -> AbstractContextManager[object]:
-    """The context for passes both ways in which float32, where it is resolved to, is float32 on a GPU too."""
+    """Turn TF32 off for forward and backward if ``precision`` is resolved to float32."""
     is_float32 = torch.device(device).type == "cuda" and resolve(precision, device) == "float32"
     return _ieee() if is_float32 else nullcontext()
 
 
 @contextmanager
 def exact(device: torch.device | str) -> Iterator[None]:
-    """Float32 for what a verdict rests on, whatever autocast a caller is in."""
+    """Compute in float32 inside the block, without TF32, whatever autocast the caller is in."""
     with torch.autocast(torch.device(device).type, enabled=False), products("float32", device):
         yield
 
 
 @contextmanager
 def _ieee() -> Iterator[None]:
-    """Torch lets cuDNN round the factors of float32 products to the 10 bits of TF32 unless it is told not to."""
+    """Keep cuDNN and cuBLAS from rounding the factors of float32 products to the 10 bits of TF32."""
     cudnn: Any = torch.backends.cudnn  # mypy sees the module that torch replaces
     matmul: Any = torch.backends.cuda.matmul
     switches = (cudnn.conv, cudnn.rnn, matmul)
@@ -93,7 +96,7 @@ _BLOCK = 16
 
 
 def layout(model: nn.Module, device: torch.device | str, x: Tensor | None = None) -> torch.memory_format:
-    """channels_last, in which convolutions are faster, wherever its gradients are known to be right.
+    """Choose channels_last, in which convolutions are faster, if its gradients are known to be right.
 
     On a CPU the weights' gradient of a 1x1 convolution with a stride and few input channels is wrong in channels_last,
     or the process crashes or hangs (uxlfoundation/oneDNN, issue 6035; torch 2.13 has it). A model with one, such as
@@ -129,7 +132,7 @@ def _is_miscomputed(kernel: Sequence[int], stride: Sequence[int], groups: int, t
 
 
 class _Convolutions(TorchDispatchMode):
-    """Looks at every convolution of the passes inside, whatever calls it."""
+    """Record every convolution of the passes inside, whatever calls it."""
 
     are_right = True
 
@@ -157,7 +160,7 @@ def _is_right_where_seen(model: nn.Module, x: Tensor) -> bool:
 
 @contextmanager
 def constant_weights(model: nn.Module) -> Iterator[None]:
-    """For an attack on what ``torch.compile`` returned: the weights need no gradient inside, and do again after it.
+    """Let weights require no gradient inside the block, for an attack on what ``torch.compile`` returned.
 
     A compiled graph computes every gradient that could be asked for, and an attack asks for the image's alone. Other
     models are left as they are: eager passes compute what is asked for, and autocast keeps its copies of weights that

@@ -1,4 +1,4 @@
-"""What images, labels and losses have to be before anything is computed with them: one gate for the whole package."""
+"""Check images, labels, losses, models and data before anything is computed with them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _without_waiting: ContextVar[bool] = ContextVar("without_waiting", default=False
 
 @contextmanager
 def without_waiting() -> Iterator[None]:
-    """Inside, images and labels are taken on trust: to look at what lies on a GPU is to wait for it."""
+    """Skip the checks of images and labels inside the block: reading values from a GPU means waiting for it."""
     token = _without_waiting.set(True)
     try:
         yield
@@ -54,7 +54,7 @@ def require_images(x: Tensor, bounds: tuple[float, float] = (0.0, 1.0), where: s
 
 
 def _cause(x: Tensor, low: float, high: float) -> str:
-    """What most likely happened to images outside [low, high], and what to do."""
+    """Guess what happened to images outside [low, high], and say what to do."""
     finite = x.detach()[torch.isfinite(x)]
     if len(finite) < x.numel():
         return (
@@ -151,7 +151,7 @@ _TERM = (
 
 
 def require_term(name: str, value: object) -> None:
-    """`require_callable` for a term, which is called with views."""
+    """Apply `require_callable` to a term, which is called with views."""
     require_callable(name, value, "views", _TERM)
 
 
@@ -162,7 +162,7 @@ def require_loss(name: str, value: object) -> None:
 
 
 def values_of(term: Callable[[Any], Any], views: Any, what: str) -> Tensor:
-    """``term(views)``, (B,); ``what`` the term is, such as ``"term"``, comes before its repr in messages.
+    """Compute ``term(views)``, (B,), and check it; messages begin with ``what``, such as ``"term"``, and its repr.
 
     Raises:
         UnmovedError: the term takes other arguments, as the losses of torch do, or returns something else.
@@ -178,17 +178,17 @@ def values_of(term: Callable[[Any], Any], views: Any, what: str) -> Tensor:
 
 
 def require_attack(name: str, value: object) -> None:
-    """`require_callable` for an attack."""
+    """Apply `require_callable` to an attack."""
     require_callable(name, value, "model, batch", "an attack is one of unmoved.attacks, such as PGD(threat)")
 
 
 def _is_factory(value: object) -> bool:
-    """Whether it is one of our functions that make a term or an attack, and are none."""
+    """Return whether this is one of our functions that make a term or an attack but are none themselves."""
     return inspect.isfunction(value) and value.__module__.startswith(("unmoved.attacks.", "unmoved.terms."))
 
 
 def _signature_of(value: Callable[..., object]) -> inspect.Signature | None:
-    """The signature of a function, or of the calls of an object; a module's is that of its forward."""
+    """Return the signature of a function or callable object; of a module, that of its forward."""
     with suppress(ValueError):
         if isinstance(value, nn.Module):
             return inspect.signature(value.forward)
@@ -205,7 +205,7 @@ def _signature_of_kind(kind: type) -> inspect.Signature:
 
 
 def _kind(value: object) -> str:
-    """What came, in a word or two."""
+    """Name the kind of an object in a word or two."""
     return "None" if value is None else str(getattr(value, "__name__", type(value).__name__))
 
 
@@ -251,7 +251,7 @@ def require_split(split: object, order: str) -> None:
 
 
 def _advice_for_data(data: object, yields: bool, order: str) -> str:
-    """How to make a split of what was given in its place."""
+    """Advise how to make a split of what was given in its place."""
     if isinstance(data, torch.utils.data.DataLoader | torch.utils.data.Dataset):
         items = "loader.dataset" if isinstance(data, torch.utils.data.DataLoader) else "dataset"
         return (

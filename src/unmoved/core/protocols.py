@@ -1,4 +1,4 @@
-"""What acts: the protocols of attacks, terms, defenses and splits, and the method made of them.
+"""Define the protocols of attacks, terms, defenses and data splits, and the training method made of them.
 
 An attack maximises a term over the input. Training minimises a sum of terms over the weights.
 A defense decides at which weights the gradient is taken. Everything else is files.

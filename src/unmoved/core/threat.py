@@ -1,4 +1,7 @@
-"""Which inputs an attacker may choose. The same verbs as `unmoved.weights` has for weights: steepest, project."""
+"""Define which perturbed images an attacker may choose, and the steps and projections within that set.
+
+`unmoved.weights` has the same verbs for corruptions of weights: steepest, project.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ BEYOND = 100.0
 
 
 def _flat_norm(v: Tensor, order: float = 2.0) -> Tensor:
-    """The norm of each sample, (B, 1, 1, 1)."""
+    """Compute the norm of each sample, (B, 1, 1, 1)."""
     return torch.linalg.vector_norm(v.flatten(1), ord=order, dim=1).reshape(-1, *[1] * (v.ndim - 1))
 
 
@@ -62,13 +65,13 @@ def require_threat(name: str, value: object) -> None:
 
 
 def bounds_of(attack: object) -> tuple[float, float] | None:
-    """Smallest and largest pixel value of the images that an attack was made for; None where it does not tell."""
+    """Return the smallest and largest pixel value that an attack was made for; None if it does not say."""
     threat = getattr(attack, "threat", None)
     return threat.bounds if isinstance(threat, ThreatModel) else None
 
 
 def _bounds(bounds: Any) -> tuple[float, float]:
-    """As plain numbers."""
+    """Convert bounds to plain numbers."""
     ends = list(bounds) if isinstance(bounds, Iterable) and not isinstance(bounds, str) else []
     if len(ends) != 2:
         raise UnmovedError(f"threat.bounds: expected (smallest, largest) pixel value, came {bounds!r:.80}")
@@ -136,7 +139,7 @@ class ThreatModel:
 
     @property
     def radius(self) -> float:
-        """eps as a number.
+        """Return eps as a number.
 
         Raises:
             UnmovedError: eps is a `Ramp` that nobody resolved.
@@ -144,7 +147,7 @@ class ThreatModel:
         return number("threat.eps", self.eps)
 
     def start(self, batch: Batch, *, seed: int, stream: int = 0, radius: PerSample | None = None) -> Image:
-        """A random point of the ball for each sample, keyed by (seed, stream, step, index): (B, C, H, W).
+        """Draw a random point of the ball for each sample, keyed by (seed, stream, step, index): (B, C, H, W).
 
         linf: uniform in the box of side 2 eps. l2 and l1: uniform in the ball (a normal or a Laplace direction, radius
         ~ U^(1/d)). Then clipped to valid images. ``radius`` (B,) replaces eps sample by sample.
@@ -167,11 +170,11 @@ class ThreatModel:
         return self.project(x + eps * delta.to(x.dtype), x, radius)
 
     def _radii(self, radius: PerSample | None, x: Image) -> float | Tensor:
-        """eps, or a radius per sample shaped to broadcast over images."""
+        """Return eps, or a radius per sample, shaped to broadcast over images."""
         return self.radius if radius is None else radius.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
 
     def steepest(self, gradient: Tensor) -> Tensor:
-        """The unit step that raises the loss most to first order.
+        """Return the unit step that raises the loss most to first order.
 
         linf: sign(g). l2: g / ||g||_2. l1: the sign of the entry of largest size, the first of them in (C, H, W) order
         where several tie, zero elsewhere. A zero gradient gives a zero step.
@@ -188,7 +191,7 @@ class ThreatModel:
         return scaled / torch.where(largest > 0, _flat_norm(scaled), 1.0)
 
     def step(self, x_adv: Image, gradient: Tensor, length: float | Tensor) -> Tensor:
-        """The step from ``x_adv`` that raises the loss most to first order, of this length once clipped to the box.
+        """Return the step from ``x_adv`` that raises the loss most to first order, of this length after clipping.
 
         linf: ``length sign(g)``. l2: ``t g``, where ``t`` makes up for what the box stops. l1: the pixels of largest
         size first, each as far as the box leaves room, until the length is used up. A pixel at the edge of the box is
@@ -215,13 +218,13 @@ class ThreatModel:
     def ascend(
         self, x_adv: Image, gradient: Tensor, length: float | Tensor, x: Image, radius: PerSample | None = None
     ) -> Image:
-        """``project(x_adv + step)``; in l1 the length is at most the radius, at which one step fills the ball."""
+        """Return ``project(x_adv + step)``; in l1 the length is at most the radius: one such step fills the ball."""
         if self.norm == "l1":
             length = torch.minimum(*(torch.as_tensor(size).to(x) for size in (length, self._radii(radius, x))))
         return self.project(x_adv + self.step(x_adv, gradient, length), x, radius)
 
     def project(self, x_adv: Image, x: Image, radius: PerSample | None = None) -> Image:
-        """The nearest point of the ball around ``x`` cut by the box of valid images; ``radius`` as in `start`.
+        """Return the nearest point of the ball around ``x`` cut by the box of valid images; ``radius`` as in `start`.
 
         In l2 and l1 clipping the nearest point of the ball would not give it (Croce and Hein 2021, "Mind the box",
         section 3): what a clipped pixel cannot use is left to the others.
@@ -252,17 +255,17 @@ class ThreatModel:
         return torch.where((x_adv - x).abs() > size, torch.nextafter(x_adv, x), x_adv)
 
     def distance(self, x_adv: Image, x: Image) -> PerSample:
-        """``||x_adv - x||`` in the norm, (B,), computed in float64."""
+        """Compute ``||x_adv - x||`` in the norm, (B,), in float64."""
         delta = (x_adv.double() - x.double()).flatten(1)
         return torch.linalg.vector_norm(delta, ord=_ORDER[self.norm], dim=1)
 
     @property
     def tolerance(self) -> float:
-        """How far float32 rounding may carry a projected point outside: 1e-6 + 1e-5 eps."""
+        """Return how far float32 rounding may carry a projected point outside: 1e-6 + 1e-5 eps."""
         return 1e-6 + 1e-5 * self.radius
 
     def check(self, x_adv: Image, x: Image, name: str = "attack") -> None:
-        """Raise unless every proposal is finite, in the ball and a valid image.
+        """Raise `UnmovedError` unless every proposal is finite, in the ball and a valid image.
 
         Raises:
             UnmovedError: with the attack's name, the distance and the bound.

@@ -1,4 +1,4 @@
-"""Files that anybody may have written -> plain data and arrays, within bounds: kind, length, depth, numbers, keys.
+"""Read TOML, JSON and .npz files from untrusted sources, with limits on size, depth, numbers and keys.
 
 Parsers are written for honest files: a few hundred brackets end them, a long dotted key or a number of a million digits
 keeps them busy for hours, a small archive fills the memory, and deep tables end whoever prints or copies them. Whoever
@@ -39,7 +39,7 @@ _KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK:
 
 
 def regular(path: Path) -> BinaryIO:
-    """A regular file, or what a link to one leads to, opened for reading.
+    """Open a regular file, or a link to one, for reading.
 
     Raises:
         FileNotFoundError: there is nothing of this name.
@@ -72,7 +72,7 @@ def require_regular(path: Path, status: os.stat_result) -> None:
 
 
 def digest(path: Path) -> str:
-    """The sha256 of a regular file.
+    """Compute the sha256 of a regular file.
 
     Raises:
         FileNotFoundError, UnmovedError: as `regular`.
@@ -82,7 +82,7 @@ def digest(path: Path) -> str:
 
 
 def content(path: Path, most: int) -> bytes:
-    """The bytes of a regular file.
+    """Read the bytes of a regular file.
 
     Raises:
         FileNotFoundError: there is nothing of this name.
@@ -100,7 +100,7 @@ def content(path: Path, most: int) -> bytes:
 
 
 def toml(text: str, where: str) -> dict[str, Any]:
-    """The tables of a TOML text.
+    """Parse the tables of a TOML text.
 
     Raises:
         UnmovedError: no TOML, or beyond the bounds; it names ``where``.
@@ -119,7 +119,7 @@ def toml(text: str, where: str) -> dict[str, Any]:
 
 
 def toml_file(path: Path, where: str = "") -> dict[str, Any]:
-    """The tables of a TOML file.
+    """Read the tables of a TOML file.
 
     Raises:
         FileNotFoundError: there is none.
@@ -134,7 +134,7 @@ def toml_file(path: Path, where: str = "") -> dict[str, Any]:
 
 
 def json_object(text: str | bytes, where: str) -> dict[str, Any]:
-    """The object of a JSON text.
+    """Parse the object of a JSON text.
 
     Raises:
         UnmovedError: no JSON in UTF-8, no object, a key twice, or beyond the bounds; it names ``where``.
@@ -152,7 +152,7 @@ def json_object(text: str | bytes, where: str) -> dict[str, Any]:
 
 
 def json_file(path: Path) -> dict[str, Any]:
-    """The object of a JSON file.
+    """Read the object of a JSON file.
 
     Raises:
         FileNotFoundError: there is none.
@@ -162,7 +162,7 @@ def json_file(path: Path) -> dict[str, Any]:
 
 
 def json_lines(text: str | bytes, where: str) -> list[dict[str, Any]]:
-    """The objects of a text with one on each line.
+    """Parse the objects of a text with one JSON object on each line.
 
     Raises:
         UnmovedError: as `json_object`; it names the line.
@@ -180,7 +180,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def npz(path: Path, wanted: Collection[str] | None = None) -> dict[str, np.ndarray]:
-    """The arrays of an .npz file, or those of them that are wanted.
+    """Read the arrays of an .npz file, or those of them that are wanted.
 
     Raises:
         UnmovedError: no .npz file, a damaged one, a bomb, or one with objects, which are pickles and never loaded.
@@ -209,7 +209,7 @@ def npz(path: Path, wanted: Collection[str] | None = None) -> dict[str, np.ndarr
 
 
 def _require_no_bomb(path: Path, stream: BinaryIO, wanted: Collection[str] | None) -> None:
-    """Look at the sizes that the archive and its arrays announce, before numpy makes room for them.
+    """Check the sizes that the archive and its arrays announce, before numpy allocates memory for them.
 
     zipfile never gives more than the archive announces.
     """
@@ -231,7 +231,7 @@ def _require_no_bomb(path: Path, stream: BinaryIO, wanted: Collection[str] | Non
 
 
 def array_header(where: str, unpacked: Any, size: int) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    """(shape, whether it is stored column by column, type) of the array of numbers or texts that begins here.
+    """Read an array's header: (shape, whether it is stored column by column, type of its numbers or texts).
 
     Args:
         unpacked: a stream; afterwards it stands at the first number.
@@ -261,18 +261,18 @@ def array_header(where: str, unpacked: Any, size: int) -> tuple[tuple[int, ...],
 
 
 def most_unpacked(packed: int) -> int:
-    """How many bytes a compressed file of ``packed`` bytes may hold before it is taken for a bomb."""
+    """Return how many bytes a compressed file of ``packed`` bytes may hold before it is taken for a bomb."""
     return max(ROOM, GROWTH * packed)
 
 
 def brief(error: Exception) -> str:
-    """What went wrong, in a line: what bytes of strangers make a library say may be megabytes."""
+    """Describe an error in one line of at most 200 characters: libraries may quote megabytes of a file."""
     words = str(error)
     return f"{type(error).__name__}: {words if len(words) <= 200 else words[:200] + ' ...'}"
 
 
 def readable(name: str) -> str:
-    """A path, or another word of the operating system, as text: bytes that are no UTF-8 become ``\\xff``."""
+    """Convert a path or other string of the operating system to text: bytes that are not UTF-8 become ``\\xff``."""
     try:
         data = name.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:  # no bytes of the system's, but half a character

@@ -1,4 +1,4 @@
-"""One batch seen twice, clean and attacked, with each set of logits computed at most once."""
+"""Hold a model's logits of clean and of adversarial images, each computed at most once and only when asked for."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from unmoved.core.weights import frozen_buffers
 
 
 def logits(model: nn.Module, x: Image) -> Logits:
-    """The model's logits in float32 (float64 stays), so that losses never lose digits under autocast.
+    """Compute the model's logits in float32 (float64 stays), so that losses never lose digits under autocast.
 
     Raises:
         UnmovedError: the model returns something other than a (B, K) tensor; as `failures.explained`.
@@ -43,7 +43,7 @@ def logits(model: nn.Module, x: Image) -> Logits:
 
 
 def ranked_wrong(values: Logits, y: Label) -> Tensor:
-    """The wrong classes by falling value, (B, K - 1) int64."""
+    """Rank the wrong classes by falling logit, (B, K - 1) int64."""
     is_true = torch.zeros_like(values, dtype=torch.bool).scatter_(1, y[:, None], True)
     return values.masked_fill(is_true, -torch.inf).sort(dim=1, descending=True, stable=True).indices[:, :-1]
 
@@ -85,7 +85,7 @@ class Views:
         index: Index | None = None,
         target: Label | None = None,
     ) -> Views:
-        """Views of ready logits (B, K), for tests and for users' own loops."""
+        """Make views of ready logits (B, K), for tests and for users' own loops."""
         views = cls.__new__(cls)
         views._model = views._batch = views._x_adv = views._base = None
         views._clean, views._constant, views._adv = clean, None, adv
@@ -99,13 +99,13 @@ class Views:
         return views
 
     def at(self, x_adv: Image) -> Views:
-        """The same batch with another adversarial image; the clean logits are computed once for all and constant."""
+        """Return views of the batch with other adversarial images; clean logits are computed once and constant."""
         views = Views(self.model, self.batch, x_adv)
         views._base, views._target, views._fits = self, self._target, self._fits
         return views
 
     def take(self, which: Tensor) -> Views:
-        """The views of the samples chosen by a mask or by positions, with the clean logits already computed."""
+        """Select samples by a mask or by positions, with the clean logits already computed."""
         views = Views(self.model, self.batch.take(which), None if self._x_adv is None else self._x_adv[which])
         views._base, views._fits = None if self._base is None else self._base.take(which), self._fits
         views._clean = None if self._clean is None else self._clean[which]
@@ -115,7 +115,7 @@ class Views:
         return views
 
     def aim(self, target: Label) -> Views:
-        """The same views with ``target`` (B,) as the class to aim at."""
+        """Return the same views with ``target`` (B,) as the class to aim at."""
         views = copy.copy(self)
         views._target = target
         return views
@@ -183,7 +183,7 @@ class Views:
         return self._adv
 
     def _fit(self, logits: Logits) -> None:
-        """Before any term indexes logits by labels, once for a batch: each label, and each class aimed at, has one."""
+        """Check once for a batch, before logits are indexed, that each label and target class has a logit."""
         if self._fits:
             return
         require_labels(self.y, logits.shape[1])
@@ -194,10 +194,10 @@ class Views:
             self._base._fits = True
 
     def has(self, view: str) -> bool:
-        """Whether the logits of ``"clean"`` or ``"adv"`` are there already, so that reading them costs no pass."""
+        """Return whether the logits of ``"clean"`` or ``"adv"`` are computed already: reading them costs no pass."""
         return (self._clean if view == "clean" else self._adv) is not None
 
     def logits(self, view: str) -> Logits:
-        """The logits of ``"clean"`` or ``"adv"``."""
+        """Return the logits of ``"clean"`` or ``"adv"``."""
         require_choice("view", view, ("clean", "adv"))
         return self.clean if view == "clean" else self.adv

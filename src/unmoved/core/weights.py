@@ -1,4 +1,4 @@
-"""Which weight corruptions are allowed, and the guards that restore what a corruption or an attack changes."""
+"""Perturb a model's weights within a ball, and restore weights, modes and buffers after corruptions and attacks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Tensors = TypeVar("Tensors", Tensor, list[Tensor])
 
 
 def trainable(model: nn.Module, optimizer: Optimizer | None = None) -> list[nn.Parameter]:
-    """The parameters that a corruption may touch: those that require a gradient and that ``optimizer`` steps."""
+    """Return the parameters that a corruption may touch: those that require a gradient and that ``optimizer`` steps."""
     owned = None if optimizer is None else _owned(optimizer)
     return [p for p in model.parameters() if p.requires_grad and (owned is None or id(p) in owned)]
 
@@ -27,13 +27,13 @@ def _owned(optimizer: Optimizer) -> set[int]:
 
 
 def norm(tensors: Iterable[Tensor]) -> Tensor:
-    """The l2 norm of several tensors taken together as one vector; 0 of none."""
+    """Compute the l2 norm of several tensors taken together as one vector; 0 of none."""
     lengths = [torch.linalg.vector_norm(t) for t in tensors]
     return torch.linalg.vector_norm(torch.stack(lengths)) if lengths else torch.zeros(())
 
 
 def steepest(g: Tensors, eps: float, p: float = 2, n: int | None = None) -> Tensors:
-    """The corruption of at most ``n`` weights in the lp ball of radius ``eps`` that raises a linear loss most.
+    """Return the corruption of at most ``n`` weights in the lp ball of radius ``eps`` that raises a linear loss most.
 
     ``a = eps sign(h) |h|^(1/(p-1)) / || |h|^(1/(p-1)) ||_p`` with h the n entries of g of largest size; the gain is
     ``eps ||h||_q``, 1/p + 1/q = 1. Sun et al. 2021 (AAAI) and the notes in docs/methods/apd.md.
@@ -57,9 +57,9 @@ def steepest(g: Tensors, eps: float, p: float = 2, n: int | None = None) -> Tens
 
 
 def project(a: Tensors, eps: float, p: float = 2, n: int | None = None) -> Tensors:
-    """The nearest corruption (in l2) with at most ``n`` entries and ``||a||_p <= eps``: keep the largest, then shrink.
+    """Return the nearest corruption (in l2) with at most ``n`` entries and ``||a||_p <= eps``.
 
-    Exact for p = 2 and p = inf. Arguments and form as `steepest`.
+    Keeps the n largest entries, then shrinks them. Exact for p = 2 and p = inf. Arguments and form as `steepest`.
 
     Raises:
         UnmovedError: as `steepest`, and p other than 2 or inf.
@@ -89,7 +89,7 @@ def _steepest(h: Tensor, eps: float, p: float) -> Tensor:
 
 
 def _largest(v: Tensor, n: int | None) -> Tensor:
-    """The n entries of largest size, the rest zero."""
+    """Keep the n entries of largest size and set the rest to zero."""
     if n is None:
         return v
     n = require_whole("n", n, at_least=1, at_most=v.numel(), advice="it counts corrupted weights")
@@ -109,7 +109,7 @@ def _as_one_vector(tensors: Tensors, function: Callable[[Tensor], Tensor]) -> Te
 
 @contextmanager
 def perturbed(parameters: Sequence[Tensor], corruption: Sequence[Tensor]) -> Iterator[None]:
-    """The parameters moved by ``corruption`` inside the block, restored bit for bit after it, on exceptions too."""
+    """Move parameters by ``corruption`` inside the block and restore them bit for bit after it, on exceptions too."""
     saved = [p.detach().clone() for p in parameters]
     try:
         with torch.no_grad():
@@ -126,7 +126,7 @@ def perturbed(parameters: Sequence[Tensor], corruption: Sequence[Tensor]) -> Ite
 
 @contextmanager
 def constant_beside(optimizer: Optimizer, *modules: nn.Module) -> Iterator[None]:
-    """Inside, what ``optimizer`` does not step is constant: it requires no gradient and has none.
+    """Keep what ``optimizer`` does not step constant inside the block: it requires no gradient and has none.
 
     A gradient that nobody zeroes would grow from step to step, and steer whatever reads it. After the block each
     parameter of ``modules`` requires a gradient as before, and its ``.grad`` is what the caller left there.
@@ -149,7 +149,7 @@ def constant_beside(optimizer: Optimizer, *modules: nn.Module) -> Iterator[None]
 
 @contextmanager
 def evaluating(model: nn.Module, mode: str = "eval") -> Iterator[None]:
-    """The model in the mode an attack wants, every submodule's own mode and every buffer restored after it.
+    """Put the model in the mode an attack wants; restore every submodule's mode and every buffer after it.
 
     Args:
         mode: ``"eval"``; or ``"train"``: batch statistics and dropout in the submodules that are training already,
@@ -205,7 +205,7 @@ def in_training(model: nn.Module) -> Iterator[tuple[Callable[[], None], list[str
 
 
 def buffers(module: nn.Module) -> dict[str, Tensor | None]:
-    """A module's own tensors beside its parameters, by name: buffers, saved with it or not, and plain attributes.
+    """Return a module's own tensors beside its parameters, by name: all buffers, and plain attributes.
 
     Attributes that carry a graph, such as a weight that is computed in each pass, are left out.
     """
@@ -215,13 +215,13 @@ def buffers(module: nn.Module) -> dict[str, Tensor | None]:
 
 
 def assign(module: nn.Module, name: str, value: Tensor | None) -> None:
-    """Let a buffer or a plain attribute of a module be this tensor."""
+    """Set a buffer or a plain attribute of a module to this tensor."""
     (module._buffers if name in module._buffers else module.__dict__)[name] = value
 
 
 @torch.no_grad()
 def write(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Give each first tensor the numbers of the second, in place, where others may see them too.
+    """Copy the second tensor of each pair into the first, in place, so that whoever shares it sees the numbers too.
 
     Autograd does not count it as a change: graphs that need the same numbers go on. A tensor of another shape takes
     the second's memory.
@@ -234,7 +234,7 @@ def write(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
 
 
 def is_writable(tensor: Tensor) -> bool:
-    """Whether torch writes into it: a dense tensor whose entries do not share memory, as those of ``expand`` do."""
+    """Return whether torch can write into it: a dense tensor whose entries share no memory, unlike ``expand``'s."""
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided:
         return False
     steps = tensor.stride()
@@ -242,7 +242,7 @@ def is_writable(tensor: Tensor) -> bool:
 
 
 def holders(model: nn.Module, parameters: Iterable[Tensor]) -> list[nn.Module]:
-    """The modules whose buffers tell of these weights, such as their largest singular vectors.
+    """Return the modules whose buffers depend on these weights, such as their largest singular vectors.
 
     They are the modules that hold one of the weights, and children of such a module that have no parameters.
     """
@@ -256,7 +256,7 @@ def holders(model: nn.Module, parameters: Iterable[Tensor]) -> list[nn.Module]:
 
 @contextmanager
 def frozen_buffers(model: nn.Module, modules: Iterable[nn.Module] | None = None) -> Iterator[None]:
-    """Passes inside leave no trace in the model's buffers (and tensors that are plain attributes).
+    """Restore the model's buffers (and tensors that are plain attributes) after the passes inside.
 
     With ``modules``, in the buffers of these of its modules alone. What a pass changes is seen by looking, whatever
     layer does it: running statistics, the vectors of spectral norm, a counter, a tensor replaced by another. Only one
