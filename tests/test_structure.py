@@ -43,7 +43,6 @@ LONG = {
     "analyses.studies.tradeoff_figures.pareto": 63,
     "cli.grid_commands.compare": 83,
     "models.trades_cnn.small_cnn": 73,
-    "runs.train.train_recipe": 70,
     "training.loop.train": 106,
 }
 

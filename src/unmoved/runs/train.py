@@ -70,30 +70,44 @@ def train_recipe(
             run = (_begun(out, recipe.tables()) if resume else None) or Run.create(out, recipe.tables())
         with distributed.together(fabric):
             if not distributed.told(fabric, done):
-                loop.train(
-                    model,
-                    built.phases,
-                    train_part,
-                    validation=validation,
-                    check=built.check,
-                    threat=built.threat,
-                    epochs=recipe.training.epochs,
-                    batch_size=recipe.training.batch_size,
-                    optimizer=built.optimizer,
-                    schedule=built.schedule,
-                    augment=built.augment,
-                    average=built.average,
-                    precision=recipe.training.precision,
-                    compiled=recipe.training.compiled,
-                    sync_batchnorm=recipe.training.sync_batchnorm,
-                    seed=recipe.training.seed,
-                    checkpoint_share=recipe.training.checkpoint_share,
-                    fabric=fabric,
-                    run=run,
-                    progress=progress if first else None,
-                    rehearsal=False,
-                )
+                _train(model, built, train_part, validation, fabric, run, progress if first else None)
     return Run(out) if run is None else run
+
+
+def _train(
+    model: nn.Module,
+    built: Built,
+    train_part: Split,
+    validation: Split | None,
+    fabric: Fabric,
+    run: Run | None,
+    progress: Callable[[dict[str, Any]], None] | None,
+) -> None:
+    """Call `train`, without a rehearsal, with what the recipe says."""
+    training = built.recipe.training
+    loop.train(
+        model,
+        built.phases,
+        train_part,
+        validation=validation,
+        check=built.check,
+        threat=built.threat,
+        epochs=training.epochs,
+        batch_size=training.batch_size,
+        optimizer=built.optimizer,
+        schedule=built.schedule,
+        augment=built.augment,
+        average=built.average,
+        precision=training.precision,
+        compiled=training.compiled,
+        sync_batchnorm=training.sync_batchnorm,
+        seed=training.seed,
+        checkpoint_share=training.checkpoint_share,
+        fabric=fabric,
+        run=run,
+        progress=progress,
+        rehearsal=False,
+    )
 
 
 def _rehearse(model: nn.Module, built: Built, train_part: Split, validation: Split | None, fabric: Fabric) -> None:
