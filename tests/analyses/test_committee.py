@@ -130,3 +130,12 @@ def test_bad_input() -> None:
     other = nn.Sequential(nn.Flatten(), nn.Linear(4, 5)).double()
     with pytest.raises(UnmovedError, match=r"same classes, came \[3, 5\]"):
         probabilities([members[0], other], [x, x])
+
+
+def test_probabilities_are_those_of_float32_inside_autocast() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Flatten(), nn.Linear(16, 3)), torch.rand(8, 1, 4, 4)
+    plain = probabilities([model], [x])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not torch.equal(torch.softmax(model(x).double(), dim=1), plain[0])
+        assert torch.equal(probabilities([model], [x]), plain)

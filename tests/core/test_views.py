@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from unmoved.core.batch import Batch
 from unmoved.core.errors import UnmovedError
-from unmoved.core.views import Views, logits
+from unmoved.core.views import Views, eval_logits, logits
 
 
 class Counting(nn.Module):
@@ -202,3 +202,28 @@ def test_logits_under_autocast_are_float32_and_keep_their_graph(model: Counting,
     assert out.dtype == torch.float32
     out.sum().backward()
     assert model.linear.weight.grad is not None
+
+
+def test_logits_of_a_verdict_are_float32_in_evaluation_mode_whatever_the_caller_is_in(batch: Batch) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 16), nn.BatchNorm1d(16), nn.Dropout(0.5), nn.Linear(16, 3))
+    model(torch.rand(8, 1, 2, 2))  # statistics that are not those of the batch
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, rough = eval_logits(model, batch.x), nn.functional.linear(batch.x.flatten(1), model[1].weight)
+    assert rough.dtype == torch.bfloat16
+    assert all(module.training for module in model.modules())
+    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+    assert ours.dtype == torch.float32
+    assert not ours.requires_grad
+    with torch.no_grad():
+        torch.testing.assert_close(ours, model.eval()(batch.x), rtol=0, atol=0)
+
+
+def test_logits_of_a_randomised_model_are_the_mean_of_its_draws(batch: Batch) -> None:
+    class Counts(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            self.drawn = getattr(self, "drawn", 0) + 1
+            return torch.full((len(x), 2), float(self.drawn))
+
+    assert eval_logits(Counts(), batch.x, draws=3).eq(2.0).all()

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from unmoved.core.batch import Image, Logits
 from unmoved.core.errors import UnmovedError, require_whole
-from unmoved.core.views import logits
-from unmoved.core.weights import evaluating
+from unmoved.core.views import eval_logits, logits
 
 
 class Joint(nn.Module):
@@ -76,7 +75,7 @@ def probabilities(models: Sequence[nn.Module], x_by_model: Sequence[Image], batc
 def _of_one(model: nn.Module, x: Image, batch_size: int) -> Tensor:
     place = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), x.device)
     devices = [place] if place.type == "cuda" else []
-    with torch.no_grad(), evaluating(model), torch.random.fork_rng(devices):
+    with torch.random.fork_rng(devices):
         return torch.cat(
-            [torch.softmax(logits(model, some.to(place)).double(), dim=1).cpu() for some in x.split(batch_size)]
+            [torch.softmax(eval_logits(model, some.to(place)).double(), dim=1).cpu() for some in x.split(batch_size)]
         )

@@ -6,21 +6,19 @@ One row per sample and view; `unmoved.analyses.softmax` asks the questions.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
 from unmoved.attacks import FMN
-from unmoved.core import views
-from unmoved.core.batch import Batch, Image, Index, Label, Logits, PerSample, Table
+from unmoved.core.batch import Batch, Index, Label, Logits, PerSample, Table
 from unmoved.core.errors import UnmovedError, require_whole
-from unmoved.core.precision import exact
 from unmoved.core.preconditions import require_attack, require_images, require_labels
-from unmoved.core.protocols import Attack, MinimumNormAttack, Split
+from unmoved.core.protocols import Attack, Split
 from unmoved.core.threat import ThreatModel, require_threat
-from unmoved.core.weights import evaluating
+from unmoved.core.views import eval_logits, ranked_wrong
+from unmoved.evaluation import judge
 
 STATISTICS = ("variance", "std", "entropy", "gap", "p_true", "margin")
 VIEWS = ("clean", "adversarial")
@@ -106,7 +104,7 @@ def observe(
         raise UnmovedError("observe: expected success only where the adversarial logits are wrong, came one where not")
     right = predictions[0] == labels
     landed = torch.where(fell & right, predictions[1].double(), torch.nan)
-    rank = (views.ranked_wrong(clean, labels) == predictions[1][:, None]).double().argmax(dim=1) + 1.0
+    rank = (ranked_wrong(clean, labels) == predictions[1][:, None]).double().argmax(dim=1) + 1.0
     same = {
         "index": torch.as_tensor(index).cpu(),
         "label": labels,
@@ -174,35 +172,20 @@ def collect_batch(
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(0)  # of a randomised model: what it draws neither depends on the caller nor moves his state
-        clean = _logits(model, batch.x)
+        clean = eval_logits(model, batch.x)
         _checked_logits(clean, batch.y)  # before the long work
         right = clean.argmax(dim=1) == batch.y
         adv, success, rest = clean.clone(), ~right, batch.take(right)
         min_eps = torch.where(right, torch.inf, 0.0).double()
         for k, method in enumerate((attack, min_norm_attack or FMN(threat)) if len(rest) else ()):
-            x_adv = _proposal(model, method, rest, threat)
-            logits, away = _logits(model, x_adv), threat.distance(x_adv, rest.x)
+            x_adv = judge.propose(model, method, rest, threat, type(method).__name__)
+            logits, away = eval_logits(model, x_adv), threat.distance(x_adv, rest.x)
             wrong = logits.argmax(dim=1) != rest.y
             min_eps[right] = torch.where(wrong, torch.minimum(min_eps[right], away), min_eps[right])
             if k == 0:
                 adv[right], success[right] = logits, wrong & (away <= threat.radius + threat.tolerance)
     min_eps[min_eps.isinf()] = torch.nan
     return observe(batch.index, batch.y, clean, adv, success, min_eps)
-
-
-def _proposal(model: nn.Module, attack: Attack, batch: Batch, threat: ThreatModel) -> Image:
-    # A copy: an attack that writes into its images would be measured against its own proposal.
-    x_adv = attack(model, replace(batch, x=batch.x.clone(), y=batch.y.clone())).detach()
-    if isinstance(attack, MinimumNormAttack) and attack.minimum_norm:  # it may leave the ball, not the valid images
-        pixels = 1 if threat.norm == "linf" else batch.x[0].numel()
-        threat = replace(threat, eps=pixels * (threat.bounds[1] - threat.bounds[0]))
-    threat.check(x_adv, batch.x, type(attack).__name__)
-    return x_adv
-
-
-def _logits(model: nn.Module, x: Image) -> Logits:
-    with torch.no_grad(), evaluating(model), exact(x.device):
-        return views.logits(model, x)
 
 
 def _checked_logits(logits: Logits, y: Label) -> tuple[Tensor, Tensor]:

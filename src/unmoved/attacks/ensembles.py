@@ -12,14 +12,12 @@ from unmoved.attacks.apgd import APGD
 from unmoved.attacks.fab import FAB
 from unmoved.attacks.gradients import require_attackable
 from unmoved.attacks.square import Square
-from unmoved.core import views
 from unmoved.core.batch import Batch, Image
 from unmoved.core.errors import keep_field, number_field, require_choice, require_seed
-from unmoved.core.precision import exact
 from unmoved.core.preconditions import require_labels
 from unmoved.core.protocols import Attack
 from unmoved.core.threat import ThreatModel, require_threat
-from unmoved.core.weights import evaluating
+from unmoved.core.views import eval_logits
 from unmoved.terms import CE, DLR, Margin, TargetedDLR, TargetedMargin
 
 VERSIONS = ("standard", "rand")
@@ -195,7 +193,6 @@ def in_turn(
 
 def _wrong(model: nn.Module, x: Image, y: Tensor) -> tuple[Tensor, int]:
     """(misclassified in float32 (B,), the number of classes)."""
-    with torch.no_grad(), evaluating(model), exact(x.device):
-        logits = views.logits(model, x)
+    logits = eval_logits(model, x)
     require_labels(y, logits.shape[1])
     return logits.argmax(dim=1) != y, logits.shape[1]

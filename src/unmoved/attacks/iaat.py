@@ -7,13 +7,12 @@ from torch import Tensor, nn
 
 from unmoved.attacks.gradients import MODES, attacking, gradient_at, require_attackable
 from unmoved.core import collectives
-from unmoved.core import views as seen
 from unmoved.core.batch import Batch, Image
 from unmoved.core.errors import require_choice, require_number, require_seed, require_whole
 from unmoved.core.preconditions import require_loss
 from unmoved.core.protocols import Term
 from unmoved.core.threat import ThreatModel, require_threat
-from unmoved.core.weights import evaluating
+from unmoved.core.views import eval_logits
 from unmoved.terms import CE
 
 
@@ -111,10 +110,9 @@ class IAAT:
         old = self.radius(batch.index)
         tried = (old + self.gamma).clamp_max(self.threat.radius)
         further = self._attack(model, batch, tried)
-        with torch.no_grad(), evaluating(model):
-            right, right_old, right_further = (
-                seen.logits(model, x).argmax(dim=1) == batch.y for x in (batch.x, x_adv, further)
-            )
+        right, right_old, right_further = (
+            eval_logits(model, x).argmax(dim=1) == batch.y for x in (batch.x, x_adv, further)
+        )
         new = torch.where(right_further, tried, torch.where(right_old, old, old - self.gamma))
         new = (new * right).clamp_min(0)
         # A sample may be another process's in the next epoch: all of them remember all radii.

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from unmoved.core.batch import Batch, Image, Index, Label, Logits
 from unmoved.core.errors import UnmovedError, require_choice
 from unmoved.core.model_errors import explained
+from unmoved.core.precision import exact
 from unmoved.core.preconditions import require_labels
-from unmoved.core.weights import frozen_buffers
+from unmoved.core.weights import evaluating, frozen_buffers
 
 
 def logits(model: nn.Module, x: Image) -> Logits:
@@ -40,6 +41,20 @@ def logits(model: nn.Module, x: Image) -> Logits:
             f"model {type(model).__name__}: expected logits of shape ({len(x)}, K) with K >= 2, came {tuple(out.shape)}"
         )
     return out.float() if out.dtype in (torch.float16, torch.bfloat16) else out
+
+
+def eval_logits(model: nn.Module, x: Image, *, mode: str = "eval", draws: int = 1) -> Logits:
+    """The logits (B, K) that a verdict rests on: in evaluation mode, without a gradient, in float32 (float64 stays).
+
+    Args:
+        mode: ``"train"`` leaves every submodule in the mode that it came in, as in `weights.evaluating`.
+        draws: of a randomised model, the mean of so many.
+
+    Raises:
+        UnmovedError: as `logits`.
+    """
+    with torch.no_grad(), evaluating(model, mode), exact(x.device):
+        return torch.stack([logits(model, x) for _ in range(draws)]).mean(dim=0)
 
 
 def ranked_wrong(values: Logits, y: Label) -> Tensor:

@@ -11,15 +11,14 @@ import pandas as pd
 import torch
 from torch import nn
 
-from unmoved.core import views
 from unmoved.core.batch import Batch, Image, Label
 from unmoved.core.errors import UnmovedError, require_whole
 from unmoved.core.passes import one_pass, require_distinct
-from unmoved.core.precision import autocast, exact
+from unmoved.core.precision import autocast
 from unmoved.core.preconditions import require_attack, require_images, require_labels, require_model, require_split
 from unmoved.core.protocols import Attack, Ensemble, MinimumNormAttack, Split, draws_of, kind_of, parts_of
 from unmoved.core.threat import ThreatModel, require_threat
-from unmoved.core.weights import evaluating
+from unmoved.core.views import eval_logits
 from unmoved.evaluation.journal import Journal
 from unmoved.evaluation.outcomes import CLEAN, COLUMNS, ROBUST
 from unmoved.evaluation.threads import Workers
@@ -309,8 +308,7 @@ def predict(model: nn.Module, x: Image, y: Label, draws: int = 1) -> Label:
 def predicted(model: nn.Module, x: Image, y: Label, draws: int = 1) -> tuple[Label, int]:
     """(the predicted class (B,), the number of classes)."""
     draws = require_whole("draws", draws, at_least=1)
-    with torch.no_grad(), evaluating(model), exact(x.device):
-        logits = torch.stack([views.logits(model, x) for _ in range(draws)]).mean(dim=0)
+    logits = eval_logits(model, x, draws=draws)
     if not torch.isfinite(logits).all():
         raise UnmovedError(
             f"model {type(model).__name__}: expected finite logits, came NaN or infinity; a verdict would mean nothing"

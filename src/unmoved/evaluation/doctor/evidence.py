@@ -10,11 +10,10 @@ from torch import Tensor, nn
 
 from unmoved.attacks import APGD, PGD
 from unmoved.attacks.gradients import attacking, input_gradient
-from unmoved.core import views
 from unmoved.core.batch import Batch, Image, Logits, PerSample
 from unmoved.core.protocols import Attack, Term
 from unmoved.core.threat import ThreatModel
-from unmoved.core.weights import evaluating
+from unmoved.core.views import eval_logits
 from unmoved.terms import CE, DLR, Margin, TargetedDLR, TargetedMargin
 
 WEAK_STEPS = 20  # PGD-20 with cross-entropy is what papers report most, and what masking fools first
@@ -72,8 +71,7 @@ class Case:
 
     def logits(self, x: Image, mode: str = "eval") -> Logits:
         """Without a gradient; ``"train"`` leaves every submodule in the mode it was handed over in."""
-        with torch.no_grad(), evaluating(self.model, mode):
-            return views.logits(self.model, x)
+        return eval_logits(self.model, x, mode=mode)
 
     @cached_property
     def clean(self) -> Logits:
