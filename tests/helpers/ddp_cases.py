@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 
 from helpers.cli import RECIPE, unmoved
 from unmoved import Batch, Method, Run, ThreatModel, UnmovedError, attacks, defenses, terms, train
+from unmoved.testing import balls_of, default_case, missing, without_case
 from unmoved.training import averaging, distributed, optim
 
 CLASSES, SIDE, SAMPLES, BATCH = 5, 6, 13, 4  # the last batch has one sample, fewer than processes
@@ -98,7 +101,6 @@ ATTACKS: dict[str, Callable[[], Any]] = {
     "pgd-l2": lambda: attacks.PGD(ThreatModel("l2", 0.5), steps=3),
     "pgd-l1": lambda: attacks.PGD(ThreatModel("l1", 1.0), steps=3),
     "pgd-train": lambda: pgd(mode="train"),
-    "fgsm": lambda: attacks.FGSM(THREAT),
     "sensible": lambda: pgd(stop=attacks.Sensible(0.2)),
     "friendly": lambda: pgd(stop=attacks.Friendly(1, omega=0.001)),
     "iaat": lambda: attacks.IAAT(THREAT, steps=3, gamma=0.02),
@@ -120,22 +122,14 @@ OBJECTIVES: dict[str, Callable[[], Any]] = {
     "ce": lambda: terms.CE("adv", label_smoothing=0.1),
     "trades": terms.TRADES,
     "mart": terms.MART,
-    "margin": terms.Margin,
-    "dlr": terms.DLR,
-    "targeted-margin": terms.TargetedMargin,
-    "targeted-dlr": terms.TargetedDLR,
     "drsl": lambda: terms.Sum((1, terms.CE("clean")), (0.64, terms.DRSL())),
     "prsl": lambda: terms.Sum((1, terms.CE()), (0.5, terms.PRSL("adv", end=3))),
-    "logit-squeeze": lambda: terms.Sum((1, terms.CE()), (0.5, terms.LogitSqueeze())),
-    "complement-entropy": lambda: terms.Sum((1, terms.CE()), (1, terms.ComplementEntropy())),
-    "guided-complement-entropy": terms.GuidedComplementEntropy,
     "global-probability": lambda: terms.Sum((1, terms.CE()), (1, terms.GlobalProbability(CLASSES))),
     "global-probability-ema": lambda: terms.Sum(
         (1, terms.TRADES()), (1, terms.GlobalProbability(CLASSES, update="ema", momentum=0.8))
     ),
 }
 DEFENSES: dict[str, Callable[[], Any]] = {
-    "plain": defenses.Plain,
     "sam": lambda: defenses.SAM(0.05),
     "asam": lambda: defenses.ASAM(0.2),
     "awp": lambda: defenses.AWP(0.01),
@@ -143,6 +137,27 @@ DEFENSES: dict[str, Callable[[], Any]] = {
     "apd-linf-sparse": lambda: defenses.APD(0.01, steps=3, p=float("inf"), n=20),
     "apd-relative-last": lambda: defenses.APD(0.02, relative=True, risk="last"),
 }
+
+
+# What is written above are variants, and what needs arguments; every other export is a case as its constructor makes
+# it, without being named.
+def found(namespace: ModuleType, written: dict[str, Callable[[], Any]], **given: Any) -> dict[str, Callable[[], Any]]:
+    makes = without_case(namespace, [make() for make in written.values()], **given)
+    return {name: partial(default_case, make, **given) for name, make in makes.items() if not missing(make, given)}
+
+
+def in_its_ball(make: Callable[..., Any]) -> Any:
+    """The attack in the first ball that its constructor takes."""
+    return default_case(make, threat=balls_of(make)[0])
+
+
+ATTACKS |= {
+    name: partial(in_its_ball, make)
+    for name, make in without_case(attacks, [make() for make in ATTACKS.values()], threat=THREAT).items()
+    if not missing(make, ["threat"])
+}
+OBJECTIVES |= found(terms, OBJECTIVES, num_classes=CLASSES)
+DEFENSES |= found(defenses, DEFENSES)
 
 
 @dataclass

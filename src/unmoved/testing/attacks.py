@@ -11,7 +11,15 @@ import torch
 from torch import nn
 
 from unmoved.core.batch import Batch
-from unmoved.core.protocols import Attack, MinimumNormAttack, draws_of, is_lockstep, kind_of
+from unmoved.core.protocols import (
+    FIXED_STEP,
+    GRADIENTS,
+    Attack,
+    MinimumNormAttack,
+    draws_of,
+    is_lockstep,
+    kind_of,
+)
 from unmoved.core.threat import ThreatModel
 from unmoved.testing.fixtures import Failing, Planned, network, require, same_random_state, small_batch, untouched
 
@@ -20,7 +28,7 @@ def check_attack(
     make: Callable[[ThreatModel], Attack],
     *,
     norm: str = "linf",
-    maximises: bool = True,
+    maximises: bool | None = None,
     batch_statistics: bool | None = None,
     minimum_norm: bool | None = None,
     reach: float = 0.05,
@@ -30,7 +38,8 @@ def check_attack(
     Args:
         make: threat model -> the attack.
         norm: of the threat model.
-        maximises: whether the attack seeks the largest loss; if not (early stopping), the oracle is skipped.
+        maximises: whether the attack seeks the largest loss; if not (early stopping), the oracle is skipped. ``None``:
+            whether it declares that it uses gradients.
         batch_statistics: whether it attacks the model in training mode, so that samples depend on each other by
             design; the laws of order and batch size are then skipped. ``None``: whether its ``mode`` is "train".
         minimum_norm: whether it seeks the nearest misclassified image, inside the ball or not: the oracle is then the
@@ -43,7 +52,9 @@ def check_attack(
     threat = ThreatModel(norm, 0.08 if norm == "linf" else 0.5)
     attack, model, batch = make(threat), network(), small_batch()
     name = repr(attack)
-    kind_of(attack), draws_of(attack), is_lockstep(attack)
+    draws_of(attack), is_lockstep(attack)
+    if maximises is None:
+        maximises = kind_of(attack) in (GRADIENTS, FIXED_STEP)
     if batch_statistics is None:
         batch_statistics = getattr(attack, "mode", "eval") == "train"
     if minimum_norm is None:

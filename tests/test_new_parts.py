@@ -1,0 +1,99 @@
+"""A new part costs what CONTRIBUTING says: its own files, added to a copy of the package, are found by everything."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from helpers.cli import RECIPE, ROOT
+
+PARTS = {"terms": "Brier", "attacks": "Nudge", "defenses": "Clipped", "data": "stripes"}
+CASES = """
+from helpers.ddp_cases import CASES, alone, trained
+for name in ("attack Nudge", "objective Brier", "defense Clipped"):
+    assert trained(CASES[name](), alone(), epochs=1)
+"""
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The package and its exam with a file for each part, as CONTRIBUTING shows it, and an export."""
+    copy = tmp_path_factory.mktemp("copy")
+    for part in ("src/unmoved", "tests/helpers", "tests/testing"):
+        shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
+    for file in ("pyproject.toml", "tests/conftest.py"):
+        shutil.copy(ROOT / file, copy / file)
+    shown = re.findall(r"`src/unmoved/(\w+)/(\w+)\.py`:\n\n```python\n(.*?)```", contributing(), flags=re.DOTALL)
+    assert [package for package, _, _ in shown] == list(PARTS)
+    for package, module, text in shown:
+        folder, name = copy / "src" / "unmoved" / package, PARTS[package]
+        assert not (folder / f"{module}.py").exists()
+        (folder / f"{module}.py").write_text(text)
+        init = (folder / "__init__.py").read_text()
+        line = f"from unmoved.{package}.{module} import {name}\n"
+        assert init.count("\n__all__ = [") == 1
+        (folder / "__init__.py").write_text(init.replace("\n__all__ = [", f'{line}\n__all__ = ["{name}", '))
+    return copy
+
+
+def contributing() -> str:
+    return (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+
+
+def python(copy: Path, *arguments: str, folder: str = ".") -> str:
+    """What Python says, where the package is the copy."""
+    paths = os.pathsep.join(str(copy / name) for name in ("src", "tests"))
+    ended = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=copy / folder,
+        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    return ended.stdout
+
+
+def test_the_exam_finds_them(copy: Path) -> None:
+    names = "Brier or Nudge or Clipped or every_exported"
+    said = python(
+        copy, "-m", "pytest", "-n0", "-p", "no:cacheprovider", "-rA", "tests/testing/test_exam.py", "-k", names
+    )
+    passed = set(re.findall(r"^PASSED tests/testing/test_exam.py::(\S+)", said, flags=re.MULTILINE))
+    assert {
+        "test_terms_sit_the_exam[Brier()]",
+        "test_other_attacks_sit_it_as_their_constructors_make_them[Nudge-linf]",
+        "test_other_attacks_sit_it_as_their_constructors_make_them[Nudge-l2]",
+        "test_defenses_sit_the_exam[Clipped(most=1.0)]",
+        "test_every_exported_method_sits_it",
+    } <= passed
+
+
+def test_the_test_of_several_processes_has_them_among_its_cases(copy: Path) -> None:
+    python(copy, "-c", CASES)
+
+
+def test_a_recipe_names_them(copy: Path) -> None:
+    changes = {
+        'use = "digits"\ntest = 1500': 'use = "stripes"\nn = 120',
+        '[attack]\nuse = "pgd"\nsteps = 2': '[attack]\nuse = "nudge"\n\n[defense]\nuse = "clipped"\nmost = 2.0',
+        "[objective.ce]": "[objective.brier]",
+        '[evaluation.attacks.pgd]\nuse = "pgd"\nsteps = 2\nkeep = "best"': '[evaluation.attacks.nudge]\nuse = "nudge"',
+    }
+    text = RECIPE
+    for old, new in changes.items():
+        assert old in text
+        text = text.replace(old, new)
+    (copy / "tiny.toml").write_text(text)
+    python(copy, "-m", "unmoved.cli", "train", "tiny.toml", "--out", "run")
+    python(copy, "-m", "unmoved.cli", "evaluate", "run")
+    outcomes = pd.read_csv(copy / "run" / "evaluation" / "outcomes.csv")
+    assert set(outcomes["attack"]) == {"nudge"}
+    assert len(outcomes) == 30
+    assert '"brier"' in (copy / "run" / "metrics.jsonl").read_text()
