@@ -187,7 +187,8 @@ def test_losses_that_cannot_be_called(name: str, loss: Any) -> None:
 def test_what_is_no_threat_model_is_refused_when_the_attack_is_made(name: str, threat: Any) -> None:
     with pytest.raises(UnmovedError, match=r"threat: expected a ThreatModel, such as ThreatModel\(\"linf\", 8 / 255\)"):
         made(name, threat)
-    if name not in ("Transfer",):
+    takes_more = len(inspect.signature(getattr(attacks, name)).parameters) > 1
+    if takes_more and name != "Transfer":
         with pytest.raises(UnmovedError, match="threat: expected a ThreatModel"):
             getattr(attacks, name)("linf", 0.1) if name != "CW" else attacks.CW("l2", 3)
 

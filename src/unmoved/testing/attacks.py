@@ -52,13 +52,10 @@ def check_attack(
     threat = ThreatModel(norm, 0.08 if norm == "linf" else 0.5)
     attack, model, batch = make(threat), network(), small_batch()
     name = repr(attack)
-    draws_of(attack), is_lockstep(attack)
-    if maximises is None:
-        maximises = kind_of(attack) in (GRADIENTS, FIXED_STEP)
-    if batch_statistics is None:
-        batch_statistics = getattr(attack, "mode", "eval") == "train"
-    if minimum_norm is None:
-        minimum_norm = isinstance(attack, MinimumNormAttack) and attack.minimum_norm
+    declared = _declared(attack)
+    maximises = declared["maximises"] if maximises is None else maximises
+    batch_statistics = declared["batch_statistics"] if batch_statistics is None else batch_statistics
+    minimum_norm = declared["minimum_norm"] if minimum_norm is None else minimum_norm
     model[1].eval()  # one frozen BatchNorm inside a training model: modes are restored one by one
     next(model.parameters()).grad = torch.ones_like(next(model.parameters()))
     with untouched(model), same_random_state():
@@ -86,6 +83,16 @@ def check_attack(
         _check_nearest(attack, norm, name, reach)
     elif maximises:
         _check_linear_oracle(attack, threat, name, reach)
+
+
+def _declared(attack: Attack) -> dict[str, bool]:
+    """Return what an attack says of itself; what it says wrongly is refused."""
+    draws_of(attack), is_lockstep(attack)
+    return {
+        "maximises": kind_of(attack) in (GRADIENTS, FIXED_STEP),
+        "batch_statistics": getattr(attack, "mode", "eval") == "train",
+        "minimum_norm": isinstance(attack, MinimumNormAttack) and attack.minimum_norm,
+    }
 
 
 def _check_batch_laws(attack: Attack, model: nn.Module, batch: Batch, name: str) -> None:
