@@ -1,4 +1,4 @@
-"""What a report shows beside the outcomes: accuracy against eps, and a gallery of adversarial images."""
+"""Measure accuracy against eps and collect example images, for the report of an evaluation."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def curve(
     workers: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> pd.DataFrame:
-    """Outcomes of one attack at several radii, the attack's own threat model replaced at each.
+    """Run one attack at several radii, replacing its threat model at each, and return the outcomes.
 
     Raises:
         UnmovedError: an attack that is no dataclass with a ``threat`` field.
@@ -52,7 +52,7 @@ def curve(
 def gallery(
     model: nn.Module, split: Split, attack: Attack, threat: ThreatModel, count: int = 8, name: str = "attack"
 ) -> dict[str, np.ndarray]:
-    """The first samples that the model gets right, with what the attack made of them, as arrays for `unmoved.Run`."""
+    """Attack the first samples that the model gets right; return arrays that `unmoved.Run` saves."""
     parts: list[dict[str, np.ndarray]] = []
     missing = count = require_whole("count", count, at_least=1)
     for batch in judge.checked_batches(model, split, 4 * count, threat):
@@ -81,6 +81,6 @@ def gallery(
 
 
 def radii(threat: ThreatModel) -> list[float]:
-    """Where the curve is measured: shares of eps; for linf nothing beyond the box of valid images."""
+    """Return the radii at which the curve is measured: multiples of eps; for linf within the box of valid images."""
     largest = threat.bounds[1] - threat.bounds[0] if threat.norm == "linf" else math.inf
     return sorted({min(share * threat.radius, largest) for share in CURVE_SHARES})

@@ -1,4 +1,4 @@
-"""Answers of a long evaluation, written as they come: an interruption costs the chunk at work and no more."""
+"""Record the results of a long evaluation chunk by chunk, so that an interruption costs one chunk and no more."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Answers = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 class Journal:
-    """One line per finished chunk of samples, in a file that belongs to one question.
+    """Keep one line per finished chunk of samples, in a file that belongs to one model, data and attacks.
 
     Args:
         path: the file; made when the first answers come.
@@ -57,7 +57,7 @@ class Journal:
             write_atomic(self.path, ("\n".join(whole) + "\n").encode())
 
     def read(self, attack: str, part: str) -> Answers:
-        """(positions, predictions, distances) of the samples that this part of this attack was run on."""
+        """Return (positions, predictions, distances) of the samples that this part of this attack was run on."""
         found = self._answers.get((attack, part), [])
         empty = np.zeros(0, dtype=np.int64)
         if not found:
@@ -66,7 +66,7 @@ class Journal:
         return position, prediction, distance
 
     def add(self, attack: str, part: str, position: np.ndarray, prediction: np.ndarray, distance: np.ndarray) -> None:
-        """Write a chunk's answers; they are on disk when this returns."""
+        """Write a chunk's results; they are on disk when this returns."""
         line = json.dumps(
             {
                 "attack": attack,
@@ -80,12 +80,12 @@ class Journal:
         append(self.path, (head + line + "\n").encode())
 
     def close(self) -> None:
-        """The evaluation is saved: the journal has done its work."""
+        """Remove the journal once the evaluation is saved."""
         self.path.unlink(missing_ok=True)
 
 
 def _answers(entry: dict[str, Any]) -> Answers:
-    """(positions, predictions, distances) of a line; ValueError where they are nothing that `Journal.add` wrote."""
+    """Parse a line to (positions, predictions, distances); ValueError if `Journal.add` did not write it."""
     names = ("position", "prediction", "distance")
     position, prediction, distance = (np.array(entry[name]) for name in names)
     whole = position.dtype == prediction.dtype == np.int64 and distance.dtype == np.float64

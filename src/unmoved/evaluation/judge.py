@@ -1,4 +1,4 @@
-"""The judge: attacks propose, the judge decides, in float32, and raises on anything outside the rules."""
+"""Evaluate a model under attacks: attacks propose images, the judge checks them and decides in float32."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def evaluate(
     keep: Keep | None = None,
     progress: Progress | None = None,
 ) -> pd.DataFrame:
-    """Outcomes of attacks on a model: one row per sample and attack, judged in float32 in evaluation mode.
+    """Run attacks on a model and return one row per sample and attack, judged in float32 in evaluation mode.
 
     Attacks run on the samples that the model gets right; a sample misclassified as it is counts as lost with distance
     0. The parts of an ensemble run one after the other over all the data, each on what is still robust. No image
@@ -161,7 +161,7 @@ def _require_attacks(attacks: Mapping[str, Attack]) -> None:
 
 
 class _Clean:
-    """What the model says of the clean images: one small number or two a sample."""
+    """Hold the model's predictions for the clean images."""
 
     def __init__(self, model: nn.Module, split: Split, size: int, threat: ThreatModel) -> None:
         index: list[np.ndarray] = []
@@ -180,7 +180,7 @@ class _Clean:
 
 
 class _Sheet:
-    """What is known of one attack on each sample so far."""
+    """Hold what is known of one attack on each sample so far."""
 
     def __init__(self, name: str, clean: _Clean, threat: ThreatModel, cumulative: bool) -> None:
         self.name, self.clean, self.threat, self.cumulative = name, clean, threat, cumulative
@@ -190,12 +190,12 @@ class _Sheet:
         self._asked = np.zeros_like(self.open)
 
     def begin(self) -> None:
-        """A new part: nobody has been asked yet."""
+        """Begin a new part of the attack: it was run on no sample yet."""
         self._asked[:] = False
 
     @property
     def waiting(self) -> np.ndarray:
-        """A mask of the samples that the part at work is still to be run on."""
+        """Return a mask of the samples that the current part is still to be run on."""
         return self.open & ~self._asked
 
     def success(self, prediction: np.ndarray, label: np.ndarray, distance: np.ndarray) -> np.ndarray:
@@ -204,7 +204,7 @@ class _Sheet:
     def awaited(
         self, position: np.ndarray, prediction: np.ndarray, distance: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of a journal's answers those about samples that are waiting: nobody asked for others."""
+        """Keep those of a journal's results that are about samples still to be attacked."""
         mine = position < len(self.open)
         mine[mine] = self.waiting[position[mine]] & (prediction[mine] < self.clean.num_classes)
         return position[mine], prediction[mine], distance[mine]
@@ -243,7 +243,7 @@ _Answer = tuple[Image, np.ndarray, np.ndarray]
 
 
 def _chunks(model: nn.Module, split: Split, mask: np.ndarray, size: int, threat: ThreatModel) -> Iterator[_Chunk]:
-    """(positions in the split, batch) of the samples where the mask is true, ``size`` at a time."""
+    """Iterate over (positions in the split, batch) of the samples where the mask is true, ``size`` at a time."""
     held: list[Batch] = []
     where = np.flatnonzero(mask)
     read = yielded = 0
@@ -275,7 +275,7 @@ def _answer(model: nn.Module, attack: Attack, batch: Batch, threat: ThreatModel,
 def propose(
     model: nn.Module, attack: Attack, batch: Batch, threat: ThreatModel, name: str, precision: str = "float32"
 ) -> Image:
-    """One attack's proposal, checked against the threat model."""
+    """Run an attack and check its proposals against the threat model."""
     # Copies: an attack that writes into its images would be measured against its own proposal.
     theirs = dataclasses.replace(batch, x=batch.x.clone(), y=batch.y.clone())
     with autocast(precision, batch.x.device):
@@ -291,13 +291,13 @@ def propose(
 
 
 def _whole_box(threat: ThreatModel, batch: Batch) -> ThreatModel:
-    """A ball in which every valid image lies."""
+    """Return a ball in which every valid image lies."""
     pixels = 1 if threat.norm == "linf" else batch.x[0].numel()
     return dataclasses.replace(threat, eps=pixels * (threat.bounds[1] - threat.bounds[0]))
 
 
 def predict(model: nn.Module, x: Image, y: Label, draws: int = 1) -> Label:
-    """The predicted class (B,), in float32 and evaluation mode; of a randomised model by the mean of ``draws`` logits.
+    """Predict classes (B,) in float32 and evaluation mode; for a randomised model by the mean of ``draws`` logits.
 
     Raises:
         UnmovedError: logits that are not finite, or labels that the logits have no column for.
@@ -306,7 +306,7 @@ def predict(model: nn.Module, x: Image, y: Label, draws: int = 1) -> Label:
 
 
 def predicted(model: nn.Module, x: Image, y: Label, draws: int = 1) -> tuple[Label, int]:
-    """(the predicted class (B,), the number of classes)."""
+    """Return (the predicted classes (B,), the number of classes)."""
     draws = require_whole("draws", draws, at_least=1)
     logits = eval_logits(model, x, draws=draws)
     if not torch.isfinite(logits).all():

@@ -1,4 +1,4 @@
-"""The outcomes table: one row per sample and attack, on disk as CSV, and what may be said from it.
+"""Read, write, check and summarise the outcomes of an evaluation: a table with one row per sample and attack.
 
 A sample counts as robust against an attack when its clean prediction is right and the attack did not succeed; success
 is a wrong prediction within eps (a minimum-norm attack may propose a point outside, which is then no success). ``by``
@@ -53,7 +53,7 @@ def write(table: pd.DataFrame, path: Path) -> None:
 
 
 def as_csv(table: pd.DataFrame, source: str = "outcomes") -> bytes:
-    """What `write` writes."""
+    """Return the bytes that `write` writes."""
     return checked(table, source).to_csv(index=False, lineterminator="\n").encode()
 
 
@@ -90,7 +90,7 @@ def read(path: Path) -> pd.DataFrame:
 
 
 def checked(table: pd.DataFrame, source: str = "outcomes") -> pd.DataFrame:
-    """The table with exactly `COLUMNS`, each of its type, and rows that agree with each other.
+    """Return the table with exactly `COLUMNS`, each of its type, after checking that its rows agree with each other.
 
     Raises:
         UnmovedError: a missing column, a wrong type, no row; a sample twice under one attack and eps, or missing there;
@@ -173,7 +173,7 @@ def _require_same_samples(table: pd.DataFrame, source: str) -> None:
 
 
 def by_sample(table: pd.DataFrame, *, is_checked: bool = False) -> pd.DataFrame:
-    """One row per sample: index, label, and whether it is right clean, under each attack, and in the worst case.
+    """Make one row per sample: index, label, and whether it is right clean, under each attack, and in the worst case.
 
     Args:
         is_checked: the table is as `checked` or `read` returned it, and is not looked through again.
@@ -198,7 +198,9 @@ def by_sample(table: pd.DataFrame, *, is_checked: bool = False) -> pd.DataFrame:
 
 
 def wilson(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a share: (p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n), p = successes/n.
+    """Compute Wilson's score interval of a share.
+
+    (p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n), p = successes/n.
 
     Raises:
         UnmovedError: n < 1, successes outside 0..n, or a level outside (0, 1).
@@ -237,7 +239,7 @@ def summary(table: pd.DataFrame, *, is_checked: bool = False) -> pd.DataFrame:
 
 
 def per_class(table: pd.DataFrame, *, is_checked: bool = False) -> pd.DataFrame:
-    """Two rows per class, "clean" and "worst case"; columns class, measure, correct, n, accuracy, low, high.
+    """Summarise two rows per class, "clean" and "worst case"; columns class, measure, correct, n, accuracy, low, high.
 
     Raises:
         UnmovedError: see `by_sample`.
@@ -252,7 +254,7 @@ def per_class(table: pd.DataFrame, *, is_checked: bool = False) -> pd.DataFrame:
 
 
 def curve_summary(table: pd.DataFrame, *, is_checked: bool = False) -> pd.DataFrame:
-    """One row per attack and eps, ascending; columns attack, eps, correct, n, accuracy, low, high.
+    """Summarise one row per attack and eps, ascending; columns attack, eps, correct, n, accuracy, low, high.
 
     Args:
         is_checked: see `by_sample`.
@@ -269,7 +271,7 @@ def curve_summary(table: pd.DataFrame, *, is_checked: bool = False) -> pd.DataFr
 def across_seeds(
     tables: Sequence[pd.DataFrame], measure: Callable[[pd.DataFrame], pd.DataFrame] = summary
 ) -> pd.DataFrame:
-    """One row per measure of several seeds of one recipe: the mean of the seeds' accuracies, and how they spread.
+    """Summarise several seeds of one recipe, one row per measure: the mean of the accuracies, and how they spread.
 
     Counts are not pooled: seeds share the test images, so their answers are not independent and an interval of the
     pooled count would be too narrow. Each seed keeps its own Wilson interval; ``low`` and ``high`` are the lowest and

@@ -1,4 +1,4 @@
-"""The images that broke a model, kept while an evaluation is at work: all of them are there when it has ended."""
+"""Save the successful adversarial images of an evaluation while it runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from unmoved.evaluation import judge
 
 
 def keeper(folder: Path) -> judge.Keep:
-    """Saves the successful images of each chunk: index, label, x_adv."""
+    """Return a function that saves the successful images of each chunk: index, label, x_adv."""
 
     def keep(part: str, batch: Batch, proposal: Image, success: np.ndarray) -> None:
         path = folder / f"{part}-{int(batch.index[0]):08d}.npz"
@@ -33,7 +33,7 @@ def keeper(folder: Path) -> judge.Keep:
 
 
 def clear(folder: Path, spare: str | None) -> None:
-    """Remove the images of evaluations that were broken off and are not gone on with."""
+    """Remove the images of interrupted evaluations, but for the one that goes on."""
     begun = (folder / "journal.jsonl").exists()
     for kept in folder.glob(".adversarial-*"):
         if not kept.is_symlink() and not (begun and kept.name == spare):

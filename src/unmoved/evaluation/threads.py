@@ -1,4 +1,4 @@
-"""Several threads that attack at a time on a CPU, each with its own copy of the model and one core."""
+"""Attack in several threads at a time on a CPU, each with its own copy of the model and one core."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Workers:
             torch.set_num_threads(self._threads)
 
     def map(self, job: Callable[[nn.Module, Item], Result], items: Iterable[Item]) -> Iterator[tuple[Item, Result]]:
-        """Items with their results, in order; few items are read ahead."""
+        """Iterate over items with their results, in order; few items are read ahead."""
         if self._pool is None:
             for item in items:
                 yield item, job(self._model, item)
@@ -75,7 +75,7 @@ class Workers:
             yield first, future.result()
 
     def _require_use(self, model: nn.Module, inputs: object) -> None:
-        """Before each pass: whoever interrupts waits for the pass at work, not for the whole attack."""
+        """Stop before the next pass once interrupted, so that nobody waits for the whole attack."""
         if self._is_over:
             raise CancelledError
 

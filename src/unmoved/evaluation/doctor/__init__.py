@@ -1,1 +1,1 @@
-"""Checks of whether a robust accuracy can be believed, each for one reason not to."""
+"""Check whether a measured robust accuracy can be believed: each check looks for one reason not to."""

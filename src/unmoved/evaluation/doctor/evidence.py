@@ -1,4 +1,4 @@
-"""The evidence that the checks share: the samples, and searches that several of them read, each run once."""
+"""Collect what the checks share: samples, logits, gradients, and attacks that several of them read, each run once."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MOST = 40  # survivors that the costly searches look at: a share of a tenth stil
 
 @dataclass(frozen=True, eq=False)
 class Search:
-    """What an attack made of the samples that it was given.
+    """Hold what an attack achieved on the samples that it was given.
 
     Attributes:
         batch: those samples.
@@ -40,18 +40,18 @@ class Search:
 
     @cached_property
     def rest(self) -> Batch:
-        """The samples that survived."""
+        """Return the samples that survived."""
         return self.batch.take(~self.broken)
 
     @property
     def count(self) -> int:
-        """How many were broken."""
+        """Count the samples that were broken."""
         return int(self.broken.sum())
 
 
 @dataclass(eq=False)
 class Case:
-    """A model, the samples it is examined on, and the searches that several checks read, each run once.
+    """Hold a model, the samples it is examined on, and the attacks that several checks read, each run once.
 
     The white-box searches go from cheap to costly, each on the samples that those before it left.
 
@@ -70,7 +70,7 @@ class Case:
     surrogate: nn.Module | None = None
 
     def logits(self, x: Image, mode: str = "eval") -> Logits:
-        """Without a gradient; ``"train"`` leaves every submodule in the mode it was handed over in."""
+        """Compute logits without a gradient; ``"train"`` leaves every submodule in the mode it came in."""
         return eval_logits(self.model, x, mode=mode)
 
     @cached_property
@@ -79,23 +79,23 @@ class Case:
 
     @cached_property
     def right(self) -> Batch:
-        """The samples that the model gets right: only these can be lost to an attack."""
+        """Select the samples that the model gets right: only these can be lost to an attack."""
         return self.batch.take(self.clean.argmax(dim=1) == self.batch.y)
 
     @cached_property
     def started(self) -> Batch:
-        """The right samples at random points of their balls: the grid that stored pixels lie on is a special place."""
+        """Move the right samples to random points of their balls: stored pixels lie on a grid, a special place."""
         return Batch(self.threat.start(self.right, seed=self.seed), self.right.y, self.right.index)
 
     @cached_property
     def is_random(self) -> bool:
-        """Whether two passes over the same images differ in evaluation mode."""
+        """Return whether two passes over the same images differ in evaluation mode."""
         return any(differ(self.clean, self.logits(self.batch.x)) for _ in range(PASSES - 1))
 
     # --- gradients
 
     def gradient(self, batch: Batch, loss: Term) -> tuple[PerSample, Tensor] | None:
-        """A loss (B,) and its gradient over the image; None where there is none, since the model cut the graph."""
+        """Compute a loss (B,) and its gradient with respect to the image; None if the model cut the graph."""
         with attacking(self.model, batch, self.threat) as base:
             x = batch.x.detach().clone().requires_grad_(True)
             value = loss(base.at(x))
@@ -109,7 +109,7 @@ class Case:
     # --- searches
 
     def search(self, attack: Attack, batch: Batch) -> Search:
-        """An attack's proposals, judged."""
+        """Run an attack and judge its proposals."""
         if len(batch) == 0:
             return nothing(batch)
         x_adv = attack(self.model, batch)
@@ -120,27 +120,27 @@ class Case:
         return Search(batch, x_adv, (logits.argmax(dim=1) != batch.y) & logits.isfinite().all(dim=1))
 
     def climb(self, attack: Attack, batch: Batch) -> Search:
-        """`search` by gradient; nothing is found where there is no gradient."""
+        """Run `search` with a gradient attack; nothing is broken if there is no gradient."""
         return self.search(attack, batch) if self.has_gradient else nothing(batch)
 
     @cached_property
     def weak(self) -> Search:
-        """PGD-20 with cross-entropy."""
+        """Run PGD-20 with cross-entropy."""
         return self.climb(self._pgd(CE("adv")), self.right)
 
     @cached_property
     def other_loss(self) -> Search:
-        """The same with the margin: no scaling of the logits and no flatness of the softmax hides it."""
+        """Run PGD-20 with the margin, which neither the scale of the logits nor a flat softmax hides."""
         return self.climb(self._pgd(Margin("adv")), self.weak.rest)
 
     @cached_property
     def strong(self) -> Search:
-        """APGD-100 with DLR, or the margin where DLR has too few classes."""
+        """Run APGD-100 with DLR, or with the margin if there are too few classes for DLR."""
         return self.climb(APGD(self.threat, loss=self._sharp, steps=STRONG_STEPS, seed=self.seed), self.other_loss.rest)
 
     @cached_property
     def restarts(self) -> Search:
-        """Further restarts of it, on at most `MOST` survivors."""
+        """Restart APGD on at most `MOST` survivors."""
         attack = APGD(
             self.threat,
             loss=self._sharp,
@@ -153,7 +153,7 @@ class Case:
 
     @cached_property
     def targeted(self) -> Search:
-        """Towards the likeliest wrong classes in turn; the last of the white-box searches."""
+        """Attack towards the likeliest wrong classes in turn, as the last of the white-box attacks."""
         classes = self.clean.shape[1]
         loss: Term = TargetedDLR() if classes > 3 else TargetedMargin()
         targets = min(TARGETS, classes - 1)
@@ -162,17 +162,17 @@ class Case:
 
     @property
     def survivors(self) -> Batch:
-        """At most `MOST` of the samples that every white-box search left."""
+        """Select at most `MOST` of the samples that survived every white-box attack."""
         return self.targeted.rest
 
     @property
     def white_box(self) -> tuple[Search, ...]:
-        """All of them."""
+        """Combine all white-box attacks."""
         return self.weak, self.other_loss, self.strong, self.restarts, self.targeted
 
     @property
     def scale(self) -> float:
-        """What one sample of the costly searches stands for."""
+        """Return how many samples one sample of the costly attacks stands for."""
         return len(self.strong.rest) / max(len(self.restarts.batch), 1)
 
     @property
@@ -186,11 +186,11 @@ class Case:
 
 
 def nothing(batch: Batch) -> Search:
-    """The search that found nothing."""
+    """Return the result of an attack that broke nothing."""
     return Search(batch, batch.x, torch.zeros_like(batch.y, dtype=torch.bool))
 
 
 def differ(one: Logits, other: Logits) -> bool:
-    """Whether logits differ by more than the arithmetic may, 1e-4 of their spread (AutoAttack's tolerance)."""
+    """Return whether logits differ by more than rounding may, 1e-4 of their spread (AutoAttack's tolerance)."""
     spread = float((one - one.mean(dim=1, keepdim=True)).abs().amax())
     return float((one - other).abs().amax()) > 1e-4 * spread

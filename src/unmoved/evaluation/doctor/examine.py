@@ -1,4 +1,4 @@
-"""Is this verdict to be believed? Checks for gradient masking and for mistakes that look like robustness."""
+"""Examine an evaluated model for gradient masking and for mistakes that look like robustness."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def examine(
     seed: int = 0,
     progress: Callable[[float, float, str], None] | None = None,
 ) -> list[Finding]:
-    """Reasons not to believe the robust accuracy of a model, the gravest first; none where nothing objects.
+    """Return reasons not to believe the robust accuracy of a model, the gravest first; none if no check objects.
 
     Args:
         model: images (B, C, H, W) in [0, 1] -> logits (B, K), in the mode in which it is evaluated: a model that is
@@ -99,7 +99,7 @@ def examine(
 
 
 def _case(model: nn.Module, split: Split, threat: ThreatModel, n: int, seed: int, surrogate: nn.Module | None) -> Case:
-    """On shuffled samples, since classes may be stored one after the other; images are checked as the judge does."""
+    """Shuffle the samples, since classes may be stored one after the other, and check the images as the judge does."""
     batch = next(judge.checked_batches(model, _Shuffled(split, seed), min(n, len(split)), threat))
     case = Case(model, batch, threat, seed, surrogate)
     require_labels(batch.y, case.clean.shape[1])
@@ -107,7 +107,7 @@ def _case(model: nn.Module, split: Split, threat: ThreatModel, n: int, seed: int
 
 
 def _plan(case: Case, table: pd.DataFrame | None, attacks: Mapping[str, object]) -> list[Check]:
-    """Which checks are made: a table that has the answer is read instead of searching again."""
+    """Choose the checks: where the outcomes table has the answer, it is read instead of attacking again."""
     if not case.clean.isfinite().all():
         return [gradients.finite]
     if len(case.right) == 0:
@@ -133,7 +133,7 @@ def _readings(table: pd.DataFrame, attacks: Mapping[str, object]) -> list[Check]
 
 
 class _Shuffled:
-    """A split in another order."""
+    """Present a split in another order."""
 
     def __init__(self, split: Split, seed: int) -> None:
         self.split, self.seed = split, seed

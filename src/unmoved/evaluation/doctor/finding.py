@@ -1,4 +1,4 @@
-"""One objection to a robust accuracy, and how much it weighs."""
+"""Define a finding: one objection to a robust accuracy, with a grade that says how much it weighs."""
 
 from __future__ import annotations
 

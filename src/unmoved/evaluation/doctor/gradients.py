@@ -1,4 +1,4 @@
-"""Whether there is a gradient, and whether it is the slope of the loss."""
+"""Check that the model has a gradient, that it is finite and not zero, and that it is the slope of the loss."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ AUDIBLE = 50  # times float32's rounding of the logits that a difference must re
 
 
 def existing(case: Case) -> Finding | None:
-    """No gradient at all."""
+    """Find a model without any gradient."""
     if len(case.right) == 0 or case.has_gradient:
         return None
     return Finding(
@@ -34,7 +34,7 @@ def existing(case: Case) -> Finding | None:
 
 
 def finite(case: Case) -> Finding | None:
-    """NaN or infinity in logits or gradients, at the images, at random points of the balls and after PGD."""
+    """Find NaN or infinity in logits or gradients, at the images, at random points of the balls and after PGD."""
     batches = [case.batch, case.started, replace(case.right, x=case.weak.x_adv)]
     bad_logits = sum(int((~case.logits(b.x).isfinite().all(dim=1)).sum()) for b in batches if len(b))
     bad_gradients = 0
@@ -54,7 +54,7 @@ def finite(case: Case) -> Finding | None:
 
 
 def vanishing(case: Case) -> Finding | None:
-    """Gradients that are exactly zero: of the margin (flat layers) or of cross-entropy alone (saturated logits)."""
+    """Find gradients that are exactly zero: of the margin (flat layers) or of cross-entropy (saturated logits)."""
     if not case.has_gradient:
         return None
     shares = {}
@@ -88,7 +88,7 @@ def vanishing(case: Case) -> Finding | None:
 
 
 def honest_slope(case: Case) -> Finding | None:
-    """Gradients that are not the slope: finite differences of the margin along the steepest pixels disagree."""
+    """Find gradients that are not the slope: finite differences of the margin along steep pixels disagree."""
     found = case.gradient(case.started, Margin("adv")) if case.has_gradient and not case.is_random else None
     if found is None:
         return None

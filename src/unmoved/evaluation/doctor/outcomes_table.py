@@ -22,7 +22,7 @@ OWN_CLOSER, OWN_WRONG = 0.05, 0.25
 
 
 def kinds_in(table: pd.DataFrame, attacks: Mapping[str, object]) -> dict[str, dict[str, str]]:
-    """A table's attack -> each of its parts -> its kind: as declared, or as the class that a name begins with declares.
+    """Map attacks to the kinds of their parts: as declared, or as the class that a name begins with declares.
 
     Args:
         table: outcomes.
@@ -45,7 +45,7 @@ def _kinds(name: str, attack: object) -> dict[str, str]:
 
 
 def _class_of(text: str) -> Any:
-    """The exported attack whose name a repr, or a name chosen by hand such as ``pgd-20``, begins with."""
+    """Find the exported attack whose name a repr, or a name chosen by hand such as ``pgd-20``, begins with."""
     classes = {name.lower(): thing for name, thing in vars(exported).items() if name in exported.__all__}
     classes |= {"fgsm": exported.PGD, "standard": exported.AutoAttack}
     begins = [name for name in classes if text.lower().replace("_", "").startswith(name)]
@@ -53,7 +53,7 @@ def _class_of(text: str) -> Any:
 
 
 def pgd_overrates(table: pd.DataFrame, attacks: Mapping[str, object]) -> Finding | None:
-    """A large gap between PGD and the strongest attack of the table."""
+    """Find a large gap between PGD and the strongest attack of the table."""
     samples = outcomes.by_sample(table)
     if not has_weak(table, attacks):
         return None
@@ -65,7 +65,7 @@ def pgd_overrates(table: pd.DataFrame, attacks: Mapping[str, object]) -> Finding
 
 
 def blind_wins(table: pd.DataFrame, attacks: Mapping[str, object]) -> Finding | None:
-    """Samples of the table that only attacks without gradients broke, alone or as part of an ensemble."""
+    """Find samples of the table that only attacks without gradients broke, alone or as part of an ensemble."""
     table = outcomes.checked(table)
     if not has_blind(table, attacks):
         return None
@@ -87,7 +87,7 @@ def blind_wins(table: pd.DataFrame, attacks: Mapping[str, object]) -> Finding | 
 
 
 def table_is_weak(table: pd.DataFrame, case: Case) -> Finding | None:
-    """Samples that the table calls robust and that the doctor's own searches broke."""
+    """Find samples that the table calls robust and that the doctor's own attacks broke."""
     samples = outcomes.by_sample(table)
     robust = set(samples.loc[samples[outcomes.WORST], "index"])
     seen = [int(k) for k in case.right.index if int(k) in set(samples["index"])]
@@ -107,17 +107,17 @@ def table_is_weak(table: pd.DataFrame, case: Case) -> Finding | None:
 
 
 def has_blind(table: pd.DataFrame, attacks: Mapping[str, object]) -> bool:
-    """Whether the table holds an attack that asks for no gradient, beside one that does."""
+    """Return whether the table holds an attack that uses no gradient, beside one that does."""
     kinds = {kind for parts in kinds_in(table, attacks).values() for kind in parts.values()}
     return bool(kinds & BLIND and kinds - BLIND)
 
 
 def has_weak(table: pd.DataFrame, attacks: Mapping[str, object]) -> bool:
-    """Whether the table holds PGD, or what declares itself as weak, beside something else."""
+    """Return whether the table holds PGD, or what declares itself as weak, beside something else."""
     is_weak = {set(parts.values()) == {FIXED_STEP} for parts in kinds_in(table, attacks).values()}
     return is_weak == {True, False}
 
 
 def _kind_of_part(parts: Mapping[str, str], by: str) -> str:
-    """The kind of what broke a sample; of a part that its ensemble no longer has by its name."""
+    """Return the kind of what broke a sample; if its ensemble no longer has that part, go by the name."""
     return parts.get(by) or kind_of(_class_of(by))

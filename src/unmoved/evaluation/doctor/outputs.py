@@ -1,4 +1,4 @@
-"""What the model's outputs say by themselves: its mode, its randomness, its companions, its scale."""
+"""Check a model's outputs for signs of trouble: training mode, randomness, dependence on the batch, wrong scale."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SIGNIFICANT = 3.0  # standard errors of a paired difference: eight transforms ar
 
 
 def mode(case: Case) -> Finding | None:
-    """A model handed over in training mode, where that changes its outputs."""
+    """Find a model in training mode, if that changes its outputs."""
     training = [module for module in case.model.modules() if getattr(module, "training", False)]
     if not training:
         return None
@@ -50,7 +50,7 @@ def mode(case: Case) -> Finding | None:
 
 
 def stochastic(case: Case) -> Finding | None:
-    """Outputs that are random even in evaluation mode."""
+    """Find outputs that are random even in evaluation mode."""
     if not case.is_random:
         return None
     return Finding(
@@ -64,7 +64,7 @@ def stochastic(case: Case) -> Finding | None:
 
 
 def companions(case: Case) -> Finding | None:
-    """An image's outputs that depend on the other images of its batch, in evaluation mode."""
+    """Find outputs for an image that depend on the other images of its batch, in evaluation mode."""
     if case.is_random or not _depends_on_companions(case, "eval"):
         return None
     return Finding(
@@ -78,7 +78,7 @@ def companions(case: Case) -> Finding | None:
 
 
 def probabilities(case: Case) -> Finding | None:
-    """Probabilities where logits are expected."""
+    """Find probabilities where logits are expected."""
     out = case.clean
     if float(out.min()) < 0 or float(out.max()) > 1 + SUMS_TO_ONE:
         return None
@@ -102,7 +102,7 @@ def probabilities(case: Case) -> Finding | None:
 
 
 def normalisation(case: Case) -> Finding | None:
-    """Clean accuracy that jumps when the images are normalised, un-normalised or rescaled first."""
+    """Find a clean accuracy that jumps when the images are normalised, un-normalised or rescaled first."""
     right = case.clean.argmax(dim=1) == case.batch.y
     best: tuple[float, str, float] | None = None
     for name, transform in _transforms(case.model, case.batch.x):
@@ -135,7 +135,7 @@ def normalisation(case: Case) -> Finding | None:
 
 
 def nothing_right(case: Case) -> Finding | None:
-    """A model that gets nothing right: there is no accuracy to lose."""
+    """Find a model that gets nothing right, so that there is no accuracy to lose."""
     return Finding(
         "nothing right",
         DO_NOT_BELIEVE,
@@ -146,7 +146,7 @@ def nothing_right(case: Case) -> Finding | None:
 
 
 def _transforms(model: nn.Module, x: Image) -> Iterator[tuple[str, Callable[[Image], Image]]]:
-    """What a missing or a double normalisation would need."""
+    """List the transforms that would undo a missing or a double normalisation."""
     pixels = x.transpose(0, 1).flatten(1)
     known = {"the data's mean and std": (pixels.mean(dim=1), pixels.std(dim=1).clamp_min(1e-6))}
     known["mean 0.5 and std 0.5"] = (x.new_tensor([0.5]), x.new_tensor([0.5]))
@@ -172,7 +172,7 @@ def _restored(x: Image, mean: Tensor, std: Tensor) -> Image:
 
 
 def _depends_on_companions(case: Case, mode: str) -> bool:
-    """Whether the first half's outputs change when the second half is replaced; the batch keeps its size."""
+    """Return whether the first half's outputs change when the second half is replaced; the batch keeps its size."""
     x = case.batch.x
     half = len(x) // 2
     low, high = case.threat.bounds

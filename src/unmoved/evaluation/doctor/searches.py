@@ -1,4 +1,4 @@
-"""What searches of growing strength say of each other: stronger ones should add little, weaker ones never win."""
+"""Compare attacks of growing strength: stronger ones should add little, and weaker ones never win."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ ROUND_CLOSER, ROUND_WRONG, ROUND_LEAST = 0.1, 0.5, 5
 
 
 def grade(value: float, closer: float, wrong: float) -> str | None:
-    """The grade of a value against its two thresholds, None below both."""
+    """Grade a value against its two thresholds; None below both."""
     return DO_NOT_BELIEVE if value >= wrong else LOOK_CLOSER if value >= closer else None
 
 
 def other_loss(case: Case) -> Finding | None:
-    """A margin that breaks far more than cross-entropy with the same steps."""
+    """Find a margin loss that breaks far more than cross-entropy with the same steps."""
     share = case.other_loss.count / len(case.right)
     return loss_gap(
         share,
@@ -51,7 +51,7 @@ def other_loss(case: Case) -> Finding | None:
 
 
 def loss_gap(share: float, measured: str) -> Finding | None:
-    """The finding of a gap between PGD with cross-entropy and something stronger."""
+    """Make the finding of a gap between PGD with cross-entropy and something stronger."""
     if share < LOSS_NOTE:
         return None
     return Finding(
@@ -65,7 +65,7 @@ def loss_gap(share: float, measured: str) -> Finding | None:
 
 
 def stronger_search(case: Case) -> Finding | None:
-    """Adaptive steps, restarts and targets that break far more than plain PGD with both losses."""
+    """Find that adaptive steps, restarts and targets break far more than plain PGD with both losses."""
     count = case.strong.count + case.scale * (case.restarts.count + case.targeted.count)
     found = grade(count / len(case.right), SEARCH_CLOSER, SEARCH_WRONG)
     if found is None:
@@ -82,7 +82,7 @@ def stronger_search(case: Case) -> Finding | None:
 
 
 def more_restarts(case: Case) -> Finding | None:
-    """Restarts that go on breaking samples."""
+    """Find that further restarts go on breaking samples."""
     share = case.scale * case.restarts.count / len(case.right)
     found = grade(share, RESTARTS_CLOSER, RESTARTS_WRONG)
     if found is None:
@@ -98,7 +98,7 @@ def more_restarts(case: Case) -> Finding | None:
 
 
 def still_rising(case: Case) -> Finding | None:
-    """A loss that has not come to rest after many steps."""
+    """Find a loss that still rises after many steps."""
     batch = case.restarts.batch
     if not case.has_gradient or len(batch) == 0 or case.threat.norm == "l1":
         return None
@@ -127,7 +127,7 @@ def still_rising(case: Case) -> Finding | None:
 
 
 def whole_box(case: Case) -> Finding | None:
-    """A gradient attack that fails where any image is allowed, so that painting another image succeeds."""
+    """Find a gradient attack that fails where any image is allowed, so that painting another image succeeds."""
     low, high = case.threat.bounds
     box = ThreatModel("linf", high - low, case.threat.bounds)
     climbed = case.climb(PGD(box, steps=WEAK_STEPS, start="none", keep="best", seed=case.seed), case.right)
@@ -149,14 +149,14 @@ def whole_box(case: Case) -> Finding | None:
 
 
 def _pictures(case: Case) -> list[Image]:
-    """Mid-grey, and the first right image of each class."""
+    """Return mid-grey, and the first right image of each class."""
     right = case.right
     firsts = [right.x[right.y == label][:1] for label in right.y.unique()]
     return [torch.full_like(right.x[:1], sum(case.threat.bounds) / 2), *firsts]
 
 
 def black_box(case: Case) -> Finding | None:
-    """Random search that breaks what every gradient attack left."""
+    """Find that random search breaks what every gradient attack left."""
     search = case.search(Square(case.threat, queries=QUERIES, seed=case.seed), case.survivors)
     return _beats_white_box(
         case, search, "black-box stronger", f"Square with {QUERIES} queries, which sees no gradient,"
@@ -164,7 +164,7 @@ def black_box(case: Case) -> Finding | None:
 
 
 def transfer(case: Case) -> Finding | None:
-    """Images made for another model that break what every gradient attack on this one left."""
+    """Find that images made for another model break what every gradient attack on this one left."""
     if case.surrogate is None:
         return None
     search = case.search(Transfer(case.threat, case.surrogate), case.survivors)
@@ -181,14 +181,14 @@ def _beats_white_box(case: Case, search: Search, check: str, who: str) -> Findin
 
 
 def beaten(share: float, count: int) -> str | None:
-    """The grade of samples that only a weaker attacker broke."""
+    """Grade samples that only a weaker attacker broke."""
     if count == 0:
         return None
     return (grade(share, BLACK_CLOSER, BLACK_WRONG) or NOTE) if count >= BLACK_LEAST else NOTE
 
 
 def weaker_wins(check: str, found: str, measured: str) -> Finding:
-    """The finding of an attacker who knows less and does better."""
+    """Make the finding of an attacker who knows less and does better."""
     return Finding(
         check,
         found,
@@ -199,7 +199,7 @@ def weaker_wins(check: str, found: str, measured: str) -> Finding:
 
 
 def rounding(case: Case) -> Finding | None:
-    """Adversarial images that stop being adversarial in 8 bits."""
+    """Find adversarial images that stop being adversarial in 8 bits."""
     searches: Sequence[Search] = (case.weak, case.other_loss, case.strong)  # the others stop at the boundary
     x_adv = torch.cat([s.x_adv[s.broken] for s in searches])
     y = torch.cat([s.batch.y[s.broken] for s in searches])
