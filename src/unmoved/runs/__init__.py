@@ -1,1 +1,1 @@
-"""One run: its folder and its recipe, and how it is trained, evaluated and examined; runs of one recipe together."""
+"""Train, evaluate and examine one run from its recipe, in a folder of its own; group the runs of one recipe."""

@@ -1,4 +1,4 @@
-"""Recipes -> objects: model, data, phases, attacks."""
+"""Build the objects that a recipe describes: model, data, phases, attacks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from unmoved.terms import Sum
 
 
 class Built:
-    """The objects of a recipe: model, data, phases and the rest of what the loop and the judge are handed.
+    """Build and hold the objects of a recipe: model, data, phases and what else training and evaluation need.
 
     Args:
         recipe: what to build.
@@ -72,7 +72,7 @@ class Built:
         } or {"pgd": PGD(self.threat, steps=20, keep="best", seed=seed), "apgd": APGD(self.threat, seed=seed)}
 
     def parts(self) -> tuple[data.ArraySplit | data.Selection, data.Selection | None]:
-        """(what weights are trained on, what is held out of it to choose an epoch or a setting, None if nothing is).
+        """Return (training data, what is held out of it to choose an epoch or a setting; None if nothing is).
 
         Both are in the memory of the training data.
         """
@@ -83,7 +83,7 @@ class Built:
         return train.lent(~chosen), train.lent(chosen, f"{train.name}/validation")
 
     def attack(self, name: str) -> Attack:
-        """The attack of this name with its default settings, on the recipe's threat model."""
+        """Return the attack of this name with its default settings, on the recipe's threat model."""
         table = TypeAdapter(components.AttackTable).validate_python(name)
         found: Attack = self._build("attacks", table, **self.given)
         return found
@@ -95,7 +95,7 @@ class Built:
             raise UnmovedError(f"recipe {self.recipe.name}: {error}") from error
 
     def model(self) -> nn.Module:
-        """A new model, its weights drawn by the recipe's seed; the caller's random state is left alone."""
+        """Make a new model, its weights drawn by the recipe's seed; the caller's random state is left alone."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.recipe.training.seed)
             try:
@@ -119,7 +119,7 @@ class Built:
         )
 
     def _term(self, table: Any) -> Any:
-        """The same table in two phases is one object: a term that learns goes on learning."""
+        """Return the term of a table; the same table in two phases is one object, so that a term goes on learning."""
         key = repr(table.model_copy(update={"weight": None}))
         if key not in self._terms:
             self._terms[key] = self._build("terms", table, **self.given)

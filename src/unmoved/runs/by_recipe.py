@@ -1,4 +1,4 @@
-"""Runs -> verdicts: the seeds of one recipe taken together, after a look whether all runs were judged alike.
+"""Group evaluated runs by recipe, seeds together, after checking that all were evaluated alike.
 
 Accuracies are only comparable on the same data, in the same ball, under the same attacks; `verdicts` refuses anything
 else. What AutoAttack and the doctor say is added where it is about the same weights.
@@ -31,7 +31,7 @@ _summary, _per_class, _curve_summary = (
 
 
 class Opinion(NamedTuple):
-    """What the doctor says of a recipe.
+    """Hold what the doctor found in the runs of a recipe.
 
     Attributes:
         grade: the worst over the seeds; "" where nothing objects, or nobody looked.
@@ -48,49 +48,49 @@ class Opinion(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Verdict:
-    """One recipe, judged: its runs, one per seed, and what they say together."""
+    """Hold the evaluated runs of one recipe, one per seed, and summarise them."""
 
     name: str
     runs: tuple[Judged, ...]
 
     @cached_property
     def measures(self) -> dict[str, dict[str, Any]]:
-        """By measure ("clean", each attack, "worst case"): the row of `outcomes.across_seeds`."""
+        """Return the row of `outcomes.across_seeds` by measure: "clean", each attack, "worst case"."""
         rows: list[dict[Any, Any]] = self._across(_summary).to_dict("records")
         return {row["measure"]: row for row in rows}
 
     @cached_property
     def settled(self) -> tuple[Judged, ...]:
-        """The runs that AutoAttack has judged."""
+        """Return the runs that AutoAttack has judged."""
         return tuple(run for run in self.runs if run.autoattack is not None)
 
     @cached_property
     def autoattack(self) -> dict[str, Any] | None:
-        """What AutoAttack leaves, as a row of `measures`; None where it has judged no seed."""
+        """Return the accuracy under AutoAttack as a row of `measures`; None if it has judged no seed."""
         tables = [run.autoattack for run in self.settled if run.autoattack is not None]
         rows: list[dict[Any, Any]] = outcomes.across_seeds(tables, worst).to_dict("records") if tables else []
         return rows[0] if rows else None
 
     @cached_property
     def autoattack_by_seed(self) -> dict[int, dict[str, Any]]:
-        """What AutoAttack leaves of each seed that it judged, as rows of `outcomes.summary`."""
+        """Return the accuracy under AutoAttack of each seed that it judged, as rows of `outcomes.summary`."""
         tables = {run.seed: run.autoattack for run in self.settled if run.autoattack is not None}
         return {seed: dict(worst(table).to_dict("records")[0]) for seed, table in tables.items()}  # type: ignore[arg-type]
 
     @property
     def versions(self) -> str:
-        """Which versions of AutoAttack judged, where it was not the standard one: ``"rand"``."""
+        """Return which versions of AutoAttack judged, other than the standard one: ``"rand"``."""
         names = {str(name) for run in self.settled if run.autoattack is not None for name in run.autoattack["attack"]}
         return "" if names <= {"autoattack"} else ", ".join(n.partition("-")[2] or "standard" for n in sorted(names))
 
     @property
     def robust(self) -> dict[str, Any]:
-        """AutoAttack's row where there is one, otherwise that of the worst case."""
+        """Return AutoAttack's row if there is one, otherwise that of the worst case."""
         return self.autoattack or self.measures[WORST]
 
     @cached_property
     def broken(self) -> pd.DataFrame:
-        """recipe, source, by, place, share, n: `Judged.broken`, in the mean over the seeds that AutoAttack judged.
+        """Average `Judged.broken` over the seeds that AutoAttack judged: recipe, source, by, place, share, n.
 
         In the mean over all seeds where it judged none.
         """
@@ -105,23 +105,23 @@ class Verdict:
 
     @cached_property
     def opinion(self) -> Opinion:
-        """What the doctor says of all seeds together."""
+        """Return what the doctor found in all seeds together."""
         return opinion(self.runs)
 
     @cached_property
     def by_seed(self) -> pd.DataFrame:
-        """`outcomes.summary` of each run, with columns recipe and seed."""
+        """Return `outcomes.summary` of each run, with columns recipe and seed."""
         rows = [_summary(run.outcomes).assign(recipe=self.name, seed=run.seed) for run in self.runs]
         return pd.concat(rows, ignore_index=True)
 
     @cached_property
     def classes(self) -> pd.DataFrame:
-        """`outcomes.per_class` across the seeds."""
+        """Return `outcomes.per_class` across the seeds."""
         return self._across(_per_class)
 
     @cached_property
     def curve(self) -> pd.DataFrame | None:
-        """`outcomes.curve_summary` across the seeds that have a curve; None where none has."""
+        """Return `outcomes.curve_summary` across the seeds that have a curve; None if none has."""
         tables = [run.curve for run in self.runs if run.curve is not None]
         if not tables:
             return None
@@ -129,23 +129,23 @@ class Verdict:
 
     @cached_property
     def metrics(self) -> pd.DataFrame | None:
-        """What training logged, with a column seed; None where nothing was trained here."""
+        """Return what training logged, with a column seed; None if nothing was trained here."""
         tables = [run.metrics.assign(seed=run.seed) for run in self.runs if len(run.metrics)]
         return pd.concat(tables, ignore_index=True) if tables else None
 
     @property
     def gallery(self) -> dict[str, np.ndarray] | None:
-        """The gallery of the first seed that has one."""
+        """Return the gallery of the first seed that has one."""
         return next((run.gallery for run in self.runs if run.gallery is not None), None)
 
     @property
     def seconds(self) -> float | None:
-        """Training time of a run, in the mean over seeds; None where nothing was trained here."""
+        """Return the training time of a run, in the mean over seeds; None if nothing was trained here."""
         return None if self.metrics is None else float(self.metrics.groupby("seed")["seconds"].max().mean())
 
     @property
     def weights(self) -> str:
-        """Which weights were judged: "best" or "last"."""
+        """Return which weights were judged: "best" or "last"."""
         return str(self.runs[0].evaluation.get("weights", "unknown"))
 
     def _across(self, measure: Callable[[pd.DataFrame], pd.DataFrame]) -> pd.DataFrame:
@@ -153,7 +153,7 @@ class Verdict:
 
 
 def opinion(runs: Sequence[Judged]) -> Opinion:
-    """The findings of all seeds together; what was found alike at several seeds stands once."""
+    """Merge the doctor's findings of all seeds; what was found alike at several seeds is listed once."""
     cards: dict[tuple[str, ...], dict[str, Any]] = {}
     by_grade: dict[str, dict[str, list[int]]] = {grade: {} for grade in GRADES}
     for run in runs:
@@ -172,7 +172,7 @@ def opinion(runs: Sequence[Judged]) -> Opinion:
 
 
 def verdicts(runs: Sequence[Run]) -> list[Verdict]:
-    """The runs grouped by recipe, in order of appearance. Recipes that differ in more than training.seed stay apart.
+    """Group runs by recipe, in order of appearance. Recipes that differ in more than training.seed stay apart.
 
     Different recipes of one name are told apart by the folder of their first run.
 
@@ -204,7 +204,7 @@ def verdicts(runs: Sequence[Run]) -> list[Verdict]:
 
 
 def worst(table: pd.DataFrame) -> pd.DataFrame:
-    """The row of `outcomes.summary` that says what stands against every attack; of a table that is checked."""
+    """Return the "worst case" row of `outcomes.summary`, of a table that is checked already."""
     rows = _summary(table)
     return rows[rows["measure"] == WORST]
 
@@ -222,7 +222,7 @@ def _require_alike(runs: Sequence[Judged]) -> None:
 
 
 def _where_all_are_settled(runs: Sequence[Judged]) -> tuple[Judged, ...]:
-    """The seeds of one recipe, what AutoAttack says of each cut down to the images on which it judged all of them.
+    """Cut AutoAttack's outcomes of each seed of a recipe down to the images on which it judged all seeds.
 
     Raises:
         UnmovedError: it judged no image in all of them.
@@ -245,7 +245,7 @@ def _where_all_are_settled(runs: Sequence[Judged]) -> tuple[Judged, ...]:
 
 
 def without_seeds(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe without what tells its runs apart: training.seed, and which of the parts of training.part it took.
+    """Remove from a recipe what tells its runs apart: training.seed, and which part of training.part it took.
 
     Every other seed is a setting: data.seed chooses the test images.
     """

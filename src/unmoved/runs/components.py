@@ -1,4 +1,4 @@
-"""Recipe tables <-> objects: ``{use = "pgd", steps = 10}`` <-> ``attacks.PGD(steps=10)``.
+"""Convert tables of a recipe to objects and back: ``{use = "pgd", steps = 10}`` <-> ``attacks.PGD(steps=10)``.
 
 The namespace is the registry: what `unmoved.terms` exports can be named in a recipe, in snake case. The settings of a
 component are the parameters of its constructor, read from its signature, so there is no second list to keep.
@@ -39,7 +39,7 @@ from unmoved.training import averaging, optim
 
 
 def parse_number(value: Any) -> Any:
-    """``"8/255"`` as a float; any other number as it is."""
+    """Parse ``"8/255"`` to a float; return any other number as it is."""
     if isinstance(value, str):
         # Not fractions.Fraction: "1e999999999" keeps it busy for ever.
         top, slash, bottom = value.replace(" ", "").partition("/")
@@ -54,7 +54,7 @@ def parse_number(value: Any) -> Any:
 
 
 def _no_truth_value(value: Any) -> Any:
-    """Python counts true as 1; a recipe that says so means something else."""
+    """Refuse true and false as numbers: Python counts true as 1, a recipe means something else."""
     if isinstance(value, bool):
         raise ValueError(f"expected a number, came {str(value).lower()}")
     return value
@@ -160,7 +160,7 @@ INJECTED = {"threat", "num_classes", "shape", "progress", "lazily"}
 
 
 def _field_type(hint: Any) -> Any:
-    """The type of a recipe key for a parameter's annotation."""
+    """Return the type of a recipe key for a parameter's annotation."""
     plain = {float: Number, int: Whole, bool: StrictBool}
     if hint in plain:
         return plain[hint]
@@ -177,7 +177,7 @@ def _field_type(hint: Any) -> Any:
 
 
 def _settings(kind: str, name: str, factory: Factory) -> type[Settings]:
-    """The pydantic model of a component, from its signature; a term has its weight in the same table."""
+    """Make the pydantic model of a component from its signature; a term has its weight in the same table."""
     signature = inspect.signature(factory)
     target = vars(factory)["__init__"] if isinstance(factory, type) else factory
     hints = typing.get_type_hints(target, vars(sys.modules[factory.__module__]))
@@ -202,7 +202,7 @@ def _settings(kind: str, name: str, factory: Factory) -> type[Settings]:
 
 # Tags of unions stand in angle brackets: error locations drop them, since a reader of the recipe knows no such key.
 def _table(kind: str) -> Any:
-    """The union of a kind's components, told apart by ``use``; a bare string is a component with its defaults."""
+    """Make the union of a kind's components, told apart by ``use``; a string is a component with its defaults."""
     known = KINDS[kind]
     SETTINGS[kind] = {name: _settings(kind, name, factory) for name, factory in known.items()}
     members = [Annotated[settings, Tag(f"<{name}>")] for name, settings in SETTINGS[kind].items()]
@@ -229,7 +229,7 @@ def _table(kind: str) -> Any:
 
 
 def to_table(value: Any) -> dict[str, Any]:
-    """A component as the table that makes it (frozen dataclasses only)."""
+    """Convert a component to the table that makes it (frozen dataclasses only)."""
     settings = {name: getattr(value, name) for name in getattr(value, "__dataclass_fields__", {})}
     return {"use": snake_case(type(value).__name__), **settings}
 
@@ -263,7 +263,7 @@ else:
 
 
 def build(kind: str, table: BaseModel, allow: Collection[str] = (), **given: Any) -> Any:
-    """The object that a validated table describes; ``given`` fills the parameters that no recipe has to give.
+    """Make the object that a validated table describes; ``given`` fills parameters that recipes do not set.
 
     Raises:
         UnmovedError: as `foreign.find`, or arguments that it does not take.
@@ -301,5 +301,5 @@ def _value(value: Any, allow: Collection[str]) -> Any:
 
 
 def ramp(value: float | RampTable) -> float | Ramp:
-    """A number of a recipe as the value that the package computes with."""
+    """Convert a number or ramp of a recipe to the value that the package computes with."""
     return Ramp(value.from_, value.to, value.over) if isinstance(value, RampTable) else value

@@ -1,4 +1,4 @@
-"""A run as it was judged: its outcomes, AutoAttack's, and the doctor's words, if all are about the same weights."""
+"""Read an evaluated run: its outcomes, AutoAttack's and the doctor's findings, if all are about the same weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PARTS = ("apgd-ce", "apgd-dlr", "apgd-margin", "apgd-t", "apgd-margin-t", "fab-t
 
 
 class Protocol(NamedTuple):
-    """How a run was judged: two runs are comparable when these agree."""
+    """Describe how a run was evaluated: two runs are comparable if these agree."""
 
     split: str
     norm: str
@@ -33,7 +33,7 @@ class Protocol(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Judged:
-    """An evaluated run, read from its folder once (a `Run` reads its files anew each time it is asked).
+    """Hold an evaluated run, read from its folder once (a `Run` reads its files anew each time it is asked).
 
     ``autoattack`` holds AutoAttack's outcomes and ``verdict`` its facts; ``stale`` says what is not shown, because it
     is about other weights than the evaluation.
@@ -140,7 +140,7 @@ class Judged:
 
 
 def samples_of(table: pd.DataFrame) -> pd.DataFrame:
-    """The samples that a table is about: index and label, sorted, each once."""
+    """Return the samples that a table is about: index and label, sorted, each once."""
     return table[["index", "label"]].drop_duplicates().sort_values(["index", "label"], ignore_index=True)
 
 

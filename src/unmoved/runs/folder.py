@@ -1,4 +1,4 @@
-"""A run folder: what was asked, where and when it was done, how it went, and the weights. No pickle is ever executed.
+"""Read and write run folders: recipe, provenance, log, weights, evaluations. No pickle is ever executed.
 
 recipe.toml          the fully resolved recipe
 provenance.json      versions, hardware, seed, git state, times
@@ -11,6 +11,7 @@ trainer.previous.pt  the one before, for when trainer.pt is damaged
 evaluation/          outcomes.csv, curve.csv, gallery.npz, evaluation.json
 verdict/             outcomes.csv, verdict.json: AutoAttack's
 validation/          outcomes.csv, validation.json: of images held out of training, to choose settings by
+error.txt            the traceback of a run of `unmoved compare` that failed, until it succeeds
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ GALLERY = ("x", "x_adv", "label", "clean_prediction", "adversarial_prediction", 
 
 
 class Run:
-    """A run folder on disk; see the module for what it holds.
+    """Represent a run folder on disk; the module says what it holds.
 
     Raises:
         UnmovedError: `open`: a folder that is missing, half written or of another version.
@@ -61,7 +62,7 @@ class Run:
 
     @classmethod
     def create(cls, path: Path | str, recipe: dict[str, Any]) -> Run:
-        """A new run folder; a folder of a run of which anything was saved is refused."""
+        """Make a new run folder; refuse one in which anything of a run was saved."""
         run = cls(path)
         if run.is_begun():
             raise UnmovedError(f"{run.path} already holds a run: pass --resume to go on with it, or another --out")
@@ -89,7 +90,7 @@ class Run:
         return run
 
     def is_begun(self) -> bool:
-        """Whether anything of its training was saved."""
+        """Return whether anything of its training was saved."""
         names = ("trainer.pt", "trainer.previous.pt", "last.safetensors", "best.safetensors", METRICS)
         return any(os.path.lexists(self.path / name) for name in names)
 
@@ -114,12 +115,12 @@ class Run:
 
     @property
     def metrics(self) -> pd.DataFrame:
-        """One row an epoch; the objective's parts as columns ``parts.ce`` and so on."""
+        """Return one row an epoch; the objective's parts as columns ``parts.ce`` and so on."""
         return pd.json_normalize(records.log(self.path / METRICS, "train again"))
 
     @property
     def per_class(self) -> pd.DataFrame:
-        """A row for each epoch, term and class, of what terms report by class, such as `GlobalProbability`'s q."""
+        """Return what terms report by class, such as `GlobalProbability`'s q: a row for each epoch, term and class."""
         lines = records.per_class(self.path / PER_CLASS, "train again")
         if lines is None:  # an older version kept it in the log
             log = records.log(self.path / METRICS, "train again")
@@ -130,7 +131,7 @@ class Run:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Be the only one who trains or evaluates this run, and clear away what killed processes left half written.
+        """Lock the run for training or evaluation, and remove files that killed processes left half written.
 
         Raises:
             UnmovedError: another process is at it.
@@ -147,7 +148,7 @@ class Run:
             yield
 
     def save_state(self, state: dict[str, Any]) -> None:
-        """The trainer's state: tensors, numbers, strings and plain containers only. The one before is kept."""
+        """Save the trainer's state: tensors, numbers, strings and plain containers only. The one before is kept."""
         checkpoint.save(self.path, state)
 
     def load_state(self, *, mend: bool = False) -> dict[str, Any] | None:
@@ -160,7 +161,7 @@ class Run:
         return checkpoint.load(self.path, mend=mend)
 
     def mend_weights(self, state: dict[str, Any]) -> None:
-        """Write weights files that are missing or damaged anew, from what `load_state` returned."""
+        """Restore weights files that are missing or damaged from what `load_state` returned."""
         for which, tensors in (("last", state.get("average", state["model"])), ("best", state.get("best_model"))):
             path = self.path / f"{which}.safetensors"
             if tensors is not None and not models.is_whole(path):
@@ -169,16 +170,16 @@ class Run:
 
     @cached_property
     def log(self) -> Log:
-        """The files that training appends an epoch's record to."""
+        """Return the log: the files that training appends an epoch's record to."""
         return Log(self.path)
 
     def mend_log(self, state: dict[str, Any]) -> None:
-        """Bring the log to where it was when this state of `load_state` was saved, its own epoch the last line."""
+        """Cut the log back to where it was when this state of `load_state` was saved; its epoch is the last line."""
         self.log.go_back(state["log"], state["epochs"])
         self.log.add(state["record"])
 
     def is_done(self, epochs: int) -> bool:
-        """Whether all epochs are saved, which the log says, and their weights are whole; nothing else is read."""
+        """Return whether all epochs are saved, by the log, and their weights are whole; nothing else is read."""
         try:
             logged = [line["epoch"] for line in records.log(self.path / METRICS, "")]
         except UnmovedError:
@@ -187,7 +188,7 @@ class Run:
         return logged == list(range(1, epochs + 1)) and all(map(models.is_whole, weights))
 
     def save_weights(self, model: nn.Module, which: str, state: dict[str, Any] | None = None) -> None:
-        """The weights of a model, or those that its ``state_dict`` returned at another time."""
+        """Save the weights of a model, or those that its ``state_dict`` returned at another time."""
         models.save_weights(model, self.path / f"{which}.safetensors", state)
 
     def load_weights(self, model: nn.Module, which: str) -> None:
@@ -214,7 +215,7 @@ class Run:
         images: str | None = None,
         journal: str | None = None,
     ) -> None:
-        """Into the folder ``kind``, in the place of the evaluation that is there: as a whole, or not at all.
+        """Save an evaluation in the folder ``kind``, replacing the one that is there: as a whole, or not at all.
 
         Args:
             facts: with a ``question``, the images of an evaluation that answered the same one are kept.
@@ -250,12 +251,12 @@ class Run:
 
     @property
     def verdict(self) -> dict[str, Any] | None:
-        """The facts of AutoAttack's verdict, or None."""
+        """Return the facts of the evaluation with AutoAttack, or None."""
         return self._facts("verdict")
 
     @property
     def validation(self) -> dict[str, Any] | None:
-        """The facts of a judgement of validation images, or None."""
+        """Return the facts of an evaluation on validation images, or None."""
         return self._facts("validation")
 
     def _facts(self, kind: str) -> dict[str, Any] | None:
@@ -273,7 +274,7 @@ class Run:
 
     @property
     def doctor(self) -> dict[str, Any] | None:
-        """What `unmoved doctor` found and about which weights, or None where nobody looked."""
+        """Return what `unmoved doctor` found and about which weights, or None if it was not run."""
         return records.read(records.Doctor, self.path / "doctor.json", self._again("doctor"))
 
     @property
@@ -289,7 +290,7 @@ class Run:
         return self._outcomes("evaluation", "curve.csv")
 
     def _outcomes(self, kind: str, name: str) -> pd.DataFrame | None:
-        """A table, looked through once as long as its file is the same: a new one never has all of these alike."""
+        """Read a table of outcomes; it is checked once as long as its file is the same, by size, time and number."""
         path = latest(self.path / kind, kind, name)
         try:
             with untrusted.regular(path) as file:

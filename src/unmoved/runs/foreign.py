@@ -1,4 +1,4 @@
-"""A stranger's own parts: what ``use = "module:Name"`` in a recipe may reach, and of which kind it must be.
+"""Import classes and functions that a recipe names as ``use = "module:Name"``, if the user allowed the package.
 
 A recipe travels, and whoever wrote it chooses the name and the arguments of what is called. So a recipe reaches only
 what an allowed package offers (defines itself, or lists in ``__all__``), never what it happens to have imported, and
@@ -44,7 +44,7 @@ class Place:
     takes: tuple[str, ...] = ()
 
     def fits(self, kind: type) -> bool:
-        """Whether an instance of this class is what the place asks for."""
+        """Return whether an instance of this class is what the place asks for."""
         if self.of is not None:
             return issubclass(kind, self.of)
         owner = next((base for base in kind.__mro__ if "__call__" in vars(base)), None)
@@ -65,7 +65,7 @@ class Place:
 
 
 def find(use: str, allow: Collection[str], place: Place) -> Factory:
-    """The class or function behind ``module:Name``, from the environment or the current folder, if it may be called.
+    """Import the class or function ``module:Name`` from the environment or the current folder, if it may be called.
 
     The current folder stands behind everything that is installed.
 
@@ -121,7 +121,7 @@ def _imported(use: str, name: str) -> types.ModuleType:
 
 
 def _stand_here() -> None:
-    """Put the current folder at the end of the path of imports, in place of the one that stood there before."""
+    """Put the current folder at the end of ``sys.path``, in place of the one that this function put there before."""
     here = os.getcwd()
     if _stood and _stood[0] != here and _stood[0] in sys.path:
         sys.path.remove(_stood.pop())
@@ -142,7 +142,7 @@ def _require_of_here(use: str, package: str) -> None:
 
 
 def _package(thing: Any, key: str = "__module__") -> str:
-    """The package that defines a thing; what wraps it does not count."""
+    """Return the package that defines a thing; what wraps it does not count."""
     while isinstance(thing, functools.partial):
         thing = thing.func
     return str(getattr(thing, key, None) or type(thing).__module__).split(".")[0]
@@ -178,7 +178,7 @@ def _require_kind(use: str, thing: Any, place: Place, *, is_own: bool) -> None:
 
 
 def _returned(function: Any) -> Any:
-    """The return annotation of a function or callable object; `_UNSAID` where there is none that can be read."""
+    """Return the return annotation of a function or callable object; `_UNSAID` if there is none that can be read."""
     while isinstance(function, functools.partial):
         function = function.func
     if isinstance(function, type):
@@ -201,7 +201,7 @@ def _returned(function: Any) -> Any:
 
 
 def _says(hint: Any, place: Place) -> bool:
-    """Whether a return annotation may be what the place asks for."""
+    """Return whether a return annotation may be what the place asks for."""
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
         return any(_says(part, place) for part in typing.get_args(hint))

@@ -1,4 +1,4 @@
-"""A run's model as it was trained: built from its recipe, with the weights that were kept."""
+"""Load a run's trained model: built from its recipe, with the best or the last weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from unmoved.runs.provenance import code
 
 
 class Opened(NamedTuple):
-    """A run's objects and its model with some of its weights, in evaluation mode on the device."""
+    """Hold a run's objects and its model with some of its weights, in evaluation mode on the device."""
 
     built: Built
     model: nn.Module
@@ -39,7 +39,7 @@ def opened(
     source: DataSet | None = None,
     built: Built | None = None,
 ) -> Opened:
-    """The run's objects and its model with these weights.
+    """Build the run's objects and load its model with these weights.
 
     Args:
         source: the data of its recipe, where it was made already.
@@ -57,7 +57,7 @@ def opened(
 
 
 def weights_digest(run: Run, weights: str) -> str:
-    """The sha256 of a weights file: says which weights a verdict is about."""
+    """Return the sha256 of a weights file, by which an evaluation names its weights."""
     path = run.path / f"{weights}.safetensors"
     try:
         status = path.stat()
@@ -68,12 +68,12 @@ def weights_digest(run: Run, weights: str) -> str:
 
 @lru_cache(maxsize=64)
 def _digest(path: Path, stamp: tuple[int, ...]) -> str:
-    """Of a file with this stamp, which no other version of it has: weights may be large, and are asked about often."""
+    """Compute the sha256 of a file once for each stamp: weights may be large and are asked about often."""
     return untrusted.digest(path)
 
 
 def question_about(built: Built, split: ArraySplit | Selection, allow: Collection[str]) -> dict[str, Any]:
-    """What any answer about a run's model depends on, beside its weights and the settings of the question."""
+    """Return what any result about a run's model depends on, beside its weights and the settings: data and code."""
     recipe = json.dumps(built.recipe.tables(), sort_keys=True, default=str)
     return {
         "images": split.digest,

@@ -1,4 +1,4 @@
-"""One writer at a time in a folder. The operating system holds the lock, so that it dies with its process."""
+"""Lock a folder for one writer at a time, by a lock of the operating system that ends with its process."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ else:
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Be the only one who writes into a folder, which is made where it is missing.
+    """Lock a folder inside the block; the folder is made if it is missing.
 
     The same thread may enter again. What an ended process leaves behind, also one that was killed, locks nobody out.
 

@@ -1,4 +1,4 @@
-"""Where a number comes from: versions, hardware, seed, git state and time."""
+"""Record where a result comes from: versions, hardware, seed, git state and time."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PACKAGES = ("unmoved", "torch", "lightning-fabric", "numpy", "scipy", "scikit-le
 
 
 def provenance(recipe: dict[str, Any]) -> dict[str, Any]:
-    """A record of this machine and moment."""
+    """Make a record of this machine and moment."""
     return {
         "command": readable(" ".join([Path(sys.argv[0]).name, *sys.argv[1:]])),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -34,7 +34,7 @@ def provenance(recipe: dict[str, Any]) -> dict[str, Any]:
 
 
 def code(packages: Collection[str] = ()) -> str:
-    """The sha256 of the files of unmoved, and of what is loaded of these packages: a version may stand still."""
+    """Compute the sha256 of unmoved's files and of the loaded files of these packages: versions may stand still."""
     tops = {name.partition(".")[0] for name in packages}
     theirs = [module for name, module in list(sys.modules.items()) if name.partition(".")[0] in tops]
     files = {Path(file) for module in theirs if (file := getattr(module, "__file__", None))}
@@ -57,7 +57,7 @@ def _sha256(path: Path) -> bytes:
 
 
 def hardware() -> dict[str, Any]:
-    """The processor, its cores and the threads used, memory in GiB, and the GPU where there is one."""
+    """Describe the processor, its cores and the threads used, memory in GiB, and the GPU if there is one."""
     facts: dict[str, Any] = {
         "system": f"{platform.system()} {platform.machine()}",
         "processor": _processor(),
@@ -90,7 +90,7 @@ def _processor() -> str:
 
 
 def _git() -> dict[str, Any] | None:
-    """The commit of the current folder's repository and whether it has changes; None outside one."""
+    """Return the commit of the current folder's repository and whether it has changes; None outside one."""
     try:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, timeout=10, check=True)
         status = subprocess.run(["git", "status", "--porcelain"], capture_output=True, timeout=10)

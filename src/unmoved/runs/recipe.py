@@ -1,4 +1,4 @@
-"""A recipe: one TOML file that says everything a run does; read, checked, and turned into objects."""
+"""Read and check recipes: TOML files that say everything a run does."""
 
 from __future__ import annotations
 

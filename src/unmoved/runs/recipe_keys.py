@@ -1,4 +1,4 @@
-"""Where in a recipe a key belongs: who writes ``eps`` at the wrong place is told ``threat.eps``."""
+"""Suggest the full name of a recipe key that stands in the wrong place: ``threat.eps`` for ``eps``."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HIDDEN = ("use", "swept")  # a command sets the latter
 
 
 def meant(mistake: UnknownKey, recipe: type[Settings], tables: Mapping[str, Any]) -> str:
-    """The end of a message about an unknown key: the near key of the same table, or the full names of such keys.
+    """Return the end of a message about an unknown key: the near key of the same table, or full names of such keys.
 
     Args:
         recipe: the settings that a recipe's tables are.
@@ -47,7 +47,7 @@ def _near(key: str, names: Mapping[str, list[str]], cutoff: float) -> list[str]:
 
 
 def _keys(recipe: type[Settings], tables: Mapping[str, Any]) -> Iterator[str]:
-    """The full names of all keys, the recipe's own settings first."""
+    """List the full names of all keys, the recipe's own settings first."""
     for name, field in recipe.model_fields.items():
         if name not in HIDDEN:
             yield name

@@ -1,4 +1,4 @@
-"""What a run folder says of itself in JSON: which keys there must be, of which types. Further keys are let through."""
+"""Read the JSON files of a run folder and check their keys and types. Further keys are let through."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ class _Recipe(Record):
 
 
 def require(kind: type[Record], value: dict[str, Any], where: str, mend: str) -> dict[str, Any]:
-    """The value itself, where it has the keys and types of its kind.
+    """Return the value if it has the keys and types of its kind.
 
     Raises:
         UnmovedError: it has not; it names ``where``, the key, and how to mend it.
@@ -133,7 +133,7 @@ def require(kind: type[Record], value: dict[str, Any], where: str, mend: str) ->
 
 
 def read(kind: type[Record], path: Path, mend: str) -> dict[str, Any] | None:
-    """A record of this kind from its file, or None where there is none.
+    """Read a record of this kind from its file; None if there is none.
 
     Raises:
         UnmovedError: a file that is no regular one, too large, no JSON, or something else than this kind of record.
@@ -145,7 +145,7 @@ def read(kind: type[Record], path: Path, mend: str) -> dict[str, Any] | None:
 
 
 def recipe(path: Path, mend: str) -> dict[str, Any]:
-    """The tables of a run's recipe, of which those that a report reads are of their types.
+    """Read the tables of a run's recipe and check the types of those that a report reads.
 
     Raises:
         FileNotFoundError: there is none.
@@ -155,7 +155,7 @@ def recipe(path: Path, mend: str) -> dict[str, Any]:
 
 
 def log(path: Path, mend: str) -> list[dict[str, Any]]:
-    """The lines of a training log; none where there is no log.
+    """Read the lines of a training log; none if there is no log.
 
     Raises:
         UnmovedError: as `read`; more cells than a log of any training has.
@@ -170,7 +170,7 @@ def log(path: Path, mend: str) -> list[dict[str, Any]]:
 
 
 def per_class(path: Path, mend: str) -> list[dict[str, Any]] | None:
-    """The lines of a training's numbers by class, or None where there is no such file.
+    """Read the lines of a training's numbers by class; None if there is no such file.
 
     Raises:
         UnmovedError: as `log`.
@@ -190,7 +190,7 @@ def per_class(path: Path, mend: str) -> list[dict[str, Any]] | None:
 
 
 def _lines(path: Path, most: int) -> list[dict[str, Any]] | None:
-    """The objects of a file that grows by lines, or None where there is none; a line torn in appending is left out."""
+    """Read the objects of a file that grows by lines; None if there is none. A last line cut short is left out."""
     try:
         data = untrusted.content(path, most)
     except FileNotFoundError:
@@ -199,7 +199,7 @@ def _lines(path: Path, most: int) -> list[dict[str, Any]] | None:
 
 
 def _leaves(line: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """The columns that a line has in the table."""
+    """List the columns that a line has in the table."""
     for key, value in line.items():
         if isinstance(value, dict):
             yield from _leaves(value, f"{prefix}{key}.")

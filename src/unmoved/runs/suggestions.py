@@ -1,4 +1,4 @@
-"""What somebody may have meant by a path that leads nowhere: names of recipes and runs are shorter than paths."""
+"""Suggest the recipe or run that was meant by a path that does not exist, such as a bare name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ MOST = 3  # paths in a message
 
 
 def recipe_meant(path: Path, parts: Mapping[str, Iterable[str]]) -> str:
-    """The end of a message about a recipe that is not there.
+    """Return the end of a message about a recipe that does not exist.
 
     Args:
         parts: kind -> names of what recipes are made of.
@@ -29,7 +29,7 @@ def recipe_meant(path: Path, parts: Mapping[str, Iterable[str]]) -> str:
 
 
 def run_meant(path: Path) -> str:
-    """The end of a message about a run folder that is not there, or is none."""
+    """Return the end of a message about a run folder that does not exist, or is none."""
     if path.is_file():
         train = f"; train it first: unmoved train {path} --out RUN" if path.suffix == ".toml" else ""
         return f", found a file{train}"
@@ -46,7 +46,7 @@ def _runs_below(folder: Path) -> list[Path]:
 
 
 def _of_this_name(path: Path, known: list[Path]) -> list[Path]:
-    """Those whose path ends in this one, with or without its suffix, whatever the case."""
+    """Return the paths that end in this one, with or without its suffix, whatever the case."""
     words = [part.lower() for part in path.with_suffix("").parts]
     ends = ((one, [part.lower() for part in one.with_suffix("").parts]) for one in known)
     return [one for one, parts in ends if words and parts[-len(words) :] == words]

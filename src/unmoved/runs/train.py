@@ -1,4 +1,4 @@
-"""From a recipe to a trained run folder, begun anew or gone on with."""
+"""Train a recipe into a run folder, from the start or from where it was interrupted."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def _rehearse(model: nn.Module, built: Built, train_part: Split, validation: Spl
 
 
 def _is_done(run: Run, recipe: config.Recipe) -> bool:
-    """Whether all epochs are saved; a log or weights that are missing or damaged are then mended."""
+    """Return whether all epochs are saved; if so, restore a log or weights that are missing or damaged."""
     if run.is_done(recipe.training.epochs):
         return True
     saved = run.load_state()
@@ -146,7 +146,7 @@ def _is_done(run: Run, recipe: config.Recipe) -> bool:
 
 
 def _begun(out: Path | str, tables: dict[str, Any]) -> Run | None:
-    """The run of this recipe that the folder holds, if it holds one."""
+    """Return the run of this recipe that the folder holds, if it holds one."""
     if not os.path.lexists(Path(out) / "recipe.toml"):
         return None
     run = Run.open(out)
