@@ -122,7 +122,7 @@ def test_the_prediction_is_the_second_order_theory(p, n, moved):
         assert rows["predicted_top"].isna().all()
     with pytest.raises(UnmovedError, match=r"scope 'x', came scopes \['global'\]"):
         second_order(summary, Curvature("x", k, 30.0, 3.0, 7.0, 17))
-    with pytest.raises(UnmovedError, match="a table from summarise"):
+    with pytest.raises(UnmovedError, match=r"second_order: expected a table with .* came none of eps"):
         second_order(summary.drop(columns="eps"), Curvature("global", k, 30.0, 3.0, 7.0, 17))
 
 

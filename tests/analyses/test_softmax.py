@@ -268,7 +268,9 @@ def test_each_pass_is_made_once_and_only_what_is_right_is_attacked():
     assert counting.images == [24, 21, 21]  # clean once; each attack's proposals once
     counting = Counting(model)
     softmax.collect(counting, [batch], Moved(0.01), threat, min_norm_attack=FMN(threat, steps=5))
-    assert counting.passes == 3 + 1 + 5 + 1  # and FMN's own: where it starts, its steps, the last point
+    assert (
+        counting.passes == 3 + 1 + 5 + 1 + 1
+    )  # and FMN's own: where it starts, its steps, its last point, clear of rounding
     wrong = replace(batch, y=(batch.y + 1) % 5).take(torch.arange(20))
     counting = Counting(model)
     table = softmax.collect_batch(counting, wrong, Moved(9.0), threat)

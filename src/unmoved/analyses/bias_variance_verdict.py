@@ -10,7 +10,7 @@ import scipy  # its parts load where they are used: a second that no worker wait
 
 from unmoved.analyses.bias_variance import MEASURES
 from unmoved.analyses.resampling import LEVEL, interval
-from unmoved.core.errors import UnmovedError, require_whole
+from unmoved.core.errors import UnmovedError, require_columns, require_whole
 
 RISES, DOMINATES, UNIMODAL = "the bias rises", "the bias dominates the variance", "the variance is unimodal"
 DRAWS = 2000
@@ -48,10 +48,9 @@ def verdict(table: pd.DataFrame, by: Sequence[str] = (), *, seed: int = 0) -> pd
         UnmovedError: a missing column, no overall row, or two rows of one train_eps.
     """
     wanted = ["loss", "correction", "class", "train_eps", *(f"{m}{e}" for m in MEASURES for e in ("", "_low", "_high"))]
-    missing = [name for name in (*wanted, *by) if name not in table.columns]
-    if missing or not (table["class"] == -1).any():
-        came = f"none of {', '.join(missing)}" if missing else "no row of class -1"
-        raise UnmovedError(f"verdict: expected decompositions with {', '.join((*wanted, *by))}, came {came}")
+    require_columns(table, (*wanted, *by), "verdict")
+    if not (table["class"] == -1).any():
+        raise UnmovedError("verdict: expected decompositions of all images, came no row of class -1; pass whole tables")
     by = [*by, *(name for name in ("eval_eps", "mode") if name in table.columns and name not in by)]
     keys, rows = ["loss", "correction", *by], []
     for key, some in table[table["class"] == -1].groupby(keys, sort=False, dropna=False):

@@ -10,7 +10,7 @@ import pandas as pd
 import scipy  # its parts load where they are used: a second that no worker waits for
 
 from unmoved.analyses.corruption import ADVERSARIAL, RANDOM, expected_ratio
-from unmoved.core.errors import UnmovedError, require_whole
+from unmoved.core.errors import UnmovedError, require_columns, require_whole
 
 LOSS, ACCURACY = "loss", "accuracy"
 MEASURED = ("draw", "steps", "loss", "accuracy", "loss_change", "accuracy_change", "linear_change", "first_order")
@@ -43,7 +43,7 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
         UnmovedError: a column is missing, or there is no row.
     """
     needed = [*MEASURED, "kind", "scope", "p", "n", "k", "eps"]
-    _require_columns(table, needed, "summarise")
+    require_columns(table, needed, "summarise")
     keys = [name for name in table.columns if name not in MEASURED]
     table = table.assign(size=table["loss_change"].abs(), controlled=table["loss_change"] - table["linear_change"])
     groups = table.groupby(keys, sort=False, dropna=False)
@@ -84,7 +84,7 @@ def indicators(summary: pd.DataFrame, eps_relative: float, *, scope: str = "glob
     Raises:
         UnmovedError: nothing was measured there.
     """
-    _require_columns(summary, ["measure", "kind", "scope", "eps_relative", "mean", "controlled"], "indicators")
+    require_columns(summary, ["measure", "kind", "scope", "eps_relative", "mean", "controlled"], "indicators")
     rows = summary[(summary["measure"] == LOSS) & (summary["scope"] == scope)]
     rows = rows[np.isclose(rows["eps_relative"].to_numpy(float), eps_relative, rtol=1e-6)]
     if set(rows["kind"]) != {RANDOM, ADVERSARIAL}:
@@ -122,7 +122,7 @@ def verdict(table: pd.DataFrame, *, resamples: int = 2000, seed: int = 0) -> pd.
         UnmovedError: a column is missing or not finite, no row, or fewer than 100 resamples.
     """
     sides = {"I_max": "i_max", "I_ave": "i_ave"}, {"robust": "robust_accuracy", "clean": "clean_accuracy"}
-    _require_columns(table, ["name", *sides[0].values(), *sides[1].values()], "verdict")
+    require_columns(table, ["name", *sides[0].values(), *sides[1].values()], "verdict")
     resamples = require_whole("verdict: resamples", resamples, at_least=100)
     for column in (*sides[0].values(), *sides[1].values()):
         if not np.isfinite(table[column].to_numpy(float)).all():
@@ -169,10 +169,3 @@ def _rank_correlation(pairs: np.ndarray) -> np.ndarray:
     ranks = ranks - ranks.mean(axis=2, keepdims=True)
     scale = np.sqrt((ranks**2).sum(axis=2).prod(axis=0))
     return np.where(scale > 0, ranks.prod(axis=0).sum(axis=1) / np.where(scale > 0, scale, 1), np.nan)
-
-
-def _require_columns(table: pd.DataFrame, columns: list[str], what: str) -> None:
-    missing = [name for name in columns if name not in table.columns]
-    if missing or table.empty:
-        came = f"none of {', '.join(missing)}" if missing else "no row"
-        raise UnmovedError(f"{what}: expected a table with {', '.join(columns)}, came {came}")

@@ -20,7 +20,7 @@ from torch import nn
 from unmoved.analyses.corruption import RANDOM
 from unmoved.analyses.flatness import LOSS
 from unmoved.analyses.risks import ModelRisk
-from unmoved.core.errors import UnmovedError, require_number, require_whole
+from unmoved.core.errors import UnmovedError, require_columns, require_number, require_whole
 
 
 @dataclass(frozen=True)
@@ -117,9 +117,7 @@ def second_order(summary: pd.DataFrame, of: Curvature) -> pd.DataFrame:
     Raises:
         UnmovedError: no such row.
     """
-    missing = {"measure", "kind", "scope", "p", "n", "eps", "mean"} - set(summary.columns)
-    if missing:
-        raise UnmovedError(f"second_order: expected a table from summarise, came none of {sorted(missing)}")
+    require_columns(summary, ("measure", "kind", "scope", "p", "n", "eps", "mean"), "second_order")
     rows = summary[(summary["measure"] == LOSS) & (summary["kind"] == RANDOM) & (summary["scope"] == of.scope)]
     if rows.empty:
         raise UnmovedError(

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from unmoved.analyses.resampling import bootstrap_means, interval
-from unmoved.core.errors import UnmovedError
+from unmoved.core.errors import UnmovedError, require_columns
 
 RunKey: TypeAlias = tuple[str, float, int]
 ALL = "all methods"
@@ -110,10 +110,7 @@ def trade_off_of_rows(rows: pd.DataFrame) -> TradeOff:
     Raises:
         UnmovedError: a missing column, no row, an accuracy outside [0, 1], n < 1; names as in `trade_off`.
     """
-    missing = [name for name in ROWS if name not in rows.columns]
-    if missing or rows.empty:
-        came = f"none of {', '.join(missing)}" if missing else "no row"
-        raise UnmovedError(f"trade_off_of_rows: expected a table with {', '.join(ROWS)}, came {came}")
+    require_columns(rows, ROWS, "trade_off_of_rows")
     if not rows[["clean", "robust"]].apply(lambda column: column.between(0, 1)).all(axis=None) or (rows["n"] < 1).any():
         raise UnmovedError("trade_off_of_rows: expected accuracies in [0, 1] (shares, not percent) and n >= 1")
     runs, setting = _settings(rows[list(ROWS)].reset_index(drop=True))

@@ -8,7 +8,7 @@ import pandas as pd
 
 from unmoved.analyses.pareto import ALL
 from unmoved.analyses.resampling import LEVEL
-from unmoved.core.errors import UnmovedError
+from unmoved.core.errors import require_columns
 
 
 def verdict(areas: pd.DataFrame, dominance: pd.DataFrame) -> pd.DataFrame:
@@ -28,13 +28,8 @@ def verdict(areas: pd.DataFrame, dominance: pd.DataFrame) -> pd.DataFrame:
     Raises:
         UnmovedError: a column is missing.
     """
-    for name, table, columns in (
-        ("areas", areas, ["method", "share"]),
-        ("dominance", dominance, ["method", "by", "share", "any_share"]),
-    ):
-        missing = [column for column in columns if column not in table.columns]
-        if missing:
-            raise UnmovedError(f"verdict: expected {name} with {', '.join(columns)}, came none of {', '.join(missing)}")
+    require_columns(areas, ["method", "share"], "verdict: areas", may_be_empty=True)
+    require_columns(dominance, ["method", "by", "share", "any_share"], "verdict: dominance", may_be_empty=True)
     shares = areas[areas["method"] != ALL].set_index("method")["share"]
     words = {method: _word(share) for method, share in shares.items()}
     rows = []

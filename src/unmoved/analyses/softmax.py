@@ -17,7 +17,7 @@ import pandas as pd
 from unmoved.analyses.association import Estimate, auc, fisher, percentiles, spearman
 from unmoved.analyses.softmax_observed import COLUMNS, STATISTICS, VIEWS, collect, collect_batch, observe, statistics
 from unmoved.core.batch import Table
-from unmoved.core.errors import UnmovedError, require_choice
+from unmoved.core.errors import UnmovedError, require_choice, require_columns
 from unmoved.evaluation.outcomes import wilson
 
 __all__ = [
@@ -150,7 +150,7 @@ def across(summary: Table) -> Table:
     Raises:
         UnmovedError: columns or rows are missing.
     """
-    _require(summary, ("clean_accuracy", "robust_accuracy", *STATISTICS), "across")
+    require_columns(summary, ("clean_accuracy", "robust_accuracy", *STATISTICS), "across")
     return pd.DataFrame(
         [
             {"statistic": name, "against": accuracy.replace("_", " "), "measure": measure}
@@ -194,13 +194,13 @@ def verdict(
     name, sign = NAMES[statistic], CLAIMED[statistic]
     fall, beyond, land = [], [], []
     for run, table in within.items():
-        _require(table, ("view", "statistic", "measure", "value", "low", "high", "over_low", "over_high"), run)
+        require_columns(table, ("view", "statistic", "measure", "value", "low", "high", "over_low", "over_high"), run)
         row = _only(table, run, view="clean", statistic=statistic, measure="AUC").iloc[0]
         value, *ends = (0.5 + sign * (row[column] - 0.5) for column in ("value", "low", "high"))
         fall.append((value, min(ends) - 0.5, max(ends) - 0.5))
         beyond.append((row["over_margin"], row["over_low"], row["over_high"]))
     for run, table in landings.items():
-        _require(table, ("share", "low", "high", "uniform"), run)
+        require_columns(table, ("share", "low", "high", "uniform"), run)
         share, low, high, uniform = table.iloc[0][["share", "low", "high", "uniform"]]
         # One wrong class leaves no choice.
         land.append((share, low - uniform, high - uniform) if uniform < 1 else (np.nan, np.nan, np.nan))
@@ -228,7 +228,7 @@ def _counted(claim: str, runs: Sequence[tuple[float, float, float]], words: str)
 
 
 def _over_runs(across: Table, statistic: str, accuracy: str) -> Claim:
-    _require(across, ("statistic", "against", "measure", "value", "low", "high", "n", "note"), "verdict: across")
+    require_columns(across, ("statistic", "against", "measure", "value", "low", "high", "n", "note"), "verdict: across")
     row = _only(across, "verdict: across", statistic=statistic, against=accuracy, measure="Spearman").iloc[0]
     value, *ends = (CLAIMED[statistic] * row[column] for column in ("value", "low", "high"))
     low, high = sorted(ends)
@@ -250,7 +250,7 @@ def _word(confirmed: bool, refuted: bool) -> str:
 
 
 def _checked(table: Table, who: str) -> Table:
-    _require(table, COLUMNS, who)
+    require_columns(table, COLUMNS, who)
     twice = table.duplicated(["view", "index"])
     if twice.any():
         raise UnmovedError(f"{who}: sample {table.loc[twice, 'index'].iloc[0]} stands twice; join each batch once")
@@ -264,10 +264,3 @@ def _only(table: Table, who: str, **values: str) -> Table:
     if table.empty:
         raise UnmovedError(f"{who}: expected rows of {values}, came none; pass the whole table")
     return table
-
-
-def _require(table: Table, columns: Sequence[str], who: str) -> None:
-    missing = [name for name in columns if name not in table.columns]
-    if missing or table.empty:
-        came = f"none of {', '.join(missing)}" if missing else "no row"
-        raise UnmovedError(f"{who}: expected a table with {', '.join(columns)}, came {came}")

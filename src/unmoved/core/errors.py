@@ -6,7 +6,10 @@ import difflib
 import math
 from collections.abc import Callable, Iterable
 from numbers import Integral, Number
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 class UnmovedError(ValueError):
@@ -32,6 +35,15 @@ def several(names: Iterable[str]) -> str:
     first, *rest = [repr(name) for name in names]
     shown = ", ".join([first, *rest[:2]])
     return f"{shown} and {len(rest) - 2} more" if len(rest) > 2 else shown
+
+
+def require_columns(table: pd.DataFrame, columns: Iterable[str], where: str, *, may_be_empty: bool = False) -> None:
+    """Raise `UnmovedError` unless the table has these columns and, unless it may be empty, at least one row."""
+    columns = list(columns)
+    missing = [name for name in columns if name not in table.columns]
+    if missing or (table.empty and not may_be_empty):
+        came = f"none of {', '.join(missing)}" if missing else "no row"
+        raise UnmovedError(f"{where}: expected a table with {', '.join(columns)}, came {came}")
 
 
 def require_number(

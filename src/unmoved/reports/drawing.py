@@ -88,14 +88,6 @@ def finished(figure: Figure, caption: str) -> Figure:
     return figure
 
 
-def require_columns(table: pd.DataFrame, columns: Sequence[str], figure: str) -> None:
-    """Raise `UnmovedError` unless the table has these columns and at least one row."""
-    missing = [name for name in columns if name not in table.columns]
-    if missing or table.empty:
-        came = f"none of {', '.join(missing)}" if missing else "no row"
-        raise UnmovedError(f"{figure}: expected a table with {', '.join(columns)}, came {came}")
-
-
 def count(n: pd.Series) -> str:
     """``"n = 360"``, or from the smallest to the largest where they differ."""
     low, high = int(n.min()), int(n.max())

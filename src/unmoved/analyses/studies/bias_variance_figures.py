@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from unmoved.core.errors import UnmovedError
-from unmoved.reports.drawing import COLOURS, INK, PAPER, bar, canvas, count, finished, require_columns, style
+from unmoved.core.errors import UnmovedError, require_columns
+from unmoved.reports.drawing import COLOURS, INK, PAPER, bar, canvas, count, finished, style
 
 MEASURES: dict[str, dict[str, Any]] = {
     "risk": {"color": INK, "marker": "D", "linestyle": ":"},

@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-from unmoved.core.errors import UnmovedError
+from unmoved.core.errors import UnmovedError, require_columns
 from unmoved.reports.drawing import (
     COLOURS,
     INK,
@@ -24,7 +24,6 @@ from unmoved.reports.drawing import (
     foremost,
     legend_above,
     place_names,
-    require_columns,
     style,
 )
 from unmoved.reports.figures.broken_by import HATCHES

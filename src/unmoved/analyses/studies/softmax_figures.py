@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from unmoved.core.errors import UnmovedError
+from unmoved.core.errors import UnmovedError, require_columns
 from unmoved.reports.drawing import (
     COLOURS,
     INK,
@@ -24,7 +24,6 @@ from unmoved.reports.drawing import (
     legend_above,
     look,
     place_names,
-    require_columns,
     style,
 )
 

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from unmoved.core.errors import require_columns
 from unmoved.reports.drawing import (
     GRID,
     INK,
@@ -20,7 +21,6 @@ from unmoved.reports.drawing import (
     foremost,
     look,
     place_names,
-    require_columns,
     style,
 )
 

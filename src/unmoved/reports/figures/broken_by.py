@@ -8,8 +8,9 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
+from unmoved.core.errors import require_columns
 from unmoved.evaluation.outcomes import CLEAN, ROBUST
-from unmoved.reports.drawing import COLOURS, INK, PAPER, canvas, count, finished, require_columns, style
+from unmoved.reports.drawing import COLOURS, INK, PAPER, canvas, count, finished, style
 
 HATCHES = ("////", "....", "\\\\\\\\", "xxxx", "----", "++++", "oooo")
 WORDS = {CLEAN: "misclassified as it is", ROBUST: "still robust"}

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from unmoved.core.errors import UnmovedError
+from unmoved.core.errors import UnmovedError, require_columns
 from unmoved.evaluation.outcomes import CLEAN, WORST
 from unmoved.reports.drawing import (
     COLOURS,
@@ -29,7 +29,6 @@ from unmoved.reports.drawing import (
     legend_above,
     look,
     place_names,
-    require_columns,
     style,
 )
 
