@@ -130,8 +130,15 @@ def test_captions_state_n_and_axes_are_named_with_units(name: str) -> None:
 
 PICTURES = Path(figures.__file__).parent
 ROOMS = [*PICTURES.glob("*.py")] + [
-    PICTURES.parent / f"{room}.py"
-    for room in ("outcomes", "drawing", "verdicts", "judged", "opinion", "pages", "report")
+    PICTURES.parents[1] / path
+    for path in (
+        "evaluation/outcomes.py",
+        "reports/drawing.py",
+        "reports/pages.py",
+        "reports/report.py",
+        "runs/by_recipe.py",
+        "runs/evaluated.py",
+    )
 ]
 
 
