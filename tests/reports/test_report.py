@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from html.parser import HTMLParser
@@ -19,7 +18,7 @@ from matplotlib.figure import Figure
 from unmoved.cli import screen
 from unmoved.core.errors import UnmovedError
 from unmoved.evaluation import outcomes
-from unmoved.reports import pages, report
+from unmoved.reports import figures, pages, report
 from unmoved.reports.pages import Section
 from unmoved.runs.by_recipe import verdicts, without_seeds
 from unmoved.runs.folder import Run
@@ -275,8 +274,8 @@ def test_figures_are_made_one_at_a_time(tmp_path: Path, monkeypatch: pytest.Monk
         most.append(sum(bool(made.axes) for made in alive))
         return real(figure, caption)
 
-    for room in ("runs", "breakdown"):  # by its module: a function has the name of one of them
-        monkeypatch.setattr(sys.modules[f"unmoved.reports.figures.{room}"], "finished", counted)
+    for module in (figures.runs, figures.broken_by):
+        monkeypatch.setattr(module, "finished", counted)
     mine = Figure()
     mine.add_subplot().plot([1, 2])
     report.write([make("a"), make("b")], tmp_path / "r.html", "x", extra=[Section("mine", "Mine", figures=[mine])])
