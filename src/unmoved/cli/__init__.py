@@ -1,4 +1,4 @@
-"""The command `unmoved`. Every mistake of a user ends in one message and exit code 1; 2 is a wrong command line."""
+"""Run the command `unmoved`. Every mistake of a user ends in one message and exit code 1, a wrong command line in 2."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["app", "main", "grid_commands", "info_commands", "run_commands"]
 
 
 def main() -> None:
-    """The entry point: errors that a user can cause become one message on standard error and exit code 1."""
+    """Run the command; errors that a user can cause become one message on standard error and exit code 1."""
     from unmoved.core.errors import UnmovedError
 
     screen.speak_any_language()

@@ -1,4 +1,4 @@
-"""`python -m unmoved.cli`, for where the command is not on the path."""
+"""Run the command as `python -m unmoved.cli`, for where `unmoved` is not on the path."""
 
 from unmoved.cli import main
 

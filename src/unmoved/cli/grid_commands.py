@@ -1,4 +1,4 @@
-"""Commands about several runs: compare, analyze, report."""
+"""Define the commands about several runs: compare, analyze, report."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def compare(
 
 
 def _cluster(on: str, address: str | None, cpus: int | None, gpus: float | None) -> Cluster | None:
-    """Where the runs are made; None for processes of this machine."""
+    """Return the cluster on which the runs are made; None for processes of this machine."""
     from unmoved.core.errors import UnmovedError, require_choice
     from unmoved.experiments.ray_cluster import Cluster
 

@@ -1,4 +1,4 @@
-"""Commands that only look: show, list."""
+"""Define the commands that change nothing: show, list."""
 
 from __future__ import annotations
 

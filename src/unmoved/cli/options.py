@@ -1,4 +1,4 @@
-"""The application, and the options that several commands share."""
+"""Define the command-line application, and the options that several commands share."""
 
 from __future__ import annotations
 

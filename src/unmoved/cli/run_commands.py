@@ -1,4 +1,4 @@
-"""Commands about one run: train, evaluate, doctor."""
+"""Define the commands about one run: train, evaluate, doctor."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What people see on the screen: progress, summaries, and the same as plain lines where a program reads them.
+"""Print progress, summaries and messages: bars and tables on a terminal, plain lines where a program reads them.
 
 All text goes through here, and is shown as it is: names, paths and messages are a user's or a stranger's, so square
 brackets are no markup, ``:smile:`` is no emoji, and what the screen cannot encode, or would obey, becomes an escape.
@@ -32,12 +32,12 @@ Advance = Callable[[float], None]
 
 
 def say(words: str, *, style: str | None = None, error: bool = False) -> None:
-    """Print words of anybody's, on standard output or standard error."""
+    """Print text as it is, on standard output or standard error."""
     (complaints if error else console).print(plain(words), style=style, soft_wrap=True)
 
 
 def speak_any_language() -> None:
-    """Let standard output and standard error escape what their encoding lacks, where they would end in an error."""
+    """Let standard output and standard error escape characters that their encoding lacks, in place of an error."""
     codecs.register_error("unmoved.escape", _escape)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -45,7 +45,7 @@ def speak_any_language() -> None:
 
 
 def _escape(error: UnicodeError) -> tuple[str, int]:
-    """``\\uXXXX``, as Python, JSON and TOML read it."""
+    """Escape characters as ``\\uXXXX``, as Python, JSON and TOML read it."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     codes = map(ord, error.object[error.start : error.end])
@@ -54,7 +54,7 @@ def _escape(error: UnicodeError) -> tuple[str, int]:
 
 @contextmanager
 def bars() -> Iterator[Callable[[str, float], Advance]]:
-    """Progress bars on a terminal, each made with (label, total); nothing where lines are read by a program."""
+    """Show progress bars on a terminal, each made with (label, total); nothing where lines are read by a program."""
     if not console.is_terminal:
         yield lambda label, total: lambda done: None
         return
@@ -70,7 +70,7 @@ def bars() -> Iterator[Callable[[str, float], Advance]]:
 
 @contextmanager
 def follow() -> Iterator[Callable[[float, str], None]]:
-    """One bar that says what is known so far; where lines are read by a program, one line per part of the work."""
+    """Show one bar with what is known so far; where lines are read by a program, one line per part of the work."""
     if console.is_terminal:
         columns = (BarColumn(), TimeElapsedColumn(), TimeRemainingColumn(), WORDS)
         with Progress(*columns, console=console, transient=True) as progress:
@@ -91,7 +91,7 @@ def follow() -> Iterator[Callable[[float, str], None]]:
 
 
 def tensorboard_log(out: Path) -> Callable[[dict[str, Any]], None]:
-    """What writes a record of the log as scalars, one point an epoch.
+    """Return a function that writes a record of the log to TensorBoard, one point an epoch.
 
     Raises:
         UnmovedError: tensorboard is not installed.
@@ -150,7 +150,7 @@ def print_summary(tables: dict[str, Any]) -> None:
 
 
 def print_findings(answer: dict[str, Any]) -> None:
-    """What the doctor found, the gravest first."""
+    """Print what the doctor found, the gravest first."""
     if not answer["findings"]:
         say(f"the doctor found nothing to object to (n = {answer['n']})")
     for finding in answer["findings"]:

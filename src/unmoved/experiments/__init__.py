@@ -1,1 +1,1 @@
-"""Many runs: jobs, the processes of this machine, a Ray cluster."""
+"""Make many runs: plan the jobs, and do them in processes of this machine or on a Ray cluster."""

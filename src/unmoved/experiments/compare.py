@@ -1,4 +1,4 @@
-"""The main job: recipes x seeds -> runs -> one table and one report. What is done already is not done again."""
+"""Train and evaluate every recipe with every seed, in parallel. Runs that are finished are not made again."""
 
 from __future__ import annotations
 
@@ -91,12 +91,12 @@ def _done(job: Job, device: str) -> str:
 
 
 def processes(jobs: int, workers: int | None = None) -> int:
-    """How many processes of this machine make so many runs at a time: one a core, unless the user says otherwise."""
+    """Return how many processes of this machine make the runs: one a core, unless the user says otherwise."""
     return max(1, min(workers or os.cpu_count() or 1, jobs))
 
 
 def threads_each(jobs: int, workers: int | None = None) -> int:
-    """The threads of each of these processes: what the user (OMP_NUM_THREADS) or torch has set, divided among them.
+    """Divide the threads that the user (OMP_NUM_THREADS) or torch has set among these processes.
 
     More would be a mistake: threads that wait for each other keep their cores busy.
     """
@@ -168,17 +168,17 @@ def finals(
     allow: Collection[str] = (),
     progress: Callable[[float, str], None] | None = None,
 ) -> list[Run]:
-    """AutoAttack standard on ``n`` test images of the ``count`` best runs by worst case, which it returns."""
+    """Run AutoAttack standard on ``n`` test images of the ``count`` best runs by worst case, and return these runs."""
     ranked = sorted(runs, key=lambda run: -_worst(run))[:count]
     for number, run in enumerate(ranked):
 
-        def tell(share: float, words: str, number: int = number, name: str = run.name) -> None:
+        def advance(share: float, words: str, number: int = number, name: str = run.name) -> None:
             if progress is not None:
                 progress((number + share) / len(ranked), f"{name} {words}")
 
         done, asked = run.verdict or {}, n or config.parse(run.recipe).evaluation.n
         if (done.get("weights_sha256"), done.get("asked_n", -1)) != (weights_digest(run, "best"), asked):
-            evaluate_run(run, attacks="standard", n=n, allow=allow, progress=tell)
+            evaluate_run(run, attacks="standard", n=n, allow=allow, progress=advance)
     return ranked
 
 

@@ -1,4 +1,4 @@
-"""What a comparison consists of: recipes, with swept values, times seeds or disjoint parts of the training data."""
+"""List the runs of a comparison: recipes, with swept values, times seeds or disjoint parts of the training data."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from unmoved.runs import recipe as config
 
 @dataclass(frozen=True)
 class Job:
-    """One run to make: the tables of its recipe, and the folder it goes to."""
+    """Describe one run to make: the tables of its recipe, and the folder it goes to."""
 
     tables: dict[str, Any]
     path: str
@@ -38,7 +38,7 @@ class Job:
 
 
 def read(paths: Sequence[Path], overrides: Sequence[str], sweeps: Sequence[str] = ()) -> list[config.Recipe]:
-    """Each recipe at each combination of the swept values, its name telling which.
+    """Read recipes at each combination of the swept values, which their names say.
 
     Args:
         paths: recipe files.
@@ -83,7 +83,7 @@ def jobs_of(
     splits: int = 0,
     permutations: int = 1,
 ) -> list[Job]:
-    """The grid, one folder each: ``out/<recipe name>/seed<k>``, or ``.../permutation<i>-part<j>of<k>`` with splits.
+    """Make jobs, one folder each: ``out/<recipe name>/seed<k>``, or ``.../permutation<i>-part<j>of<k>`` with splits.
 
     With ``splits=k`` the training data is permuted ``permutations`` times and each time cut into k disjoint parts of
     equal size, one run on each; part j of permutation i trains with seed ``seed + i k + j``, so that the runs differ
@@ -124,7 +124,7 @@ def jobs_of(
 
 
 def _trainings(seeds: Sequence[int], splits: int, permutations: int) -> list[tuple[str, dict[str, Any]]]:
-    """(folder, what changes in [training]) of each run of a recipe."""
+    """List (folder, changes in [training]) of each run of a recipe."""
     if not splits:
         return [(f"seed{seed}", {"seed": seed}) for seed in seeds]
     return [

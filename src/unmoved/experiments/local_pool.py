@@ -1,4 +1,4 @@
-"""Jobs in processes of their own: one that dies takes only its own job with it, and that gets a second chance."""
+"""Do jobs in processes of this machine; a process that dies costs its own job a second try, and no other anything."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ DEATHS = 2  # of a job's process, and it is given up
 
 
 class ProcessDied(Exception):
-    """The process of a job was ended from outside, each time that it was tried."""
+    """Report that the process of a job was ended from outside, each time that it was tried."""
 
 
 class JobError(Exception):
-    """An error that is no user's mistake, in words: its type may be a stranger's, which this process cannot load."""
+    """Report an unexpected error in words: its type may be one that this process cannot import."""
 
 
 def each(
@@ -79,7 +79,7 @@ def _begin(line: Connection) -> None:
 
 
 class _Pool:
-    """A process for one job at a time, which ends when this one does or says so."""
+    """Run one job at a time in a process, which ends when this one does or says so."""
 
     def __init__(self) -> None:
         spawn = multiprocessing.get_context("spawn")

@@ -1,4 +1,4 @@
-"""Jobs on a Ray cluster: machines take them as they have room; one whose process dies gets a second chance."""
+"""Do jobs on a Ray cluster, on machines that have room; a job whose process dies gets a second try."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ STORE = 100 * 2**20  # bytes of shared memory of a cluster of our own: nothing l
 
 @dataclass(frozen=True)
 class Cluster:
-    """Where jobs are sent, and what each of them takes.
+    """Say which cluster jobs are sent to, and what each of them takes.
 
     Attributes:
         address: ``"host:port"``; ``"local"`` starts a cluster of this machine alone. By default the one that
@@ -124,7 +124,7 @@ def _error_of(answer: Answer) -> BaseException | None:
 
 
 def _traveller() -> Callable[..., Answer]:
-    """What a machine does with a job, as a function that travels whole: the package may be missing there."""
+    """Return what a machine does with a job, as a function that travels whole: the package may be missing there."""
 
     def run(version: str, *rest: Any) -> Answer:
         try:
@@ -189,7 +189,7 @@ def attempt(payload: bytes, token: str, folder: str, gpus: float, patience: floa
 
 @contextmanager
 def _connected(cluster: Cluster) -> Iterator[Any]:
-    """Ray, joined to the cluster; what is connected already is used as it is, and stays."""
+    """Join the cluster and yield ``ray``; a connection that exists already is used as it is, and stays."""
     try:
         import ray
         import ray.exceptions
@@ -230,7 +230,7 @@ def _connect(ray: Any, address: str | None) -> bool:
 
 @contextmanager
 def _elsewhere() -> Iterator[None]:
-    """Inside, the current folder is the root: Ray's workers look for modules first in the one where it was started.
+    """Change to the root folder inside the block: Ray's workers look for modules first in the folder it starts in.
 
     A struct.py that lies there would run in place of the standard library's. Every machine has a root, and only its
     administrator writes there.
@@ -254,7 +254,7 @@ def _host_and_port(source: str, address: str) -> tuple[str, int]:
 
 
 def _require_listener(host: str, port: int) -> None:
-    """Raise `UnmovedError` where nobody answers; Ray itself would try for minutes, then end the process."""
+    """Raise `UnmovedError` if nothing answers at the address; Ray would try for minutes, then end the process."""
     try:
         socket.create_connection((host, port), timeout=10).close()
     except OSError as error:
@@ -265,7 +265,7 @@ def _require_listener(host: str, port: int) -> None:
 
 
 def _say_where_nothing_fits(ray: Any, cluster: Cluster, *, started: bool) -> None:
-    """Ray waits without a word for a machine that is large enough; only a cluster that grows ever has one."""
+    """Log, or raise `UnmovedError` for a cluster of our own, that no machine is large enough: Ray waits in silence."""
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     sizes = {(machine.get("CPU", 0.0), machine.get("GPU", 0.0)) for machine in machines}
     if any(cpus >= cluster.cpus and gpus >= cluster.gpus for cpus, gpus in sizes):
@@ -279,7 +279,7 @@ def _say_where_nothing_fits(ray: Any, cluster: Cluster, *, started: bool) -> Non
 
 @contextmanager
 def _token(shared: Path) -> Iterator[Path]:
-    """A new file in the folder, by which a machine knows that it sees this one and none of the same name."""
+    """Make a file in the folder, by which a machine knows that it sees this folder and not one of the same name."""
     token = shared.absolute() / f".cluster.{uuid.uuid4().hex}.tmp"
     write_atomic(token, b"")
     try:

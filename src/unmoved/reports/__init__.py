@@ -1,1 +1,1 @@
-"""Tables -> figures -> pages; no model is touched here."""
+"""Draw figures from tables and write them into HTML pages; no model is used here."""

@@ -1,4 +1,4 @@
-"""How figures are drawn: colours, fonts, names that keep out of the way, and SVG with the same bytes each time.
+"""Style and lay out figures: colours, fonts, labels that do not overlap, and SVG with the same bytes each time.
 
 No pyplot, and matplotlib's settings are put back after each use. Colours are Okabe and Ito's, which the colour-blind
 tell apart; markers and line styles alone suffice in black and white.
@@ -57,7 +57,7 @@ STYLE: dict[Any, Any] = {
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Our settings inside the block, the caller's after it; ``@style()`` does the same for a function."""
+    """Use our settings of matplotlib inside the block, the caller's after it; ``@style()`` does so for a function."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # a user's own matplotlibrc must not change what a figure looks like
         matplotlib.rcParams.update(STYLE)
@@ -65,7 +65,7 @@ def style() -> Iterator[None]:
 
 
 def look(k: int) -> dict[str, Any]:
-    """Colour, marker and line style of the k-th series; without the colour they repeat after 40 series."""
+    """Return colour, marker and line style of the k-th series; without the colour they repeat after 40 series."""
     return {
         "color": COLOURS[k % len(COLOURS)],
         "marker": MARKERS[k % len(MARKERS)],
@@ -74,14 +74,14 @@ def look(k: int) -> dict[str, Any]:
 
 
 def canvas(width: float, height: float) -> Figure:
-    """An empty figure, in inches, whose texts can be measured."""
+    """Make an empty figure, its size in inches, whose texts can be measured."""
     figure = Figure(figsize=(width, height))
     FigureCanvasAgg(figure)
     return figure
 
 
 def finished(figure: Figure, caption: str) -> Figure:
-    """The figure with its caption as its label, and laid out for good: each rendering would move it a hair further."""
+    """Set the caption as the figure's label and fix the layout: each rendering would move it a little further."""
     figure.set_label(caption)
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
@@ -89,24 +89,24 @@ def finished(figure: Figure, caption: str) -> Figure:
 
 
 def count(n: pd.Series) -> str:
-    """``"n = 360"``, or from the smallest to the largest where they differ."""
+    """Return ``"n = 360"``, or from the smallest to the largest if they differ."""
     low, high = int(n.min()), int(n.max())
     return f"n = {low}" if low == high else f"n = {low} to {high}"
 
 
 def bar(low: Any, middle: Any, high: Any) -> np.ndarray:
-    """The lengths (2, ...) of error bars below and above; rounding may put the middle a hair outside."""
+    """Return the lengths (2, ...) of error bars below and above; never negative, in spite of rounding."""
     return np.maximum(np.stack([np.asarray(middle) - low, np.asarray(high) - middle]), 0)
 
 
 def foremost(keys: Sequence[Key], rank: Callable[[Key], Any]) -> tuple[list[Key], list[Key]]:
-    """The `MOST` keys of lowest rank, in the order in which they came, and the others; all, where there are as few."""
+    """Divide keys into the `MOST` of lowest rank and the others, each in the order in which they came."""
     best = set(sorted(keys, key=rank)[:MOST])
     return [key for key in keys if key in best], [key for key in keys if key not in best]
 
 
 def front(x: pd.Series, y: pd.Series) -> list[Any]:
-    """The labels of the points that no other beats in both, at most `MOST` of them, evenly along the front."""
+    """Return labels of the points that no other beats in both, at most `MOST` of them, evenly along the front."""
     found, best = list[Any](), -np.inf
     for label in pd.DataFrame({"x": x, "y": y}).sort_values(["x", "y"], ascending=False, kind="stable").index:
         if y[label] > best:
@@ -116,7 +116,7 @@ def front(x: pd.Series, y: pd.Series) -> list[Any]:
 
 
 def draw_others(axes: Axes, lines: Sequence[tuple[Any, Any]], what: str, **looks: Any) -> str:
-    """Draw what has no look of its own as one grey artist, however many lines it is; return how it is to be told.
+    """Draw lines that have no style of their own as one grey artist, and return its label in the legend.
 
     Args:
         lines: x and y of each.
@@ -133,7 +133,7 @@ def draw_others(axes: Axes, lines: Sequence[tuple[Any, Any]], what: str, **looks
 
 
 def legend_above(figure: Figure) -> None:
-    """What the first axes' series are, above the picture, which grows by the room that it takes."""
+    """Put the legend of the first axes above the picture, which grows by its height."""
     handles, names = figure.axes[0].get_legend_handles_labels()
     columns = 2 if max(map(len, names)) <= 24 else 1
     figure.set_figheight(figure.get_figheight() + 0.15 + 0.21 * -(-len(names) // columns))
@@ -176,7 +176,7 @@ def place_names(axes: Axes, points: Sequence[tuple[float, float, str]], bars: Se
 
 
 def _overlaps(these: np.ndarray, those: np.ndarray) -> np.ndarray:
-    """The area that each of these boxes (A, 4) has in common with each of those (B, 4): (A, B)."""
+    """Return the area (A, B) that each of these boxes (A, 4) has in common with each of those (B, 4)."""
     low = np.maximum(these[:, None, :2], those[None, :, :2])
     high = np.minimum(these[:, None, 2:], those[None, :, 2:])
     area: np.ndarray = np.clip(high - low, 0, None).prod(axis=2)
@@ -184,7 +184,7 @@ def _overlaps(these: np.ndarray, those: np.ndarray) -> np.ndarray:
 
 
 def to_svg(figure: Figure) -> str:
-    """The figure as the text of an SVG file: no date, no random ids, words as words."""
+    """Convert the figure to the text of an SVG file: no date, no random ids, text as text."""
     text, canvas = io.StringIO(), figure.canvas
     with style():
         try:  # not savefig, which draws everything once more before
@@ -207,7 +207,7 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def to_html(svg: str, name: str, label: str) -> str:
-    """An SVG file as an element of a page: its ids made unique by ``name``, our colours as the page's variables.
+    """Convert an SVG file to an element of a page: ids made unique by ``name``, our colours as the page's variables.
 
     INK, GRID, PAPER and the data's COLOURS become ``var(--ink)``, ``var(--grid)``, ``var(--paper)``, ``var(--c0)``...
     so that a page may choose others in the dark; ``label`` is what a screen reader says.

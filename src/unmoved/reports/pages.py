@@ -1,4 +1,4 @@
-"""Words, tables and figures -> one HTML page that opens offline, and each figure as an SVG file beside it."""
+"""Write text, tables and figures as one HTML page that opens offline, and each figure as an SVG file beside it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from unmoved.reports import drawing
 
 @dataclass(frozen=True, eq=False)
 class Section:
-    """A further section of the page, from another room.
+    """Hold a further section of a page, such as one that an analysis makes.
 
     Attributes:
         id: its anchor: small letters, digits and hyphens.
@@ -40,7 +40,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure as the page needs it: its words and its drawing."""
+    """Hold a figure as the page needs it: its caption and its drawing."""
 
     title: str
     caption: str
@@ -87,7 +87,7 @@ def write(
 
 
 def _text_of(figure: Figure | Callable[[], Figure]) -> tuple[str, str]:
-    """The figure as SVG, and its caption; one that is made here is cleared, for its parts hold each other."""
+    """Return the figure as SVG, and its caption; a figure made here is cleared, for its parts hold each other."""
     drawn = figure if isinstance(figure, Figure) else figure()
     svg, caption = drawing.to_svg(drawn), str(drawn.get_label())
     if drawn is not figure:
@@ -102,20 +102,20 @@ def _encoded(text: str) -> bytes:
 def write_sections(
     path: Path, title: str, sections: Sequence[Section], lead: str = "", beside: Mapping[str, bytes] | None = None
 ) -> Path:
-    """A page of sections alone; see `write`."""
+    """Write a page of sections alone; see `write`."""
     drawn = {section.id: [("", figure) for figure in section.figures] for section in sections}
     titles = {section.id: section.title for section in sections}
     return write(path, "sections.html.jinja", drawn, beside, title=title, titles=titles, sections=sections, lead=lead)
 
 
 def _new_stem(words: str, taken: Collection[str]) -> str:
-    """A file name's stem of letters, digits and hyphens that is not taken."""
+    """Return a stem for a file name, of letters, digits and hyphens, that is not taken."""
     stem = re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
     return next(name for k in range(len(taken) + 1) if (name := f"{stem}-{k + 1}" if k else stem) not in taken)
 
 
 def _flat(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """("a.b", text) for every leaf of a nested dict."""
+    """List ("a.b", text) for every leaf of a nested dict."""
     if isinstance(value, Mapping):
         for name, part in value.items():
             yield from _flat(part, f"{key}.{name}" if key else str(name))
@@ -140,7 +140,7 @@ def _percent(share: float) -> str:
 
 
 def _eps(eps: float) -> str:
-    """``8/255`` where eps is no short decimal but a whole number of 255ths, otherwise four digits."""
+    """Return ``8/255`` if eps is no short decimal but a whole number of 255ths, otherwise four digits."""
     whole = round(eps * 255)
     is_short = float(f"{eps:.4g}") == eps
     return f"{whole}/255" if not is_short and abs(eps * 255 - whole) < 1e-6 else f"{eps:.4g}"

@@ -1,4 +1,4 @@
-"""A method beside its base: the difference in accuracy on the same images, with its interval, in words too."""
+"""Compare a method with its base: the difference in accuracy on the same images, with its interval, in words too."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ COLUMNS = ("recipe", "base", "seeds", "n", "clean", "robust", "in words")
 def difference(
     ours: Sequence[pd.DataFrame], theirs: Sequence[pd.DataFrame], measure: str
 ) -> tuple[float, float, float]:
-    """Mean paired difference of accuracy with a 95 % interval over samples: (mean, low, high).
+    """Compute the mean paired difference of accuracy with a 95 % interval over samples: (mean, low, high).
 
     ``d_i = mean over seeds of (ours right on i) - (theirs right on i)``; ``mean d -+ 1.96 sd(d) / sqrt(n)``. The
     interval speaks of the test images; what other seeds would give, it does not know.
@@ -50,7 +50,7 @@ def difference(
 
 
 def beside(judged: Sequence[Verdict]) -> pd.DataFrame:
-    """One row per recipe whose ``base`` is in the same report: accuracies, differences, and whether it helps.
+    """Make one row per recipe whose ``base`` is in the same report: accuracies, differences, and whether it helps.
 
     Seeds that both have are compared; columns `COLUMNS`, ready to read. Where AutoAttack has judged both, a column
     ``AutoAttack`` compares what it leaves, on the images and seeds that it judged in both.
@@ -86,7 +86,7 @@ def beside(judged: Sequence[Verdict]) -> pd.DataFrame:
 
 
 def _compared(ours: Sequence[pd.DataFrame], theirs: Sequence[pd.DataFrame], measure: str) -> tuple[str, str]:
-    """(accuracy and difference with its interval, what that is in a word)."""
+    """Return (accuracy and difference with its interval, what that is in a word)."""
     levels = np.array([[_by_sample(table)[measure].mean() for table in side] for side in (ours, theirs)])
     mean, low, high = difference(ours, theirs, measure)
     cell = f"{100 * levels[0].mean():.1f} ({100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}])"
@@ -95,7 +95,7 @@ def _compared(ours: Sequence[pd.DataFrame], theirs: Sequence[pd.DataFrame], meas
 
 
 def _settled(verdict: Verdict, base: Verdict) -> tuple[list[pd.DataFrame], list[pd.DataFrame]] | None:
-    """AutoAttack's outcomes of the seeds and images that it judged in both; None where there are none.
+    """Return AutoAttack's outcomes of the seeds and images that it judged in both; None if there are none.
 
     Nor where its versions differ, nor where they are what the column robust shows.
     """
@@ -111,7 +111,7 @@ def _settled(verdict: Verdict, base: Verdict) -> tuple[list[pd.DataFrame], list[
 
 
 def _words(low: float, high: float, by_seed: np.ndarray) -> str:
-    """Helps or hurts only where the interval over images leaves out zero and every seed agrees."""
+    """Say that it helps or hurts only if the interval over images leaves out zero and every seed agrees."""
     if low > 0 and (by_seed > 0).all():
         return "helps"
     return "hurts" if high < 0 and (by_seed < 0).all() else "no difference shown"

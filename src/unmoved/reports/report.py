@@ -1,4 +1,4 @@
-"""Runs -> one HTML page that opens offline, and each of its figures as an SVG file beside it."""
+"""Write the report of evaluated runs: one HTML page that opens offline, and its figures as SVG files beside it."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def write(runs: Sequence[Run], path: Path, title: str, extra: Sequence[Section] 
 
 
 def _beside(judged: Sequence[Verdict]) -> list[Section]:
-    """The recipes that name their base, beside it; no section where there is none."""
+    """Make the section that compares recipes with the base that they name; none if there is no such recipe."""
     table = beside(judged)
     text = (
         "In brackets the difference to the base method on the same images and seeds, in points, with a 95 % interval "
@@ -80,7 +80,7 @@ def _beside(judged: Sequence[Verdict]) -> list[Section]:
 
 
 def _figures(judged: Sequence[Verdict]) -> dict[str, list[tuple[str, Callable[[], Figure]]]]:
-    """By section: what makes the figures, each with the recipe it belongs to ("" where it belongs to all)."""
+    """Return by section what makes the figures, each with the recipe it belongs to ("" if it belongs to all)."""
     how, evaluation = judged[0].runs[0].protocol, judged[0].runs[0].evaluation
     names = [str(name) for name in evaluation.get("classes") or ()]
     curves = [verdict.curve for verdict in judged if verdict.curve is not None]
@@ -95,7 +95,7 @@ def _figures(judged: Sequence[Verdict]) -> dict[str, list[tuple[str, Callable[[]
 
 
 def _facts(judged: Sequence[Verdict]) -> dict[str, Any]:
-    """What the words and tables of the page are made from."""
+    """Collect what the text and tables of the page are made from."""
     first = judged[0].runs[0]
     settled = [verdict for verdict in judged if verdict.autoattack is not None]
     pool = sorted(settled or judged, key=lambda verdict: -verdict.robust["accuracy"])
@@ -120,7 +120,7 @@ def _facts(judged: Sequence[Verdict]) -> dict[str, Any]:
 
 
 def _notes(judged: Sequence[Verdict]) -> list[str]:
-    """What an attack had to do otherwise than usual, and for which recipes, where not for all."""
+    """List what attacks had to do otherwise than usual, and for which recipes, if not for all."""
     told: dict[str, list[str]] = {}
     for verdict in judged:
         for run in verdict.runs:
@@ -133,5 +133,5 @@ def _notes(judged: Sequence[Verdict]) -> list[str]:
 
 
 def _listed(names: Sequence[str]) -> str:
-    """The names, at most `MOST` of them, and how many there are beside these."""
+    """List names, at most `MOST` of them, and how many there are beside these."""
     return ", ".join(names[:MOST]) + (f" and {len(names) - MOST} more" if len(names) > MOST else "")

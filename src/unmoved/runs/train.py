@@ -69,7 +69,7 @@ def train_recipe(
             # Where the folder was missing, another process may have begun in the meantime.
             run = (_begun(out, recipe.tables()) if resume else None) or Run.create(out, recipe.tables())
         with distributed.together(fabric):
-            if not distributed.told(fabric, done):
+            if not distributed.broadcast(fabric, done):
                 _train(model, built, train_part, validation, fabric, run, progress if first else None)
     return Run(out) if run is None else run
 

@@ -75,7 +75,7 @@ def prepare(device: str = "auto", devices: int = 1, nodes: int = 1, precision: A
 
 
 def rank(devices: int = 1, nodes: int = 1) -> int:
-    """The number of this process among all that train, told by its environment before anything is started."""
+    """Return the number of this process among all that train, from its environment, before anything is started."""
     if dist.is_torchelastic_launched():
         return int(os.environ["RANK"])
     if devices * nodes == 1:
@@ -84,7 +84,7 @@ def rank(devices: int = 1, nodes: int = 1) -> int:
 
 
 def started_by_others() -> bool:
-    """Whether this process was started as one of several, by torchrun or by the first of them."""
+    """Return whether this process was started as one of several, by torchrun or by the first of them."""
     return dist.is_torchelastic_launched() or "LOCAL_RANK" in os.environ
 
 
@@ -138,13 +138,13 @@ def _is_lost(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or any(sign in words for sign in ("gloo", "connection", "nccl", "socket"))
 
 
-def told(fabric: Fabric, thing: Thing) -> Thing:
-    """What the first process says, in all of them."""
+def broadcast(fabric: Fabric, thing: Thing) -> Thing:
+    """Broadcast an object from rank 0 to all processes."""
     return fabric.broadcast(thing) if fabric.world_size > 1 else thing
 
 
 def summed(fabric: Fabric, numbers: Tensor) -> Tensor:
-    """The sum over all processes."""
+    """Sum numbers over all processes."""
     if fabric.world_size > 1:
         dist.all_reduce(numbers)
     return numbers

@@ -177,7 +177,7 @@ def _rehearse(parts: Parts, plan: Plan, held_out: Validation | None) -> None:
 
 def _resume(state: TrainerState, parts: Parts, plan: Plan) -> None:
     """Bring all parts, in every process, to where the run stands, if this call can go on from there."""
-    saved = distributed.told(parts.fabric, state.saved())
+    saved = distributed.broadcast(parts.fabric, state.saved())
     if saved is not None:
         saved = resuming.followed(
             saved,

@@ -1,4 +1,4 @@
-"""Tables -> figures of a report, one file per theme; no figure touches a model."""
+"""Draw the figures of a report from tables, one file per theme; no model is used here."""
 
 from unmoved.reports.figures.broken_by import breakdown
 from unmoved.reports.figures.runs import best_epoch, gallery, per_class, robustness_curve, tradeoff, training_curves

@@ -1,4 +1,4 @@
-"""What broke it: for each recipe the share of the images that is lost to each part of an attack, and what stands."""
+"""Draw for each recipe which share of the images each part of an attack broke, and which share is robust."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LEAST = 6.0  # percent: no number fits into a smaller piece
 
 @style()
 def breakdown(table: pd.DataFrame) -> Figure:
-    """What became of the images, one bar per recipe: misclassified as they are, broken by each part in turn, robust.
+    """Draw one bar per recipe: images misclassified as they are, broken by each part in turn, robust.
 
     Args:
         table: recipe, source (who attacked), by, place (a number, ascending in the order of attacks), share, n: from

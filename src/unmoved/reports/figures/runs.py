@@ -1,4 +1,4 @@
-"""Tables -> figures, as pure functions: the same table always gives the same bytes.
+"""Draw accuracies, training curves and example images of runs; the same table always gives the same bytes.
 
 Every figure carries its caption, with the n, as its label: ``figure.get_label()``. Intervals are drawn as the table
 gives them: 95 % Wilson intervals of the n test images; for several seeds the hull of the seeds' intervals.
@@ -42,7 +42,7 @@ DOTTED: dict[str, Any] = {"color": INK, "linewidth": 0.9, "linestyle": (0, (2, 2
 
 @style()
 def tradeoff(table: pd.DataFrame) -> Figure:
-    """Clean against worst-case accuracy: one marker and name per recipe, single seeds as faint points.
+    """Draw clean against worst-case accuracy: one marker and name per recipe, single seeds as faint points.
 
     Of more than `MOST` recipes some on the front have a name, then the most robust; the others are grey points.
 
@@ -97,7 +97,7 @@ def tradeoff(table: pd.DataFrame) -> Figure:
 
 @style()
 def robustness_curve(table: pd.DataFrame, *, norm: str = "", eps: float | None = None) -> Figure:
-    """Accuracy against eps, one line with its band per recipe (and attack, where there are several).
+    """Draw accuracy against eps, one line with its band per recipe (and attack, where there are several).
 
     Of more than `MOST` lines those of the highest accuracy at ``eps`` are told apart, and the others are grey.
 
@@ -142,13 +142,13 @@ def robustness_curve(table: pd.DataFrame, *, norm: str = "", eps: float | None =
 
 
 def _at(rows: pd.DataFrame, eps: float | None) -> float:
-    """The accuracy at the largest eps that is not above this one."""
+    """Return the accuracy at the largest eps that is not above this one."""
     within = rows if eps is None else rows[rows["eps"] <= eps * (1 + 1e-6)]
     return float((within if len(within) else rows)["accuracy"].iloc[-1])
 
 
 def best_epoch(metrics: pd.DataFrame) -> int | None:
-    """The epoch whose weights training kept as best, the last that says so; None where there was no validation.
+    """Return the epoch whose weights training kept as best; None if there was no validation.
 
     Metrics without the column ``kept`` are read by the rule: the first of the highest (robust, clean) accuracy.
     """
@@ -162,7 +162,7 @@ def best_epoch(metrics: pd.DataFrame) -> int | None:
 
 @style()
 def training_curves(table: pd.DataFrame) -> Figure:
-    """Training, clean and robust validation accuracy against the epoch; the best epoch marked, so decay after it shows.
+    """Draw training, clean and robust validation accuracy against the epoch; the best epoch is marked.
 
     Args:
         table: metrics of one recipe: epoch, train_accuracy; where there was validation also validation_clean,
@@ -211,7 +211,7 @@ def training_curves(table: pd.DataFrame) -> Figure:
 
 @style()
 def per_class(table: pd.DataFrame, classes: Sequence[str] = (), most: int = 30) -> Figure:
-    """Clean and worst-case accuracy of each class (of the ``most`` least robust ones, where there are more).
+    """Draw clean and worst-case accuracy of each class (of the ``most`` least robust ones, where there are more).
 
     Args:
         table: class, measure, accuracy, low, high (shares), n: from `outcomes.per_class`.
@@ -247,7 +247,7 @@ def per_class(table: pd.DataFrame, classes: Sequence[str] = (), most: int = 30) 
 
 @style()
 def gallery(arrays: Mapping[str, np.ndarray], classes: Sequence[str] = (), rows: int = 5) -> Figure:
-    """The first ``rows`` images: clean, what the attack added (magnified; grey is no change), and the two together.
+    """Draw the first ``rows`` images: clean, what the attack added (magnified; grey is no change), and their sum.
 
     Args:
         arrays: x and x_adv (M, C, H, W) in [0, 1]; label, clean_prediction, adversarial_prediction and attack (M,).
@@ -287,7 +287,7 @@ def gallery(arrays: Mapping[str, np.ndarray], classes: Sequence[str] = (), rows:
 
 
 def _limits(low: float, high: float) -> tuple[float, float]:
-    """Limits of an axis in percent: at least ten points apart, so that a hair's breadth looks like one."""
+    """Return limits of an axis in percent, at least ten points apart, so that small differences look small."""
     pad = max(10 - (high - low), 0) / 2
     return max(low - pad, -2), min(high + pad, 102)
 
