@@ -32,7 +32,7 @@ REFUSED = "another process trains or evaluates this run"
 HOLDER = """
 import sys, time
 from pathlib import Path
-from unmoved.lock import alone
+from unmoved.runs.lock import alone
 with alone(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(120)
