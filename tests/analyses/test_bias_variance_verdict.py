@@ -7,9 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 import pytest
-from scipy.stats import spearmanr
 
-from unmoved.analyses.bias_variance_verdict import DOMINATES, RISES, UNIMODAL, _spearman, verdict
+from unmoved.analyses.bias_variance_verdict import DOMINATES, RISES, UNIMODAL, verdict
 from unmoved.core.errors import UnmovedError
 
 
@@ -105,11 +104,3 @@ def test_rows_of_classes_play_no_part() -> None:
         verdict(classes)
     with pytest.raises(UnmovedError, match="none of train_eps, width"):
         verdict(rows(UP, HILL).drop(columns="train_eps"), by=["width"])
-
-
-def test_the_rank_correlation_is_scipys() -> None:
-    draws = np.random.default_rng(0).integers(0, 4, (50, 6)).astype(float)  # with ties
-    for values, rho in zip(draws, _spearman(draws), strict=True):
-        if np.ptp(values) > 0:
-            assert rho == pytest.approx(spearmanr(np.arange(6), values).statistic)
-    assert _spearman(np.ones((1, 4))) == 0

@@ -1,8 +1,9 @@
 """How much one quantity says of another: AUC and correlations, with intervals that say how sure that is.
 
-Many samples: percentile bootstrap over the samples. A resample is kept as how often each sample stands in it, so that
-all resamples are ranked at once without sorting again. Few runs: Fisher's z, since resampling four points only repeats
-them.
+Many samples: percentile bootstrap over the samples, `bootstrap_means` for means. A resample is kept as how often each
+sample stands in it, so that all resamples are ranked at once without sorting again; the same seed and number of samples
+give the same resamples, so that what is compared is drawn alike. Few runs: Fisher's z, since resampling four points
+only repeats them.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from unmoved.core.errors import UnmovedError, require_choice, require_whole
 
 LEAST = 10  # samples of each kind that an interval asks for: three against three would seem certain
 FEWEST_RUNS = 4
+LEVEL = 0.95
 CELLS = 2**18  # entries of the resamples that are worked on at a time: as many as fit into a cache
 
 
@@ -81,12 +83,13 @@ def auc(score: Any, positive: Any, *, bootstraps: int = 1000, seed: int = 0) -> 
     return _estimate(measure, len(values), note, min(kept, other), bootstraps, seed)
 
 
-def spearman(x: Any, y: Any, *, bootstraps: int = 1000, seed: int = 0) -> Estimate:
+def spearman(x: Any, y: Any, *, bootstraps: int = 1000, seed: int = 0, least: int = LEAST) -> Estimate:
     """Spearman's correlation: Pearson's of the ranks, ties at their mean rank, ranked anew in each resample.
 
     Args:
         x, y: (n,) numbers, infinite ones too.
-        bootstraps, seed: as `auc`; no interval with fewer than 10 samples [S].
+        bootstraps, seed: as `auc`.
+        least: samples that an interval asks for [S].
 
     Raises:
         UnmovedError: lengths that differ, or NaN.
@@ -96,7 +99,13 @@ def spearman(x: Any, y: Any, *, bootstraps: int = 1000, seed: int = 0) -> Estima
     def measure(weights: np.ndarray) -> np.ndarray:
         return _weighted_pearson(_ranks(a, weights), _ranks(b, weights), weights)
 
-    return _estimate(measure, len(a), _constant(a, "x") or _constant(b, "y"), len(a), bootstraps, seed)
+    return _estimate(measure, len(a), _constant(a, "x") or _constant(b, "y"), len(a), bootstraps, seed, least)
+
+
+def rank_correlations(rows: np.ndarray, x: Any) -> np.ndarray:
+    """Spearman's correlation (R,) of each row of ``rows`` (R, n) with ``x`` (n,); NaN where one does not vary."""
+    ranks = scipy.stats.rankdata(rows, axis=1).T
+    return _weighted_pearson(ranks, scipy.stats.rankdata(x)[:, None], np.ones_like(ranks))
 
 
 def pearson(x: Any, y: Any, *, bootstraps: int = 1000, seed: int = 0) -> Estimate:
@@ -145,34 +154,74 @@ def fisher(x: Any, y: Any, measure: str = "Pearson") -> Estimate:
     return Estimate(r, min(low, r), max(high, r), n)
 
 
+def bootstrap_means(values: np.ndarray, bootstraps: int, seed: int) -> np.ndarray:
+    """Means over N images drawn with replacement, ``(1/N) sum_i count_i values_i``, one draw for all columns.
+
+    Sharing the draw keeps what the columns have in common: a difference of two of them has a paired interval.
+
+    Args:
+        values: (N, D), one row an image.
+        bootstraps: number of draws; 0 gives none.
+        seed: of the draws; the same seed and N draw the same images.
+
+    Returns:
+        (bootstraps, D) float64.
+
+    Raises:
+        UnmovedError: no image, or a negative number of draws.
+    """
+    bootstraps = require_whole("bootstraps", bootstraps, at_least=0)
+    if values.ndim != 2 or len(values) == 0:
+        raise UnmovedError(f"bootstrap: expected values (N, D) of at least one image, came {values.shape}")
+    n, values = len(values), values.astype(np.float64)
+    means = [counts.T @ values / n for counts in _resamples(n, bootstraps, seed)]
+    return np.concatenate([np.empty((0, values.shape[1])), *means])
+
+
+def interval(draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The percentile interval (95 %) over the first axis; NaN where there is no draw."""
+    if len(draws) == 0:
+        nothing = np.full(draws.shape[1:], math.nan)
+        return nothing, nothing
+    low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
+    return low, high
+
+
 def percentiles(draws: np.ndarray) -> tuple[float, float]:
-    """The 2.5th and the 97.5th percentile of the draws that exist; NaN where none does."""
-    known = draws[~np.isnan(draws)]
-    if not len(known):
-        return math.nan, math.nan
-    low, high = np.percentile(known, [2.5, 97.5])
+    """The `interval` of the draws (R,) that exist, those that are not NaN."""
+    low, high = interval(draws[~np.isnan(draws)])
     return float(low), float(high)
 
 
 def _resamples(n: int, bootstraps: int, seed: int) -> Iterator[np.ndarray]:
-    """(n, some resamples) float64, how often each sample stands in each."""
+    """(n, some resamples) float64, how often each sample stands in each; drawn one resample after the other."""
     rng, most = np.random.default_rng(require_whole("seed", seed, at_least=0)), max(1, CELLS // n)
     for start in range(0, bootstraps, most):
         some = min(most, bootstraps - start)
-        drawn = rng.integers(n, size=(n, some)) * some + np.arange(some)
+        drawn = rng.integers(n, size=(some, n)) * some + np.arange(some)[:, None]
         yield np.bincount(drawn.ravel(), minlength=n * some).reshape(n, some).astype(float)
 
 
 def _estimate(
-    measure: Callable[[np.ndarray], np.ndarray], n: int, note: str, least: int, bootstraps: int, seed: int
+    measure: Callable[[np.ndarray], np.ndarray],
+    n: int,
+    note: str,
+    fewest: int,
+    bootstraps: int,
+    seed: int,
+    least: int = LEAST,
 ) -> Estimate:
-    """The measure, given as a function of how often each sample stands: (n, r) -> (r,)."""
+    """The measure, given as a function of how often each sample stands: (n, r) -> (r,).
+
+    Args:
+        fewest: samples of the kind that there are fewest of; fewer than ``least`` have no interval.
+    """
     bootstraps = require_whole("bootstraps", bootstraps, at_least=1)
     if note:
         return Estimate(math.nan, math.nan, math.nan, n, note, np.full(bootstraps, math.nan))
     value = float(measure(np.ones((n, 1)))[0])
-    if least < LEAST:
-        note = f"an interval needs at least {LEAST} samples of each kind, came {least}"
+    if fewest < least:
+        note = f"an interval needs at least {least} samples of each kind, came {fewest}"
         return Estimate(value, math.nan, math.nan, n, note, np.full(bootstraps, math.nan))
     draws = np.concatenate([measure(weights) for weights in _resamples(n, bootstraps, seed)])
     return Estimate(value, *percentiles(draws), n, draws=draws)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from unmoved.analyses.resampling import bootstrap_means, interval
+from unmoved.analyses.association import bootstrap_means, interval
 from unmoved.core.batch import Label
 from unmoved.core.errors import UnmovedError, require_choice
 

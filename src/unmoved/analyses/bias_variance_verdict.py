@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 import scipy  # its parts load where they are used: a second that no worker waits for
 
+from unmoved.analyses.association import LEVEL, percentiles, rank_correlations
 from unmoved.analyses.bias_variance import MEASURES
-from unmoved.analyses.resampling import LEVEL, interval
 from unmoved.core.errors import UnmovedError, require_columns, require_whole
 
 RISES, DOMINATES, UNIMODAL = "the bias rises", "the bias dominates the variance", "the variance is unimodal"
@@ -89,23 +89,15 @@ def _rises(rows: pd.DataFrame, seed: int) -> tuple[str, float, str]:
     error = (high - low) / (2 * scipy.stats.norm.ppf((1 + LEVEL) / 2))
     draw = np.random.default_rng(require_whole("seed", seed, at_least=0))
     drawn = middle + error * draw.standard_normal((DRAWS, len(middle)))
-    rho = float(_spearman(middle[None])[0])
-    least, most = (float(end) for end in interval(_spearman(drawn)))
+    order = np.arange(len(middle))
+    rhos = np.nan_to_num(rank_correlations(np.stack([middle, *drawn]), order))  # 0 where all are equal
+    rho, (least, most) = float(rhos[0]), percentiles(rhos[1:])
     words = f"Spearman's correlation with the training eps is {rho:.2f} [{least:.2f}, {most:.2f}]"
     if any(high[j] < low[i] for i in range(len(low)) for j in range(i, len(low))):
         return "refuted", rho, words + ", and a larger eps has a clearly smaller bias"
     if least > 0 and low[-1] > high[0]:
         return "confirmed", rho, words + ", and the largest eps has a clearly larger bias than the smallest"
     return "undecided", rho, words
-
-
-def _spearman(values: np.ndarray) -> np.ndarray:
-    """Rank correlation of each row with its order, zero where all are equal."""
-    ranks = scipy.stats.rankdata(values, axis=1)
-    ranks = ranks - ranks.mean(axis=1, keepdims=True)
-    order = np.arange(values.shape[1]) - (values.shape[1] - 1) / 2
-    length = np.sqrt((ranks**2).sum(axis=1) * (order**2).sum())
-    return np.divide(ranks @ order, length, out=np.zeros(len(values)), where=length > 0)
 
 
 def _dominates(rows: pd.DataFrame, _: int) -> tuple[str, float, str]:

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import scipy  # its parts load where they are used: a second that no worker waits for
 
+from unmoved.analyses.association import spearman
 from unmoved.analyses.corruption import ADVERSARIAL, RANDOM, expected_ratio
 from unmoved.core.errors import UnmovedError, require_columns, require_whole
 
@@ -130,12 +131,13 @@ def verdict(table: pd.DataFrame, *, resamples: int = 2000, seed: int = 0) -> pd.
     rows = []
     for indicator, first in sides[0].items():
         for accuracy, second in sides[1].items():
-            rho, low, high = _spearman(table[first], table[second], resamples, seed)
+            known = spearman(table[first], table[second], bootstraps=resamples, seed=seed, least=2)
+            rho, low, high = known.value, known.low, known.high
             decided = len(table) >= LEAST_RUNS
             word = CONFIRMED if decided and high < 0 else REFUTED if decided and low > 0 else UNDECIDED
-            known = {"rho": rho, "low": low, "high": high, "runs": len(table), "verdict": word}
+            numbers = {"rho": rho, "low": low, "high": high, "runs": len(table), "verdict": word}
             said = _sentence(indicator, accuracy, rho, low, high, len(table), word)
-            rows.append({"indicator": indicator, "accuracy": accuracy, **known, "sentence": said})
+            rows.append({"indicator": indicator, "accuracy": accuracy, **numbers, "sentence": said})
     return pd.DataFrame(rows)
 
 
@@ -147,25 +149,3 @@ def _sentence(indicator: str, accuracy: str, rho: float, low: float, high: float
     found += "" if math.isnan(low) else f", 95 % interval {low:+.2f} to {high:+.2f}"
     few = f"; fewer than {LEAST_RUNS} decide nothing" if runs < LEAST_RUNS else ""
     return f"{claim} ({found}, {runs} runs{few})."
-
-
-def _spearman(x: Any, y: Any, resamples: int, seed: int) -> tuple[float, float, float]:
-    """rho, and the 2.5 and 97.5 percentiles of rho over resamples of the pairs."""
-    pairs = np.stack([np.asarray(x, dtype=float), np.asarray(y, dtype=float)])
-    draw = np.random.default_rng(require_whole("seed", seed, at_least=0))
-    which = draw.integers(pairs.shape[1], size=(resamples, pairs.shape[1]))
-    rho = float(_rank_correlation(pairs[:, None, :])[0])
-    drawn = _rank_correlation(pairs[:, which])
-    drawn = drawn[np.isfinite(drawn)]
-    if math.isnan(rho) or not len(drawn):
-        return rho, math.nan, math.nan
-    low, high = np.percentile(drawn, [2.5, 97.5])
-    return rho, float(low), float(high)
-
-
-def _rank_correlation(pairs: np.ndarray) -> np.ndarray:
-    """(2, R, m) -> (R,) Pearson's correlation of ranks; NaN where a side is constant."""
-    ranks = scipy.stats.rankdata(pairs, axis=2)
-    ranks = ranks - ranks.mean(axis=2, keepdims=True)
-    scale = np.sqrt((ranks**2).sum(axis=2).prod(axis=0))
-    return np.where(scale > 0, ranks.prod(axis=0).sum(axis=1) / np.where(scale > 0, scale, 1), np.nan)

@@ -14,7 +14,7 @@ from typing import TypeAlias
 import numpy as np
 import pandas as pd
 
-from unmoved.analyses.resampling import bootstrap_means, interval
+from unmoved.analyses.association import bootstrap_means, interval
 from unmoved.core.errors import UnmovedError, require_columns
 
 RunKey: TypeAlias = tuple[str, float, int]

@@ -6,8 +6,8 @@ import math
 
 import pandas as pd
 
+from unmoved.analyses.association import LEVEL
 from unmoved.analyses.pareto import ALL
-from unmoved.analyses.resampling import LEVEL
 from unmoved.core.errors import require_columns
 
 

@@ -7,8 +7,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from unmoved.analyses.association import bootstrap_means, interval
 from unmoved.analyses.bias_variance import checked
-from unmoved.analyses.resampling import bootstrap_means, interval
 from unmoved.core.batch import Label
 from unmoved.core.errors import UnmovedError
 
