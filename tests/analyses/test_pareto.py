@@ -8,8 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from unmoved.analyses.pareto import ALL, RunKey, TradeOff, dominates, front_area, trade_off, trade_off_of_rows
-from unmoved.analyses.pareto_verdict import verdict
+from unmoved.analyses.pareto import ALL, RunKey, TradeOff, dominates, front_area, trade_off, trade_off_of_rows, verdict
 from unmoved.core.errors import UnmovedError
 
 Samples = dict[RunKey, tuple[np.ndarray, np.ndarray]]

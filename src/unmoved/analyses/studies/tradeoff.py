@@ -8,7 +8,7 @@ from dataclasses import asdict
 import pandas as pd
 
 from unmoved.analyses import pareto
-from unmoved.analyses.pareto_verdict import verdict
+from unmoved.analyses.pareto import verdict
 from unmoved.analyses.studies.study import Study, Subject, answers
 from unmoved.analyses.studies.tradeoff_figures import pareto as pareto_figure
 from unmoved.core.errors import UnmovedError
