@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from unmoved.core.errors import UnmovedError
+from unmoved.core.files import replacing
 from unmoved.core.untrusted import npz
 from unmoved.data.stored_arrays import Stored, stored
 
@@ -85,28 +86,17 @@ class Slot:
         return found if fits and labels.min() >= 0 and labels.max() < len(found.classes) else None
 
     def save(self, decoded: Decoded) -> None:
-        """Of images in memory: write to a file beside it and move that into place, so that nobody ever reads a half."""
-        temporary = None
-        try:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(dir=self.file.parent, prefix=".unmoved-")
-            with os.fdopen(handle, "wb") as stream:
-                np.savez(
-                    stream,
-                    stamp=np.array(self.stamp),
-                    images=np.asarray(decoded.images),
-                    labels=decoded.labels,
-                    train=np.array(decoded.train),
-                    classes=np.array(decoded.classes, dtype=np.str_),
-                    skipped=np.array(decoded.skipped, dtype=np.str_),
-                )
-            os.replace(temporary, self.file)
-            temporary = None
-        except OSError:
-            pass  # a full disk or a read-only home costs time at the next start, nothing else
-        finally:
-            if temporary is not None:
-                Path(temporary).unlink(missing_ok=True)
+        """Keep images that are in memory: all of them, or none where they cannot be written."""
+        with suppress(UnmovedError), replacing(self.file) as file:  # it costs time at the next start, nothing else
+            np.savez(
+                file,
+                stamp=np.array(self.stamp),
+                images=np.asarray(decoded.images),
+                labels=decoded.labels,
+                train=np.array(decoded.train),
+                classes=np.array(decoded.classes, dtype=np.str_),
+                skipped=np.array(decoded.skipped, dtype=np.str_),
+            )
 
 
 def _user_folder() -> Path:
