@@ -1,4 +1,4 @@
-"""Sources, splits, on-device batches and augmentation.
+"""Load data sets, split them, and draw augmented batches.
 
 A source is a function that returns a `DataSet`; recipes use it by its name, and its parameters are their settings.
 """

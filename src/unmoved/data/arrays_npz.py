@@ -1,4 +1,4 @@
-"""A user's own arrays in one .npz file."""
+"""Load a user's own arrays from one .npz file."""
 
 from __future__ import annotations
 

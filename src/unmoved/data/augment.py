@@ -1,4 +1,4 @@
-"""Augmentations are values: ``augment(batch, seed)`` gives a batch whose images moved and whose labels did not.
+"""Augment images: ``augment(batch, seed)`` returns a batch with moved images and the same labels.
 
 The noise is keyed by (seed, step, identity), so what happens to a sample does not depend on who else is in its batch.
 """

@@ -1,4 +1,4 @@
-"""CIFAR-10 in the two forms its authors publish: binary records, or pickled batches read without unpickling code."""
+"""Load CIFAR-10 from either form its authors publish: binary records, or pickled batches read without running code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pickles of plain containers and byte arrays, read without running anything they name.
+"""Read pickles of plain containers and byte arrays without running anything they name.
 
 Each global a numpy array's pickle needs is answered by a stand-in of ours that only records; any other is refused.
 """

@@ -1,4 +1,4 @@
-"""A training and a test part that belong together; one whose images nobody has asked for stays in its file."""
+"""Hold the training and the test part of a data set; the images of a part are read when they are first asked for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One encoded image -> pixels. Pillow decodes; all that it makes of bad bytes gets one name."""
+"""Decode one image with Pillow; any decoding error becomes `CorruptImage`."""
 
 from __future__ import annotations
 

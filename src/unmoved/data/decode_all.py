@@ -1,4 +1,4 @@
-"""Many encoded images -> one array, in threads, with a bounded number of them under way."""
+"""Decode many images into one array, in threads, with a bounded number of them in memory at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Decoded folders of images, one .npz each. A cache that is stale, damaged or unwritable is simply not there."""
+"""Cache decoded folders of images, one .npz each. A stale, damaged or unwritable cache is ignored."""
 
 from __future__ import annotations
 

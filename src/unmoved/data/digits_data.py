@@ -1,4 +1,4 @@
-"""Real images that come with scikit-learn: no download."""
+"""Load the digits that come with scikit-learn: real images without a download."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A user's own images: one folder (or tar archive) with a sub-folder per class."""
+"""Load a user's own images from a folder (or tar archive) with a sub-folder per class."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which file belongs to which part and class: read off the names alone, the same for folders and archives."""
+"""Assign image files to parts and classes by their names alone, the same for folders and archives."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The two places a tree of images comes from: a folder, whose files are read in any order, and a tar archive."""
+"""List the files of an image folder or a tar archive."""
 
 from __future__ import annotations
 

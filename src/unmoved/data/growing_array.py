@@ -1,4 +1,4 @@
-"""Images that come a few at a time -> the one tensor that they stay in: their array is never there twice."""
+"""Collect images that come a few at a time in one tensor, without ever holding them twice."""
 
 from __future__ import annotations
 

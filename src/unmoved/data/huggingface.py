@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face hub, or local ones, through the ``datasets`` library (an extra)."""
+"""Load data sets of the Hugging Face hub, or local ones, through the ``datasets`` library (an extra)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""MNIST and whatever else comes as IDX files: magic number, sizes, then the bytes."""
+"""Load MNIST and other data in IDX files: magic number, sizes, then the bytes."""
 
 from __future__ import annotations
 

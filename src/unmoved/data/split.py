@@ -1,4 +1,4 @@
-"""Images and labels held in memory (or on the device) as one tensor each; batches are slices or gathers of them."""
+"""Hold images and labels in memory (or on a device) as one tensor each, and draw batches from them."""
 
 from __future__ import annotations
 

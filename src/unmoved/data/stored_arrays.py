@@ -1,4 +1,4 @@
-"""Arrays of an .npz file, looked at before they are read, and then read a few rows at a time."""
+"""Check the arrays of an .npz file before reading them, and read them a few rows at a time."""
 
 from __future__ import annotations
 

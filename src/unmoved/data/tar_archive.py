@@ -1,4 +1,4 @@
-"""Tar archives (plain, gzip, bzip2, xz) read in memory: nothing is extracted, only regular files are opened."""
+"""Read tar archives (plain, gzip, bzip2, xz) in memory: nothing is extracted, only regular files are opened."""
 
 from __future__ import annotations
 

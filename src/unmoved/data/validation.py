@@ -1,4 +1,4 @@
-"""What a user may hand in as images, labels, paths and shares, and what each mistake is told."""
+"""Check images, labels, paths and shares that a user hands in."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every model of ours begins with: images are checked, then normalised, so that eps stays in pixel units."""
+"""Check images and normalise them inside the model, so that eps stays in pixel units."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The two models whose optimal attack can be written down or seen through: a linear one and a small perceptron."""
+"""Make a linear model, whose optimal attack is known in closed form, and a multilayer perceptron."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights on disk: safetensors and nothing else, so that loading a file never runs what is in it."""
+"""Save and load weights as safetensors and nothing else, so that loading a file never runs code."""
 
 from __future__ import annotations
 

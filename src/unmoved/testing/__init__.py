@@ -1,4 +1,4 @@
-"""The exam that every exported method sits, and strangers may sit too.
+"""Check that a term, attack or defense keeps its contract: the exam that ours sit and that yours may sit too.
 
     from unmoved.testing import check_term
     check_term(my_lab.Entropy())

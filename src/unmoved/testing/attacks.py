@@ -1,4 +1,4 @@
-"""The exam of attacks."""
+"""Check that an attack keeps its contract."""
 
 from __future__ import annotations
 

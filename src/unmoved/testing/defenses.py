@@ -1,4 +1,4 @@
-"""The exam of defenses."""
+"""Check that a defense keeps its contract."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the exam is held on, and what watches that nothing else changes."""
+"""Make the models for the checks of terms, attacks and defenses, and watch that nothing else changes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The exam of terms."""
+"""Check that a term keeps its contract."""
 
 from __future__ import annotations
 

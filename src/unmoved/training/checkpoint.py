@@ -1,4 +1,4 @@
-"""The trainer's state on disk: sealed with a checksum, the one before it kept, and no pickle ever executed."""
+"""Save and load the trainer's state with a checksum; the state before is kept, and no pickle is ever executed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class _Damaged(Exception):
 
 
 class _Hashed:
-    """Passes what is written on to a file and through a checksum: the state is never in memory a second time.
+    """Write to a file and through a checksum at once, so that the state is never in memory a second time.
 
     What stops the writing, be it a full disk or an interruption, is kept and raised by `close`: torch would cover it
     with a complaint of its own archive writer.
@@ -59,7 +59,7 @@ class _Hashed:
 
 
 class Budget:
-    """When to save: as often as a share of the time allows, of training and saving together.
+    """Decide when to save: as often as a share of the time allows, of training and saving together.
 
     Only when it is saved depends on the clock, never what: a training that is gone on with ends in the same bits from
     whatever epoch. A kill loses what was trained since, about (seconds of a save) / share.
@@ -74,7 +74,7 @@ class Budget:
         self.trained = self.spent = 0.0
 
     def allows(self, seconds: float) -> bool:
-        """Whether to save now, ``seconds`` of training after the last time that this was asked."""
+        """Return whether to save now, ``seconds`` of training after the last time that this was asked."""
         self.trained += seconds
         saving = self.spent + self.expected
         return saving <= self.share * (self.trained + saving)
@@ -89,7 +89,7 @@ class Budget:
 
 
 def guessed(tensors: Any) -> float:
-    """Seconds that saving all tensors within takes, as a disk of 200 MB/s would: known better after the first time."""
+    """Guess the seconds that saving these tensors takes on a disk of 200 MB/s; the first save measures it."""
     if isinstance(tensors, torch.Tensor):
         return tensors.nbytes / 200e6
     parts = tensors.values() if isinstance(tensors, dict) else tensors if isinstance(tensors, list | tuple) else ()
@@ -111,7 +111,7 @@ def save(folder: Path, state: dict[str, Any]) -> None:
 
 
 def load(folder: Path, *, mend: bool = False) -> dict[str, Any] | None:
-    """The newest whole state, or None where nothing was saved; read with ``weights_only=True``: nothing in it is run.
+    """Load the newest whole state, or None if nothing was saved; read with ``weights_only=True``: nothing in it is run.
 
     Args:
         mend: whether a damaged newest is removed where the one before is taken, and that is logged. Whoever saves next
@@ -150,7 +150,7 @@ def load(folder: Path, *, mend: bool = False) -> dict[str, Any] | None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A state; `_Damaged` where it is not what `save` wrote, any other error where that cannot be told now."""
+    """Read a state; raise `_Damaged` if it is not what `save` wrote, any other error if that cannot be known now."""
     require_regular(path, path.stat())
     with open(path, "rb") as file:
         _require_seal(file)
@@ -184,7 +184,7 @@ def _require_seal(file: BinaryIO) -> None:
 
 
 def _cause(error: Exception) -> str:
-    """Why a file cannot be read, in the words of whoever refused it."""
+    """Return why a file cannot be read, in the words of the error."""
     if isinstance(error, OSError):
         return str(error.strerror or error)
     words = str(error).strip().splitlines()

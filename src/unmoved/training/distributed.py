@@ -1,4 +1,4 @@
-"""Devices and processes: what lightning-fabric and torch.distributed start, and what every process must agree on."""
+"""Start the processes that train one model on several devices, by lightning-fabric, and let them agree."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ RESIDENT = 0.25  # the share of a device's free memory that training data may ta
 
 
 def prepare(device: str = "auto", devices: int = 1, nodes: int = 1, precision: Any = "32-true") -> Fabric:
-    """The engine for ``nodes`` machines with ``devices`` processes each, one a device; nothing is started yet.
+    """Make the engine for ``nodes`` machines with ``devices`` processes each, one a device; nothing is started yet.
 
     Under ``torchrun`` it tells how many there are. On a CPU a device is a process, and they share the cores.
     ``precision`` is fabric's, that of the parameters.
@@ -90,7 +90,7 @@ def started_by_others() -> bool:
 
 @contextmanager
 def together(fabric: Fabric) -> Iterator[None]:
-    """All processes of the engine, started; when this one fails the others end too, and what they say is one sentence.
+    """Start all processes of the engine; if one fails, the others end too, with one message.
 
     Raises:
         UnmovedError: another process ended.
@@ -125,7 +125,7 @@ def together(fabric: Fabric) -> Iterator[None]:
 
 
 def _end(fabric: Fabric) -> None:
-    """The processes that this one started; they would wait for it until a timeout."""
+    """End the processes that this one started; they would wait for it until a timeout."""
     children: list[Any] = getattr(fabric.strategy.launcher, "procs", [])
     for process in children:
         process.kill()
@@ -179,7 +179,7 @@ def require_lockstep(phases: Phases, sync_batchnorm: bool) -> None:
 
 
 def resident(split: Split, device: torch.device) -> Split:
-    """The split on the device where it takes at most a quarter of the free memory there: nothing is copied per step."""
+    """Move the split to the device if it takes at most a quarter of the free memory there: no copy per step."""
     images: Any = getattr(split, "images", None)
     move: Any = getattr(split, "to", None)
     if device.type != "cuda" or move is None or images is None:

@@ -1,4 +1,4 @@
-"""The log of a training on disk: files that grow by a line an epoch, and that a resumed training cuts back.
+"""Write and read a training's log: files that grow by a line an epoch, and that a resumed training cuts back.
 
 ``metrics.jsonl`` has a record an epoch; what terms report by class, lists of as many numbers as there are classes, goes
 to ``per_class.jsonl``, so that the log stays as small as it would be with two classes.
@@ -23,7 +23,7 @@ MOST = 2**30  # bytes of a file of a training that is gone on with
 
 
 def divided(record: dict[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, list[Any]]]]:
-    """An epoch's record without the lists that its terms report, and these lists, term by term."""
+    """Divide an epoch's record into numbers and the lists that its terms report, term by term."""
     if "terms" not in record:
         return record, {}
     lists, rest = dict[str, dict[str, list[Any]]](), dict[str, dict[str, Any]]()
@@ -44,7 +44,7 @@ def joined(record: dict[str, Any], lists: dict[str, Any]) -> dict[str, Any]:
 
 
 def by_class(lines: Iterable[dict[str, Any]]) -> pd.DataFrame:
-    """A row for each epoch, term and class of ``{"epoch": 1, "term": {"q": [0.5, 0.4], ...}, ...}``."""
+    """Make a row for each epoch, term and class of ``{"epoch": 1, "term": {"q": [0.5, 0.4], ...}, ...}``."""
     columns: dict[str, list[Any]] = {"epoch": [], "term": [], "class": []}
     for line in lines:
         for term, facts in line.items():
@@ -61,7 +61,7 @@ def by_class(lines: Iterable[dict[str, Any]]) -> pd.DataFrame:
 
 
 class Log:
-    """The two files of a run, and how far they are known by content.
+    """Append to the two log files of a run, and know how far their content is its own.
 
     A mark (`mark`) is the length of each file and the checksum of what it holds. It is kept in the trainer's state,
     with the record of the epoch that the state is of: that line is written when the state is saved. So a log whose last
@@ -75,7 +75,7 @@ class Log:
         self._files = {name: _Lines(folder / name) for name in (METRICS, PER_CLASS)}
 
     def mark(self) -> dict[str, Any]:
-        """Where the files stand, which are on disk when this returns."""
+        """Return where the files stand; they are on disk when this returns."""
         return {name: file.mark() for name, file in self._files.items()}
 
     def add(self, record: dict[str, Any]) -> None:
@@ -87,7 +87,7 @@ class Log:
         self._files[METRICS].add(slim)
 
     def records(self, mark: dict[str, Any], before: int) -> list[dict[str, Any]]:
-        """The records up to a mark, all of epochs below ``before``; of a damaged log those that can be read."""
+        """Return the records up to a mark, of epochs below ``before``; of a damaged log those that can be read."""
         records, lists = (self._files[name].read(mark[name], before) for name in (METRICS, PER_CLASS))
         by_epoch = {line["epoch"]: line for line in lists}
         return [joined(record, by_epoch.get(record["epoch"], {})) for record in records]
@@ -140,7 +140,7 @@ class _Lines:
         )
 
     def _content(self, mark: dict[str, Any]) -> tuple[bool, bytes]:
-        """Whether the file is as it was at a mark, and its bytes up to there, or all that there are."""
+        """Return whether the file is as it was at a mark, and its bytes up to there, or all that there are."""
         try:
             data = untrusted.content(self.path, MOST)
         except FileNotFoundError:
@@ -151,7 +151,7 @@ class _Lines:
 
 
 def _readable(data: bytes, before: int) -> list[bytes]:
-    """The first line of each epoch below ``before``, where it is JSON, in the order of epochs."""
+    """Return the first line of each epoch below ``before``, where it is JSON, in the order of epochs."""
     found: dict[int, bytes] = {}
     for line in data.split(b"\n"):
         try:

@@ -1,4 +1,4 @@
-"""A rehearsal: what a first step, the last batch of an epoch or a validation would refuse, before training."""
+"""Try a step of each phase and a validation before training, so that what they refuse is found at once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a training that was begun may go on as a new call asks: what is done was done as another call asked."""
+"""Check whether an interrupted training may go on with the settings of a new call."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ Share = Callable[[int, int], float]
 
 
 def settings_of(optimizer: Optimizer, *, epochs: int, batch_size: int, samples: int) -> dict[str, Any]:
-    """What a call trains by, in plain values; of a new optimizer, before a schedule has changed its numbers."""
+    """Collect the settings of a training as plain values; of a new optimizer, before a schedule has changed it."""
     groups = [{"kind": type(optimizer).__name__} | _numbers(group) for group in optimizer.param_groups]
     return {"epochs": epochs, "batch_size": batch_size, "samples": samples, "optimizer": groups}
 
 
 def name_of(scheduler: LRScheduler) -> str:
-    """A new schedule in words that differ where its kind or its numbers do."""
+    """Describe a new schedule in words that differ where its kind or its numbers do."""
     return f"{type(scheduler).__name__} {sorted(scheduler.state_dict().items())!r}"
 
 

@@ -1,4 +1,4 @@
-"""What a training run remembers: the log, the best epoch, and everything that resuming needs."""
+"""Keep the state of a training: its log, its best epoch, and everything that resuming needs."""
 
 from __future__ import annotations
 

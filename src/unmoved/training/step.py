@@ -1,4 +1,4 @@
-"""One step of a method: x_adv made once, then gradient and step as the defense takes them."""
+"""Take one training step: attack the batch once, then let the defense take the gradient and the step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a training saves through, so that the loop knows no run folder: `unmoved.Run` is one."""
+"""Define the protocol that training saves through, so that it depends on no run folder: `unmoved.Run` is one."""
 
 from __future__ import annotations
 
