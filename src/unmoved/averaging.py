@@ -1,4 +1,4 @@
-"""Averages of the weights along a training: what is validated, kept and judged in place of the last weights."""
+"""Average the weights along a training (EMA, SWA), to validate, keep and evaluate in place of the last weights."""
 
 from unmoved.training.averaging import AVERAGES, EMA, SWA, Average, Averaging, none
 

@@ -1,4 +1,4 @@
-"""Counter-based random numbers: functions of seed, stream, step, identity and pixel."""
+"""Draw random numbers that depend on seed, stream, step, sample identity and pixel, and on nothing else."""
 
 from unmoved.core.noise import normal, uniform
 

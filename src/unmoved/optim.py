@@ -1,4 +1,4 @@
-"""torch's optimizers and schedules as values: what is named in a recipe and handed to the loop."""
+"""Describe torch's optimizers and learning-rate schedules as values, for recipes and for `unmoved.train`."""
 
 from unmoved.training.optim import OPTIMIZERS, SCHEDULES, SGD, Adam, Constant, Cosine, Groups, MultiStep, OneCycle
 

@@ -1,4 +1,4 @@
-"""The outcomes table: one row per sample and attack, on disk as CSV, and what may be said from it."""
+"""Read, write, check and summarise the outcomes of an evaluation: a table with one row per sample and attack."""
 
 from unmoved.evaluation.outcomes import (
     COLUMNS,

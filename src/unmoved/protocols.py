@@ -1,4 +1,4 @@
-"""The whole language of the package: what flows (Batch, Split) and what acts (Attack, Term, ParameterDefense)."""
+"""Define the protocols of attacks, terms, defenses and data splits, and the batches that flow between them."""
 
 from unmoved.core.batch import Batch, Image, Index, Label, Logits, PerSample, Table
 from unmoved.core.protocols import (

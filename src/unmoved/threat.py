@@ -1,4 +1,4 @@
-"""Which inputs an attacker may choose. The same verbs as `unmoved.weights` has for weights: steepest, project."""
+"""Define which perturbed images an attacker may choose, and the steps and projections within that set."""
 
 from unmoved.core.threat import BEYOND, NEWTON_STEPS, NORMS, ThreatModel, bounds_of, require_threat
 

@@ -1,4 +1,4 @@
-"""Which weight corruptions are allowed, and the guards that restore what a corruption or an attack changes."""
+"""Perturb a model's weights within a ball, and restore weights, modes and buffers after corruptions and attacks."""
 
 from unmoved.core.weights import (
     Tensors,

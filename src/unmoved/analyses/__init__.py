@@ -1,4 +1,4 @@
-"""Why is it robust, and at what price: plain functions on tensors and models; `unmoved analyze` uses them on runs."""
+"""Analyse why a model is robust, and at what price: functions on tensors and models that `unmoved analyze` uses."""
 
 from unmoved.analyses import (
     association,

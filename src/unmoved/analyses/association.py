@@ -1,4 +1,4 @@
-"""How much one quantity says of another: AUC and correlations, with intervals that say how sure that is.
+"""Measure how well one quantity predicts another: AUC and correlations, with confidence intervals.
 
 Many samples: percentile bootstrap over the samples, `bootstrap_means` for means. A resample is kept as how often each
 sample stands in it, so that all resamples are ranked at once without sorting again; the same seed and number of samples

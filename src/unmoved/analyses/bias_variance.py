@@ -1,4 +1,4 @@
-"""Bias and variance of a risk over models that were trained on disjoint parts of the data.
+"""Decompose a risk into bias and variance over models that were trained on disjoint parts of the data.
 
 Each model k gives probabilities p_k; for the adversarial risk, those of the image attacked against model k itself. The
 identities stay exact, since an attacked model is just another random function.

@@ -1,4 +1,4 @@
-"""Is it the bias? The claims of Yu et al. 2021 (arXiv 2103.09947) on a table of decompositions, in words."""
+"""Judge the claims of Yu et al. 2021 (arXiv 2103.09947) about bias and variance on a table of decompositions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several models at once: what they say of the images, and one model out of them, to be attacked together.
+"""Compute the probabilities of several models, and join them into one model that can be attacked.
 
 Three ways to make the images of an adversarial bias and variance: against each model itself (attack each with its own);
 shared (make one perturbation, against any model, and show it to all); joint (attack `joint(models)`, a reconstruction

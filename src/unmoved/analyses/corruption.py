@@ -1,4 +1,4 @@
-"""How much a risk changes when the weights are corrupted: APD's loss-change indicators as measures of flatness.
+"""Measure how much a risk changes when the weights are corrupted: APD's loss-change indicators of flatness.
 
 ``DL(a) = L(w + a) - L(w)``; the average over random corruptions of size eps, ``I_ave``, and the largest that a gradient
 attack finds, ``I_max``. Zhang et al. 2021 (arXiv 2109.02889), Sun et al. 2021 (AAAI); the names and the exact form of

@@ -1,4 +1,4 @@
-"""What a corruption sweep says: means with intervals, theory beside them, and whether flat goes with robust."""
+"""Summarise a corruption sweep: means with intervals, theory beside them, and whether flat goes with robust."""
 
 from __future__ import annotations
 

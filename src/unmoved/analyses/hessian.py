@@ -1,4 +1,4 @@
-"""Curvature at the weights: trace and largest eigenvalue of the Hessian, to set beside what corruptions measure.
+"""Measure curvature at the weights: trace and largest eigenvalue of the Hessian of the loss.
 
 Hessian-vector products are curvlinops' (``pip install 'unmoved[hessian]'``), the Lanczos iteration is scipy's.
 """

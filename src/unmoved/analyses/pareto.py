@@ -1,4 +1,4 @@
-"""The price of robustness: which method reaches which clean and robust accuracy, and which are never worth their price.
+"""Find the Pareto front of clean and robust accuracy, and which methods are on it or dominated.
 
 A setting is a method at one strength (the beta of TRADES, say); its accuracies are means over its seeds. Intervals are
 95 % percentile intervals of a bootstrap over the test images, paired: every setting is judged on the same drawn images.

@@ -1,4 +1,4 @@
-"""What a corruption of the weights is measured on: any function of some tensors, or a model on held images."""
+"""Define the risks that corruptions of weights change: any function of some tensors, or a model's loss on images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Does the result of an attack follow the distribution of the softmax over the wrong classes?
+"""Test whether the result of an attack follows the distribution of the softmax over the wrong classes.
 
 DRSL (Wang et al. 2023, arXiv 2303.12363) says that it does: the more the probabilities of the wrong classes differ,
 the less robust. The paper's own statistic is not known to us; these are a reconstruction [R], and so is the plan: who

@@ -1,4 +1,4 @@
-"""What the wrong classes of each sample look like, clean and attacked, and what became of the sample.
+"""Compute statistics of each sample's wrong-class probabilities, clean and attacked, and what became of the sample.
 
 One row per sample and view; `unmoved.analyses.softmax` asks the questions.
 """

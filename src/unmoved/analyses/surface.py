@@ -1,4 +1,4 @@
-"""The risk around the weights, along the worst direction that an attack found and along a random one."""
+"""Compute the risk around the weights, along the worst direction that an attack found and along a random one."""
 
 from __future__ import annotations
 

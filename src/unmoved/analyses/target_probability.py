@@ -1,4 +1,4 @@
-"""How high and how steady the probability of the true class is, class by class: the analysis beside ProbsCut."""
+"""Measure by class how high and how steady the probability of the true class is, as ProbsCut's analysis does."""
 
 from __future__ import annotations
 

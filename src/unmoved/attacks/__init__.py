@@ -1,4 +1,4 @@
-"""What an attacker may try: each attack proposes one image per sample and leaves the caller as it found it."""
+"""Attack models: each attack proposes one perturbed image per sample and changes nothing of the caller's."""
 
 from unmoved.attacks.apgd import APGD
 from unmoved.attacks.cw import CW

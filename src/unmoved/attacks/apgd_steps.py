@@ -1,4 +1,4 @@
-"""How far Auto-PGD steps: with momentum and halvings in linf and l2, with an adaptive sparsity in l1."""
+"""Choose Auto-PGD's steps: momentum and halving step sizes in linf and l2, adaptive sparsity in l1."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every gradient attack needs: a model that is left as it was found, and the gradient of a term over the input."""
+"""Compute a term's gradient with respect to the images, and leave the model as it was, for all gradient attacks."""
 
 from __future__ import annotations
 

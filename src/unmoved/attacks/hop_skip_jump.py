@@ -1,4 +1,4 @@
-"""Attacks that see nothing of a model but its decisions."""
+"""Attack a model of which only the predicted classes are seen: HopSkipJump."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What attacks that seek the decision boundary share: full precision, and the nearest misclassified point so far."""
+"""Keep the nearest misclassified image so far, in full precision, for attacks that seek the decision boundary."""
 
 from __future__ import annotations
 

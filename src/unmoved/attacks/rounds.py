@@ -1,4 +1,4 @@
-"""Restarts and targets of an attack as rounds over the same samples, several stacked in one pass where few are left."""
+"""Run the restarts and targets of an attack in rounds, several stacked in one pass where few samples are left."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What random search over square windows proposes: flips in linf, mass moved between windows in l2 and l1."""
+"""Propose changes of square windows for the Square attack: flips in linf, mass moved between windows in l2 and l1."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When an attack has gone far enough with a sample: stopping rules, values on the one PGD loop."""
+"""Decide when PGD has gone far enough with a sample: stopping rules."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What fools another model, proposed to this one."""
+"""Attack a model with images that were made against another model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Analyses of run folders: each collects its tables (those on the shelf are not made again) and says what they mean."""
+"""Analyse run folders: each study makes its tables, or reads those made before, and says what they mean."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from unmoved.analyses.studies import bias_variance, corruption, softmax, tradeoff
-from unmoved.analyses.studies.study import Progress, Study, Subject, names_of, subjects, told
+from unmoved.analyses.studies.study import Progress, Study, Subject, names_of, no_progress, subjects
 from unmoved.core.errors import require_choice
 
 NAMES = ("softmax", "corruption", "bias-variance", "tradeoff")
 
-__all__ = ["NAMES", "Progress", "Study", "Subject", "names_of", "prepare", "study", "subjects", "told"]
+__all__ = ["NAMES", "Progress", "Study", "Subject", "names_of", "prepare", "study", "subjects", "no_progress"]
 
 
-def study(name: str, found: Sequence[Subject], progress: Progress = told, **settings: Any) -> Study:
+def study(name: str, found: Sequence[Subject], progress: Progress = no_progress, **settings: Any) -> Study:
     """One of `NAMES`; ``settings`` are those of its own function.
 
     Raises:

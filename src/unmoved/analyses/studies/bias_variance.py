@@ -1,4 +1,4 @@
-"""Study: bias and variance of clean and adversarial risk, over models trained on disjoint parts of the data."""
+"""Study bias and variance of clean and adversarial risk over runs trained on disjoint parts of the data."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from unmoved.analyses.bias_variance_verdict import verdict
 from unmoved.analyses.committee import joint, probabilities
 from unmoved.analyses.studies.bias_variance_figures import bias_variance as figure
 from unmoved.analyses.studies.bias_variance_figures import bias_variance_by_class
-from unmoved.analyses.studies.study import Progress, Study, Subject, told
+from unmoved.analyses.studies.study import Progress, Study, Subject, no_progress
 from unmoved.analyses.target_probability import target_probability
 from unmoved.attacks import PGD
 from unmoved.core.batch import Batch
@@ -123,7 +123,7 @@ def study(
     *,
     eps: Sequence[float] | None = None,
     modes: Sequence[str] = ("own",),
-    progress: Progress = told,
+    progress: Progress = no_progress,
 ) -> Study:
     """Decompositions over training eps (of the runs), evaluation eps and attack modes, merged over permutations.
 

@@ -1,4 +1,4 @@
-"""Bias and variance of the risk, against the eps of training and class by class."""
+"""Draw bias and variance of the risk, against the eps of training and class by class."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Study: is the loss flat around the weights, and does flatness go with robustness?"""
+"""Study whether runs' losses are flat around their weights, and whether flatness goes with robustness."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from unmoved.analyses import corruption, flatness, hessian, surface
 from unmoved.analyses.risks import ModelRisk, layers
 from unmoved.analyses.studies.corruption_figures import corruption_curves, corruption_layers, loss_lines, loss_surface
 from unmoved.analyses.studies.corruption_figures import flatness as flatness_figure
-from unmoved.analyses.studies.study import Progress, Study, Subject, accuracies, part_of, told
+from unmoved.analyses.studies.study import Progress, Study, Subject, accuracies, no_progress, part_of
 from unmoved.attacks import PGD
 from unmoved.core.batch import Batch
 from unmoved.reports.pages import Section
@@ -27,7 +27,7 @@ LEGIBLE = 6  # runs that one figure of curves can hold
 
 
 def measure(
-    subject: Subject, *, deep: bool = False, p: float = 2, top: int | None = None, progress: Progress = told
+    subject: Subject, *, deep: bool = False, p: float = 2, top: int | None = None, progress: Progress = no_progress
 ) -> dict[str, pd.DataFrame]:
     """The sweeps of one run over `GRID`, clean and adversarial; ``deep`` adds layers, lines and the surface."""
     attack = PGD(subject.built.threat, steps=20, keep="best")
@@ -83,7 +83,7 @@ def study(
     with_hessian: bool = False,
     p: float = 2,
     top: int | None = None,
-    progress: Progress = told,
+    progress: Progress = no_progress,
 ) -> Study:
     """Indicators over a grid, per run and across runs; with ``deep`` also by layer and as a surface.
 

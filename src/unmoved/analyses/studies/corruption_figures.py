@@ -1,4 +1,4 @@
-"""Flatness under corruption of the weights: curves over eps, bars by layer, the surface, and robustness beside it."""
+"""Draw the loss under corrupted weights: curves over eps, bars by layer, the surface, and robustness beside it."""
 
 from __future__ import annotations
 

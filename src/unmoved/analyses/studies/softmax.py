@@ -1,4 +1,4 @@
-"""Study: does the result of an attack follow the distribution of the softmax over the wrong classes?"""
+"""Study whether the result of attacks on runs follows the softmax over the wrong classes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pandas as pd
 
 from unmoved.analyses import softmax
 from unmoved.analyses.studies import softmax_figures
-from unmoved.analyses.studies.study import Progress, Study, Subject, accuracies, part_of, told
+from unmoved.analyses.studies.study import Progress, Study, Subject, accuracies, no_progress, part_of
 from unmoved.attacks import APGD, FMN
 from unmoved.reports.pages import Section
 
@@ -17,7 +17,7 @@ CHUNK = 250  # samples that an interruption may cost
 HEADLINE = "variance"  # the statistic that the verdict is about; the tables hold them all
 
 
-def observe(subject: Subject, progress: Progress = told) -> pd.DataFrame:
+def observe(subject: Subject, progress: Progress = no_progress) -> pd.DataFrame:
     """`softmax.collect_batch` of a run's images, chunk by chunk: APGD for success, FMN for the minimal eps."""
     attack, nearest = APGD(subject.built.threat), FMN(subject.built.threat)
     tables, done = [], 0
@@ -35,7 +35,7 @@ def observe(subject: Subject, progress: Progress = told) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)
 
 
-def study(found: Sequence[Subject], progress: Progress = told) -> Study:
+def study(found: Sequence[Subject], progress: Progress = no_progress) -> Study:
     """Per run and across runs; with one run, or fewer than four, the last part says that it knows too little."""
     seen = {subject.name: observe(subject, part_of(progress, k, len(found))) for k, subject in enumerate(found)}
     inside = {name: softmax.within(table) for name, table in seen.items()}

@@ -1,4 +1,4 @@
-"""Softmax over the wrong classes: who falls, where to, and which runs are robust."""
+"""Draw what the softmax over the wrong classes predicts: which samples break, to which class, which runs are robust."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every study of runs needs: runs that may be set beside each other, their models, and where its results go."""
+"""Prepare runs for a study, comparable and with their models, and save what it found."""
 
 from __future__ import annotations
 
@@ -226,5 +226,5 @@ def part_of(progress: Progress, k: int, of: int) -> Progress:
     return lambda share, words: progress((k + share) / of, words)
 
 
-def told(share: float, words: str) -> None:
-    """Progress that nobody asked for."""
+def no_progress(share: float, words: str) -> None:
+    """Default of ``progress``: ignore it."""

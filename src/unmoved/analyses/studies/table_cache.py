@@ -1,4 +1,4 @@
-"""Tables that took long to make, kept under the question that they answer: what is there is not made again."""
+"""Cache tables that take long to make, each under a digest of everything that could change one of its values."""
 
 from __future__ import annotations
 

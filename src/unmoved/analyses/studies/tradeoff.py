@@ -1,4 +1,4 @@
-"""Study: the price of robustness, over recipes, strengths and seeds."""
+"""Study the price of robustness, over recipes, strengths and seeds."""
 
 from __future__ import annotations
 

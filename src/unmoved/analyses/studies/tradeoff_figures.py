@@ -1,4 +1,4 @@
-"""The price of robustness: the front of clean against robust accuracy, and each method's own curve."""
+"""Draw the front of clean against robust accuracy, and each method's own curve."""
 
 from __future__ import annotations
 
