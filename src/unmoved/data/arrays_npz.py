@@ -69,7 +69,7 @@ def arrays(
 
 
 class _Source:
-    """Images in a file, with their labels: everything but the pixels is checked when it is made."""
+    """Hold labels and what is known of images in a file; everything but the pixels is checked when it is made."""
 
     def __init__(
         self, name: str, images: Stored, labels: np.ndarray, classes: Sequence[str] | None, layout: str | None
@@ -80,7 +80,7 @@ class _Source:
         self.classes = as_classes(f"{name} classes", classes, int(self.labels.max()))
 
     def part(self, chosen: Tensor | None = None) -> Unread:
-        """The samples where the mask is true; all without one."""
+        """Return the samples where the mask is true; all without one."""
         mask = torch.ones(len(self.labels), dtype=torch.bool) if chosen is None else chosen
         index = mask.nonzero().flatten()
 

@@ -68,7 +68,7 @@ def _data_set(names: tuple[str, ...], read: Read, where: str, lazily: bool) -> D
 
 
 def _load(names: tuple[str, ...], read: Read, where: str) -> ArraySplit:
-    """The images of these files, each decoded into its place as soon as it is read."""
+    """Load the images of these files, each decoded into its place as soon as it is read."""
     images, labels = np.empty((RECORDS * len(names), *SHAPE), np.uint8), np.empty(RECORDS * len(names), np.int64)
     for name, data in read(names):
         pixels, y = (_binary if name.endswith(".bin") else _pickled)(data, f"{where}: {name}")
@@ -90,7 +90,7 @@ def _from_archive(path: Path, names: tuple[str, ...]) -> Iterator[tuple[str, byt
 
 
 def _batches(there: list[str]) -> tuple[str, ...]:
-    """The names of the six batch files of whichever form is there, training first."""
+    """Return the names of the six batch files of whichever form is there, training first."""
     for suffix in (".bin", ""):
         names = tuple(name + suffix for name in TRAIN + TEST)
         missing = [name for name in names if name not in there]
@@ -117,7 +117,7 @@ def _require_size(size: int, name: str) -> None:
 
 
 def _binary(data: bytes, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Records of one label byte and 3072 pixels: red, green, blue planes."""
+    """Decode records of one label byte and 3072 pixels: red, green, blue planes."""
     if len(data) != RECORDS * (1 + PIXELS):
         raise UnmovedError(
             f"{name}: expected {RECORDS * (1 + PIXELS)} bytes ({RECORDS} records of {1 + PIXELS}), came {len(data)}; "
@@ -128,7 +128,7 @@ def _binary(data: bytes, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _pickled(data: bytes, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """A pickled dictionary with ``data`` (10000, 3072) uint8 and ``labels``, a list of numbers."""
+    """Decode a pickled dictionary with ``data`` (10000, 3072) uint8 and ``labels``, a list of numbers."""
     content = loads(data, name)
     items = content.items() if isinstance(content, dict) else ()
     fields = {_text(key): value for key, value in items if isinstance(key, str | bytes)}

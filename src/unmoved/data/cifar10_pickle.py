@@ -20,17 +20,17 @@ from unmoved.core.untrusted import brief
 
 
 class StoredType:
-    """Records what a pickle says of an array's element type."""
+    """Record what a pickle says of an array's element type."""
 
     def __init__(self, code: Any = None, *_: Any) -> None:
         self.code = code.decode("latin1") if isinstance(code, bytes) else code
 
     def __setstate__(self, _: Any) -> None:
-        """Byte order and alignment mean nothing for bytes."""
+        """Ignore byte order and alignment, which mean nothing for bytes."""
 
 
 class StoredArray:
-    """Records what a pickle says of an array; `as_bytes` judges it."""
+    """Record what a pickle says of an array; `as_bytes` checks it."""
 
     def __init__(self, shape: Any = None, kind: Any = None, data: Any = None, column_major: Any = False) -> None:
         self.shape, self.kind, self.data, self.column_major = shape, kind, data, column_major
@@ -39,7 +39,7 @@ class StoredArray:
         _, self.shape, self.kind, self.column_major, self.data = state
 
     def as_bytes(self, name: str) -> np.ndarray:
-        """The uint8 array it describes.
+        """Return the uint8 array it describes.
 
         Raises:
             UnmovedError: another element type, or content that does not fill the shape.
@@ -58,7 +58,7 @@ class StoredArray:
 
 @dataclass(frozen=True, slots=True)
 class _StandIn:
-    """What a global becomes: a name that may be called, if at all, and that no pickle can change."""
+    """Stand for a global: a name that may be called, if at all, and that no pickle can change."""
 
     call: Callable[..., Any] | None
 
@@ -80,7 +80,7 @@ def _frombuffer(data: Any, kind: Any, shape: Any, order: Any) -> StoredArray:
 
 
 def _encode(text: Any, _: Any = None) -> bytes:
-    """Stands for ``_codecs.encode``, with which Python 3 writes bytes into old pickles."""
+    """Stand for ``_codecs.encode``, with which Python 3 writes bytes into old pickles."""
     if not isinstance(text, str):
         raise pickle.UnpicklingError("it encodes what is no text")
     return text.encode("latin1")
@@ -114,7 +114,7 @@ _MAY_BE_TUPLE |= {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD"}
 
 
 def _check_opcodes(data: bytes) -> None:
-    """Refuse other opcodes and claims beyond the data: the unpickler would make room for them before it looks.
+    """Refuse other opcodes and claims beyond the data: the unpickler would allocate memory before it looks.
 
     A few bytes may also describe what is endless to look at: tuples of tuples as a dictionary's key, each repeated
     twice, take time without end to hash; deep ones end the process; a long text may be copied again and again.
@@ -149,7 +149,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def loads(data: bytes, name: str) -> Any:
-    """What a pickle describes, with every array as a `StoredArray`; texts of Python 2 come as bytes.
+    """Load what a pickle describes, with every array as a `StoredArray`; texts of Python 2 come as bytes.
 
     Raises:
         UnmovedError: the pickle is damaged, or asks for anything but arrays and plain containers.

@@ -13,7 +13,7 @@ from unmoved.data.split import ArraySplit, positions_of_part
 
 @dataclass(frozen=True, eq=False)
 class Unread:
-    """What is known of a part before its images are read.
+    """Describe a part of a data set whose images are not read yet.
 
     Attributes:
         index: (N,) int64, as in `ArraySplit`.
@@ -75,19 +75,19 @@ class DataSet:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of one image."""
+        """Return (C, H, W) of one image."""
         return self._parts["train"].shape
 
     def index(self, part: str) -> Index:
-        """The identities of the samples of ``"train"`` or ``"test"``, for which no image is read."""
+        """Return the identities of the samples of ``"train"`` or ``"test"`` without reading an image."""
         return self._parts[part].index
 
     def read(self) -> DataSet:
-        """The same with both parts in memory."""
+        """Return the same with both parts in memory."""
         return DataSet(self.train, self.test, self.name, self.skipped)
 
     def part_of_train(self, number: int, of: int, permutation: int = 0) -> DataSet:
-        """With one of ``of`` disjoint parts of the training data in its place; see `ArraySplit.part`."""
+        """Replace the training data by one of ``of`` disjoint parts of it; see `ArraySplit.part`."""
         train = self._parts["train"]
         if isinstance(train, ArraySplit):
             return DataSet(train.part(number, of, permutation), self._parts["test"], self.name, self.skipped)
@@ -114,5 +114,5 @@ class DataSet:
 
     @staticmethod
     def of(train: ArraySplit | Unread, test: ArraySplit | Unread, name: str, skipped: tuple[str, ...] = ()) -> DataSet:
-        """The two parts, renamed ``name/train`` and ``name/test``."""
+        """Make a data set of two parts, renamed ``name/train`` and ``name/test``."""
         return DataSet(replace(train, name=f"{name}/train"), replace(test, name=f"{name}/test"), name, skipped)

@@ -26,14 +26,14 @@ ORIENTATION = 0x0112  # the EXIF tag of a camera held on its side
 
 @dataclass(frozen=True)
 class Pixels:
-    """What every image becomes: uint8, (3, H, W) or grey (1, H, W), resized to ``size`` = (H, W) if given."""
+    """Say what every image is decoded to: uint8, (3, H, W) or grey (1, H, W), resized to ``size`` = (H, W) if given."""
 
     size: tuple[int, int] | None = None
     grey: bool = False
 
     @staticmethod
     def of(size: int | tuple[int, int] | None, grey: bool) -> Pixels:
-        """The same from a recipe's settings; one number means a square."""
+        """Make it from a recipe's settings; one number means a square."""
         sides = None
         if size is not None:
             pair = size if isinstance(size, tuple | list) else (size, size)
@@ -45,7 +45,7 @@ class Pixels:
         return Pixels(sides, require_flag("grey", grey))
 
     def __call__(self, image: Image.Image) -> np.ndarray:
-        """(C, H, W) uint8: turned upright, transparency dropped, resized (bilinear, antialiased).
+        """Convert to (C, H, W) uint8: turned upright, transparency dropped, resized (bilinear, antialiased).
 
         Raises:
             UnmovedError: more than 8 bits per value.
@@ -71,11 +71,11 @@ def _lies_on_its_side(image: Image.Image) -> bool:
 
 
 class CorruptImage(Exception):
-    """Bytes that are no whole image of a known format; only this kind may be skipped."""
+    """Report bytes that are no whole image of a known format; only such images may be skipped."""
 
 
 def decode(data: bytes, pixels: Pixels, formats: list[str]) -> np.ndarray:
-    """The pixels of one encoded image.
+    """Decode the pixels of one image.
 
     Raises:
         CorruptImage: the bytes cannot be read as an image.
@@ -105,7 +105,7 @@ def decode(data: bytes, pixels: Pixels, formats: list[str]) -> np.ndarray:
 
 @contextmanager
 def pillow_warnings() -> Iterator[None]:
-    """Pillow's warning of a bomb is an error inside; its remarks on odd metadata and old formats are dropped."""
+    """Make Pillow's warning of a bomb an error inside; ignore its remarks on odd metadata and old formats."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
         warnings.filterwarnings("ignore", category=DeprecationWarning, message=".*Pillow")
@@ -114,7 +114,7 @@ def pillow_warnings() -> Iterator[None]:
 
 
 def known_formats() -> list[str]:
-    """The formats that may be decoded here: all that Pillow and its plugins know but the refused ones."""
+    """Return the formats that may be decoded: all that Pillow and its plugins know but the refused ones."""
     Image.init()
     # The usual ones first: a format without a signature costs an attempt for each image of those behind it.
     return sorted((name for name in Image.OPEN if name not in REFUSED), key=lambda name: name not in USUAL)

@@ -28,7 +28,7 @@ CHUNK, CHUNK_BYTES = 64, 8 * 2**20
 def decode_all(
     items: Iterable[Item], total: int, pixels: Pixels, *, skip_corrupt: bool, progress: Progress | None = None
 ) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """All images of one size, decoded in threads.
+    """Decode all images, of one size, in threads.
 
     Args:
         items: each of the places 0..total-1 once, in any order.
@@ -71,7 +71,7 @@ def decode_all(
 
 
 class _Room:
-    """Where images go as soon as they are decoded: nobody holds more than one, however large it is."""
+    """Collect images as soon as they are decoded: no thread holds more than one, however large it is."""
 
     def __init__(self, total: int) -> None:
         self.images = np.empty((0, 1, 1, 1), np.uint8)
@@ -90,7 +90,7 @@ class _Room:
 
 
 def _attempt(place: int, name: str, data: Path | bytes, pixels: Pixels, formats: list[str], room: _Room) -> str | None:
-    """What is wrong with the bytes, in words: an exception would hold on to the half decoded image."""
+    """Return what is wrong with the bytes, in words: an exception would keep the half decoded image in memory."""
     try:
         data = content(data, LARGEST) if isinstance(data, Path) else data
     except OSError as error:
@@ -117,7 +117,7 @@ def _room(total: int, first: np.ndarray, name: str) -> np.ndarray:
 
 
 def _memory() -> float:
-    """Bytes of memory in the machine; infinite where it does not say."""
+    """Return the bytes of memory in the machine; infinite if it does not say."""
     try:
         return float(os.sysconf("SC_PAGE_SIZE")) * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, OSError, ValueError):
@@ -134,7 +134,7 @@ def _workers() -> int:
 
 
 def _chunks(items: Iterable[Item]) -> Iterator[list[Item]]:
-    """A few images at a time: enough to hide a thread's overhead, too few to fill the memory."""
+    """Group images, a few at a time: enough to hide a thread's overhead, too few to fill the memory."""
     chunk: list[Item] = []
     held = 0
     for item in items:
@@ -148,7 +148,7 @@ def _chunks(items: Iterable[Item]) -> Iterator[list[Item]]:
 
 
 def _in_order(pool: ThreadPoolExecutor, work: Callable[[list[Item]], R], chunks: Iterator[list[Item]]) -> Iterator[R]:
-    """``map`` with a bounded number of chunks under way, so that slow decoding holds back the reader."""
+    """Map over chunks with a bounded number of them in memory, so that slow decoding holds back the reader."""
     waiting: deque[Future[R]] = deque()
     for chunk in chunks:
         waiting.append(pool.submit(work, chunk))

@@ -21,14 +21,14 @@ FORMAT = "1"  # raise it when decoding changes its results
 
 
 class Stamped(Protocol):
-    """What can tell cheaply whether it may have changed."""
+    """Define the protocol of what can tell cheaply whether it may have changed."""
 
     def stamps(self) -> list[str]: ...
 
 
 @dataclass(frozen=True, eq=False)
 class Decoded:
-    """A decoded folder, training images first.
+    """Hold a decoded folder, training images first.
 
     Attributes:
         images: (N, C, H, W) uint8, in memory or in the cache.
@@ -47,14 +47,14 @@ class Decoded:
 
 @dataclass(frozen=True)
 class Slot:
-    """Where one folder under one set of settings is kept, and the stamp that tells whether it is still the same."""
+    """Name the cache file of one folder under one set of settings, and the stamp by which it is still valid."""
 
     file: Path
     stamp: str
 
     @staticmethod
     def of(cache: bool | str | os.PathLike[str], path: Path, settings: str, source: Stamped) -> Slot | None:
-        """The slot of a folder or archive, or None without a cache.
+        """Return the slot of a folder or archive, or None without a cache.
 
         Args:
             cache: True for the user's cache folder (``$UNMOVED_CACHE``, else ``$XDG_CACHE_HOME/unmoved``, else
@@ -70,7 +70,7 @@ class Slot:
         return Slot(folder / f"{path.name}-{key[:16]}.npz", _digest([key, *source.stamps()]))
 
     def load(self) -> Decoded | None:
-        """What was kept, if its stamp fits; whether the images are whole is seen when they are read."""
+        """Load the cached folder if its stamp fits; whether its images are whole is seen when they are read."""
         try:
             kept = npz(self.file, ("stamp", "labels", "train", "classes", "skipped"))
             if str(kept["stamp"]) != self.stamp:

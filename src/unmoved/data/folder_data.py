@@ -93,7 +93,7 @@ def _decoded(source: Tree, pixels: Pixels, skip_corrupt: bool, progress: Progres
 
 
 def _data_set(decoded: Decoded, name: str, test: float, seed: int, decode: Callable[[], Decoded]) -> DataSet:
-    """The two parts; where the cache turns out to be damaged, images are decoded anew."""
+    """Make the two parts; if the cache turns out to be damaged, images are decoded anew."""
     labels, classes = torch.from_numpy(decoded.labels), tuple(map(readable, decoded.classes))
     if parted := decoded.train < len(labels):
         chosen = torch.arange(len(labels)) >= decoded.train

@@ -14,13 +14,13 @@ Parts = tuple[str, ...]
 
 
 def is_litter(name: str) -> bool:
-    """Whether a file or folder is one that systems leave behind, or hidden."""
+    """Return whether a file or folder is hidden or one that operating systems leave behind."""
     return name.startswith(".") or name in LITTER
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The images of a tree, training part first, then by class and by name.
+    """List the images of a tree, training part first, then by class and by name.
 
     Attributes:
         files: N names below the root, with slashes.
@@ -36,7 +36,7 @@ class Layout:
 
     @staticmethod
     def of(files: Iterable[str], folders: Iterable[str], where: str, *, packed: bool = False) -> Layout:
-        """The layout of a tree with these files and folders.
+        """Find the layout of a tree with these files and folders.
 
         Args:
             where: how messages call the root.
@@ -73,14 +73,14 @@ def _parts(name: str) -> Parts:
 
 
 def _below(root: Parts, files: Iterable[Parts], folders: Iterable[Parts]) -> set[str]:
-    """The names of the folders directly below ``root``."""
+    """Return the names of the folders directly below ``root``."""
     depth = len(root)
     tops = {parts[depth] for parts in folders if len(parts) > depth and parts[:depth] == root}
     return tops | {parts[depth] for parts in files if len(parts) > depth + 1 and parts[:depth] == root}
 
 
 def _top(files: Iterable[Parts], folders: Iterable[Parts]) -> Parts:
-    """The chain of single folders that an archive puts around its tree: ``pets-1.0/train/cat/1.jpg``."""
+    """Return the chain of single folders that an archive puts around its tree: ``pets-1.0/train/cat/1.jpg``."""
     everything = [*files, *folders]
     deepest = max(map(len, files), default=0)
     root: Parts = ()
@@ -95,7 +95,7 @@ def _top(files: Iterable[Parts], folders: Iterable[Parts]) -> Parts:
 
 
 def _part(prefix: Parts, files: Iterable[Parts], folders: Iterable[Parts], where: str) -> dict[str, list[Parts]]:
-    """The files of each class folder below ``prefix``."""
+    """Return the files of each class folder below ``prefix``."""
     depth, place = len(prefix), "/".join((where, *prefix))
     members: dict[str, list[Parts]] = {name: [] for name in _below(prefix, files, folders)}
     for parts in files:

@@ -19,7 +19,7 @@ DEPTH = 4  # folder levels that are looked into: one more than any layout has, t
 
 
 class Tree(Protocol):
-    """Named images; ``stamps`` tells cheaply whether they may have changed since."""
+    """Define a tree of named images; ``stamps`` tells cheaply whether they may have changed."""
 
     def stamps(self) -> list[str]: ...
 
@@ -27,7 +27,7 @@ class Tree(Protocol):
 
 
 def tree(root: Path) -> Tree:
-    """The tree at a path.
+    """Open the tree at a path.
 
     Raises:
         UnmovedError: neither a folder nor a tar archive.
@@ -41,7 +41,7 @@ def tree(root: Path) -> Tree:
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder on disk."""
+    """Read images from a folder, in any order."""
 
     root: Path
     files: dict[str, str]
@@ -58,7 +58,7 @@ class Folder:
 
 @dataclass(frozen=True)
 class Tar:
-    """A tar archive; listing it means decompressing it once, reading it once more."""
+    """Read images from a tar archive; listing decompresses it once, reading once more."""
 
     root: Path
 
@@ -75,7 +75,7 @@ class Tar:
 
 
 def _walk(root: Path) -> tuple[dict[str, str], set[str]]:
-    """Every regular file (with its size and time) and folder below the root; links are followed."""
+    """Return every regular file (with its size and time) and folder below the root; links are followed."""
     files: dict[str, str] = {}
     folders: set[str] = set()
     waiting = [("", 0)]

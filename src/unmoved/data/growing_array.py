@@ -75,7 +75,7 @@ class Filling:
 
     @property
     def images(self) -> Tensor:
-        """(count, C, H, W): what has been put in so far, and room for the rest."""
+        """Return (count, C, H, W): what has been put in so far, and room for the rest."""
         return self._room(torch.uint8) if self._images is None else self._images
 
     def _room(self, dtype: torch.dtype) -> Tensor:
@@ -89,14 +89,14 @@ class Filling:
 
 
 def pieces(values: Any) -> Iterator[Tensor]:
-    """A numeric numpy array or a tensor, a few megabytes at a time, in a form that torch computes with."""
+    """Iterate over a numeric numpy array or a tensor, a few megabytes at a time, as tensors."""
     step = max(1, PIECE // max(1, values[:1].nbytes))
     for start in range(0, len(values), step):
         yield as_own(values[start : start + step])
 
 
 def as_own(values: Any) -> Tensor:
-    """A tensor; of a numpy array one of its own memory, in this machine's order of bytes."""
+    """Convert to a tensor; a numpy array is copied, in this machine's byte order."""
     if isinstance(values, Tensor):
         return values.detach()
     if values.dtype == np.uint64:  # torch computes little with unsigned types; a wrapped label is found negative

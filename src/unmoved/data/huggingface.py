@@ -85,7 +85,7 @@ def _column(table: Any, column: str, name: str) -> list[Any]:
 
 
 class _Images:
-    """A column of images; one of them is decoded to see what they are."""
+    """Read a column of images; one of them is decoded to see what they are."""
 
     def __init__(self, table: Any, column: str | None, pixels: Pixels, where: str) -> None:
         if not len(table):
@@ -105,7 +105,7 @@ class _Images:
         self.shape = c, h, w
 
     def decoded(self) -> np.ndarray:
-        """(N, C, H, W) uint8, each image put into its place as soon as it is decoded."""
+        """Decode to (N, C, H, W) uint8, each image put into its place as soon as it is decoded."""
         values = np.empty((len(self._table), *self.shape), np.uint8)
         with pillow_warnings():
             for row in range(len(values)):
@@ -133,7 +133,7 @@ def _pixels(table: Any, row: int, column: str, pixels: Pixels, where: str) -> np
 
 
 def _labels(columns: dict[str, list[Any]], label: str, table: Any) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
-    """Labels as whole numbers, with the names of the classes of both splits."""
+    """Convert labels to whole numbers, with the names of the classes of both splits."""
     values = [value for column in columns.values() for value in column]
     names = getattr(table.features[label], "names", None)  # the library's ClassLabel has them, other features do not
     if all(isinstance(value, str) for value in values):

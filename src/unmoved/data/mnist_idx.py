@@ -72,7 +72,7 @@ def _find(folders: list[Path], what: str, kind: str) -> Path:
 
 
 def read_idx(path: Path, dimensions: int) -> np.ndarray:
-    """The uint8 array of an IDX file, gzipped or not.
+    """Read the uint8 array of an IDX file, gzipped or not.
 
     Magic: two zero bytes, 0x08 (unsigned byte), the number of dimensions; then each dimension as a big-endian uint32.
 
@@ -98,7 +98,7 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[Any, int]]:
-    """The file, unpacked where it is gzipped, and how many bytes it may announce."""
+    """Open the file, unpacked if it is gzipped, and return how many bytes it may announce."""
     try:
         with regular(path) as raw:
             zipped = raw.read(2) == b"\x1f\x8b"

@@ -62,7 +62,7 @@ class ArraySplit:
         name: str = "data",
         layout: str | None = None,
     ) -> ArraySplit:
-        """A split of a copy of numpy arrays or tensors.
+        """Make a split of a copy of numpy arrays or tensors.
 
         Args:
             images: uint8 0..255 or float in [0, 1]; (N, H, W), (N, C, H, W) or (N, H, W, C).
@@ -93,7 +93,7 @@ class ArraySplit:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of one image."""
+        """Return (C, H, W) of one image."""
         _, c, h, w = self.images.shape
         return c, h, w
 
@@ -102,11 +102,11 @@ class ArraySplit:
 
     @cached_property
     def digest(self) -> str:
-        """The sha256 of images, labels, identities and classes: other images of as many samples are other data."""
+        """Compute the sha256 of images, labels, identities and classes, by which other data is known."""
         return _digest(self, self.images.split(MOVED))
 
     def batches(self, size: int, *, shuffle: int | None = None) -> Iterator[Batch]:
-        """Batches of at most ``size`` samples, images as float32 in [0, 1].
+        """Iterate over batches of at most ``size`` samples, images as float32 in [0, 1].
 
         The order is a function of the seed ``shuffle`` alone, the same on every device; without it, as stored.
         """
@@ -115,23 +115,23 @@ class ArraySplit:
         return self.gathered(None if order is None else order.to(self.images.device), size)
 
     def gathered(self, rows: Tensor | None, size: int) -> Iterator[Batch]:
-        """Batches of the samples at these positions, in their order; of all of them where there are none."""
+        """Iterate over batches of the samples at these positions, in their order; without positions, of all."""
         for start in range(0, len(self) if rows is None else len(rows), size):
             chunk = slice(start, start + size)
             where = chunk if rows is None else rows[chunk]
             yield Batch(_as_floats(self.images[where]), self.labels[where], self.index[where])
 
     def take(self, n: int, seed: int | None = None) -> ArraySplit:
-        """The first ``n`` samples, or ``n`` random ones; with one seed, fewer samples are a part of more."""
+        """Return the first ``n`` samples, or ``n`` random ones; with one seed, fewer samples are a part of more."""
         return self.select(drawn(self, n, seed))
 
     def select(self, positions: Tensor) -> ArraySplit:
-        """The samples at these positions (or where a mask is true); identities stay."""
+        """Select samples by positions or by a mask; identities stay."""
         where = positions.to(self.images.device)
         return replace(self, images=self.images[where], labels=self.labels[where], index=self.index[where])
 
     def part(self, number: int, of: int, permutation: int = 0) -> ArraySplit:
-        """Part ``number`` (0..of-1) of ``of`` disjoint parts of equal size, cut after a permutation by its number.
+        """Return part ``number`` (0..of-1) of ``of`` disjoint parts of equal size, after a permutation by its number.
 
         What does not divide evenly is left out. Parts of one permutation share no sample; of two permutations they do.
 
@@ -145,12 +145,12 @@ class ArraySplit:
         return self.select(positions_of_part(len(self), number, of, permutation))
 
     def to(self, device: torch.device | str) -> ArraySplit:
-        """The split on a device; no copy where it is there already."""
+        """Move the split to a device; no copy if it is there already."""
         moved = {name: getattr(self, name).to(device) for name in ("images", "labels", "index")}
         return replace(self, **moved)
 
     def hold_out(self, size: float, seed: int) -> tuple[ArraySplit, ArraySplit]:
-        """(train, validation): ``size`` samples, a share in (0, 1) or a count, held out of each class alike.
+        """Divide into (train, validation): ``size`` samples, a share or a count, held out of each class alike.
 
         A class of n samples gives floor or ceil of n * count / N. Identities and order stay.
 
@@ -161,11 +161,11 @@ class ArraySplit:
         return self.select(~chosen), replace(self.select(chosen), name=f"{self.name}/validation")
 
     def held_out(self, size: float, seed: int) -> Tensor:
-        """A mask (N,) of the samples that `hold_out` holds out."""
+        """Return a mask (N,) of the samples that `hold_out` holds out."""
         return stratified(self.labels.cpu(), held_out(f"{self.name}: held-out size", size, len(self)), seed)
 
     def lent(self, positions: Tensor, name: str | None = None) -> Selection:
-        """As `select`, without a copy of the images: they stay in this split's memory."""
+        """Select as `select` does, without a copy of the images: they stay in this split's memory."""
         where = positions.to(self.images.device)
         rows = where.nonzero().flatten() if where.dtype == torch.bool else where
         return Selection(self, rows, self.name if name is None else name)
@@ -173,7 +173,7 @@ class ArraySplit:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Selection:
-    """Some samples of a split whose images stay in its memory: each batch is gathered from there.
+    """Refer to some samples of a split whose images stay in its memory: each batch is gathered from there.
 
     Attributes:
         whole: the split they are of.
@@ -211,7 +211,7 @@ class Selection:
         return self.whole.gathered(rows, size)
 
     def select(self, positions: Tensor) -> ArraySplit:
-        """The samples at these positions (or where a mask is true), with a copy of their images."""
+        """Select samples by positions or by a mask, with a copy of their images."""
         return replace(self.whole.select(self.rows[positions.to(self.rows.device)]), name=self.name)
 
     def take(self, n: int, seed: int | None = None) -> ArraySplit:
@@ -219,7 +219,7 @@ class Selection:
         return self.select(drawn(self, n, seed))
 
     def to(self, device: torch.device | str) -> Selection | ArraySplit:
-        """The samples on a device, and no others there; no copy where they are there already."""
+        """Move these samples, and no others, to a device; no copy if they are there already."""
         if torch.empty(0, device=device).device == self.rows.device:
             return self
         images = torch.empty((len(self), *self.shape), dtype=self.whole.images.dtype, device=device)
@@ -229,7 +229,7 @@ class Selection:
 
 
 def drawn(split: ArraySplit | Selection, n: int, seed: int | None = None) -> Tensor:
-    """The positions (n,) of the first samples of a split, or of random ones."""
+    """Return the positions (n,) of the first samples of a split, or of random ones."""
     n = require_whole(f"{split.name}: number of samples", n, at_least=1)
     if n > len(split):
         raise UnmovedError(f"{split.name}: expected at most its {len(split)} samples, came {n}; ask for fewer")
@@ -237,7 +237,7 @@ def drawn(split: ArraySplit | Selection, n: int, seed: int | None = None) -> Ten
 
 
 def positions_of_part(total: int, number: int, of: int, permutation: int) -> Tensor:
-    """The positions of the samples of `ArraySplit.part`, in a split of ``total``."""
+    """Return the positions of the samples of `ArraySplit.part`, in a split of ``total``."""
     size, order = total // of, torch.randperm(total, generator=seeded(permutation))
     return order[number * size : (number + 1) * size]
 
@@ -255,7 +255,7 @@ def _as_floats(images: Tensor) -> Image:
 
 
 def stratified(labels: Tensor, count: int, seed: int) -> Tensor:
-    """A mask of ``count`` true values, spread over the classes by largest remainder."""
+    """Draw a mask of ``count`` true values, spread over the classes by largest remainder."""
     total, sizes = len(labels), labels.bincount()
     quota, remainder = sizes * count // total, sizes * count % total
     quota[remainder.argsort(descending=True, stable=True)[: count - int(quota.sum())]] += 1

@@ -20,7 +20,7 @@ from unmoved.data.growing_array import PIECE, Filling, as_own, pieces
 
 @dataclass(frozen=True)
 class Stored:
-    """An array of numbers that lies in a file.
+    """Refer to an array of numbers in a file.
 
     Attributes:
         path, member: the .npz file and the name inside.
@@ -33,7 +33,7 @@ class Stored:
     dtype: np.dtype[Any]
 
     def pieces(self) -> Iterator[Tensor]:
-        """All rows, a few megabytes at a time; an array stored column by column, as Fortran does, is taken whole first.
+        """Iterate over all rows, a few megabytes at a time; an array in Fortran order is read as a whole first.
 
         Raises:
             UnmovedError: damaged or missing bytes, or another array than before.
@@ -58,7 +58,7 @@ class Stored:
                 pass  # the checksum is compared at the very end
 
     def picked(self, mask: Tensor, room: Filling) -> Tensor:
-        """The images where the mask (N,) is true, put into this room for as many."""
+        """Put the images where the mask (N,) is true into this room for as many."""
         done = 0
         for piece in self.pieces():
             room.put(piece[mask[done : done + len(piece)]])
@@ -67,7 +67,7 @@ class Stored:
 
 
 def stored(path: Path, keys: Collection[str]) -> dict[str, Stored]:
-    """Those of the arrays that the .npz file has.
+    """Return those of the arrays that the .npz file has.
 
     Raises:
         UnmovedError: as `unmoved.core.untrusted.npz`; what is no array of numbers of at most 64 bits.

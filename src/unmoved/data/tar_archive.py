@@ -29,18 +29,18 @@ _EXTENSIONS |= {tarfile.GNUTYPE_LONGLINK}
 
 
 def is_archive(path: Path) -> bool:
-    """Whether the name is one of a tar archive."""
+    """Return whether the name is one of a tar archive."""
     return path.name.lower().endswith(SUFFIXES)
 
 
 def stem(path: Path) -> str:
-    """The name of a file without its archive suffixes: ``pets.tar.xz`` gives ``pets``."""
+    """Return the name of a file without its archive suffixes: ``pets.tar.xz`` gives ``pets``."""
     lower = path.name.lower()
     return path.name[: -max((len(s) for s in SUFFIXES if lower.endswith(s)), default=0) or None]
 
 
 class Archive:
-    """A tar archive as a mapping of names to bytes; use `opened`.
+    """Present a tar archive as a mapping of names to bytes; use `opened`.
 
     Attributes:
         files: size in bytes of each regular file, in the order of the archive.
@@ -110,7 +110,7 @@ class Archive:
             pass  # gzip and xz compare their checksums at the very end
 
     def read(self, name: str) -> bytes:
-        """The bytes of one file; read in the archive's order, since a compressed archive cannot jump back cheaply."""
+        """Read the bytes of one file; do so in the archive's order: a compressed archive cannot jump back cheaply."""
         member = self._members[name]
         with _damage_named(self._path):
             stream = self._tar.extractfile(member)
@@ -122,7 +122,7 @@ class Archive:
 
 @contextmanager
 def opened(path: Path) -> Iterator[Archive]:
-    """The archive while the block lasts."""
+    """Open the archive while the block lasts."""
     require_file("archive", path)
     with ExitStack() as files:
         with _damage_named(path):

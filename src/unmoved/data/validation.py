@@ -21,7 +21,7 @@ LARGEST = 512 * 2**20  # bytes of one image or batch; a file that claims more is
 
 
 def require_path(name: str, path: str | os.PathLike[str]) -> Path:
-    """The path with ``~`` expanded.
+    """Return the path with ``~`` expanded.
 
     Raises:
         UnmovedError: it is no path, or nothing is there.
@@ -45,7 +45,7 @@ def require_file(name: str, path: Path) -> None:
 
 
 def held_out(name: str, size: float, total: int) -> int:
-    """How many of ``total`` samples a share in (0, 1) or a count in 1..total-1 means.
+    """Return how many of ``total`` samples a share in (0, 1) or a count in 1..total-1 means.
 
     Raises:
         UnmovedError: neither, or one side would be empty.
@@ -63,19 +63,19 @@ def held_out(name: str, size: float, total: int) -> int:
 
 
 def seeded(seed: int) -> torch.Generator:
-    """A CPU generator of its own, so that the caller's random state stays and all devices see the same order."""
+    """Make a CPU generator, so that the caller's random state stays and all devices see the same order."""
     return torch.Generator().manual_seed(require_seed("seed", seed))
 
 
 def as_tensor(what: str, values: Any) -> Tensor:
-    """A tensor of its own memory made of a tensor or a numeric numpy array."""
+    """Copy a tensor or a numeric numpy array to a tensor."""
     _require_array(what, values)
     owned = as_own(values)
     return owned.clone(memory_format=torch.contiguous_format) if isinstance(values, Tensor) else owned
 
 
 def as_images(what: str, values: Any, layout: str | None = None) -> Tensor:
-    """(N, C, H, W) uint8 where the pixels are k/255, otherwise float32 in [0, 1]; a copy, and no other beside it.
+    """Copy images to (N, C, H, W), uint8 if the pixels are k/255, otherwise float32 in [0, 1].
 
     Args:
         what: how messages name these images.
@@ -99,7 +99,7 @@ def _require_array(what: str, values: Any) -> None:
 
 
 def as_labels(what: str, values: Any, count: int) -> Tensor:
-    """(N,) int64, none negative, as many as there are images."""
+    """Convert labels to (N,) int64, none negative, as many as there are images."""
     labels = as_tensor(what, values)
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         nan = " with NaN" if labels.is_floating_point() and labels.isnan().any() else ""
@@ -120,14 +120,14 @@ def as_labels(what: str, values: Any, count: int) -> Tensor:
 
 
 def numbered(what: str, largest: int) -> tuple[str, ...]:
-    """The class names ``"0"`` .. ``"largest"``."""
+    """Return the class names ``"0"`` .. ``"largest"``."""
     if largest >= MOST_CLASSES:
         raise UnmovedError(f"{what}: expected labels below {MOST_CLASSES}, came {largest}; number the classes from 0")
     return tuple(str(k) for k in range(largest + 1))
 
 
 def as_classes(what: str, classes: Sequence[str] | None, largest: int) -> tuple[str, ...]:
-    """At least two distinct class names that cover the labels; ``"0"``, ``"1"``, ... unless they are given."""
+    """Return at least two distinct class names that cover the labels; ``"0"``, ``"1"``, ... unless given."""
     if isinstance(classes, str):
         raise UnmovedError(f"{what}: expected a sequence of class names, came the single text {classes!r}")
     names = numbered(what, largest) if classes is None else tuple(readable(str(name)) for name in classes)

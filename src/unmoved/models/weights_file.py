@@ -30,7 +30,7 @@ MOST_UNSEEN = 2**30  # bytes of a file that is read before its names are looked 
 
 
 class DamagedFile(UnmovedError):
-    """A weights file that is not what was saved: cut short, or with bits flipped."""
+    """Report a weights file that is not what was saved: cut short, or with bits flipped."""
 
 
 def save_weights(model: nn.Module, path: str | os.PathLike[str], state: Mapping[str, Any] | None = None) -> None:
@@ -58,7 +58,7 @@ def require_savable(state: Mapping[str, Any]) -> None:
 
 
 def save_tensors(state: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """The same for what ``state_dict`` of a model returned."""
+    """Write what a model's ``state_dict`` returned, as `save_weights` does."""
     path = Path(path)
     if path.suffix != ".safetensors":
         raise UnmovedError(f"{path}: expected a file name that ends in .safetensors")
@@ -90,7 +90,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     own = {bare: state[name] for bare, name in names.items()}
 
     def fits(announced: dict[str, Tensor]) -> None:
-        """Look at names and shapes alone: the file of another model may be larger than the memory."""
+        """Check names and shapes alone: the file of another model may be larger than the memory."""
         found = _without_prefix(announced, own)
         if missing := [name for name in own if name not in found]:
             raise UnmovedError(f"{path}: {several(missing)} missing: {_another(own, found)}")
@@ -116,7 +116,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
 
 def _bare_names(model: nn.Module, state: Iterable[str]) -> dict[str, str]:
-    """Names without what wrappers, inside the model too, add to them -> the names in its ``state_dict``."""
+    """Map names without what wrappers add to them, inside the model too, to the names in its ``state_dict``."""
     names = {}
     for name in state:
         module: nn.Module | None = model
@@ -133,7 +133,7 @@ def _bare_names(model: nn.Module, state: Iterable[str]) -> dict[str, str]:
 
 
 def _without_prefix(tensors: dict[str, Tensor], own: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors under the model's names where the file has a wrapper's; as they are where that does not fit."""
+    """Rename tensors to the model's names if the file has a wrapper's; leave them if that does not fit."""
     for dropped in ({_COMPILED}, {_COMPILED, "module"}):
         kept = {name: v for name, v in tensors.items() if name in own or name != _COUNTED or "module" not in dropped}
         found = {".".join(part for part in name.split(".") if part not in dropped): v for name, v in kept.items()}
@@ -146,7 +146,7 @@ def _without_prefix(tensors: dict[str, Tensor], own: Mapping[str, Any]) -> dict[
 
 
 def _another(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> str:
-    """What is wrong with a file of other names: it may be of a whole that this model is in, or of a part of it."""
+    """Say what is wrong with a file of other names: it may be of a whole that this model is in, or of a part."""
 
     def holds(whole: Mapping[str, Tensor], prefix: str, part: Mapping[str, Tensor]) -> bool:
         return all(prefix + name in whole and whole[prefix + name].shape == part[name].shape for name in part)
@@ -162,7 +162,7 @@ def _another(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> str:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether there is a weights file, and it is what was saved.
+    """Return whether there is a weights file and it is what was saved.
 
     Raises:
         UnmovedError: it cannot be read at the moment, which says nothing about what is in it.
@@ -208,7 +208,7 @@ def _read(path: Path, fits: Callable[[dict[str, Tensor]], None] | None = None) -
 
 @contextmanager
 def _named(path: Path) -> Iterator[str]:
-    """The path; another name of the same file, that lasts as long, where safetensors refuses it: it is no UTF-8."""
+    """Yield the path, or another name of the same file if it is no UTF-8, which safetensors refuses."""
     if not str(path).isascii() and str(path) != readable(str(path)):
         with regular(path) as file:
             yield f"/dev/fd/{file.fileno()}"
