@@ -14,6 +14,8 @@ from pathlib import Path
 from unmoved.core.errors import UnmovedError
 from unmoved.core.files import unwritten
 
+# Not the library filelock: it leaves its file in the folder, since it does not notice that the file it has locked lost
+# its name meanwhile, and it gives up where a network file system has no locks (ENOLCK, EOPNOTSUPP).
 NAME = ".lock"
 # Never through a link, which may lead to a file of somebody else's, and never waiting for the writer of a pipe.
 _OPEN = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
