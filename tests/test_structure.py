@@ -39,7 +39,6 @@ MOST_LINES, MOST_LINES_OF_A_FUNCTION = 400, 60
 LONG = {
     "analyses.corruption.sweep": 82,
     "analyses.studies.bias_variance.study": 98,
-    "analyses.studies.corruption.study": 112,
     "analyses.studies.tradeoff_figures.pareto": 63,
     "cli.grid_commands.compare": 83,
     "models.trades_cnn.small_cnn": 73,

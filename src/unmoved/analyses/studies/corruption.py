@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -22,6 +23,7 @@ from unmoved.reports.pages import Section
 GRID = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5)  # of the weights' norm
 HEADLINE = 0.01  # where the verdict is read, the radius of the APD recipes; the table holds the whole grid
 VIEWS = ("clean", "adversarial")
+TITLE = "Flatness under parameter corruption"
 DRAWS, STEPS = 20, 10
 LEGIBLE = 6  # runs that one figure of curves can hold
 
@@ -97,96 +99,110 @@ def study(
     }
     sweep = _joined({name: tables["sweep"] for name, tables in every.items()})
     summary = flatness.summarise(sweep)
-    judged = accuracies(found)
-    tables = {"sweep": sweep, "summary": summary}
-    sentences: list[str] = []
-    how = "No accuracies that all runs have alike: evaluate them alike to see whether flatness goes with robustness."
     few = summary["run"].isin([subject.name for subject in found[:LEGIBLE]]) & (summary["scope"] == "global")
     drawn = [corruption_curves(summary[few & (summary["view"] == view)]) for view in VIEWS]
-    scatters: list[Figure] = []
-    if judged is not None:
-        accuracy, source = judged
-        rows = pd.concat([flatness.indicators(summary, eps) for eps in GRID], ignore_index=True)
-        rows = rows.assign(
-            name=rows["run"],
-            clean_accuracy=[accuracy[name][0] for name in rows["run"]],
-            robust_accuracy=[accuracy[name][1] for name in rows["run"]],
-        )
-        judgements: list[pd.DataFrame] = []
-        for view in VIEWS:
-            for eps in GRID:
-                some = rows[(rows["view"] == view) & (rows["eps_relative"] == eps)]
-                judgements.append(flatness.verdict(some).assign(view=view, eps_relative=eps))
-        claims = pd.concat(judgements, ignore_index=True)
-        at = claims["eps_relative"] == HEADLINE
-        for view in VIEWS:
-            said = claims[at & (claims["view"] == view)]
-            sentences += [f"On {view} images: {sentence}" for sentence in said["sentence"]]
-            shown = rows[(rows["view"] == view) & (rows["eps_relative"] == HEADLINE)]
-            if (shown["i_max"] > 0).all():
-                scatters.append(flatness_figure(shown, f"{view} images, {said['sentence'].iloc[0]}"))
-        tables |= {"indicators": rows, "claims": claims}
-        how = (
-            f"Read at eps = {HEADLINE:g} of the weights' norm (claims.csv has every eps of the grid); robust accuracy "
-            f"is that of {source}. Spearman's rho over {len(found)} runs, with a bootstrap over runs."
-        )
+    judged = _against_accuracy(found, summary)
+    tables = {"sweep": sweep, "summary": summary} | judged.tables
     if deep:
         for kind, figure in (("lines", loss_lines), ("plane", loss_surface)):
             tables[kind] = _joined({name: made[kind] for name, made in every.items()})
-            first = tables[kind][tables[kind]["run"] == found[0].name]
-            drawn.append(figure(first))
-        layered = summary[
-            (summary["scope"] != "global") & (summary["measure"] == "loss") & (summary["run"] == found[0].name)
-        ]
-        drawn.append(corruption_layers(layered))
+            drawn.append(figure(tables[kind][tables[kind]["run"] == found[0].name]))
+        layered = (summary["scope"] != "global") & (summary["measure"] == "loss") & (summary["run"] == found[0].name)
+        drawn.append(corruption_layers(summary[layered]))
     if with_hessian:
-        curved = {subject.name: curvature(subject) for subject in found}
-        tables["hessian"] = _joined(curved)
-        beside: list[pd.DataFrame] = []
-        for name, row in curved.items():
-            facts: dict[str, Any] = row.iloc[0].to_dict()  # type: ignore[assignment]
-            ours = summary[(summary["run"] == name) & (summary["view"] == "clean")]
-            beside.append(hessian.second_order(ours, hessian.Curvature(**facts)))
-        tables["second_order"] = pd.concat(beside, ignore_index=True)
-    return Study(
-        "corruption",
-        "Flatness under parameter corruption",
-        tables,
-        sentences,
-        [
-            Section(
-                "corruption",
-                "Flatness under parameter corruption",
-                [
-                    "How much does the loss rise when the weights move by eps (a share of their norm): at random, and "
-                    f"in the worst direction that {STEPS} gradient steps find? The field's claim is that flat goes "
-                    "with robust and accurate.",
-                    how,
-                ],
-                _claims(tables.get("claims")),
-                scatters,
-            ),
-            Section(
-                "corruption-runs",
-                "Flatness run by run",
-                [
-                    f"Loss changes in nats at eps = {HEADLINE:g} of the weights' norm: I_max is the worst found, I_ave "
-                    f"the mean over {DRAWS} random directions, the slope's noise taken out."
-                    + (f" The figures draw the first {LEGIBLE} runs." if len(found) > LEGIBLE else "")
-                ],
-                _shown(tables.get("indicators")),
-                drawn,
-            ),
-        ],
-        {
-            "n": len(found[0].split),
-            "runs": [str(subject.run.path) for subject in found],
-            "eps_relative": GRID,
-            "draws": DRAWS,
-            "steps": STEPS,
-            "p": str(p),
-            "top": top,
-        },
+        tables |= _second_order(found, summary)
+    settings = {
+        "n": len(found[0].split),
+        "runs": [str(subject.run.path) for subject in found],
+        "eps_relative": GRID,
+        "draws": DRAWS,
+        "steps": STEPS,
+        "p": str(p),
+        "top": top,
+    }
+    sections = [_across_runs(judged), _run_by_run(judged, drawn, len(found))]
+    return Study("corruption", TITLE, tables, judged.sentences, sections, settings)
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """Flatness beside accuracy, over runs that were evaluated alike.
+
+    Attributes:
+        how: what the claims are read from, in words.
+        tables: indicators and claims; empty where the runs were not evaluated alike.
+        sentences: the claims at `HEADLINE`.
+        scatters: flatness against robust accuracy, a figure a view.
+    """
+
+    how: str
+    tables: dict[str, pd.DataFrame] = field(default_factory=dict)
+    sentences: list[str] = field(default_factory=list)
+    scatters: list[Figure] = field(default_factory=list)
+
+
+def _against_accuracy(found: Sequence[Subject], summary: pd.DataFrame) -> _Judged:
+    """Hold the indicators of a `flatness.summarise` table against the accuracies of the runs."""
+    judged = accuracies(found)
+    if judged is None:
+        return _Judged(
+            "No accuracies that all runs have alike: evaluate them alike to see whether flatness goes with robustness."
+        )
+    accuracy, source = judged
+    rows = pd.concat([flatness.indicators(summary, eps) for eps in GRID], ignore_index=True)
+    rows = rows.assign(
+        name=rows["run"],
+        clean_accuracy=[accuracy[name][0] for name in rows["run"]],
+        robust_accuracy=[accuracy[name][1] for name in rows["run"]],
+    )
+    judgements: list[pd.DataFrame] = []
+    for view in VIEWS:
+        for eps in GRID:
+            some = rows[(rows["view"] == view) & (rows["eps_relative"] == eps)]
+            judgements.append(flatness.verdict(some).assign(view=view, eps_relative=eps))
+    claims = pd.concat(judgements, ignore_index=True)
+    how = (
+        f"Read at eps = {HEADLINE:g} of the weights' norm (claims.csv has every eps of the grid); robust accuracy "
+        f"is that of {source}. Spearman's rho over {len(found)} runs, with a bootstrap over runs."
+    )
+    result = _Judged(how, {"indicators": rows, "claims": claims})
+    at = claims["eps_relative"] == HEADLINE
+    for view in VIEWS:
+        said = claims[at & (claims["view"] == view)]
+        result.sentences.extend(f"On {view} images: {sentence}" for sentence in said["sentence"])
+        shown = rows[(rows["view"] == view) & (rows["eps_relative"] == HEADLINE)]
+        if (shown["i_max"] > 0).all():
+            result.scatters.append(flatness_figure(shown, f"{view} images, {said['sentence'].iloc[0]}"))
+    return result
+
+
+def _second_order(found: Sequence[Subject], summary: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """The curvature of each run, and what it predicts beside what was measured."""
+    curved = {subject.name: curvature(subject) for subject in found}
+    beside: list[pd.DataFrame] = []
+    for name, row in curved.items():
+        facts: dict[str, Any] = row.iloc[0].to_dict()  # type: ignore[assignment]
+        ours = summary[(summary["run"] == name) & (summary["view"] == "clean")]
+        beside.append(hessian.second_order(ours, hessian.Curvature(**facts)))
+    return {"hessian": _joined(curved), "second_order": pd.concat(beside, ignore_index=True)}
+
+
+def _across_runs(judged: _Judged) -> Section:
+    question = (
+        "How much does the loss rise when the weights move by eps (a share of their norm): at random, and in the worst "
+        f"direction that {STEPS} gradient steps find? The field's claim is that flat goes with robust and accurate."
+    )
+    return Section("corruption", TITLE, [question, judged.how], _claims(judged.tables.get("claims")), judged.scatters)
+
+
+def _run_by_run(judged: _Judged, drawn: Sequence[Figure], runs: int) -> Section:
+    lead = (
+        f"Loss changes in nats at eps = {HEADLINE:g} of the weights' norm: I_max is the worst found, I_ave "
+        f"the mean over {DRAWS} random directions, the slope's noise taken out."
+    )
+    lead += f" The figures draw the first {LEGIBLE} runs." if runs > LEGIBLE else ""
+    return Section(
+        "corruption-runs", "Flatness run by run", [lead], _shown(judged.tables.get("indicators")), list(drawn)
     )
 
 
