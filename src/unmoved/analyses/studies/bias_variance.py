@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from unmoved.analyses import bias_variance as estimators
@@ -25,6 +26,7 @@ from unmoved.reports.pages import Section
 from unmoved.runs.by_recipe import without_seeds
 
 MODES = ("own", "shared", "joint")
+TITLE = "Bias and variance"
 STEPS = 20
 CHUNK = 250
 SHOWN = ("KL", "k/(k-1)")
@@ -139,7 +141,43 @@ def study(
         require_choice("bias-variance: mode", mode, MODES)
     groups = groups_of(found)
     radii = sorted({0.0, found[0].built.threat.radius} if eps is None else set(eps))
-    y = found[0].split.labels.cpu()
+    merged, targets = _decompositions(groups, radii, modes, found[0].split.labels.cpu(), progress)
+    family = merged.assign(method=merged["method"].map(_families(groups)))
+    sizes = family.groupby("method")["train_eps"].nunique()
+    swept = family[family["method"].isin(sizes[sizes > 2].index)]
+    same = _attacked_as_trained(swept, modes)
+    claims = _judged(swept, same)
+    sentences = ["Three training eps of one recipe are needed to say how bias and variance move with it."]
+    if claims is not None:
+        shown = claims[(claims["loss"] == SHOWN[0]) & (claims["correction"] == SHOWN[1])]
+        shown = shown[shown["eval_eps"] == SAME] if len(same) else shown
+        sentences = [f"{row.method}, eps {row.eval_eps} ({row.mode}): {row.words}." for row in shown.itertuples()]
+    drawn = _curves(swept if len(swept) else family, same)
+    last = merged[(merged["eval_eps"] == radii[-1]) & (merged["mode"] == modes[0])]
+    last = last[last["train_eps"] == last["train_eps"].max()]
+    last = last[last["method"] == last["method"].iloc[0]]
+    drawn.append(bias_variance_by_class(last, found[0].built.data.classes, loss=SHOWN[0], correction=SHOWN[1]))
+    text = [
+        f"{len(groups[0].members)} models on disjoint parts of the training data each; cross-entropy, "
+        "variance corrected by k/(k-1). The estimates are about training sets of that size.",
+        *([] if claims is not None else sentences),
+    ]
+    tables = {"decompositions": merged, "target_probability": targets} | ({} if claims is None else {"claims": claims})
+    settings = {
+        "n": len(found[0].split),
+        "runs": [str(subject.run.path) for subject in found],
+        "eval_eps": radii,
+        "modes": list(modes),
+        "attack": f"PGD, {STEPS} steps of 3 eps / {STEPS}, from the clean image",
+    }
+    sections = [Section("bias-variance", TITLE, text, _claims(claims, modes[0]), drawn), _in_numbers(merged)]
+    return Study("bias-variance", TITLE, tables, sentences, sections, settings)
+
+
+def _decompositions(
+    groups: Sequence[Group], radii: Sequence[float], modes: Sequence[str], y: Tensor, progress: Progress
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """(decompositions of each recipe, merged over permutations; the target probabilities of each group)."""
     conditions = [(radius, mode) for radius in radii for mode in (modes if radius else modes[:1])]
     tables: dict[tuple[str, float, float, str], list[pd.DataFrame]] = {}
     targets, done = [], 0
@@ -157,64 +195,35 @@ def study(
             done += 1
             progress(done / len(groups) / len(conditions), f"bias-variance: {group.method}, eps {radius:g}, {mode}")
     merged = pd.concat([estimators.merge(some) for some in tables.values()], ignore_index=True)
-    family = merged.assign(method=merged["method"].map(_families(groups)))
-    sizes = family.groupby("method")["train_eps"].nunique()
-    swept = family[family["method"].isin(sizes[sizes > 2].index)]
-    same = _attacked_as_trained(swept, modes)
+    return merged, pd.concat(targets, ignore_index=True)
+
+
+def _judged(swept: pd.DataFrame, same: pd.DataFrame) -> pd.DataFrame | None:
+    """The claims at each evaluation eps and at that of the training; None without a recipe of three eps and more."""
     judged = [verdict(swept, by=["method"])] if len(swept) else []
     judged += [verdict(same.drop(columns="eval_eps"), by=["method"]).assign(eval_eps=SAME)] if len(same) else []
-    claims = pd.concat(judged, ignore_index=True) if judged else None
-    sentences = ["Three training eps of one recipe are needed to say how bias and variance move with it."]
-    drawn = []
-    if claims is not None:
-        shown = claims[(claims["loss"] == SHOWN[0]) & (claims["correction"] == SHOWN[1])]
-        shown = shown[shown["eval_eps"] == SAME] if len(same) else shown
-        sentences = [f"{row.method}, eps {row.eval_eps} ({row.mode}): {row.words}." for row in shown.itertuples()]
-    for _, rows in same.groupby(["method"], sort=False):
-        drawn.append(figure(rows.drop(columns="eval_eps"), loss=SHOWN[0], correction=SHOWN[1], panel="mode"))
-    for _, rows in (swept if len(swept) else family).groupby(["method", "mode"], sort=False):
-        if rows["train_eps"].nunique() > 1:
-            drawn.append(figure(rows, loss=SHOWN[0], correction=SHOWN[1]))
-    last = merged[(merged["eval_eps"] == radii[-1]) & (merged["mode"] == modes[0])]
-    last = last[last["train_eps"] == last["train_eps"].max()]
-    last = last[last["method"] == last["method"].iloc[0]]
-    drawn.append(bias_variance_by_class(last, found[0].built.data.classes, loss=SHOWN[0], correction=SHOWN[1]))
+    return pd.concat(judged, ignore_index=True) if judged else None
+
+
+def _curves(rows: pd.DataFrame, same: pd.DataFrame) -> list[Figure]:
+    """Bias and variance over the training eps: attacked as trained, then at each evaluation eps."""
+    drawn = [
+        figure(some.drop(columns="eval_eps"), loss=SHOWN[0], correction=SHOWN[1], panel="mode")
+        for _, some in same.groupby(["method"], sort=False)
+    ]
+    for _, some in rows.groupby(["method", "mode"], sort=False):
+        if some["train_eps"].nunique() > 1:
+            drawn.append(figure(some, loss=SHOWN[0], correction=SHOWN[1]))
+    return drawn
+
+
+def _in_numbers(merged: pd.DataFrame) -> Section:
     overall = merged[(merged["class"] == -1) & (merged["loss"] == SHOWN[0]) & (merged["correction"] == SHOWN[1])]
-    return Study(
-        "bias-variance",
-        "Bias and variance",
-        {
-            "decompositions": merged,
-            "target_probability": pd.concat(targets, ignore_index=True),
-            **({} if claims is None else {"claims": claims}),
-        },
-        sentences,
-        [
-            Section(
-                "bias-variance",
-                "Bias and variance",
-                [
-                    f"{len(groups[0].members)} models on disjoint parts of the training data each; cross-entropy, "
-                    "variance corrected by k/(k-1). The estimates are about training sets of that size.",
-                    *([] if claims is not None else sentences),
-                ],
-                _claims(claims, modes[0]),
-                drawn,
-            ),
-            Section(
-                "bias-variance-numbers",
-                "Bias and variance in numbers",
-                ["Overall, in nats; decompositions.csv has every loss, correction and class, with intervals."],
-                overall[["method", "train_eps", "eval_eps", "mode", "risk", "bias", "variance"]],
-            ),
-        ],
-        {
-            "n": len(y),
-            "runs": [str(subject.run.path) for subject in found],
-            "eval_eps": radii,
-            "modes": list(modes),
-            "attack": f"PGD, {STEPS} steps of 3 eps / {STEPS}, from the clean image",
-        },
+    return Section(
+        "bias-variance-numbers",
+        "Bias and variance in numbers",
+        ["Overall, in nats; decompositions.csv has every loss, correction and class, with intervals."],
+        overall[["method", "train_eps", "eval_eps", "mode", "risk", "bias", "variance"]],
     )
 
 
