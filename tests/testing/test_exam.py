@@ -105,7 +105,7 @@ class Small:
         }
 
 
-# (name, threat model -> attack, seeks the largest loss); the last where the linear oracle is no measure of it.
+# (name, threat model -> attack, seeks the largest loss); the last where a linear optimum is no measure of it.
 ATTACKS = [
     ("pgd", lambda t: PGD(t, steps=30), True),
     ("pgd-best", lambda t: PGD(t, steps=30, keep="best"), True),

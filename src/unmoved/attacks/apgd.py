@@ -47,7 +47,7 @@ class APGD:
         large_first: in l1, 30 % of the steps in the ball of 3 eps, 30 % in that of 2 eps, the rest in that of eps.
         compat: count the rise of the first step from 0, as the authors' code does.
         seed: keys the starts.
-        smooth: alpha of a softplus whose derivative stands in for ReLU's, 0 for none; see `smooth.smoothed`.
+        smooth: alpha of a softplus whose derivative stands in for ReLU's, 0 for none; see `relu_backward.smoothed`.
 
     Raises:
         UnmovedError: a value outside its bounds.

@@ -44,7 +44,7 @@ class PGD:
         keep: ``"last"`` iterate (training; saves a forward pass) or ``"best"`` of all, the final one included.
         seed: keys the start together with the step and the sample's identity.
         mode: the model's mode while it is attacked, ``"eval"`` or ``"train"`` (batch statistics, not tracked).
-        smooth: alpha of a softplus whose derivative stands in for ReLU's, 0 for none; see `smooth.smoothed`.
+        smooth: alpha of a softplus whose derivative stands in for ReLU's, 0 for none; see `relu_backward.smoothed`.
 
     Raises:
         UnmovedError: a value outside its bounds.

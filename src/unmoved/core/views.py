@@ -20,7 +20,7 @@ def logits(model: nn.Module, x: Image) -> Logits:
     """Compute the model's logits in float32 (float64 stays), so that losses never lose digits under autocast.
 
     Raises:
-        UnmovedError: the model returns something other than a (B, K) tensor; as `failures.explained`.
+        UnmovedError: the model returns something other than a (B, K) tensor; as `model_errors.explained`.
     """
     # A forward may write into its input. What torch.compile returned warns of a copy that has a history.
     own = x if x.requires_grad and hasattr(model, "_orig_mod") else x.clone()

@@ -46,7 +46,7 @@ def read(paths: Sequence[Path], overrides: Sequence[str], sweeps: Sequence[str] 
         sweeps: ``a.b=v1,v2,...``; several sweep every combination.
 
     Raises:
-        UnmovedError: as `config.read`; a sweep without values, or with one twice.
+        UnmovedError: as `runs.recipe.read`; a sweep without values, or with one twice.
     """
     axes = [_axis(sweep) for sweep in sweeps]
     return [

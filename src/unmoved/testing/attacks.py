@@ -38,13 +38,13 @@ def check_attack(
     Args:
         make: threat model -> the attack.
         norm: of the threat model.
-        maximises: whether the attack seeks the largest loss; if not (early stopping), the oracle is skipped. ``None``:
+        maximises: whether the attack seeks the largest loss; if not (early stopping), no optimum is due. ``None``:
             whether it declares that it uses gradients.
         batch_statistics: whether it attacks the model in training mode, so that samples depend on each other by
             design; the laws of order and batch size are then skipped. ``None``: whether its ``mode`` is "train".
-        minimum_norm: whether it seeks the nearest misclassified image, inside the ball or not: the oracle is then the
+        minimum_norm: whether it seeks the nearest misclassified image, inside the ball or not: the optimum is then the
             distance to the boundary rather than the reach of the ball. ``None`` is what the attack declares.
-        reach: how far short of the oracle it may fall, as a share.
+        reach: how far short of the optimum it may fall, as a share.
 
     Raises:
         ExamFailed: naming the property.
@@ -82,7 +82,7 @@ def check_attack(
     if minimum_norm:
         _check_nearest(attack, norm, name, reach)
     elif maximises:
-        _check_linear_oracle(attack, threat, name, reach)
+        _check_linear_optimum(attack, threat, name, reach)
 
 
 def _declared(attack: Attack) -> dict[str, bool]:
@@ -132,7 +132,7 @@ def _check_nearest(attack: Attack, norm: str, name: str, short: float) -> None:
     require(worst <= short, f"{name}: {worst:.0%} farther than the boundary of the linear model ({short:.0%} allowed)")
 
 
-def _check_linear_oracle(attack: Attack, threat: ThreatModel, name: str, short: float) -> None:
+def _check_linear_optimum(attack: Attack, threat: ThreatModel, name: str, short: float) -> None:
     """On two linear logits the smallest reachable margin is ``margin - eps ||w||_dual``: Goodfellow et al. 2015."""
     model, weight, batch = _linear()
     score, y = batch.x.flatten(1) @ weight, batch.y

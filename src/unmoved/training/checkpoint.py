@@ -49,7 +49,7 @@ class _Hashed:
         return len(data)
 
     def flush(self) -> None:
-        """`disk.replacing` flushes, once."""
+        """`files.replacing` flushes, once."""
 
     def close(self) -> None:
         if self.stopped is not None:
@@ -100,7 +100,7 @@ def save(folder: Path, state: dict[str, Any]) -> None:
     """Replace the newest state, in one pass over it; it becomes the previous one.
 
     Raises:
-        UnmovedError: as `disk.write_atomic`.
+        UnmovedError: as `files.write_atomic`.
     """
     # Checksum and state in one file: a kill cannot come between them. Readers of zip archives look for the archive's
     # end from the back and pass over the seal, so that torch.load opens the file as it is.
@@ -126,7 +126,7 @@ def load(folder: Path, *, mend: bool = False) -> dict[str, Any] | None:
         path = folder / name
         try:
             state = _read(path)
-        except FileNotFoundError:  # the newest, too, for a moment: see `disk.replacing`
+        except FileNotFoundError:  # the newest, too, for a moment: see `files.replacing`
             continue
         except _Damaged as error:
             problems[name] = error
