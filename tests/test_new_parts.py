@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from helpers.cli import RECIPE, ROOT
+from helpers.cli import RECIPE, ROOT, unmoved
+
+from unmoved import Run
 
 PARTS = {"terms": "Brier", "attacks": "Nudge", "defenses": "Clipped", "data": "stripes"}
 CASES = """
@@ -39,6 +41,28 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
         line = f"from unmoved.{package}.{module} import {name}\n"
         assert init.count("\n__all__ = [") == 1
         (folder / "__init__.py").write_text(init.replace("\n__all__ = [", f'{line}\n__all__ = ["{name}", '))
+    return copy
+
+
+COLUMN = '    Column("moved", np.bool_, older=lambda table: table["distance"] > 0),\n'
+OPENED = """
+from unmoved import Run
+table = Run.open("older").outcomes
+assert list(table.columns)[-1] == "moved", table.columns
+assert table["moved"].equals((table["distance"] > 0).rename("moved"))
+"""
+
+
+@pytest.fixture(scope="module")
+def with_column(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The package with a line more in its list of columns, beside a run folder that was made without it."""
+    copy = tmp_path_factory.mktemp("column")
+    shutil.copytree(ROOT / "src/unmoved", copy / "src/unmoved", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "tests/runs/before_0_2/finished", copy / "older")
+    path = copy / "src/unmoved/evaluation/outcomes.py"
+    lines = path.read_text().splitlines(keepends=True)
+    lines.insert(next(k for k, line in enumerate(lines) if line.startswith('    Column("by"')) + 1, COLUMN)
+    path.write_text("".join(lines))
     return copy
 
 
@@ -97,3 +121,17 @@ def test_a_recipe_names_them(copy: Path) -> None:
     assert set(outcomes["attack"]) == {"nudge"}
     assert len(outcomes) == 30
     assert '"brier"' in (copy / "run" / "metrics.jsonl").read_text()
+
+
+def test_a_column_of_outcomes_is_one_line(with_column: Path) -> None:
+    """A run from before opens with it, a new evaluation writes it, and this version reads what that one wrote."""
+    assert COLUMN.strip() in contributing()
+    python(with_column, "-c", OPENED)
+    python(with_column, "-m", "unmoved.cli", "evaluate", "older", "--n", "10", "--no-doctor")
+    written = pd.read_csv(with_column / "older" / "evaluation" / "outcomes.csv")
+    assert written["moved"].tolist() == (written["distance"] > 0).tolist()
+    assert written["moved"].any()
+    here = Run.open(with_column / "older").outcomes
+    assert here is not None
+    assert here["moved"].tolist() == [str(value) for value in written["moved"]]
+    unmoved("report", with_column / "older", "--out", with_column / "report.html").fine()

@@ -109,6 +109,29 @@ def test_no_file_and_no_table_are_told_apart(tmp_path: Path) -> None:
         outcomes.read(tmp_path / "other.csv")
 
 
+def test_a_column_that_an_older_table_lacks_is_made_from_the_others(tmp_path: Path) -> None:
+    path = tmp_path / "o.csv"
+    table = small().assign(by=lambda t: t["by"].mask(t["clean_prediction"] != t["label"], "clean"))
+    table.drop(columns="by").to_csv(path, index=False)
+    pd.testing.assert_frame_equal(outcomes.read(path), outcomes.checked(table))
+    assert set(outcomes.read(path)["by"]) == {"pgd", "square", "clean", "none"}
+
+
+def test_columns_that_only_newer_versions_know_are_read_and_kept(tmp_path: Path) -> None:
+    path = tmp_path / "o.csv"
+    newer = small()[["success", "index", *(name for name in small() if name not in ("success", "index"))]]
+    newer.insert(3, "queries", range(8))
+    newer["note"] = ["a, b", "", "NA", "1.50", "x", "y", "z", '"']
+    newer.to_csv(path, index=False)
+    read = outcomes.read(path)
+    assert list(read.columns) == [*outcomes.COLUMNS, "queries", "note"]
+    assert read["queries"].tolist() == list("01234567")
+    assert read["note"].tolist() == newer["note"].tolist()
+    pd.testing.assert_frame_equal(outcomes.summary(read), outcomes.summary(small()))
+    outcomes.write(read, tmp_path / "again.csv")
+    pd.testing.assert_frame_equal(outcomes.read(tmp_path / "again.csv"), read)
+
+
 # --- what a table must be
 
 

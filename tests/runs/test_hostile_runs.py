@@ -425,13 +425,16 @@ ROWS = ",".join(outcomes.COLUMNS) + "\n100,0,pgd,0.3,linf,0,1,0.15,True,pgd\n101
         ("100", "9223372036854775807", "expected an integer"),  # no float is this number
         ("0.3", "-0.3", "expected a finite number >= 0"),
         ("0.15", "-5", "expected a finite number >= 0"),
-        ("index,", "index,index,", "came others beside them"),
+        ("index,", "index,index,", "came a column 'index'"),
         ("index,", "", "missing: index"),
-        (",by\n", ",by" + ",x" * 10**6 + "\n", "came others beside them"),  # pandas takes minutes
+        (",by\n", ",by" + ",x" * 10**6 + "\n", "came a column 'x'"),  # pandas takes minutes
+        (",by\n", ",by," + "x" * 1000 + "\n", "came a first line of more than 1000 bytes"),
+        (",by\n", ",by,a b\n", "came a column 'a b'"),
+        (",by\n", ",by,\n", "came a column ''"),
         ("\n10", "\n7,10", "expected 10 values in a row, came more"),
         ("100", "\0", "expected an integer"),
         ("100", '"' * 1001, "expected an outcomes table in CSV"),
-        ("\n", "\r", "missing: by"),
+        ("\n", "\r", r"came a column 'by\\r100'"),
     ],
 )
 def test_outcomes_that_are_none(tmp_path: Path, old: str, new: str, words: str) -> None:

@@ -20,7 +20,7 @@ from unmoved.core.protocols import Attack, Ensemble, MinimumNormAttack, Split, d
 from unmoved.core.threat import ThreatModel, require_threat
 from unmoved.core.views import eval_logits
 from unmoved.evaluation.journal import Journal
-from unmoved.evaluation.outcomes import CLEAN, COLUMNS, ROBUST
+from unmoved.evaluation.outcomes import CLEAN, ROBUST, completed
 from unmoved.evaluation.threads import Workers
 
 ORDER = "evaluate(model, split, {name: attack, ...}, threat)"
@@ -222,7 +222,7 @@ class _Sheet:
         return f"{part}: robust accuracy at most {self.open.mean():.1%}"
 
     def table(self) -> pd.DataFrame:
-        return pd.DataFrame(
+        table = pd.DataFrame(
             {
                 "index": self.clean.index,
                 "label": self.clean.label,
@@ -235,7 +235,8 @@ class _Sheet:
                 "success": ~self.open,
                 "by": self.by,
             }
-        )[list(COLUMNS)]
+        )
+        return completed(table)
 
 
 _Chunk = tuple[np.ndarray, Batch]

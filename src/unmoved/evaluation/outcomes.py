@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -22,25 +22,50 @@ from unmoved.core import untrusted
 from unmoved.core.errors import UnmovedError
 from unmoved.core.files import write_atomic
 
-TYPES: dict[str, Any] = {
-    "index": np.int64,
-    "label": np.int64,
-    "attack": object,
-    "eps": np.float64,
-    "norm": object,
-    "clean_prediction": np.int64,
-    "adversarial_prediction": np.int64,
-    "distance": np.float64,
-    "success": np.bool_,
-    "by": object,
-}
+CLEAN, WORST = "clean", "worst case"
+ROBUST = "none"
+
+
+class Column(NamedTuple):
+    """A column of the table.
+
+    Attributes:
+        name: letters, digits and ``_``.
+        dtype: of its values; ``object`` for names.
+        older: a function of the other columns: what stands in a table that was written without this one. ``None``:
+            there is no table without it.
+    """
+
+    name: str
+    dtype: Any
+    older: Callable[[pd.DataFrame], Any] | None = None
+
+
+def _broken_by(table: pd.DataFrame) -> np.ndarray:
+    """Name the attack itself where a table does not say which of its parts broke a sample."""
+    by = table["attack"].where(table["clean_prediction"] == table["label"], CLEAN)
+    return np.where(table["success"], by, ROBUST)
+
+
+# A new column is a line here: the judge writes it, tables without it are read, and those of newer versions are too.
+COLUMN_LIST = (
+    Column("index", np.int64),
+    Column("label", np.int64),
+    Column("attack", object),
+    Column("eps", np.float64),
+    Column("norm", object),
+    Column("clean_prediction", np.int64),
+    Column("adversarial_prediction", np.int64),
+    Column("distance", np.float64),
+    Column("success", np.bool_),
+    Column("by", object, older=_broken_by),
+)
+TYPES: dict[str, Any] = {column.name: column.dtype for column in COLUMN_LIST}
 COLUMNS = tuple(TYPES)
 EXPECTED = {np.int64: "an integer", object: "a name", np.float64: "a finite number >= 0", np.bool_: "True or False"}
 EXACT = 2**53  # up to here whole numbers survive a float, in which pandas may hold them
 MOST_TABLE = 2**28  # bytes: four million rows
 MOST_HEADER, MOST_LINE = 1000, 2000  # bytes
-CLEAN, WORST = "clean", "worst case"
-ROBUST = "none"
 
 
 def write(table: pd.DataFrame, path: Path) -> None:
@@ -70,16 +95,17 @@ def read(path: Path) -> pd.DataFrame:
             raise UnmovedError(f"{path}: expected a line end after the last row, the file is cut short; {mend}")
         # A look at the first line alone: pandas takes minutes over a header of a million columns.
         header = whole[:MOST_HEADER].split(b"\n", 1)[0].rstrip(b"\r").decode().split(",")
-        if tuple(header) != COLUMNS:
-            missing = [name for name in COLUMNS if name not in header]
-            came = f"missing: {', '.join(missing)}" if missing else "came others beside them"
-            raise UnmovedError(f"{path}: expected columns {', '.join(COLUMNS)}; {came}; {mend}")
+        _require_columns(header, str(path))
+        odd = [name for name in header if not name.isidentifier() or header.count(name) > 1]
+        if odd or b"\n" not in whole[:MOST_HEADER]:
+            came = f"came a column {odd[0]!r:.80}" if odd else f"came a first line of more than {MOST_HEADER} bytes"
+            raise UnmovedError(f"{path}: expected columns of different names in letters, digits and _, {came}; {mend}")
         longest = int(np.diff(np.flatnonzero(np.frombuffer(whole, np.uint8) == ord("\n")), prepend=-1).max())
         if longest > MOST_LINE:  # a row of a million values takes pandas minutes, too
             raise UnmovedError(f"{path}: expected lines of at most {MOST_LINE} bytes, came one of {longest}; {mend}")
         table = pd.read_csv(io.BytesIO(whole), dtype=str, keep_default_na=False)
         if not isinstance(table.index, pd.RangeIndex):  # pandas takes what is too much in every row for their names
-            raise UnmovedError(f"{path}: expected {len(COLUMNS)} values in a row, came more; {mend}")
+            raise UnmovedError(f"{path}: expected {len(header)} values in a row, came more; {mend}")
     except FileNotFoundError:
         raise UnmovedError(f"{path}: expected an outcomes table, came no file; evaluate the run first") from None
     except (UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
@@ -90,18 +116,20 @@ def read(path: Path) -> pd.DataFrame:
 
 
 def checked(table: pd.DataFrame, source: str = "outcomes") -> pd.DataFrame:
-    """Return the table with exactly `COLUMNS`, each of its type, after checking that its rows agree with each other.
+    """Return the table with all `COLUMNS`, each of its type, after checking that its rows agree with each other.
+
+    A column that older tables lack is made from the others; columns that are not known come behind, as they are.
 
     Raises:
         UnmovedError: a missing column, a wrong type, no row; a sample twice under one attack and eps, or missing there;
             a sample with two labels or two clean predictions; several norms; a success that the other columns deny.
     """
-    missing = [name for name in COLUMNS if name not in table.columns]
-    if missing:
-        raise UnmovedError(f"{source}: expected columns {', '.join(COLUMNS)}; missing: {', '.join(missing)}")
+    _require_columns(table.columns, source)
     if table.empty:
         raise UnmovedError(f"{source}: expected at least one row, came none; evaluate on at least one sample")
-    table = pd.DataFrame({name: _typed(table[name], dtype, source) for name, dtype in TYPES.items()})
+    known = {name: _typed(table[name], dtype, source) for name, dtype in TYPES.items() if name in table.columns}
+    others = {name: table[name] for name in table.columns if name not in TYPES and str(name).isidentifier()}
+    table = completed(pd.DataFrame(known | others))
     reserved = {CLEAN, WORST} & set(table["attack"])
     if reserved:
         raise UnmovedError(f"{source}: attack name {min(reserved)!r} is a measure's name; call the attack otherwise")
@@ -127,6 +155,20 @@ def checked(table: pd.DataFrame, source: str = "outcomes") -> pd.DataFrame:
             f"success={row['success']} (sample {row['index']}, attack {row['attack']!r})"
         )
     return table
+
+
+def completed(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the table with all `COLUMNS` in order, those that it lacks made from the others; further ones behind."""
+    for column in COLUMN_LIST:
+        if column.name not in table.columns and column.older is not None:
+            table = table.assign(**{column.name: column.older(table)}).astype({column.name: column.dtype})
+    return table[[*COLUMNS, *(name for name in table.columns if name not in TYPES)]]
+
+
+def _require_columns(names: Iterable[Any], source: str) -> None:
+    missing = [column.name for column in COLUMN_LIST if column.older is None and column.name not in list(names)]
+    if missing:
+        raise UnmovedError(f"{source}: expected columns {', '.join(COLUMNS)}; missing: {', '.join(missing)}")
 
 
 def _typed(column: pd.Series, dtype: Any, source: str) -> pd.Series:
