@@ -24,6 +24,8 @@ from unmoved.core.errors import UnmovedError, require_choice, require_number, re
 
 RANDOM, ADVERSARIAL = "random", "adversarial"
 STEPS, DRAWS = 10, 20
+COLUMNS = ["kind", "scope", "p", "n", "k", "eps", "eps_relative", "draw", "steps", "loss", "accuracy", "loss_change"]
+COLUMNS += ["accuracy_change", "clean_loss", "clean_accuracy", "linear_change", "first_order", "images"]
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,7 @@ def sweep(
     if not len(eps):
         raise UnmovedError("sweep: expected at least one eps, came none")
     for value in eps:
-        value = require_number("sweep: eps", value, above=0)
+        require_number("sweep: eps", value, above=0)
     require_choice("p", p, (2, math.inf))
     draws = require_whole("draws", draws, at_least=0)
     steps = require_whole("steps", steps, at_least=0)
@@ -182,42 +184,65 @@ def sweep(
     if relative and size == 0:
         raise UnmovedError(f"sweep: expected weights of some size in {risk.scope!r}, came zeros; use relative=False")
     radii = [float(value) * (size if relative else 1.0) for value in eps]
-    found: list[tuple[float, str, float, int, Point, float]] = []
     with risk.held():
         clean = risk.at(gradient=True)
-        slope = _slope(clean)
-        top = _dot(slope, weights.steepest(slope, 1.0, p, n))
-        for draw in range(draws):
-            unit = direction(risk, draw, p=p, n=n, seed=seed)
-            rise = _dot(slope, unit)
-            found += [(r, RANDOM, draw, 0, _moved(risk, _scaled(unit, r)), rise) for r in radii]
-        for r in radii if steps else []:
-            best = _climb(risk, clean, r, p, n, steps, None, seed)[1]
-            found.append((r, ADVERSARIAL, math.nan, steps, best, math.nan))
+        found = _observations(risk, clean, radii, p, n, draws, steps, seed)
+        top = _dot(_slope(clean), weights.steepest(_slope(clean), 1.0, p, n))
+    return _table(risk, clean, found, size, top).assign(p=float(p), n=math.nan if n is None else float(n))[COLUMNS]
+
+
+@dataclass(frozen=True)
+class _Observation:
+    """What one corruption did: ``rise`` is the first-order change of the loss for each unit of eps."""
+
+    kind: str
+    eps: float
+    draw: float
+    steps: int
+    point: Point
+    rise: float
+
+
+def _observations(
+    risk: Risk, clean: Point, radii: Sequence[float], p: float, n: int | None, draws: int, steps: int, seed: int
+) -> list[_Observation]:
+    """The random corruptions, each direction at all radii, and the adversarial one at each radius."""
+    found: list[_Observation] = []
+    for draw in range(draws):
+        unit = direction(risk, draw, p=p, n=n, seed=seed)
+        rise = _dot(_slope(clean), unit)
+        found += [_Observation(RANDOM, r, draw, 0, _moved(risk, _scaled(unit, r)), rise) for r in radii]
+    for r in radii if steps else []:
+        best = _climb(risk, clean, r, p, n, steps, None, seed)[1]
+        found.append(_Observation(ADVERSARIAL, r, math.nan, steps, best, math.nan))
+    return found
+
+
+def _table(risk: Risk, clean: Point, found: Sequence[_Observation], size: float, top: float) -> pd.DataFrame:
+    """One row an observation; ``size`` is the norm of the weights, ``top`` the largest ``rise`` there is."""
     table = pd.DataFrame(
         [
             {
-                "kind": kind,
+                "kind": one.kind,
                 "scope": risk.scope,
-                "p": float(p),
-                "n": math.nan if n is None else float(n),
                 "k": sum(t.numel() for t in risk.parameters),
-                "eps": r,
-                "eps_relative": r / size if size else math.nan,
-                "draw": float(draw),
-                "steps": count,
-                "loss": point.loss,
-                "accuracy": point.accuracy,
-                "loss_change": point.loss - clean.loss,
-                "accuracy_change": point.accuracy - clean.accuracy,
+                "eps": one.eps,
+                "eps_relative": one.eps / size if size else math.nan,
+                "draw": float(one.draw),
+                "steps": one.steps,
+                "loss": one.point.loss,
+                "accuracy": one.point.accuracy,
+                "loss_change": one.point.loss - clean.loss,
+                "accuracy_change": one.point.accuracy - clean.accuracy,
                 "clean_loss": clean.loss,
                 "clean_accuracy": clean.accuracy,
-                "linear_change": r * rise,
-                "first_order": abs(rise) / top if top > 0 else math.nan,
+                "linear_change": one.eps * one.rise,
+                "first_order": abs(one.rise) / top if top > 0 else math.nan,
                 "images": risk.images,
             }
-            for r, kind, draw, count, point, rise in found
-        ]
+            for one in found
+        ],
+        columns=[name for name in COLUMNS if name not in ("p", "n")],
     )
     return table.sort_values(["eps", "kind", "draw"], kind="stable", ignore_index=True)
 
