@@ -26,6 +26,7 @@ from unmoved.reports.drawing import (
 
 COLUMNS = ("method", "strength", "n", "on_front")
 ENDS = ("", "_low", "_high")
+WANTED = [f"{axis}{end}" for axis in ("clean", "robust") for end in ENDS]
 MOST_NAMES, LONGEST_NAME = 8, 24
 
 
@@ -42,9 +43,8 @@ def pareto(points: pd.DataFrame) -> Figure:
     Raises:
         UnmovedError: a column is missing, or there is no row.
     """
-    wanted = [f"{axis}{end}" for axis in ("clean", "robust") for end in ENDS]
-    require_columns(points, [*COLUMNS, *wanted], "pareto")
-    points = points.assign(**{name: 100 * points[name] for name in wanted}, on_front=points["on_front"].astype(bool))
+    require_columns(points, [*COLUMNS, *WANTED], "pareto")
+    points = points.assign(**{name: 100 * points[name] for name in WANTED}, on_front=points["on_front"].astype(bool))
     methods = {str(name): rows.sort_values("strength") for name, rows in points.groupby("method", sort=False)}
     names = [
         _name(str(method), strength) for method, strength in zip(points["method"], points["strength"], strict=True)
@@ -59,18 +59,7 @@ def pareto(points: pd.DataFrame) -> Figure:
     grey = [(methods[name]["clean"], methods[name]["robust"]) for name in others]
     rest = draw_others(axes, grey, "methods", marker="o", markersize=3)
     for k, name in enumerate(shown):
-        rows, looks = methods[name], look(k)
-        axes.plot(rows["clean"], rows["robust"], linewidth=1.2, **looks | {"marker": ""})
-        for on_front, some in rows.groupby("on_front"):
-            face = looks["color"] if on_front else PAPER
-            marks = looks | {"linestyle": "none", "markersize": 7, "markerfacecolor": face}
-            axes.plot(some["clean"], some["robust"], zorder=3, **marks)
-        measured = rows.dropna(subset=wanted)
-        x, y = ([measured[f"{axis}{end}"].to_numpy() for end in ENDS] for axis in ("clean", "robust"))
-        ends = {"xerr": bar(x[1], x[0], x[2]), "yerr": bar(y[1], y[0], y[2])}
-        axes.errorbar(x[0], y[0], fmt="none", ecolor=looks["color"], elinewidth=0.9, **ends)
-        segments += [[(a, c), (b, c)] for a, b, c in zip(x[1], x[2], y[0], strict=True)]
-        segments += [[(c, a), (c, b)] for a, b, c in zip(y[1], y[2], x[0], strict=True)]
+        segments += _draw_method(axes, methods[name], look(k))
     axes.margins(0.12)
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
     axes.set(xlim=(left, min(right, 102)), ylim=(bottom, min(top, 102)))
@@ -85,7 +74,7 @@ def pareto(points: pd.DataFrame) -> Figure:
     else:
         figure.legend(*_keys(axes, shown, rest), loc="outside upper center", ncols=2)
     n = count(points["n"])
-    bars = "bars: 95 % bootstrap intervals" if points[wanted].notna().all(axis=None) else "no intervals"
+    bars = "bars: 95 % bootstrap intervals" if points[WANTED].notna().all(axis=None) else "no intervals"
     figure.supxlabel(f"{n} test images; {bars}\ngrey band: the front; hollow: off it")
     return finished(
         figure,
@@ -93,6 +82,21 @@ def pareto(points: pd.DataFrame) -> Figure:
         "order. The staircase on the grey band is the front: nothing measured lies above it, and settings off it are "
         "hollow." + (f" In grey: {rest}, the less robust ones." if rest else ""),
     )
+
+
+def _draw_method(axes: Any, rows: pd.DataFrame, looks: dict[str, Any]) -> list[Any]:
+    """Draw a method's settings, joined in the order of their strength; return the ends of its error bars."""
+    axes.plot(rows["clean"], rows["robust"], linewidth=1.2, **looks | {"marker": ""})
+    for on_front, some in rows.groupby("on_front"):
+        face = looks["color"] if on_front else PAPER
+        marks = looks | {"linestyle": "none", "markersize": 7, "markerfacecolor": face}
+        axes.plot(some["clean"], some["robust"], zorder=3, **marks)
+    measured = rows.dropna(subset=WANTED)
+    x, y = ([measured[f"{axis}{end}"].to_numpy() for end in ENDS] for axis in ("clean", "robust"))
+    ends = {"xerr": bar(x[1], x[0], x[2]), "yerr": bar(y[1], y[0], y[2])}
+    axes.errorbar(x[0], y[0], fmt="none", ecolor=looks["color"], elinewidth=0.9, **ends)
+    segments = [[(a, c), (b, c)] for a, b, c in zip(x[1], x[2], y[0], strict=True)]
+    return [*segments, *([(c, a), (c, b)] for a, b, c in zip(y[1], y[2], x[0], strict=True))]
 
 
 def _name(method: str, strength: Any) -> str:
