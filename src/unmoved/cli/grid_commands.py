@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,8 +14,10 @@ from unmoved.cli import screen
 from unmoved.cli.options import Allow, Device, Overrides, app
 
 if TYPE_CHECKING:
+    from unmoved.experiments.jobs import Job
     from unmoved.experiments.ray_cluster import Cluster
     from unmoved.reports.pages import Section
+    from unmoved.runs.folder import Run
 
 
 @app.command()
@@ -54,53 +57,77 @@ def compare(
     allow: Allow = [],  # noqa: B006
 ) -> None:
     """The main job: recipes x seeds -> runs -> one table and one report. Goes on where it was interrupted."""
-    from dataclasses import replace
-
-    from unmoved.analyses import studies
-    from unmoved.core import errors, messages
     from unmoved.experiments import compare as grid
     from unmoved.experiments import jobs as plans
     from unmoved.reports import report as reports
 
-    try:
-        numbers = [int(seed) for seed in seeds.split(",")]
-    except ValueError:
-        raise errors.UnmovedError(f"--seeds: expected whole numbers such as 0,1,2, came {seeds!r}") from None
+    numbers, chapters = _seeds(seeds), _chapters(analyze)
     parsed = plans.read(recipes, overrides, sweep)
     runs_each = splits * permutations if splits else len(numbers)
     cluster = _cluster(on, ray_address, cpus_per_run, gpus_per_run)
     threads = cluster.cpus if cluster else grid.threads_each(len(parsed) * runs_each, workers)
     runs_words = f"{splits} parts, {permutations} permutation(s)" if splits else _count(numbers, "seed")
     jobs = plans.jobs_of(parsed, numbers, out, allow, threads, attacks, splits=splits, permutations=permutations)
+    runs = _made([replace(job, analyze=chapters, analysis_n=analysis_n) for job in jobs], workers, cluster)
+    if finalists:
+        with screen.follow() as follow:
+            best = grid.finals(runs, finalists, final_n, allow=allow, progress=follow)
+        screen.print_summary({run.name: run.verdict_outcomes for run in best})
+    extra = _analysed(runs, chapters, analysis_n, allow, out / "analysis") if chapters else []
+    path = reports.write(runs, out / "report.html", extra=extra, title=f"{_count(parsed, 'recipe')}, {runs_words}")
+    screen.print_summary({f"{run.name} seed {run.seed}" if runs_each > 1 else run.name: run.outcomes for run in runs})
+    screen.say(f"report: {path}")
+
+
+def _seeds(seeds: str) -> list[int]:
+    from unmoved.core.errors import UnmovedError
+
+    try:
+        return [int(seed) for seed in seeds.split(",")]
+    except ValueError:
+        raise UnmovedError(f"--seeds: expected whole numbers such as 0,1,2, came {seeds!r}") from None
+
+
+def _chapters(analyze: str) -> tuple[str, ...]:
+    """Return the names of the analyses in ``--analyze``."""
+    from unmoved.analyses import studies
+    from unmoved.core.errors import require_choice
+
     chapters = tuple(name.strip() for name in analyze.split(",") if name.strip())
     for name in chapters:
-        errors.require_choice("--analyze", name, studies.NAMES)
-    jobs = [replace(job, analyze=chapters, analysis_n=analysis_n) for job in jobs]
+        require_choice("--analyze", name, studies.NAMES)
+    return chapters
+
+
+def _made(jobs: list[Job], workers: int | None, cluster: Cluster | None) -> list[Run]:
+    """Train and judge the runs, and show how far they are."""
+    from unmoved.core import messages
+    from unmoved.experiments import compare as grid
+
     with messages.shown(lambda words: screen.say(words, error=True)), screen.bars() as add:
         advance = add(f"{len(jobs)} runs", sum(job.epochs for job in jobs))
 
-        def done(job: plans.Job, error: str | None) -> None:
+        def done(job: Job, error: str | None) -> None:
             screen.say(f"failed: {job.label}" if error else f"done: {job.label}")
 
         def poll() -> None:
             advance(sum(map(screen.epochs_done, jobs)))
 
-        runs = grid.compare(jobs, workers=workers, on_done=done, poll=poll, cluster=cluster)
-    if finalists:
-        with screen.follow() as follow:
-            best = grid.finals(runs, finalists, final_n, allow=allow, progress=follow)
-        screen.print_summary({run.name: run.verdict_outcomes for run in best})
+        return grid.compare(jobs, workers=workers, on_done=done, poll=poll, cluster=cluster)
+
+
+def _analysed(runs: Sequence[Run], chapters: Sequence[str], n: int, allow: Sequence[str], out: Path) -> list[Section]:
+    """Analyse the runs, save what came out, and return its chapters for the report."""
+    from unmoved.analyses import studies
+
     sections: list[Section] = []
-    if chapters:
-        found = studies.subjects(runs, analysis_n, allow=allow)
-        with screen.follow() as follow:
-            for name in chapters:
-                answer = studies.study(name, found, follow, **({"deep": False} if name == "corruption" else {}))
-                answer.write(out / "analysis")
-                sections += answer.sections
-    path = reports.write(runs, out / "report.html", extra=sections, title=f"{_count(parsed, 'recipe')}, {runs_words}")
-    screen.print_summary({f"{run.name} seed {run.seed}" if runs_each > 1 else run.name: run.outcomes for run in runs})
-    screen.say(f"report: {path}")
+    found = studies.subjects(runs, n, allow=allow)
+    with screen.follow() as follow:
+        for name in chapters:
+            answer = studies.study(name, found, follow, **({"deep": False} if name == "corruption" else {}))
+            answer.write(out)
+            sections += answer.sections
+    return sections
 
 
 def _cluster(on: str, address: str | None, cpus: int | None, gpus: float | None) -> Cluster | None:
