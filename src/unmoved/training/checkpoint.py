@@ -25,7 +25,7 @@ _CHUNK = 1 << 20
 
 
 class _Damaged(Exception):
-    """The file is not what was saved, or nothing that may be read."""
+    """Report that the file is not what was saved, or nothing that may be read."""
 
 
 class _Hashed:
@@ -49,7 +49,7 @@ class _Hashed:
         return len(data)
 
     def flush(self) -> None:
-        """`files.replacing` flushes, once."""
+        """Do nothing: `files.replacing` flushes once."""
 
     def close(self) -> None:
         if self.stopped is not None:

@@ -151,7 +151,7 @@ def summed(fabric: Fabric, numbers: Tensor) -> Tensor:
 
 
 def synchronized(model: nn.Module, fabric: Fabric) -> nn.Module:
-    """The model with BatchNorm over all processes' samples; as it is in one process.
+    """Return the model with BatchNorm over all processes' samples; unchanged if there is one process.
 
     Raises:
         UnmovedError: on a CPU, where torch has none.

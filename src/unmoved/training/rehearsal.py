@@ -34,7 +34,7 @@ _CONTAINERS = (dict, OrderedDict, list, set, deque)
 
 
 class _Still(torch.optim.Optimizer):
-    """An optimizer that takes no step and remembers nothing."""
+    """Stand for an optimizer that takes no step and remembers nothing."""
 
     def __init__(self, parameters: list[nn.Parameter]) -> None:
         super().__init__([{"params": parameters, "lr": 0.0}], {})
@@ -57,7 +57,7 @@ def rehearse_training(
     threat: ThreatModel | None = None,
     **settings: Any,
 ) -> None:
-    """Everything that a training on ``split`` will ask of its parts, once, after which all is as it was.
+    """Ask once everything that a training on ``split`` will ask of its parts; afterwards all is as it was.
 
     Args:
         count: processes that take shares of each batch.
@@ -88,7 +88,7 @@ def rehearse(
     augment: Callable[[Batch, int], Batch] | None = None,
     seed: int = 0,
 ) -> None:
-    """One step of each phase in training mode, its attack included, after which everything is as it was.
+    """Take one step of each phase in training mode, its attack included; afterwards everything is as it was.
 
     Args:
         model: on the device of the batch.
@@ -139,12 +139,12 @@ def _require_report(report: Any, name: str) -> None:
 
 
 def bounds_of_phases(phases: Phases) -> tuple[float, float] | None:
-    """Smallest and largest pixel value: a phase without an attack sees the same images as the others."""
+    """Return the smallest and largest pixel value: a phase without an attack sees the same images as others."""
     return next(filter(None, (bounds_of(method.attack) for _, method in phases.phases)), None)
 
 
 def rehearse_validation(model: nn.Module, split: Split, check: Attack, threat: ThreatModel) -> None:
-    """All of a validation's data, and its attack on two samples, as `judge.evaluate` asks for it.
+    """Read all of a validation's data and run its attack on two samples, as `judge.evaluate` does.
 
     Everything is as before after it.
 
@@ -167,7 +167,7 @@ def rehearse_validation(model: nn.Module, split: Split, check: Attack, threat: T
 
 
 def smallest_batch(split: Split, size: int, count: int = 1) -> Batch:
-    """A batch as large as the smallest of an epoch in batches of ``size``, of which ``count`` processes take shares.
+    """Return a batch as large as an epoch's smallest, in batches of ``size`` that ``count`` processes share.
 
     Raises:
         UnmovedError: a split whose batches are none, or number their samples anew.
@@ -182,7 +182,7 @@ def smallest_batch(split: Split, size: int, count: int = 1) -> Batch:
 
 @contextmanager
 def as_found(*things: Any) -> Iterator[None]:
-    """Whatever the block does to models, terms and attacks, they are as before after it, and so is torch's randomness.
+    """Restore models, terms, attacks and torch's random state after the block, whatever it does to them.
 
     Weights, gradients, buffers and attributes are put back, and the contents of lists, sets and dictionaries; nothing
     is copied that cannot be.
@@ -215,7 +215,7 @@ def as_found(*things: Any) -> Iterator[None]:
 
 
 def _attributes(thing: Any) -> Callable[[], None]:
-    """What puts an object's attributes back, and the contents of its lists, sets and dictionaries."""
+    """Return a function that restores an object's attributes and the contents of its lists, sets and dictionaries."""
     now: dict[str, Any] = getattr(thing, "__dict__", {})
     before = dict(now)
     contents = [(value, copy.copy(value)) for value in before.values() if type(value) in _CONTAINERS]
@@ -231,7 +231,7 @@ def _attributes(thing: Any) -> Callable[[], None]:
 
 
 def require_trained(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
-    """Raise `UnmovedError` where no parameter of the model moves: none there, all frozen, none in the optimizer."""
+    """Raise `UnmovedError` if no parameter of the model moves: none there, all frozen, none in the optimizer."""
     kind = f"model {type(model).__name__}"
     if next(model.parameters(), None) is None:
         raise UnmovedError(f"{kind}: expected parameters to train, came none; evaluate and attacks take it as it is")

@@ -39,7 +39,7 @@ def followed(
     average: Share | None,
     where: str,
 ) -> dict[str, Any]:
-    """What was saved, with the schedule of this call in place of that of the call that began.
+    """Return what was saved, with the schedule of this call in place of that of the call that began.
 
     Args:
         saved: with the settings that the call that began saved; without them nothing can be held against this call.
@@ -69,7 +69,7 @@ def followed(
 
 
 def require_same(saved: dict[str, Any], now: dict[str, Any], done: int, where: str) -> None:
-    """Raise `UnmovedError` where a call cannot be followed after ``done`` epochs of another.
+    """Raise `UnmovedError` if a call cannot go on after ``done`` epochs of another.
 
     Args:
         saved: `settings_of` the call that began.
@@ -90,7 +90,7 @@ def require_same(saved: dict[str, Any], now: dict[str, Any], done: int, where: s
 def follow_schedule(
     saved: dict[str, Any], done: int, steps: int, optimizer: Optimizer, scheduler: LRScheduler, where: str
 ) -> dict[str, Any]:
-    """The state of this call's schedule after ``done`` epochs of ``steps`` steps, which must be where the run stands.
+    """Return the state of this call's schedule after ``done`` epochs of ``steps`` steps: where the run must stand.
 
     Args:
         saved: state of the saved optimizer.
@@ -126,7 +126,7 @@ def follow_schedule(
 def require_same_past(
     phases: Phases, average: Share | None, done: int, steps: int, epochs: tuple[int, int], where: str
 ) -> None:
-    """Raise `UnmovedError` where ramps or the average over more epochs would have gone another way so far.
+    """Raise `UnmovedError` if ramps or the average over more epochs would have been others so far.
 
     Args:
         epochs: (of the call that began, of this one).
@@ -146,14 +146,14 @@ def require_same_past(
 
 
 def _numbers(group: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a parameter group: numbers, and pairs of them."""
+    """Return the settings of a parameter group: numbers, and pairs of them."""
     plain = {key: value.tolist() if isinstance(value, Tensor) else value for key, value in group.items()}
     plain = {key: list(value) if isinstance(value, tuple) else value for key, value in plain.items()}
     return {k: v for k, v in plain.items() if k not in _NOT_SETTINGS and isinstance(v, bool | int | float | list)}
 
 
 def _flat(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings under the names that messages use; epochs are looked at by themselves."""
+    """Return settings under the names that messages use; epochs are compared by themselves."""
     many = len(settings["optimizer"]) > 1
     flat = {"batch_size": settings["batch_size"], "number of samples": settings["samples"]}
     for k, group in enumerate(settings["optimizer"]):

@@ -19,7 +19,7 @@ _EVERY_SAVE = 0.02  # seconds that a save takes at least: the files of it are on
 
 
 class TrainerState:
-    """Everything that resuming needs. ``trainer.pt`` is written last, so it is the point a run comes back to.
+    """Hold everything that resuming needs. ``trainer.pt`` is written last: it is the point a run comes back to.
 
     Attributes:
         epochs: how many are done; ``saved_epochs`` of them are saved.
@@ -52,7 +52,7 @@ class TrainerState:
         self._share, self._budget = share, None if share < 1 else checkpoint.Budget(share, 0.0)
 
     def saved(self) -> dict[str, Any] | None:
-        """What the run saved, with its records, or None; what was damaged on disk is logged, and removed."""
+        """Load what the run saved, with its records, or None; what is damaged on disk is logged and removed."""
         state = self.run.load_state(mend=True) if self.run is not None else None
         if self.run is None or state is None:
             return None
@@ -136,7 +136,7 @@ def _copy(value: Any) -> Any:
 
 
 class Means:
-    """Means over samples, not over batches: the last batch may be smaller.
+    """Compute means over samples, not over batches: the last batch may be smaller.
 
     Each name's mean is over the samples for which it was given: a term whose weight is still zero has no value.
     """
@@ -151,7 +151,7 @@ class Means:
             self.counts[name] = self.counts.get(name, 0) + size
 
     def means(self, summed: Callable[[Tensor], Tensor] = lambda sums: sums) -> dict[str, Any]:
-        """The means; ``summed`` adds up what several processes saw."""
+        """Return the means; ``summed`` adds up what several processes saw."""
         sums = torch.stack([*self.sums.values()]).double()
         counts = torch.tensor([*self.counts.values()], dtype=torch.float64, device=sums.device)
         sums, counts = summed(torch.stack([sums, counts]))

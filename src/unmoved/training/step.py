@@ -24,12 +24,12 @@ from unmoved.terms.sum import as_sum, stateful
 
 
 class Diverged(UnmovedError):
-    """The loss or a weight became NaN or infinite."""
+    """Report that the loss or a weight became NaN or infinite."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """What one optimizer step saw at the uncorrupted weights.
+    """Hold what one optimizer step saw at the uncorrupted weights.
 
     Attributes:
         loss: the mean objective.
@@ -54,7 +54,7 @@ def train_step(
     watch: bool = True,
     bounds: tuple[float, float] | None = None,
 ) -> Step:
-    """One step of a method: make x_adv once, then let the defense take gradient and step.
+    """Take one step of a method: make x_adv once, then let the defense take gradient and step.
 
     Args:
         model: in training mode, its parameters (and those of learned terms) in ``optimizer``. Those that are not there
@@ -141,7 +141,7 @@ def _step(
 
 
 def _why_constant(model: nn.Module, optimizer: Optimizer) -> str:
-    """Why the loss has no gradient over anything that the optimizer steps, and what to do."""
+    """Say why the loss has no gradient over anything that the optimizer steps, and what to do."""
     expected = "train_step: expected a loss that depends on the parameters that the optimizer steps, but it "
     if weights.trainable(model, optimizer):
         return (

@@ -12,16 +12,16 @@ from unmoved.training.log import Log
 
 
 class Store(Protocol):
-    """Where a training's log, weights and state are kept; raises `UnmovedError` where they cannot be."""
+    """Keep a training's log, weights and state; raise `UnmovedError` where that fails."""
 
     @property
     def path(self) -> Path:
-        """Where that is, for messages."""
+        """Return where that is, for messages."""
         ...
 
     @property
     def log(self) -> Log:
-        """The records of the epochs."""
+        """Return the records of the epochs."""
         ...
 
     def alone(self) -> AbstractContextManager[None]:
