@@ -37,7 +37,6 @@ FACADES = ("averaging", "noise", "optim", "outcomes", "protocols", "threat", "we
 MOST_LINES, MOST_LINES_OF_A_FUNCTION = 400, 60
 # Functions that may be longer, and how long they are: these numbers may only fall.
 LONG = {
-    "models.trades_cnn.small_cnn": 73,
     "training.loop.train": 106,
 }
 

@@ -22,6 +22,31 @@ def _side(size: int, padding: int) -> int:
     return size
 
 
+def _pixels_left(height: int, breadth: int, padding: int) -> int:
+    """The pixels of a channel that are left after the features; raise `UnmovedError` where there are none."""
+    sides = _side(height, padding), _side(breadth, padding)
+    if min(sides) < 1:
+        smallest = next(n for n in range(1, 17) if _side(n, padding) >= 1)
+        raise UnmovedError(
+            f"small_cnn: expected images of at least {smallest}x{smallest} with padding={padding}, "
+            f"came {height}x{breadth}; " + ("set padding=1" if min(height, breadth) >= 4 else "use mlp")
+        )
+    return sides[0] * sides[1]
+
+
+def _classifier(inputs: int, num_classes: int, activation: str, dropout: float) -> OrderedDict[str, nn.Module]:
+    return OrderedDict(
+        {
+            "fc1": nn.Linear(inputs, _HIDDEN),
+            f"{activation}1": ACTIVATIONS[activation](),
+            "drop": nn.Dropout(dropout),
+            "fc2": nn.Linear(_HIDDEN, _HIDDEN),
+            f"{activation}2": ACTIVATIONS[activation](),
+            "fc3": nn.Linear(_HIDDEN, num_classes),
+        }
+    )
+
+
 def small_cnn(
     shape: tuple[int, int, int],
     num_classes: int,
@@ -58,29 +83,14 @@ def small_cnn(
     width = require_whole("width", width, at_least=1)
     require_choice("activation", activation, ACTIVATIONS)
     channels, height, breadth = shape
-    left = _side(height, padding) * _side(breadth, padding)
-    if min(_side(height, padding), _side(breadth, padding)) < 1:
-        smallest = next(n for n in range(1, 17) if _side(n, padding) >= 1)
-        raise UnmovedError(
-            f"small_cnn: expected images of at least {smallest}x{smallest} with padding={padding}, "
-            f"came {height}x{breadth}; " + ("set padding=1" if min(height, breadth) >= 4 else "use mlp")
-        )
+    left = _pixels_left(height, breadth, padding)
     features: OrderedDict[str, nn.Module] = OrderedDict()
     for stage, (before, after) in enumerate(((channels, width), (width, 2 * width))):
         for k, source in ((2 * stage + 1, before), (2 * stage + 2, after)):
             features[f"conv{k}"] = nn.Conv2d(source, after, 3, padding=padding)
             features[f"{activation}{k}"] = ACTIVATIONS[activation]()
         features[f"pool{stage + 1}"] = nn.MaxPool2d(2)
-    classifier: OrderedDict[str, nn.Module] = OrderedDict(
-        {
-            "fc1": nn.Linear(2 * width * left, _HIDDEN),
-            f"{activation}1": ACTIVATIONS[activation](),
-            "drop": nn.Dropout(dropout),
-            "fc2": nn.Linear(_HIDDEN, _HIDDEN),
-            f"{activation}2": ACTIVATIONS[activation](),
-            "fc3": nn.Linear(_HIDDEN, num_classes),
-        }
-    )
+    classifier = _classifier(2 * width * left, num_classes, activation, dropout)
     for layer in features.values():
         if isinstance(layer, nn.Conv2d):
             nn.init.kaiming_normal_(layer.weight)
