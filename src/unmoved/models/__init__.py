@@ -12,6 +12,7 @@ from unmoved.models.trades_cnn import small_cnn
 from unmoved.models.weights_file import DamagedFile as DamagedFile
 from unmoved.models.weights_file import is_whole as is_whole
 from unmoved.models.weights_file import load_weights as load_weights
+from unmoved.models.weights_file import require_header as require_header
 from unmoved.models.weights_file import require_savable as require_savable
 from unmoved.models.weights_file import save_tensors as save_tensors
 from unmoved.models.weights_file import save_weights as save_weights

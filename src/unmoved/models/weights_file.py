@@ -178,6 +178,16 @@ def is_whole(path: Path) -> bool:
     return True
 
 
+def require_header(path: Path) -> None:
+    """Raise `UnmovedError` unless the file's header says what all of it is; of the tensors nothing is read.
+
+    Raises:
+        FileNotFoundError: there is nothing of this name.
+    """
+    with regular(path), _explained(path), _named(path) as place, safe_open(place, framework="pt"):
+        pass
+
+
 def _read(path: Path, fits: Callable[[dict[str, Tensor]], None] | None = None) -> dict[str, Tensor]:
     with regular(path) as file:
         start = file.read(9)
@@ -187,23 +197,28 @@ def _read(path: Path, fits: Callable[[dict[str, Tensor]], None] | None = None) -
             f"{path}: expected a safetensors file, came a pickle, which can run code when it is loaded; if you trust "
             "it, convert it: safetensors.torch.save_file(torch.load(path, weights_only=True), 'weights.safetensors')"
         )
+    with _explained(path), _named(path) as place, safe_open(place, framework="pt") as opened:
+        names = opened.keys()
+        if fits is not None and path.stat().st_size > MOST_UNSEEN:
+            fits({name: torch.empty(opened.get_slice(name).get_shape(), device="meta") for name in names})
+        expected = (opened.metadata() or {}).get(CHECKSUM)  # files from elsewhere have none
+        tensors = {name: opened.get_tensor(name) for name in names}
+        is_same = expected is None or expected == _checksum(tensors)
+    if not is_same:
+        raise DamagedFile(f"{path}: changed since it was saved (its checksum differs); copy or save it again")
+    return tensors
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
     try:
-        with _named(path) as place, safe_open(place, framework="pt") as opened:
-            names = opened.keys()
-            if fits is not None and path.stat().st_size > MOST_UNSEEN:
-                fits({name: torch.empty(opened.get_slice(name).get_shape(), device="meta") for name in names})
-            expected = (opened.metadata() or {}).get(CHECKSUM)  # files from elsewhere have none
-            tensors = {name: opened.get_tensor(name) for name in names}
-            is_same = expected is None or expected == _checksum(tensors)
+        yield
     except UnmovedError:
         raise
     except Exception as error:  # a header may claim what torch then refuses: sizes beyond 64 bits, types without views
         if is_want_of_memory(error) or isinstance(error, OSError):
             raise UnmovedError(f"{path}: cannot be read at the moment ({error or 'out of memory'})") from error
         raise DamagedFile(f"{path}: not a whole safetensors file ({brief(error)}); copy or save it again") from error
-    if not is_same:
-        raise DamagedFile(f"{path}: changed since it was saved (its checksum differs); copy or save it again")
-    return tensors
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from unmoved import models
 from unmoved.core import untrusted
 from unmoved.core.errors import UnmovedError
 from unmoved.core.precision import layout, require_device
@@ -69,6 +70,7 @@ def weights_digest(run: Run, weights: str) -> str:
 @lru_cache(maxsize=64)
 def _digest(path: Path, stamp: tuple[int, ...]) -> str:
     """Compute the sha256 of a file once for each stamp: weights may be large and are asked about often."""
+    models.require_header(path)  # a sparse file would be hashed for ever
     return untrusted.digest(path)
 
 
