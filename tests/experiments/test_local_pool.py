@@ -52,7 +52,8 @@ def test_a_process_that_dies_between_two_jobs_costs_nothing(tmp_path: Path) -> N
 def test_when_the_parent_alone_is_killed_or_interrupted_its_processes_end(tmp_path: Path, how: str) -> None:
     """Interrupted, as by a scheduler; Ctrl-C in a terminal reaches all of them."""
     code = (
-        "import sys\nfrom pathlib import Path\n"
+        "import signal, sys\nfrom pathlib import Path\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # what started the tests may ignore it
         "from helpers import deadly_jobs\nfrom unmoved.experiments import local_pool\n"
         "if __name__ == '__main__':\n"
         "    tasks = [deadly_jobs.Task(Path(name), seconds=600.0) for name in sys.argv[1:]]\n"

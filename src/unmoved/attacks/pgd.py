@@ -125,7 +125,9 @@ class PGD:
         best.offer(x_adv, value, broken(base.model, x_adv, logits, base.y))
 
     def _step(self, x_adv: Image, gradient: Tensor, x: Image) -> Image:
-        madry = 2.5 * self.threat.radius / self.steps
+        # A single step from the image in l2: what a longer one would be drawn back to is not the best point of the box.
+        is_single = self.threat.norm == "l2" and self.steps == 1 and self.start == "none"
+        madry = (1.0 if is_single else 2.5) * self.threat.radius / self.steps
         step_size = madry if self.step_size is None else number("PGD.step_size", self.step_size)
         return self.threat.ascend(x_adv, gradient, step_size, x)
 
@@ -169,7 +171,7 @@ class PGD:
 def FGSM(threat: ThreatModel, loss: Term = CE("adv")) -> PGD:  # noqa: B008 - a frozen value
     """The fast gradient sign method (Goodfellow et al. 2015): one step of length eps from the clean image.
 
-    One step of `PGD`, whose projection shortens Madry's 2.5 eps to eps: the point of the ball cut by the box at which
-    the linearised loss is highest, ``x + eps sign(grad_x loss)`` clipped to valid images in linf.
+    One step of `PGD`, which ends at the point of the ball cut by the box at which the linearised loss is highest:
+    ``x + eps sign(grad_x loss)`` clipped to valid images in linf.
     """
     return PGD(threat, loss, steps=1, start="none")
