@@ -72,6 +72,17 @@ def test_a_share_of_one_saves_always_and_of_nothing_never(monkeypatch: pytest.Mo
         assert not never.allows(1e9)
 
 
+def test_a_first_save_is_allowed_and_those_after_make_up_for_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "monotonic", Clock([5.0]))
+    budget = checkpoint.Budget(0.1, 1e9, is_first=True)
+    assert budget.allows(1e-9)
+    with budget.spending():
+        pass
+    epochs = next(n for n in range(1, 1000) if budget.allows(1.0))
+    assert epochs == 90  # two saves of 5 s, at a tenth of 100 s
+    assert not checkpoint.Budget(0.0, 1.0, is_first=True).allows(1.0)
+
+
 def test_the_first_save_is_thought_to_take_as_long_as_its_bytes(tmp_path: Path) -> None:
     tensors = {"model": {"w": torch.zeros(1000, 1000)}, "list": [torch.zeros(250_000, dtype=torch.float64)], "n": 3}
     assert checkpoint.guessed(tensors) == pytest.approx(6e6 / 200e6)

@@ -67,16 +67,21 @@ class Budget:
     Args:
         share: in [0, 1]; 1 allows every epoch, 0 none.
         expected: seconds that the first save is thought to take; each later one, what the last one took.
+        is_first: whether the run has nothing saved yet. Its first save is allowed whatever it costs (unless ``share``
+            is 0), so that what cannot be saved is known now and not at the end; those after it make up for its time.
     """
 
-    def __init__(self, share: float, expected: float) -> None:
-        self.share, self.expected = share, expected
+    def __init__(self, share: float, expected: float, *, is_first: bool = False) -> None:
+        self.share, self.expected, self.is_first = share, expected, is_first
         self.trained = self.spent = 0.0
 
     def allows(self, seconds: float) -> bool:
         """Return whether to save now, ``seconds`` of training after the last time that this was asked."""
         self.trained += seconds
         saving = self.spent + self.expected
+        if self.is_first:
+            self.is_first = False
+            return self.share > 0
         return saving <= self.share * (self.trained + saving)
 
     @contextlib.contextmanager

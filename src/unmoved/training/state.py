@@ -103,11 +103,10 @@ class TrainerState:
             self.best, self.best_model, self._best_is_saved = score, None, False
         if self.run is None:
             return
-        # A first epoch is saved whatever it costs, so that what cannot be saved is known now and not at the end.
-        is_first = self._budget is None and self.epochs == 1 and self._share > 0
         if self._budget is None:  # the first epoch: now there is an optimizer's memory to be saved, too
-            self._budget = checkpoint.Budget(self._share, _EVERY_SAVE + 2 * checkpoint.guessed(self._state()))
-        if self._budget.allows(seconds) or is_first or last:
+            expected = _EVERY_SAVE + 2 * checkpoint.guessed(self._state())
+            self._budget = checkpoint.Budget(self._share, expected, is_first=self.epochs == 1)
+        if self._budget.allows(seconds) or last:
             with self._budget.spending():
                 self._save(self.run, record)
         self.run.log.add(record)
