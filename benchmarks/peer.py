@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from unmoved.core.threat import ThreatModel
 from unmoved.evaluation.judge import predict
 from unmoved.runs import recipe
-from unmoved.runs.assembly import Built
+from unmoved.runs.assembly import Assembly
 from unmoved.runs.folder import Run
 
 BATCH = 128
@@ -40,14 +40,16 @@ def load(folder: str, n: int, everything: bool = False) -> tuple[nn.Module, Any,
     ``everything`` takes training images too, where the test part is small: it compares attacks, not models.
     """
     run = Run.open(Path(folder))
-    built = Built(recipe.parse(run.recipe, str(run.path / "recipe.toml")))
-    model = built.model()
+    assembly = Assembly(recipe.parse(run.recipe, str(run.path / "recipe.toml")))
+    model = assembly.model()
     run.load_weights(model, "best")
-    split = built.data.test
+    split = assembly.data.test
     if everything:
-        images, labels = (torch.cat([getattr(p, a) for p in (split, built.data.train)]) for a in ("images", "labels"))
+        images, labels = (
+            torch.cat([getattr(p, a) for p in (split, assembly.data.train)]) for a in ("images", "labels")
+        )
         split = replace(split, images=images, labels=labels, index=torch.arange(len(labels)))
-    return model.eval(), split.take(min(n, len(split)), seed=0), built.threat
+    return model.eval(), split.take(min(n, len(split)), seed=0), assembly.threat
 
 
 def torchattacks_parts(model: nn.Module, threat: ThreatModel, classes: int) -> dict[str, Callable[..., Tensor]]:

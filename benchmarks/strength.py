@@ -25,18 +25,18 @@ def strength(model: nn.Module, batch: Batch, attack: attacks.PGD, precision: str
     The loss is KL to the clean prediction where the attack is on it, as TRADES' is, and cross-entropy otherwise.
     """
     device, eps, is_kl = batch.x.device, attack.threat.radius, isinstance(attack.loss, terms.KL)
-    with formats.exact(device), torch.no_grad():
+    with formats.float32_only(device), torch.no_grad():
         clean = F.softmax(model.eval()(batch.x), 1)
 
     def reached(x_adv: torch.Tensor) -> float:
-        with formats.exact(device), torch.no_grad():
+        with formats.float32_only(device), torch.no_grad():
             log_p = F.log_softmax(model.eval()(x_adv.float()), 1)  # the reference leaves it in training mode
             return float(F.kl_div(log_p, clean, reduction="batchmean") if is_kl else F.nll_loss(log_p, batch.y))
 
     ours, theirs = [], []
     for seed in range(STARTS):
         torch.manual_seed(seed)
-        with formats.exact(device):
+        with formats.float32_only(device):
             if is_kl:
                 found = reference.trades_attack(model, batch.x, eps, attack.steps)
             else:

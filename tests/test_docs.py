@@ -44,7 +44,7 @@ def test_the_guide_trains_without_recipes(capsys):
 def test_the_guide_recipe_is_a_recipe():
     (recipe,) = blocks("docs/guide.md", "toml")
     parsed = config.parse(tomllib.loads(recipe))
-    assert [start for start, _ in parsed.stretches()] == [0, 10]
+    assert [start for start, _ in parsed.phase_parts()] == [0, 10]
 
 
 @pytest.mark.parametrize("page", sorted(p.name for p in (ROOT / "docs/methods").glob("*.md")))

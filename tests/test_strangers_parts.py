@@ -193,9 +193,9 @@ def test_everything_may_be_theirs(lab: Path) -> None:
 
 def test_threat_seed_shape_and_classes_are_given_to_who_asks(lab: Path) -> None:
     from unmoved.runs import recipe as config
-    from unmoved.runs.assembly import Built
+    from unmoved.runs.assembly import Assembly
 
-    built = Built(config.read(recipe(lab, THEIRS)), allow=["my_lab"])
+    built = Assembly(config.read(recipe(lab, THEIRS)), allow=["my_lab"])
     method = built.phases.at(0, 2)
     assert (method.attack.threat.radius, method.attack.seed, method.attack.share) == (0.05, 3, 0.5)
     assert built.check.threat == built.threat

@@ -11,7 +11,7 @@ import torch
 from scipy import stats
 
 from unmoved.analyses.corruption import expected_ratio, sweep
-from unmoved.analyses.flatness import indicators, summarise, verdict
+from unmoved.analyses.flatness import claims, indicators, summarise
 from unmoved.analyses.risks import FunctionRisk
 from unmoved.core.errors import UnmovedError
 
@@ -115,38 +115,38 @@ def runs(count, robust=-1.0, clean=0.0, noise=0.1, seed=0):
 
 
 def test_words_follow_from_the_intervals():
-    table = verdict(runs(15, robust=-1, clean=1)).set_index(["indicator", "accuracy"])
+    table = claims(runs(15, robust=-1, clean=1)).set_index(["indicator", "accuracy"])
     assert table.loc[("I_max", "robust"), "verdict"] == "confirmed"
     assert table.loc[("I_ave", "robust"), "verdict"] == "confirmed"
     assert table.loc[("I_max", "clean"), "verdict"] == "refuted"
-    assert set(verdict(runs(15, robust=0, clean=0, noise=1.0, seed=3))["verdict"]) == {"undecided"}
+    assert set(claims(runs(15, robust=0, clean=0, noise=1.0, seed=3))["verdict"]) == {"undecided"}
     for _, row in table.iterrows():
         assert row["low"] <= row["rho"] <= row["high"]
         assert row["verdict"] in row["sentence"]
         assert f"{row['rho']:+.2f}" in row["sentence"]
         assert "15 runs" in row["sentence"]
-    assert verdict(runs(15)).equals(verdict(runs(15)))
+    assert claims(runs(15)).equals(claims(runs(15)))
 
 
 def test_rho_is_spearmans():
     table = runs(12, noise=0.7)
-    found = verdict(table).set_index(["indicator", "accuracy"])["rho"]
+    found = claims(table).set_index(["indicator", "accuracy"])["rho"]
     for indicator, first in (("I_max", "i_max"), ("I_ave", "i_ave")):
         for accuracy in ("robust", "clean"):
             expected = stats.spearmanr(table[first], table[f"{accuracy}_accuracy"]).statistic
             assert found[indicator, accuracy] == pytest.approx(expected)
     logs = table.assign(i_max=np.log(table["i_max"]))
-    assert verdict(logs)["rho"].equals(verdict(table)["rho"])
+    assert claims(logs)["rho"].equals(claims(table)["rho"])
 
 
 def test_few_runs_and_constant_runs_decide_nothing():
     """Five runs in perfect order would have a bootstrap interval of [-1, -1]."""
-    few = verdict(runs(5, noise=0.0))
+    few = claims(runs(5, noise=0.0))
     assert few["rho"].iloc[0] == -1
     assert set(few["verdict"]) == {"undecided"}
     assert few["sentence"].str.contains("fewer than 6 decide nothing").iloc[0]
-    assert verdict(runs(6, noise=0.0))["verdict"].iloc[0] == "confirmed"
-    constant = verdict(runs(8).assign(robust_accuracy=0.5)).query("accuracy == 'robust'")
+    assert claims(runs(6, noise=0.0))["verdict"].iloc[0] == "confirmed"
+    constant = claims(runs(8).assign(robust_accuracy=0.5)).query("accuracy == 'robust'")
     assert constant["rho"].isna().all()
     assert set(constant["verdict"]) == {"undecided"}
     assert constant["sentence"].str.contains("does not vary").all()
@@ -154,7 +154,7 @@ def test_few_runs_and_constant_runs_decide_nothing():
 
 @pytest.mark.parametrize("count", [6, 10])
 def test_runs_without_a_relation_are_seldom_decided(count):
-    words = pd.concat([verdict(runs(count, 0, 0, 1.0, seed), resamples=200, seed=seed) for seed in range(80)])
+    words = pd.concat([claims(runs(count, 0, 0, 1.0, seed), resamples=200, seed=seed) for seed in range(80)])
     rate = (words.query("indicator == 'I_max'")["verdict"] != "undecided").mean()
     assert rate < 0.05 + 3 * math.sqrt(0.05 * 0.95 / 160)
 
@@ -163,10 +163,10 @@ def test_bad_tables():
     with pytest.raises(UnmovedError, match=r"summarise: expected a table with .* came none of draw"):
         summarise(pd.DataFrame({"kind": ["random"]}))
     with pytest.raises(UnmovedError, match="came none of robust_accuracy"):
-        verdict(runs(6).drop(columns="robust_accuracy"))
+        claims(runs(6).drop(columns="robust_accuracy"))
     with pytest.raises(UnmovedError, match="came no row"):
-        verdict(runs(6).iloc[:0])
+        claims(runs(6).iloc[:0])
     with pytest.raises(UnmovedError, match="finite numbers in 'i_max'"):
-        verdict(runs(6).assign(i_max=math.nan))
+        claims(runs(6).assign(i_max=math.nan))
     with pytest.raises(UnmovedError, match="resamples"):
-        verdict(runs(6), resamples=10)
+        claims(runs(6), resamples=10)

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from unmoved.analyses.pareto import ALL, RunKey, TradeOff, dominates, front_area, trade_off, trade_off_of_rows, verdict
+from unmoved.analyses.pareto import ALL, RunKey, TradeOff, claims, dominates, front_area, trade_off, trade_off_of_rows
 from unmoved.core.errors import UnmovedError
 
 Samples = dict[RunKey, tuple[np.ndarray, np.ndarray]]
@@ -177,15 +177,15 @@ def test_rows_alone_give_the_same_estimates_without_intervals() -> None:
         ends = [column for column in table if str(column).endswith(("low", "high", "share"))]
         assert other[ends].isna().all(axis=None)
         pd.testing.assert_frame_equal(table.drop(columns=ends), other.drop(columns=ends))
-    assert set(verdict(bare.areas, bare.dominance)["verdict"]) == {"undecided"}
-    assert "no interval" in verdict(bare.areas, bare.dominance)["words"].iloc[0]
+    assert set(claims(bare.areas, bare.dominance)["verdict"]) == {"undecided"}
+    assert "no interval" in claims(bare.areas, bare.dominance)["words"].iloc[0]
 
 
 # --- the verdict
 
 
 def judged(found: TradeOff) -> dict[str, tuple[str, str]]:
-    rows = verdict(found.areas, found.dominance)
+    rows = claims(found.areas, found.dominance)
     return {row.method: (row.verdict, row.by) for row in rows.itertuples()}
 
 
@@ -206,7 +206,7 @@ def test_the_verdict_names_front_dominated_and_by_whom() -> None:
         "under that": ("dominated", "left"),  # not by what is dominated itself
         "under both": ("dominated", "left, right"),
     }
-    words = verdict(found.areas, found.dominance).set_index("method")["words"]
+    words = claims(found.areas, found.dominance).set_index("method")["words"]
     assert words["left"] == "left is on the front: it has a point on the front in all of the bootstraps."
     assert words["under left"].startswith("under left is dominated by left: ")
     assert "dominated together by left, right: it has a point on the front in none" in words["under both"]
@@ -227,9 +227,9 @@ def test_the_limits_of_the_verdict() -> None:
     pairs = pd.DataFrame({"method": ["b"], "by": ["a"], "share": [0.96], "any_share": [0.96]})
     for share, word in ((0.95, "on the front"), (0.94, "undecided"), (0.06, "undecided"), (0.04, "dominated")):
         areas = pd.DataFrame({"method": [ALL, "a", "b"], "share": [1, 1, share]})
-        assert verdict(areas, pairs)["verdict"].tolist() == ["on the front", word]
+        assert claims(areas, pairs)["verdict"].tolist() == ["on the front", word]
     with pytest.raises(UnmovedError, match="none of any_share"):
-        verdict(areas, pairs.drop(columns="any_share"))
+        claims(areas, pairs.drop(columns="any_share"))
 
 
 # --- bad input

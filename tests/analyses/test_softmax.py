@@ -518,10 +518,10 @@ def test_two_classes_go_all_the_way():
     assert softmax.landings(table)["uniform"].tolist() == [1]
     found = softmax.within(table, bootstraps=20)
     assert found["value"].isna().all()  # nothing varies, or all fell
-    claims = softmax.verdict({"a": found}, {"a": softmax.landings(table)}, across_table(range(5), range(5)))
+    claims = softmax.claims({"a": found}, {"a": softmax.landings(table)}, across_table(range(5), range(5)))
     assert [c.word for c in claims[:3]] == ["undecided"] * 3
     rounded = {"a": landing_table(0.9, 1 - 1e-12, uniform=1.0)}  # the interval of 40 of 40, up to rounding
-    assert softmax.verdict({"a": found}, rounded, across_table(range(5), range(5)))[2].word == "undecided"
+    assert softmax.claims({"a": found}, rounded, across_table(range(5), range(5)))[2].word == "undecided"
 
 
 def test_summary_of_three_samples():
@@ -603,18 +603,18 @@ ABOVE, AROUND, BELOW, UNKNOWN = (0.55, 0.7), (0.45, 0.6), (0.2, 0.4), (math.nan,
 def test_the_rule_of_the_count(runs, word):
     across = across_table(range(6), range(6))
     some = {str(k): landing_table(0.5, 0.6) for k in range(len(runs))}
-    fall, beyond, _, *_ = softmax.verdict({str(k): within_table(*r) for k, r in enumerate(runs)}, some, across)
+    fall, beyond, _, *_ = softmax.claims({str(k): within_table(*r) for k, r in enumerate(runs)}, some, across)
     assert fall.word == word
     assert f": {word}; " in fall.sentence
     # The same rule for entropy, which claims the contrary sign ...
     turned = {str(k): within_table(1 - r[1], 1 - r[0], statistic="entropy") for k, r in enumerate(runs)}
-    assert softmax.verdict(turned, some, across, "entropy")[0].word == word
+    assert softmax.claims(turned, some, across, "entropy")[0].word == word
     # ... for what is more than the margin, about 0 ...
     over = {str(k): within_table(0.4, 0.6, (r[0] - 0.5, r[1] - 0.5)) for k, r in enumerate(runs)}
-    assert softmax.verdict(over, some, across)[1].word == word
+    assert softmax.claims(over, some, across)[1].word == word
     # ... and for landings, about uniform.
     land = {str(k): landing_table(*r, uniform=0.5) for k, r in enumerate(runs)}
-    assert softmax.verdict(over, land, across)[2].word == word
+    assert softmax.claims(over, land, across)[2].word == word
     assert beyond.word == "refuted"
     assert f"0 of {len(runs)} runs for it, {len(runs)} against" in beyond.sentence
 
@@ -638,12 +638,12 @@ def test_the_rule_of_the_count(runs, word):
 )
 def test_the_rule_over_runs(mean, accuracy, robust, clean):
     within, land = {"a": within_table(*ABOVE)}, {"a": landing_table(0.5, 0.6)}
-    *_, first, second = softmax.verdict(within, land, across_table(mean, accuracy))
+    *_, first, second = softmax.claims(within, land, across_table(mean, accuracy))
     assert (first.claim, first.word) == ("robust accuracy", robust)
     assert (second.claim, second.word) == ("clean accuracy", clean)
     turned = across_table(-np.asarray(mean), accuracy)
     entropy = {"a": within_table(*BELOW, statistic="entropy")}
-    assert [c.word for c in softmax.verdict(entropy, land, turned, "entropy")][3:] == [robust, clean]
+    assert [c.word for c in softmax.claims(entropy, land, turned, "entropy")][3:] == [robust, clean]
     assert f"Over {len(list(mean))} runs" in first.sentence
 
 
@@ -653,7 +653,7 @@ def test_the_words_of_tables_that_were_computed():
     for slope, word in ((1.0, "confirmed"), (-1.0, "refuted"), (0.0, "undecided")):
         tables = {str(seed): synthetic(seed=seed, slope=slope) for seed in range(3)}
         within = {name: softmax.within(table, bootstraps=200) for name, table in tables.items()}
-        claims = softmax.verdict(within, {n: softmax.landings(t) for n, t in tables.items()}, across)
+        claims = softmax.claims(within, {n: softmax.landings(t) for n, t in tables.items()}, across)
         assert claims[0].word == word
         assert claims[2].word == "confirmed"
 
@@ -661,13 +661,13 @@ def test_the_words_of_tables_that_were_computed():
 def test_a_verdict_without_its_tables_is_refused():
     within, land, across = {"a": within_table(*ABOVE)}, {"a": landing_table(0.5, 0.6)}, across_table(range(5), range(5))
     for call, message in (
-        (lambda: softmax.verdict({}, {}, across), "at least one"),
-        (lambda: softmax.verdict(within, {"b": land["a"]}, across), "same runs"),
-        (lambda: softmax.verdict(within, land, across, "margin"), "margin"),
-        (lambda: softmax.verdict(within, land, across, "gap"), "expected rows of .*gap"),
-        (lambda: softmax.verdict({"a": within["a"].drop(columns="low")}, land, across), "a: .* none of low"),
-        (lambda: softmax.verdict(within, {"a": land["a"].drop(columns="uniform")}, across), "a: .* none of uniform"),
-        (lambda: softmax.verdict(within, land, across.drop(columns="note")), "across: .* none of note"),
+        (lambda: softmax.claims({}, {}, across), "at least one"),
+        (lambda: softmax.claims(within, {"b": land["a"]}, across), "same runs"),
+        (lambda: softmax.claims(within, land, across, "margin"), "margin"),
+        (lambda: softmax.claims(within, land, across, "gap"), "expected rows of .*gap"),
+        (lambda: softmax.claims({"a": within["a"].drop(columns="low")}, land, across), "a: .* none of low"),
+        (lambda: softmax.claims(within, {"a": land["a"].drop(columns="uniform")}, across), "a: .* none of uniform"),
+        (lambda: softmax.claims(within, land, across.drop(columns="note")), "across: .* none of note"),
     ):
         with pytest.raises(UnmovedError, match=message):
             call()

@@ -110,17 +110,17 @@ def test_float32_on_a_gpu_is_not_tf32() -> None:
     """The switches need no GPU; whatever they were comes back, after an exception too."""
     before = kinds()
     assert before[0] == "tf32", "torch's default, which this is about"
-    for context in (precision.autocast("float32", "cuda"), precision.products("float32", "cuda"), precision._ieee()):
+    for context in (precision.autocast("float32", "cuda"), precision.no_tf32("float32", "cuda"), precision._ieee()):
         with context:
             assert kinds() == ["ieee"] * 3
             assert not torch.backends.cudnn.allow_tf32
             assert not torch.backends.cuda.matmul.allow_tf32
         assert kinds() == before
-    with pytest.raises(KeyError), precision.products("float32", "cuda"):
+    with pytest.raises(KeyError), precision.no_tf32("float32", "cuda"):
         raise KeyError
     assert kinds() == before
     assert torch.backends.cudnn.allow_tf32
-    for context in (precision.products("bf16", "cuda"), precision.products("float32", "cpu")):
+    for context in (precision.no_tf32("bf16", "cuda"), precision.no_tf32("float32", "cpu")):
         with context:
             assert kinds() == before
 
@@ -197,8 +197,8 @@ def test_channels_last_changes_rounding_alone(trained: dict[str, nn.Module], nam
 )
 def test_layout_is_channels_last_but_where_its_gradients_are_wrong(build: Any, is_last: bool) -> None:
     model = build()
-    assert precision.layout(model, "cpu") == (torch.channels_last if is_last else torch.contiguous_format)
-    assert precision.layout(model, "cuda") == torch.channels_last
+    assert precision.memory_format_for(model, "cpu") == (torch.channels_last if is_last else torch.contiguous_format)
+    assert precision.memory_format_for(model, "cuda") == torch.channels_last
 
 
 class Point(nn.Module):
@@ -238,7 +238,7 @@ class Point(nn.Module):
 def test_layout_sees_the_convolutions_that_are_calls(build: Any, is_last: bool) -> None:
     model, x = build(), torch.rand(2, 1, 6, 6)
     before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-    form = precision.layout(model, "cpu", x)
+    form = precision.memory_format_for(model, "cpu", x)
     assert form == (torch.channels_last if is_last else torch.contiguous_format)
     assert model.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -246,7 +246,7 @@ def test_layout_sees_the_convolutions_that_are_calls(build: Any, is_last: bool) 
 
 
 def test_what_cannot_be_looked_at_stays_contiguous() -> None:
-    assert precision.layout(Point("matrix", stride=1), "cpu") == torch.contiguous_format
+    assert precision.memory_format_for(Point("matrix", stride=1), "cpu") == torch.contiguous_format
 
 
 def test_a_training_asks_for_the_layout_with_images_of_its_own() -> None:
@@ -268,7 +268,7 @@ def test_in_its_layout_a_narrow_network_has_the_gradients_of_float64() -> None:
     torch.manual_seed(0)
     exact = models.preact_resnet18((1, 8, 8), 10, width=4).double()
     narrow = copy.deepcopy(exact).float()
-    form = precision.layout(narrow, "cpu")
+    form = precision.memory_format_for(narrow, "cpu")
     assert form == torch.contiguous_format  # before anything is computed
     narrow.to(memory_format=form)
     x, y = torch.rand(32, 1, 8, 8), torch.arange(32) % 10

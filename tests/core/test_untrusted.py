@@ -17,7 +17,7 @@ import pytest
 from helpers.cli import RECIPE, recipe, unmoved
 
 from unmoved import models
-from unmoved.analyses.studies.table_cache import Shelf
+from unmoved.analyses.studies.table_cache import TableCache
 from unmoved.cli.screen import epochs_done
 from unmoved.core import untrusted
 from unmoved.core.errors import UnmovedError
@@ -334,11 +334,11 @@ def test_a_table_takes_the_place_of_a_pipe(tmp_path: Path) -> None:
     import pandas as pd
 
     table = pd.DataFrame({"x": [0.5]})
-    Shelf(tmp_path).table("t", {}, lambda: table)
+    TableCache(tmp_path).table("t", {}, lambda: table)
     (path,) = tmp_path.iterdir()
     path.unlink()
     pipe(path)
-    assert Shelf(tmp_path).table("t", {}, lambda: table).equals(table)
+    assert TableCache(tmp_path).table("t", {}, lambda: table).equals(table)
     assert path.is_file()
 
 

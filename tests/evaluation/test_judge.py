@@ -166,10 +166,10 @@ def test_robust_accuracy_falls_with_eps_steps_and_restarts(model: nn.Module, nor
         [replace(fixed, steps=steps) for steps in (0, 1, 3, 6)],
         [replace(fixed, steps=2, restarts=restarts) for restarts in (1, 2, 4)],
     ):
-        verdicts = [robust(attack) for attack in grown]
-        for weak, strong in zip(verdicts, verdicts[1:], strict=False):
+        results_by_recipe = [robust(attack) for attack in grown]
+        for weak, strong in zip(results_by_recipe, results_by_recipe[1:], strict=False):
             assert not (strong & ~weak).any()
-        assert verdicts[0].sum() > verdicts[-1].sum()
+        assert results_by_recipe[0].sum() > results_by_recipe[-1].sum()
     radii = [0.0, unit / 2, unit, 2 * unit, 4 * unit]
     table = curve_and_gallery.curve(model, TEST, PGD(ball, steps=5, keep="best"), ball, radii)
     falling = outcomes.curve_summary(table)["accuracy"].tolist()

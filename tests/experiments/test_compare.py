@@ -25,7 +25,7 @@ from unmoved.experiments import compare as grid
 from unmoved.experiments.jobs import Job, jobs_of
 from unmoved.runs import evaluate
 from unmoved.runs import recipe as config
-from unmoved.runs.assembly import Built
+from unmoved.runs.assembly import Assembly
 from unmoved.runs.evaluate import evaluate_run
 from unmoved.runs.folder import Run
 
@@ -328,18 +328,18 @@ def npz_recipe(tmp_path: Path) -> Path:
 def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often something is made or read."""
     seen = Counter[str]()
-    pieces, init = Stored.pieces, Built.__init__
+    pieces, init = Stored.pieces, Assembly.__init__
 
     def read(self: Stored) -> Any:
         seen[self.member] += 1
         return pieces(self)
 
-    def build(self: Built, *arguments: Any, **settings: Any) -> None:
+    def build(self: Assembly, *arguments: Any, **settings: Any) -> None:
         seen["built"] += 1
         init(self, *arguments, **settings)
 
     monkeypatch.setattr(Stored, "pieces", read)
-    monkeypatch.setattr(Built, "__init__", build)
+    monkeypatch.setattr(Assembly, "__init__", build)
     return seen
 
 

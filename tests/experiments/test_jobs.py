@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from unmoved.core.errors import UnmovedError
 from unmoved.data import ArraySplit
 from unmoved.experiments import jobs
-from unmoved.runs.assembly import Built
-from unmoved.runs.by_recipe import verdicts
+from unmoved.runs.assembly import Assembly
+from unmoved.runs.by_recipe import results_by_recipe
 from unmoved.runs.folder import Run
 from unmoved.runs.recipe import parse
 
@@ -73,11 +73,11 @@ def test_each_part_of_each_permutation_is_a_run_with_a_seed_of_its_own(tmp_path:
     assert [Path(job.path).name for job in made] == [f"permutation{i}-part{j}of2" for i in (0, 1) for j in (1, 2)]
     assert [job.tables["training"]["seed"] for job in made] == [5, 6, 7, 8]
     assert made[3].label == "a seed 8 permutation 1 part 2 of 2"
-    trained = [set(Built(parse(job.tables)).data.train.index.tolist()) for job in made]
+    trained = [set(Assembly(parse(job.tables)).data.train.index.tolist()) for job in made]
     assert not trained[0] & trained[1]
     assert not trained[2] & trained[3]
     assert trained[0] & trained[2]
-    assert len(trained[0] | trained[1]) >= len(Built(parse(planned(tmp_path)[0].tables)).data.train) - 1
+    assert len(trained[0] | trained[1]) >= len(Assembly(parse(planned(tmp_path)[0].tables)).data.train) - 1
 
 
 @pytest.mark.parametrize(
@@ -117,6 +117,6 @@ def test_a_comparison_of_parts_trains_and_is_reported_as_one_recipe(
     assert "permutation 0 part 2 of 2" in " ".join(said.out.split())
     runs = [Run.open(path.parent) for path in sorted(tmp_path.glob("out/*/*/recipe.toml"))]
     assert len(runs) == 4
-    judged = verdicts(runs)
+    judged = results_by_recipe(runs)
     assert [len(verdict.runs) for verdict in judged] == [2, 2]
     assert {verdict.name.split()[-1] for verdict in judged} == {"attack.eps=0", "attack.eps=0.1"}

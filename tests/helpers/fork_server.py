@@ -19,7 +19,7 @@ from unmoved import cli
 from unmoved.analyses import studies
 from unmoved.experiments import compare
 from unmoved.runs import evaluate, train
-from unmoved.runs.assembly import Built
+from unmoved.runs.assembly import Assembly
 from unmoved.runs.recipe import read
 from unmoved.training import loop
 torch.set_num_threads(1)

@@ -8,7 +8,7 @@ import pytest
 
 from unmoved.core.errors import UnmovedError
 from unmoved.reports.paired import beside, difference
-from unmoved.runs.by_recipe import Judged, Verdict
+from unmoved.runs.by_recipe import EvaluatedRun, RecipeResult
 
 
 def outcomes_of(right_clean, right_attacked):
@@ -34,10 +34,10 @@ def outcomes_of(right_clean, right_attacked):
 def verdict(name, tables, base=None, autoattack=None):
     recipe, facts, judged = {"base": base} if base else {}, {"split": "t"}, autoattack or {}
     runs = tuple(
-        Judged(None, name, seed, recipe, {}, pd.DataFrame(), table, None, None, facts, judged.get(seed))
+        EvaluatedRun(None, name, seed, recipe, {}, pd.DataFrame(), table, None, None, facts, judged.get(seed))
         for seed, table in tables.items()
     )
-    return Verdict(name, runs)
+    return RecipeResult(name, runs)
 
 
 def test_the_difference_is_paired():

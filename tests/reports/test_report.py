@@ -20,7 +20,7 @@ from unmoved.core.errors import UnmovedError
 from unmoved.evaluation import outcomes
 from unmoved.reports import figures, pages, report
 from unmoved.reports.pages import Section
-from unmoved.runs.by_recipe import verdicts, without_seeds
+from unmoved.runs.by_recipe import results_by_recipe, without_seeds
 from unmoved.runs.folder import Run
 
 SAMPLES = 60
@@ -319,8 +319,8 @@ def test_a_run_with_outcomes_alone_still_gives_a_page(tmp_path: Path) -> None:
 
 
 def test_a_gallery_without_images_is_no_gallery(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert verdicts([replace(bare(), gallery={})])[0].gallery is None  # no test image was right
-    assert verdicts([bare(), replace(make(seed=1))])[0].gallery is not None  # another seed's
+    assert results_by_recipe([replace(bare(), gallery={})])[0].gallery is None  # no test image was right
+    assert results_by_recipe([bare(), replace(make(seed=1))])[0].gallery is not None  # another seed's
 
 
 def test_files_are_read_once() -> None:
@@ -334,7 +334,7 @@ def test_files_are_read_once() -> None:
             reads.append(name)
             return getattr(self.run, name)
 
-    verdict = verdicts([cast(Any, Counting())])[0]
+    verdict = results_by_recipe([cast(Any, Counting())])[0]
     assert verdict.measures["clean"]["n"] == len(verdict.by_seed.index) * 15 == SAMPLES
     assert verdict.curve is not None
     assert [reads.count(name) for name in ("outcomes", "curve", "metrics", "gallery", "evaluation")] == [1] * 5
@@ -447,7 +447,7 @@ def test_a_run_that_only_autoattack_has_judged_is_reported_from_its_verdict(tmp_
     assert "digits/at still classifies 30.0\xa0% of the images correctly under AutoAttack" in words
     assert "The attacks of the evaluation" not in words
     assert "n\xa0=\xa040 images" in words
-    (verdict,) = verdicts([run])
+    (verdict,) = results_by_recipe([run])
     assert verdict.curve is None  # of an evaluation that is not there: nobody knows of which weights
     assert verdict.gallery is None
     assert verdict.broken["source"].unique().tolist() == ["AutoAttack"]
@@ -522,17 +522,17 @@ def test_a_verdict_of_other_samples_than_it_says_is_refused() -> None:
     run = settled(bare(), 12, 40)
     run.verdict["n"] = 41
     with pytest.raises(UnmovedError, match=r"outcomes of 41 samples, came 40"):
-        verdicts([run])
+        results_by_recipe([run])
 
 
 def test_what_broke_it_counts_each_sample_once_for_the_first_attack() -> None:
-    (verdict,) = verdicts([bare(clean=57, robust=30)])
+    (verdict,) = results_by_recipe([bare(clean=57, robust=30)])
     shares = verdict.broken.set_index("by")["share"] * SAMPLES
     assert list(shares.index) == ["pgd", "square", "none"]  # pgd came first; the fakes are blind to `clean`
     np.testing.assert_allclose(shares, [27, 3, 30])
     assert verdict.broken["source"].iloc[0] == "pgd, square"
     # two seeds, one of them judged by AutoAttack: its verdict alone
-    (verdict,) = verdicts([settled(bare(clean=57), 12, 40), bare(seed=1)])
+    (verdict,) = results_by_recipe([settled(bare(clean=57), 12, 40), bare(seed=1)])
     shares = verdict.broken.set_index("by")["share"] * 40
     np.testing.assert_allclose(shares[["apgd-t", "none"]], [28, 12])
     assert set(verdict.broken["n"]) == {40}
@@ -540,7 +540,7 @@ def test_what_broke_it_counts_each_sample_once_for_the_first_attack() -> None:
     assert verdict.autoattack["seeds"] == 1
     assert verdict.autoattack_by_seed.keys() == {0}
     assert verdict.versions == ""
-    (randomised,) = verdicts([settled(bare(), 12, attack="autoattack-rand")])
+    (randomised,) = results_by_recipe([settled(bare(), 12, attack="autoattack-rand")])
     assert randomised.versions == "rand"
     assert set(randomised.broken["source"]) == {"AutoAttack rand"}
 
@@ -623,9 +623,9 @@ def test_runs_that_do_not_compare_are_refused(spoil: Callable[[Any], None], mess
 def test_seeds_are_grouped_and_different_recipes_of_one_name_kept_apart() -> None:
     changed = make("digits/at", 2)
     changed.recipe["training"]["epochs"] = 9
-    names = [verdict.name for verdict in verdicts([*three(), changed])]
+    names = [verdict.name for verdict in results_by_recipe([*three(), changed])]
     assert names == ["digits/plain", "digits/at [runs/digits-at-0]", "digits/at [runs/digits-at-2]"]
-    grouped = verdicts(three())
+    grouped = results_by_recipe(three())
     assert [len(verdict.runs) for verdict in grouped] == [1, 2]
     assert grouped[1].measures["worst case"]["accuracy"] == pytest.approx(31.5 / 60)
     assert grouped[1].seconds == 75
@@ -660,11 +660,11 @@ def test_only_the_training_seed_and_the_part_are_left_out_of_a_recipe() -> None:
     first, second = make(seed=0), make(seed=1)
     for number, run in enumerate((first, second)):
         run.recipe["data"] = {"seed": number}
-    assert [len(verdict.runs) for verdict in verdicts([first, second])] == [1, 1]
+    assert [len(verdict.runs) for verdict in results_by_recipe([first, second])] == [1, 1]
 
 
 def test_autoattack_on_more_images_of_one_seed_is_shown_where_it_has_judged_all_seeds() -> None:
-    (verdict,) = verdicts([settled(bare(seed=0), 30, 60), settled(bare(seed=1), 12, 40)])
+    (verdict,) = results_by_recipe([settled(bare(seed=0), 30, 60), settled(bare(seed=1), 12, 40)])
     assert verdict.autoattack is not None
     assert (verdict.autoattack["n"], verdict.autoattack["accuracy"]) == (40, pytest.approx((30 / 40 + 12 / 40) / 2))
     assert verdict.runs[0].stale == verdict.runs[1].stale
@@ -672,18 +672,18 @@ def test_autoattack_on_more_images_of_one_seed_is_shown_where_it_has_judged_all_
     apart = settled(bare(seed=1), 12, 40)
     apart.verdict_outcomes["index"] += 300
     with pytest.raises(UnmovedError, match="none in common"):
-        verdicts([settled(bare(seed=0), 30, 60), apart])
+        results_by_recipe([settled(bare(seed=0), 30, 60), apart])
 
 
 def test_a_seed_twice_or_mixed_weights_are_refused() -> None:
     with pytest.raises(UnmovedError, match=r"each seed once, came .0, 0."):
-        verdicts([make(), make()])
+        results_by_recipe([make(), make()])
     last = make(seed=1)
     last.evaluation["weights"] = "last"
     with pytest.raises(UnmovedError, match="'best', 'last'"):
-        verdicts([make(), last])
+        results_by_recipe([make(), last])
     with pytest.raises(UnmovedError, match="at least one run"):
-        verdicts([])
+        results_by_recipe([])
 
 
 # --- in a browser

@@ -29,7 +29,7 @@ from unmoved.data import ArraySplit, digits
 from unmoved.evaluation import outcomes
 from unmoved.evaluation.journal import Journal
 from unmoved.runs import evaluate as evaluation
-from unmoved.runs.assembly import Built
+from unmoved.runs.assembly import Assembly
 from unmoved.runs.folder import Run
 from unmoved.runs.recipe import read
 
@@ -58,11 +58,11 @@ def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
     nursery.close()
 
 
-def model_of(run: Path) -> tuple[nn.Module, Built]:
-    built = Built(read(run / "recipe.toml"))
-    model = built.model()
+def model_of(run: Path) -> tuple[nn.Module, Assembly]:
+    assembly = Assembly(read(run / "recipe.toml"))
+    model = assembly.model()
     Run.open(run).load_weights(model, "best")
-    return model, built
+    return model, assembly
 
 
 # --- AutoAttack is what its name says
@@ -70,8 +70,8 @@ def model_of(run: Path) -> tuple[nn.Module, Built]:
 
 def test_the_verdict_is_that_of_its_parts_one_after_the_other(run: Path) -> None:
     """Each part alone, from the clean image, on everything: a sample stands where it stands against all four."""
-    model, built = model_of(run)
-    split = built.data.test.take(60, seed=0)
+    model, assembly = model_of(run)
+    split = assembly.data.test.take(60, seed=0)
     whole = evaluate(model, split, {"aa": AutoAttack(THREAT)}, THREAT, batch_size=40).set_index("index")
     alone = {
         name: evaluate(model, split, {name: part}, THREAT, batch_size=60).set_index("index")["success"]
@@ -129,8 +129,8 @@ def test_quick_is_never_called_autoattack(run: Path) -> None:
 
 
 def test_the_quick_ensemble_never_leaves_less_than_its_parts(run: Path) -> None:
-    model, built = model_of(run)
-    split = built.data.test.take(100, seed=0)
+    model, assembly = model_of(run)
+    split = assembly.data.test.take(100, seed=0)
     quick = evaluate(model, split, {"quick": Quick(THREAT)}, THREAT)
     pgd = evaluate(model, split, {"pgd": PGD(THREAT, steps=40, keep="best")}, THREAT)
     assert quick["success"].sum() >= pgd["success"].sum()
@@ -165,8 +165,8 @@ def test_on_a_linear_model_the_verdict_is_the_analytic_one(classes: int, norm: s
 
 
 def test_workers_and_batches_change_nothing(run: Path) -> None:
-    model, built = model_of(run)
-    split, exact = built.data.test.take(16, seed=0), {"aa": AutoAttack(THREAT)}
+    model, assembly = model_of(run)
+    split, exact = assembly.data.test.take(16, seed=0), {"aa": AutoAttack(THREAT)}
     one = evaluate(model, split, exact, THREAT, batch_size=16)
     for workers, size in ((2, 16), (1, 15)):
         other = evaluate(model, split, exact, THREAT, batch_size=size, workers=workers)
@@ -202,8 +202,8 @@ def test_killed_verdicts_go_on_and_end_in_the_same_bits(nursery: Nursery, run: P
 
 
 def test_what_is_in_the_journal_is_not_computed_again(run: Path, tmp_path: Path) -> None:
-    model, built = model_of(run)
-    split, asked = built.data.test.take(24, seed=0), []
+    model, assembly = model_of(run)
+    split, asked = assembly.data.test.take(24, seed=0), []
 
     class Counting:
         def __init__(self, fails_at: int | None = None) -> None:
@@ -323,9 +323,9 @@ def test_several_names_at_once_and_unknown_ones(run: Path) -> None:
 
 
 def test_no_attack_by_name_is_called_autoattack_but_the_two_versions(run: Path) -> None:
-    built = Built(read(run / "recipe.toml"))
+    assembly = Assembly(read(run / "recipe.toml"))
     for name in ("recipe", "quick", "pgd", "apgd", "fab", "square"):
-        (chosen,) = evaluation._chosen(name, built, ()).values()
+        (chosen,) = evaluation._chosen(name, assembly, ()).values()
         assert not any("auto" in label for label in chosen)
 
 

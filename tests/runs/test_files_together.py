@@ -29,9 +29,9 @@ from unmoved.data import ArraySplit
 from unmoved.evaluation import judge, outcomes
 from unmoved.evaluation.journal import Journal
 from unmoved.runs import load
-from unmoved.runs.assembly import Built
+from unmoved.runs.assembly import Assembly
 from unmoved.runs.evaluate import evaluate_run, examine_run
-from unmoved.runs.evaluated import Judged
+from unmoved.runs.evaluated import EvaluatedRun
 from unmoved.runs.folder import Run
 from unmoved.runs.recipe import parse, read
 
@@ -193,7 +193,7 @@ def test_an_evaluation_is_the_old_one_or_the_new_one_wherever_it_is_killed(tmp_p
 @pytest.mark.parametrize("of", range(1, 6))
 def test_a_disk_that_fills_at_any_file_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, of: int) -> None:
     judged_once(tmp_path / "run")
-    before, asked, sync = Judged.of(Run(tmp_path / "run")), [], os.fsync
+    before, asked, sync = EvaluatedRun.of(Run(tmp_path / "run")), [], os.fsync
 
     def full(descriptor: int) -> None:
         asked.append(descriptor)
@@ -204,11 +204,11 @@ def test_a_disk_that_fills_at_any_file_loses_nothing(tmp_path: Path, monkeypatch
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UnmovedError, match=r"the disk is full; what was saved before is intact: free some space"):
         judged_again(tmp_path / "run")
-    after = Judged.of(Run(tmp_path / "run"))
+    after = EvaluatedRun.of(Run(tmp_path / "run"))
     assert after.outcomes.equals(before.outcomes)
     assert after.evaluation == before.evaluation
     judged_again(tmp_path / "run")
-    assert set(Judged.of(Run(tmp_path / "run")).outcomes["eps"]) == {0.5}
+    assert set(EvaluatedRun.of(Run(tmp_path / "run")).outcomes["eps"]) == {0.5}
 
 
 def test_a_table_of_another_evaluation_is_not_taken_for_this_ones(tmp_path: Path) -> None:
@@ -219,7 +219,7 @@ def test_a_table_of_another_evaluation_is_not_taken_for_this_ones(tmp_path: Path
         run = Run(shutil.copytree(tmp_path / "one", tmp_path / name))
         shutil.copy(tmp_path / "two" / "evaluation" / name, run.path / "evaluation" / name)
         with pytest.raises(UnmovedError, match=rf"{name}: expected what evaluation.json was saved with.*evaluate"):
-            Judged.of(run)
+            EvaluatedRun.of(run)
 
 
 def test_the_images_of_the_same_question_stay_and_those_of_another_go(tmp_path: Path) -> None:
@@ -269,11 +269,11 @@ def test_an_analysis_is_the_old_one_or_the_new_one_wherever_it_is_killed(tmp_pat
 # --- a question knows by content what it is about
 
 
-def built_of(**changes: Any) -> Built:
+def built_of(**changes: Any) -> Assembly:
     tables = read_tables()
     for key, value in changes.items():
         tables["model"][key] = value
-    return Built(parse(tables))
+    return Assembly(parse(tables))
 
 
 def read_tables() -> dict[str, Any]:
@@ -315,19 +315,19 @@ def test_a_digest_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_question_is_about_the_recipe_and_the_code_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    built = built_of()
-    split = built.data.test
-    one = load.question_about(built, split, ())
+    assembly = built_of()
+    split = assembly.data.test
+    one = load.question_about(assembly, split, ())
     assert load.question_about(built_of(), split, ()) == one
     assert load.question_about(built_of(mean=[0.25]), split, ()) != one, "the same weights, other answers"
     module = tmp_path / "lab_of_mine.py"
     module.write_text("steps = 1\n")
     monkeypatch.syspath_prepend(tmp_path)
     __import__("lab_of_mine")
-    with_lab = load.question_about(built, split, ["lab_of_mine"])
+    with_lab = load.question_about(assembly, split, ["lab_of_mine"])
     module.write_text("steps = 2\n")
-    assert load.question_about(built, split, ["lab_of_mine"]) != with_lab
-    assert load.question_about(built, split, ()) == one
+    assert load.question_about(assembly, split, ["lab_of_mine"]) != with_lab
+    assert load.question_about(assembly, split, ()) == one
     monkeypatch.delitem(sys.modules, "lab_of_mine")
 
 
@@ -417,10 +417,10 @@ def test_after_an_interruption_all_images_are_there(
 
 
 def test_two_attacks_with_a_part_of_one_name_keep_their_images_apart(run: Run) -> None:
-    (built, model), kept = load.opened(run, "best", "cpu", ()), set[str]()
-    twice = {"one": Quick(built.threat), "two": Quick(built.threat), "pgd": PGD(built.threat, steps=2)}
-    judge.evaluate(model, built.data.test, twice, built.threat, keep=lambda part, *_: kept.add(part))
-    assert kept == {"pgd", *(f"{name},{part}" for name in ("one", "two") for part in Quick(built.threat).parts(3))}
+    (assembly, model), kept = load.opened(run, "best", "cpu", ()), set[str]()
+    twice = {"one": Quick(assembly.threat), "two": Quick(assembly.threat), "pgd": PGD(assembly.threat, steps=2)}
+    judge.evaluate(model, assembly.data.test, twice, assembly.threat, keep=lambda part, *_: kept.add(part))
+    assert kept == {"pgd", *(f"{name},{part}" for name in ("one", "two") for part in Quick(assembly.threat).parts(3))}
 
 
 # --- a doctor knows what was judged
@@ -429,13 +429,13 @@ def test_two_attacks_with_a_part_of_one_name_keep_their_images_apart(run: Run) -
 def test_a_doctor_who_saw_another_evaluation_is_not_shown(run: Run) -> None:
     evaluate_run(run)
     examine_run(run, n=20)
-    assert Judged.of(run).doctor is not None
+    assert EvaluatedRun.of(run).doctor is not None
     evaluate_run(run, n=40)
-    judged = Judged.of(run)
+    judged = EvaluatedRun.of(run)
     assert judged.doctor is None
     assert "the doctor's opinion is about other outcomes than the evaluation" in judged.stale[0]
     examine_run(run, n=20)
-    assert Judged.of(run).doctor is not None
+    assert EvaluatedRun.of(run).doctor is not None
 
 
 def test_a_doctor_looks_at_the_weights_and_the_images_that_were_judged(trained: Path, run: Run) -> None:
@@ -444,7 +444,7 @@ def test_a_doctor_looks_at_the_weights_and_the_images_that_were_judged(trained: 
     with pytest.raises(UnmovedError, match=r"expected the images that were evaluated, came others.*unmoved evaluate"):
         examine_run(run, n=20)
     shutil.copy(trained / "first.npz", trained / "data.npz")
-    model = Built(read(run.path / "recipe.toml")).model()
+    model = Assembly(read(run.path / "recipe.toml")).model()
     run.save_weights(model, "best")
     with pytest.raises(UnmovedError, match=r"expected the weights that were evaluated, came others.*unmoved evaluate"):
         examine_run(run, n=20)

@@ -24,7 +24,7 @@ from safetensors.torch import save
 from torch import nn
 
 from unmoved import models
-from unmoved.analyses.studies.table_cache import Shelf
+from unmoved.analyses.studies.table_cache import TableCache
 from unmoved.attacks import PGD
 from unmoved.cli.screen import plain
 from unmoved.core import untrusted
@@ -34,9 +34,9 @@ from unmoved.data import digits
 from unmoved.evaluation import judge, outcomes
 from unmoved.evaluation.journal import Journal
 from unmoved.runs import recipe as config
-from unmoved.runs.assembly import Built
+from unmoved.runs.assembly import Assembly
 from unmoved.runs.components import parse_number
-from unmoved.runs.evaluated import Judged
+from unmoved.runs.evaluated import EvaluatedRun
 from unmoved.runs.folder import Run
 
 # --- recipes: text
@@ -243,7 +243,7 @@ def test_nothing_is_imported_wherever_it_is_named(
         monkeypatch.setitem(globals(), "FULL", base)
         tables = changed(where, table)
         with pytest.raises(UnmovedError) as caught:
-            Built(config.parse(tables), allow=["unmoved_lab", "sp", "spy2"]).model()
+            Assembly(config.parse(tables), allow=["unmoved_lab", "sp", "spy2"]).model()
         assert "which is not part of unmoved" in str(caught.value), use
     assert not list(tmp_path.glob("*.imported"))
     assert "spy" not in sys.modules
@@ -261,9 +261,9 @@ def test_what_is_no_name_of_a_module_is_not_even_parsed(use: str) -> None:
 
 def test_a_model_larger_than_any_memory_is_refused_in_words() -> None:
     for width in (2**62, 10**13):
-        built = Built(config.parse(FULL | {"model": {"use": "mlp", "hidden": [width]}}))
+        assembly = Assembly(config.parse(FULL | {"model": {"use": "mlp", "hidden": [width]}}))
         with pytest.raises(UnmovedError, match=r"model.use = 'mlp' cannot be made with these settings: .*smaller"):
-            built.model()
+            assembly.model()
 
 
 def test_timm_unpickles_nothing_whatever_its_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -528,11 +528,11 @@ def test_a_journal_about_samples_that_nobody_asked_for_changes_no_verdict(tmp_pa
 )
 def test_a_forged_table_is_made_again(tmp_path: Path, body: str) -> None:
     table = pd.DataFrame({"x": [0.5]})
-    Shelf(tmp_path).table("t", {"n": 1}, lambda: table)
+    TableCache(tmp_path).table("t", {"n": 1}, lambda: table)
     (path,) = tmp_path.iterdir()
     whole = path.read_bytes()
     path.write_text(f"{body}\n{hashlib.sha256(body.encode()).hexdigest()}\n")
-    pd.testing.assert_frame_equal(Shelf(tmp_path).table("t", {"n": 1}, lambda: table), table)
+    pd.testing.assert_frame_equal(TableCache(tmp_path).table("t", {"n": 1}, lambda: table), table)
     assert path.read_bytes() == whole
 
 
@@ -573,11 +573,11 @@ FACTS += [("attacks", "pgd"), ("notes", 3), ("notes", [[]]), ("classes", "ab"), 
 
 @pytest.mark.parametrize(("name", "value"), FACTS)
 def test_facts_of_other_types_are_named(run: Run, name: str, value: Any) -> None:
-    assert Judged.of(run).protocol.n == 2
+    assert EvaluatedRun.of(run).protocol.n == 2
     path = run.path / "evaluation" / "evaluation.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
     with pytest.raises(UnmovedError, match=rf"evaluation.json: {name}.*: .*run `unmoved evaluate .*` again") as caught:
-        Judged.of(run)
+        EvaluatedRun.of(run)
     assert str(run.path) in str(caught.value)
 
 
@@ -588,7 +588,7 @@ def test_a_log_without_numbers_is_named(run: Run, change: dict[str, Any]) -> Non
     (run.path / "metrics.jsonl").unlink()
     run.log.add({"epoch": 1, "seconds": 0.5, "train_accuracy": 0.5} | change)
     with pytest.raises(UnmovedError, match=rf"metrics.jsonl: line 1: {next(iter(change))}: .* train again"):
-        Judged.of(run)
+        EvaluatedRun.of(run)
 
 
 @pytest.mark.parametrize(
@@ -610,7 +610,7 @@ def test_a_gallery_of_something_else_is_named(run: Run, change: dict[str, Any]) 
     path = run.path / "evaluation" / "gallery.npz"
     with np.load(path) as arrays:
         whole = dict(arrays)
-    assert Judged.of(run).gallery is not None
+    assert EvaluatedRun.of(run).gallery is not None
     np.savez(path, **(whole | change))
     with pytest.raises(UnmovedError, match="its gallery holds no images; run `unmoved evaluate"):
-        Judged.of(run)
+        EvaluatedRun.of(run)

@@ -17,7 +17,7 @@ from unmoved.core.errors import UnmovedError
 from unmoved.core.phases import Ramp
 from unmoved.runs import components
 from unmoved.runs import recipe as config
-from unmoved.runs.assembly import Built
+from unmoved.runs.assembly import Assembly
 
 RECIPES = sorted((ROOT / "recipes").glob("*/*.toml"))
 assert RECIPES
@@ -52,7 +52,7 @@ def test_a_recipe_with_everything_in_it_survives_printing() -> None:
     again = config.parse(tomllib.loads(printed(parsed)))
     assert again == parsed
     assert again.tables() == parsed.tables()
-    assert again.stretches() == parsed.stretches()
+    assert again.phase_parts() == parsed.phase_parts()
 
 
 def test_what_is_not_said_is_spelled_out() -> None:
@@ -81,8 +81,8 @@ def test_a_bare_name_is_a_component_with_its_defaults() -> None:
 
 def test_term_tables_are_named_by_the_term_unless_they_say_otherwise() -> None:
     parsed = config.parse(tables('[objective.ce]\n[objective.boost]\nuse = "kl"\nweight = 2.0', without="objective"))
-    built = Built(parsed)
-    assert repr(built.phases.at(0, 2).objective) == "Sum((1.0, CE(view='adv', label_smoothing=0.0)), (2.0, KL()))"
+    assembly = Assembly(parsed)
+    assert repr(assembly.phases.at(0, 2).objective) == "Sum((1.0, CE(view='adv', label_smoothing=0.0)), (2.0, KL()))"
 
 
 # --- overrides
@@ -109,8 +109,8 @@ def test_an_override_of_use_leaves_the_settings_of_the_old_component_behind(tmp_
 def test_overrides_reach_into_phases_by_position(tmp_path: Path) -> None:
     path = recipe(tmp_path, RECIPE + "[[phases]]\nfrom_epoch = 1\nattack = { steps = 7 }\n")
     parsed = config.read(path, ["phases.0.attack.steps=3", "phases.0.from_epoch=2"])
-    assert parsed.stretches()[1][0] == 2
-    assert parsed.stretches()[1][1]["attack"]["steps"] == 3
+    assert parsed.phase_parts()[1][0] == 2
+    assert parsed.phase_parts()[1][1]["attack"]["steps"] == 3
 
 
 @pytest.mark.parametrize(
@@ -266,7 +266,7 @@ defense = { gamma = 0.03 }
 
 
 def test_changes_of_phases_accumulate() -> None:
-    (_, first), (_, second), (_, third), (_, fourth) = config.parse(tables(PHASED)).stretches()
+    (_, first), (_, second), (_, third), (_, fourth) = config.parse(tables(PHASED)).phase_parts()
     assert first["defense"] == {"use": "plain"}
     assert (first["attack"]["steps"], second["attack"]["steps"], third["attack"]["steps"]) == (2, 5, 5)
     assert second["attack"]["eps"] == {"from": 0.0, "to": 0.1, "over": 0.5}
@@ -281,7 +281,7 @@ def test_changes_of_phases_accumulate() -> None:
 
 
 def test_ramps_resolve_to_the_number_in_the_middle_of_a_phase() -> None:
-    phases = Built(config.parse(tables(PHASED))).phases
+    phases = Assembly(config.parse(tables(PHASED))).phases
     eps = {epoch: phases.at(epoch, 10).attack.threat.radius for epoch in (0, 0.25, 1, 1.5, 2, 3, 4, 6, 7)}
     expected = {0: 0.0, 0.25: 0.025, 1: 0.1, 1.5: 0.1, 2: 0.0, 3: 0.05, 4: 0.1, 6: 0.1, 7: 0.15}
     assert eps == pytest.approx(expected)
@@ -295,7 +295,7 @@ def test_ramps_resolve_to_the_number_in_the_middle_of_a_phase() -> None:
 
 def test_one_term_in_two_phases_is_one_object() -> None:
     extra = "[[phases]]\nfrom_epoch = 1\nobjective = { ce = { weight = 2.0 } }"
-    phases = Built(config.parse(tables(extra))).phases
+    phases = Assembly(config.parse(tables(extra))).phases
     (_, before), (_, after) = phases.phases
     assert before.objective.terms[0][1] is after.objective.terms[0][1]
     assert after.objective.terms[0][0] == 2.0
@@ -310,24 +310,24 @@ seed = 9
 [evaluation.attacks.far]
 use = "apgd"
 """
-    built = Built(config.parse(tables(extra) | {"training": {"seed": 4}}))
-    assert built.attacks["near"].threat.eps == 0.05
-    assert built.attacks["near"].seed == 9
-    assert built.attacks["far"].threat == built.threat
-    assert built.attacks["far"].seed == 4
-    plain = Built(config.parse(tables(without="evaluation")))
+    assembly = Assembly(config.parse(tables(extra) | {"training": {"seed": 4}}))
+    assert assembly.attacks["near"].threat.eps == 0.05
+    assert assembly.attacks["near"].seed == 9
+    assert assembly.attacks["far"].threat == assembly.threat
+    assert assembly.attacks["far"].seed == 4
+    plain = Assembly(config.parse(tables(without="evaluation")))
     assert list(plain.attacks) == ["pgd", "apgd"]
     assert plain.attacks["pgd"].steps == 20
 
 
 def test_models_are_drawn_by_the_seed_alone() -> None:
-    built = Built(config.parse(tables()))
+    assembly = Assembly(config.parse(tables()))
     before = torch.random.get_rng_state()
-    one = built.model().state_dict()
+    one = assembly.model().state_dict()
     assert torch.equal(before, torch.random.get_rng_state())
     torch.manual_seed(99)
-    two = built.model().state_dict()
-    other = Built(config.parse(tables() | {"training": {"seed": 1}})).model().state_dict()
+    two = assembly.model().state_dict()
+    other = Assembly(config.parse(tables() | {"training": {"seed": 1}})).model().state_dict()
     assert all(torch.equal(one[key], two[key]) for key in one)
     assert not torch.equal(one["linear.weight"], other["linear.weight"])
 

@@ -8,7 +8,7 @@ import pytest
 from helpers.cli import RECIPE, recipe, unmoved
 
 from unmoved.evaluation import outcomes
-from unmoved.runs.assembly import Built
+from unmoved.runs.assembly import Assembly
 from unmoved.runs.folder import Run
 from unmoved.runs.recipe import read
 
@@ -21,7 +21,7 @@ def run(tmp_path: Path) -> Path:
 
 def test_what_training_held_out_is_judged_as_training_judged_it(run: Path) -> None:
     unmoved("evaluate", run, "--validation", "--n", 10_000).fine()  # the recipe's attack is its validation's
-    opened, (fitting, held_out) = Run.open(run), Built(read(run / "recipe.toml")).parts()
+    opened, (fitting, held_out) = Run.open(run), Assembly(read(run / "recipe.toml")).parts()
     best = opened.metrics.sort_values(["validation_robust", "validation_clean"]).iloc[-1]
     found = outcomes.summary(outcomes.read(run / "validation" / "outcomes.csv")).set_index("measure")
     assert found.loc["clean", "n"] == len(held_out) == best["validation_n"]

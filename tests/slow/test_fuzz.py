@@ -32,7 +32,7 @@ from safetensors.torch import save
 from torch import nn
 
 from unmoved import data, models
-from unmoved.analyses.studies.table_cache import Shelf
+from unmoved.analyses.studies.table_cache import TableCache
 from unmoved.core import untrusted
 from unmoved.core.errors import UnmovedError
 from unmoved.data import cifar10_data, cifar10_pickle
@@ -41,7 +41,7 @@ from unmoved.data.mnist_idx import read_idx
 from unmoved.evaluation import outcomes
 from unmoved.evaluation.journal import Journal
 from unmoved.runs import recipe as config
-from unmoved.runs.assembly import Built
+from unmoved.runs.assembly import Assembly
 
 resource = pytest.importorskip("resource")  # POSIX: what takes memory without end must fail, not end the machine
 pytestmark = pytest.mark.slow
@@ -199,7 +199,7 @@ def test_whatever_parses_is_built_or_refused(tmp_path_factory: pytest.TempPathFa
     )
     if not (folder / "built.npz").exists():
         np.savez(folder / "built.npz", x=np.zeros((12, 1, 8, 8), np.uint8), y=np.arange(12) % 3)
-    attempt("built", folder, lambda: Built(config.parse(tables)))
+    attempt("built", folder, lambda: Assembly(config.parse(tables)))
 
 
 # --- data
@@ -507,7 +507,7 @@ def test_shelves(tmp_path_factory: pytest.TempPathFactory, edits: Any, sealed: b
 
     folder = one_folder(tmp_path_factory) / "shelf"
     table = pd.DataFrame({"x": [0.5, 1.5], "name": ["a", "b"]})
-    Shelf(folder).table("t", {"n": 1}, lambda: table)
+    TableCache(folder).table("t", {"n": 1}, lambda: table)
     (path,) = folder.iterdir()
     body = path.read_bytes().split(b"\n")[0]
     if isinstance(edits[0][2], bytes):
@@ -516,7 +516,7 @@ def test_shelves(tmp_path_factory: pytest.TempPathFactory, edits: Any, sealed: b
         body = json.dumps(mutated_tables(json.loads(body), edits)).encode()
     digest = hashlib.sha256(body).hexdigest() if sealed else "0" * 64
     path.write_bytes(body + f"\n{digest}\n".encode())
-    attempt("shelf", folder, lambda: Shelf(folder).table("t", {"n": 1}, lambda: table))
+    attempt("shelf", folder, lambda: TableCache(folder).table("t", {"n": 1}, lambda: table))
     path.unlink()
 
 

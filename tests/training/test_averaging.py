@@ -12,7 +12,7 @@ from torch import nn
 
 from unmoved import UnmovedError
 from unmoved.models import load_weights
-from unmoved.runs.assembly import Built
+from unmoved.runs.assembly import Assembly
 from unmoved.runs.recipe import read
 from unmoved.runs.train import train_recipe
 from unmoved.training.averaging import EMA, SWA, Average
@@ -150,7 +150,7 @@ def test_what_has_no_mean_is_copied() -> None:
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
-    model = Built(read(path.parent / "recipe.toml")).model()
+    model = Assembly(read(path.parent / "recipe.toml")).model()
     load_weights(model, path)
     return model.state_dict()
 
@@ -192,4 +192,4 @@ def test_a_recipe_keeps_averaged_weights_also_when_it_is_resumed(table: str, tmp
 def test_what_is_no_average_is_refused(table: str, words: str, tmp_path: Path) -> None:
     lines = table if "use" in table else f'use = "ema"\n{table}'
     with pytest.raises(UnmovedError, match=words):
-        Built(read(recipe(tmp_path, f"{RECIPE}[average]\n{lines}\n")))
+        Assembly(read(recipe(tmp_path, f"{RECIPE}[average]\n{lines}\n")))

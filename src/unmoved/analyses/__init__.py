@@ -3,7 +3,7 @@
 from unmoved.analyses import (
     association,
     bias_variance,
-    bias_variance_verdict,
+    bias_variance_claims,
     committee,
     corruption,
     flatness,
@@ -18,7 +18,7 @@ from unmoved.analyses import (
 __all__ = [
     "association",
     "bias_variance",
-    "bias_variance_verdict",
+    "bias_variance_claims",
     "committee",
     "corruption",
     "flatness",

@@ -101,7 +101,7 @@ def indicators(summary: pd.DataFrame, eps_relative: float, *, scope: str = "glob
     return worst.merge(mean, "inner", keys)
 
 
-def verdict(table: pd.DataFrame, *, resamples: int = 2000, seed: int = 0) -> pd.DataFrame:
+def claims(table: pd.DataFrame, *, resamples: int = 2000, seed: int = 0) -> pd.DataFrame:
     """Does flatness under corruption go with robustness and with accuracy? Spearman's rho over runs, and a word.
 
     The claim is that runs whose loss changes less are more accurate: rho between an indicator and an accuracy below 0.
@@ -123,11 +123,11 @@ def verdict(table: pd.DataFrame, *, resamples: int = 2000, seed: int = 0) -> pd.
         UnmovedError: a column is missing or not finite, no row, or fewer than 100 resamples.
     """
     sides = {"I_max": "i_max", "I_ave": "i_ave"}, {"robust": "robust_accuracy", "clean": "clean_accuracy"}
-    require_columns(table, ["name", *sides[0].values(), *sides[1].values()], "verdict")
-    resamples = require_whole("verdict: resamples", resamples, at_least=100)
+    require_columns(table, ["name", *sides[0].values(), *sides[1].values()], "claims")
+    resamples = require_whole("claims: resamples", resamples, at_least=100)
     for column in (*sides[0].values(), *sides[1].values()):
         if not np.isfinite(table[column].to_numpy(float)).all():
-            raise UnmovedError(f"verdict: expected finite numbers in {column!r}, came {table[column].tolist()}")
+            raise UnmovedError(f"claims: expected finite numbers in {column!r}, came {table[column].tolist()}")
     rows = []
     for indicator, first in sides[0].items():
         for accuracy, second in sides[1].items():

@@ -208,7 +208,7 @@ def _share(events: np.ndarray) -> np.ndarray:
     return np.mean(events[1:], axis=0) if len(events) > 1 else np.full(events.shape[1:], np.nan)[()]
 
 
-def verdict(areas: pd.DataFrame, dominance: pd.DataFrame) -> pd.DataFrame:
+def claims(areas: pd.DataFrame, dominance: pd.DataFrame) -> pd.DataFrame:
     """One row a method: ``"on the front"``, ``"dominated"`` or ``"undecided"``, and the sentence that says it.
 
     The rule: on the front where the method has a point on the front in at least 95 % of the bootstraps, dominated where
@@ -225,8 +225,8 @@ def verdict(areas: pd.DataFrame, dominance: pd.DataFrame) -> pd.DataFrame:
     Raises:
         UnmovedError: a column is missing.
     """
-    require_columns(areas, ["method", "share"], "verdict: areas", may_be_empty=True)
-    require_columns(dominance, ["method", "by", "share", "any_share"], "verdict: dominance", may_be_empty=True)
+    require_columns(areas, ["method", "share"], "claims: areas", may_be_empty=True)
+    require_columns(dominance, ["method", "by", "share", "any_share"], "claims: dominance", may_be_empty=True)
     shares = areas[areas["method"] != ALL].set_index("method")["share"]
     words = {method: _word(share) for method, share in shares.items()}
     rows = []

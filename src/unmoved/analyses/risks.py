@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from unmoved.core import views
 from unmoved.core.batch import Batch
 from unmoved.core.errors import UnmovedError, did_you_mean, require_whole
-from unmoved.core.precision import exact
+from unmoved.core.precision import float32_only
 from unmoved.core.preconditions import require_labels
 from unmoved.core.weights import evaluating
 
@@ -130,7 +130,7 @@ class ModelRisk:
     @contextmanager
     def held(self) -> Iterator[None]:
         cuda = sorted({p.device.index for p in self.model.parameters() if p.device.type == "cuda"})
-        off = exact(self.parameters[0].device)
+        off = float32_only(self.parameters[0].device)
         with torch.inference_mode(False), evaluating(self.model), off, torch.random.fork_rng(cuda):
             yield
 

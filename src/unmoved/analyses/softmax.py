@@ -21,6 +21,7 @@ from unmoved.core.errors import UnmovedError, require_choice, require_columns
 from unmoved.evaluation.outcomes import wilson
 
 __all__ = [
+    "claims",
     "COLUMNS",
     "STATISTICS",
     "VIEWS",
@@ -32,7 +33,6 @@ __all__ = [
     "observe",
     "statistics",
     "summary",
-    "verdict",
     "within",
 ]
 
@@ -162,7 +162,7 @@ def across(summary: Table) -> Table:
     )
 
 
-def verdict(
+def claims(
     within: Mapping[str, Table], landings: Mapping[str, Table], across: Table, statistic: str = "variance"
 ) -> list[Claim]:
     """What the tables say of DRSL's claim, in words that follow from 95 % intervals.
@@ -185,10 +185,10 @@ def verdict(
     Raises:
         UnmovedError: an unknown statistic; no run; columns or rows are missing.
     """
-    require_choice("verdict.statistic", statistic, tuple(NAMES))
+    require_choice("claims.statistic", statistic, tuple(NAMES))
     if not within or within.keys() != landings.keys():
         raise UnmovedError(
-            f"verdict: expected `within` and `landings` of the same runs, at least one, "
+            f"claims: expected `within` and `landings` of the same runs, at least one, "
             f"came {sorted(within)} and {sorted(landings)}"
         )
     name, sign = NAMES[statistic], CLAIMED[statistic]
@@ -228,8 +228,8 @@ def _counted(claim: str, runs: Sequence[tuple[float, float, float]], words: str)
 
 
 def _over_runs(across: Table, statistic: str, accuracy: str) -> Claim:
-    require_columns(across, ("statistic", "against", "measure", "value", "low", "high", "n", "note"), "verdict: across")
-    row = _only(across, "verdict: across", statistic=statistic, against=accuracy, measure="Spearman").iloc[0]
+    require_columns(across, ("statistic", "against", "measure", "value", "low", "high", "n", "note"), "claims: across")
+    row = _only(across, "claims: across", statistic=statistic, against=accuracy, measure="Spearman").iloc[0]
     value, *ends = (CLAIMED[statistic] * row[column] for column in ("value", "low", "high"))
     low, high = sorted(ends)
     if accuracy == "robust accuracy":

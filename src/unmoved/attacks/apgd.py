@@ -17,7 +17,7 @@ from unmoved.attacks.rounds import Retired, Round, compacts, in_rounds
 from unmoved.core import noise
 from unmoved.core.batch import Batch, Image
 from unmoved.core.errors import UnmovedError, flag_field, keep_field, number_field, require_seed, whole_field
-from unmoved.core.precision import exact
+from unmoved.core.precision import float32_only
 from unmoved.core.preconditions import require_loss
 from unmoved.core.protocols import Term
 from unmoved.core.threat import ThreatModel, require_threat
@@ -129,7 +129,7 @@ class APGD:
         ascent = _Ascent(self, threat, steps, base, x_adv)
         for step in range(steps):
             finish = torch.is_autocast_enabled(x_adv.device.type) and step >= steps - max(steps // 10, 1)
-            with exact(x_adv.device) if finish else nullcontext():
+            with float32_only(x_adv.device) if finish else nullcontext():
                 ascent.step(step)
             if retired is not None and compacts(x_adv.device, step):
                 ascent.drop(retired)

@@ -13,7 +13,7 @@ from unmoved.core import views as seen
 from unmoved.core.batch import Batch, Image, Label, Logits, PerSample
 from unmoved.core.errors import UnmovedError
 from unmoved.core.model_errors import cause_in_graph
-from unmoved.core.precision import exact
+from unmoved.core.precision import float32_only
 from unmoved.core.preconditions import require_images, values_of
 from unmoved.core.protocols import Term
 from unmoved.core.threat import ThreatModel
@@ -138,7 +138,7 @@ def broken(model: nn.Module, x_adv: Image, logits: Logits | None, y: Label) -> T
     """
     wrong = torch.ones_like(y, dtype=torch.bool) if logits is None else crossed(logits, y)
     if torch.is_autocast_enabled(x_adv.device.type) and wrong.any():
-        with torch.no_grad(), exact(x_adv.device):
+        with torch.no_grad(), float32_only(x_adv.device):
             wrong[wrong.clone()] = crossed(seen.logits(model, x_adv[wrong]), y[wrong])
     return wrong
 

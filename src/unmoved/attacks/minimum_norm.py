@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from unmoved.attacks.gradients import attacking, crossed, like
 from unmoved.attacks.hyperplanes import length
 from unmoved.core.batch import Batch, Image
-from unmoved.core.precision import exact
+from unmoved.core.precision import float32_only
 from unmoved.core.threat import ThreatModel
 from unmoved.core.views import Views
 from unmoved.terms import Margin
@@ -25,7 +25,7 @@ CLEAR = 64
 @contextmanager
 def searching(model: nn.Module, batch: Batch, threat: ThreatModel) -> Iterator[Views]:
     """`attacking` in evaluation mode and outside autocast: a boundary found in bf16 is not the one that is judged."""
-    with attacking(model, batch, threat) as views, exact(views.x.device):
+    with attacking(model, batch, threat) as views, float32_only(views.x.device):
         yield views
 
 

@@ -185,7 +185,7 @@ def analyze(
     with screen.follow() as advance:
         answer = studies.study(what, found, progress=advance, **settings)
     page = answer.write(out)
-    for sentence in answer.verdict:
+    for sentence in answer.sentences:
         screen.say(f"- {sentence}")
     screen.say(f"saved: {page.parent}\npage: {page}")
 

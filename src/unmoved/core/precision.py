@@ -53,20 +53,20 @@ def resolve(precision: str, device: torch.device | str) -> str:
 def autocast(precision: str, device: torch.device | str) -> AbstractContextManager[object]:
     """Run forward passes of the block in a resolved precision."""
     if resolve(precision, device) == "float32":
-        return products(precision, device)
+        return no_tf32(precision, device)
     return torch.autocast(torch.device(device).type, dtype=torch.bfloat16)
 
 
-def products(precision: str, device: torch.device | str) -> AbstractContextManager[object]:
+def no_tf32(precision: str, device: torch.device | str) -> AbstractContextManager[object]:
     """Turn TF32 off for forward and backward if ``precision`` is resolved to float32."""
     is_float32 = torch.device(device).type == "cuda" and resolve(precision, device) == "float32"
     return _ieee() if is_float32 else nullcontext()
 
 
 @contextmanager
-def exact(device: torch.device | str) -> Iterator[None]:
+def float32_only(device: torch.device | str) -> Iterator[None]:
     """Compute in float32 inside the block, without TF32, whatever autocast the caller is in."""
-    with torch.autocast(torch.device(device).type, enabled=False), products("float32", device):
+    with torch.autocast(torch.device(device).type, enabled=False), no_tf32("float32", device):
         yield
 
 
@@ -95,7 +95,7 @@ def _ieee() -> Iterator[None]:
 _BLOCK = 16
 
 
-def layout(model: nn.Module, device: torch.device | str, x: Tensor | None = None) -> torch.memory_format:
+def memory_format_for(model: nn.Module, device: torch.device | str, x: Tensor | None = None) -> torch.memory_format:
     """Choose channels_last, in which convolutions are faster, if its gradients are known to be right.
 
     On a CPU the weights' gradient of a 1x1 convolution with a stride and few input channels is wrong in channels_last,

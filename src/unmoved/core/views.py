@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from unmoved.core.batch import Batch, Image, Index, Label, Logits
 from unmoved.core.errors import UnmovedError, require_choice
 from unmoved.core.model_errors import explained
-from unmoved.core.precision import exact
+from unmoved.core.precision import float32_only
 from unmoved.core.preconditions import require_labels
 from unmoved.core.weights import evaluating, frozen_buffers
 
@@ -53,7 +53,7 @@ def eval_logits(model: nn.Module, x: Image, *, mode: str = "eval", draws: int = 
     Raises:
         UnmovedError: as `logits`.
     """
-    with torch.no_grad(), evaluating(model, mode), exact(x.device):
+    with torch.no_grad(), evaluating(model, mode), float32_only(x.device):
         return torch.stack([logits(model, x) for _ in range(draws)]).mean(dim=0)
 
 

@@ -21,7 +21,7 @@ from unmoved.experiments import ray_cluster as clusters
 from unmoved.experiments.jobs import Job
 from unmoved.experiments.local_pool import JobError
 from unmoved.runs import recipe as config
-from unmoved.runs.assembly import Built
+from unmoved.runs.assembly import Assembly
 from unmoved.runs.evaluate import evaluate_run, examine_run
 from unmoved.runs.folder import Run
 from unmoved.runs.load import Opened, opened, weights_digest
@@ -64,13 +64,13 @@ def _done(job: Job, device: str) -> str:
 
     # Once, however many steps want them, and not at all where everything is done.
     @cache
-    def build() -> Built:
-        return Built(recipe, job.allow)
+    def build() -> Assembly:
+        return Assembly(recipe, job.allow)
 
     @cache
     def ready() -> Opened:
         tests.append(build().data.test)  # held, or each step would read it again
-        return opened(run, "best", device, job.allow, built=build())
+        return opened(run, "best", device, job.allow, assembly=build())
 
     run = train_recipe(recipe, job.path, resume=True, allow=job.allow, device=device, build=build)
     done = run.evaluation

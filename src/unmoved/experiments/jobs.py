@@ -69,7 +69,7 @@ def _read(path: Path, overrides: Sequence[str], values: dict[str, str]) -> confi
     if not values:
         return recipe
     name = f"{recipe.name} " + " ".join(f"{'.'.join(key.split('.')[-2:])}={v}" for key, v in values.items())
-    return recipe.model_copy(update={"name": name, "swept": config.Swept(method=recipe.name, values=values)})
+    return recipe.model_copy(update={"name": name, "swept": config.SweptFrom(method=recipe.name, values=values)})
 
 
 def jobs_of(

@@ -12,7 +12,7 @@ import pandas as pd
 
 from unmoved.evaluation import outcomes
 from unmoved.evaluation.outcomes import CLEAN, WORST
-from unmoved.runs.by_recipe import Verdict
+from unmoved.runs.by_recipe import RecipeResult
 from unmoved.runs.evaluated import require_same_samples
 
 # Below this accuracy a difference may be real, and is still no use to anybody.
@@ -49,26 +49,26 @@ def difference(
     return mean, mean - half, mean + half
 
 
-def beside(judged: Sequence[Verdict]) -> pd.DataFrame:
+def beside(results: Sequence[RecipeResult]) -> pd.DataFrame:
     """Make one row per recipe whose ``base`` is in the same report: accuracies, differences, and whether it helps.
 
     Seeds that both have are compared; columns `COLUMNS`, ready to read. Where AutoAttack has judged both, a column
     ``AutoAttack`` compares what it leaves, on the images and seeds that it judged in both.
     """
-    by_name = {verdict.name: verdict for verdict in judged}
+    by_name = {result.name: result for result in results}
     rows: list[dict[str, Any]] = []
-    for verdict in judged:
-        base = by_name.get(str(verdict.runs[0].recipe.get("base")))
-        if base is None or base is verdict:
+    for result in results:
+        base = by_name.get(str(result.runs[0].recipe.get("base")))
+        if base is None or base is result:
             continue
-        ours, theirs = ({run.seed: run.outcomes for run in v.runs} for v in (verdict, base))
+        ours, theirs = ({run.seed: run.outcomes for run in v.runs} for v in (result, base))
         seeds = sorted(ours.keys() & theirs.keys())
         if not seeds:
             continue
-        cells: dict[str, Any] = {"recipe": verdict.name, "base": base.name, "seeds": len(seeds)}
+        cells: dict[str, Any] = {"recipe": result.name, "base": base.name, "seeds": len(seeds)}
         tables = [ours[s] for s in seeds], [theirs[s] for s in seeds]
         said = {column: _compared(*tables, measure) for column, measure in (("clean", CLEAN), ("robust", WORST))}
-        settled = _settled(verdict, base)
+        settled = _settled(result, base)
         if settled is not None:
             cell, words = _compared(*settled, WORST)
             cell += f", n = {settled[0][0]['index'].nunique()}"
@@ -76,7 +76,7 @@ def beside(judged: Sequence[Verdict]) -> pd.DataFrame:
                 cell += f", {len(settled[0])} of {len(seeds)} seeds"
             said["AutoAttack"] = cell, words
         cells |= {column: cell for column, (cell, _) in said.items()}
-        cells["n"] = verdict.runs[0].protocol.n
+        cells["n"] = result.runs[0].setting.n
         cells["in words"] = "; ".join(f"{name}: {words}" for name, (_, words) in said.items())
         rows.append(cells)
     columns = list(COLUMNS)
@@ -94,17 +94,17 @@ def _compared(ours: Sequence[pd.DataFrame], theirs: Sequence[pd.DataFrame], meas
     return cell, "next to nothing either way" if nothing else _words(low, high, levels[0] - levels[1])
 
 
-def _settled(verdict: Verdict, base: Verdict) -> tuple[list[pd.DataFrame], list[pd.DataFrame]] | None:
+def _settled(result: RecipeResult, base: RecipeResult) -> tuple[list[pd.DataFrame], list[pd.DataFrame]] | None:
     """Return AutoAttack's outcomes of the seeds and images that it judged in both; None if there are none.
 
     Nor where its versions differ, nor where they are what the column robust shows.
     """
-    ours, theirs = ({run.seed: run.autoattack for run in v.settled} for v in (verdict, base))
+    ours, theirs = ({run.seed: run.autoattack for run in v.settled} for v in (result, base))
     pairs = [(ours[s], theirs[s]) for s in sorted(ours.keys() & theirs.keys())]
     common = [set(a["index"]) & set(b["index"]) for a, b in pairs if a is not None and b is not None]
     shared = set.intersection(*common) if common else set()
-    same = all(run.outcomes is run.autoattack for run in (*verdict.runs, *base.runs))
-    if not shared or same or verdict.versions != base.versions:
+    same = all(run.outcomes is run.autoattack for run in (*result.runs, *base.runs))
+    if not shared or same or result.versions != base.versions:
         return None
     tables = [[side[side["index"].isin(shared)] for side in pair if side is not None] for pair in pairs]
     return [a for a, _ in tables], [b for _, b in tables]

@@ -19,7 +19,7 @@ from unmoved.reports.drawing import MOST
 from unmoved.reports.figures import breakdown
 from unmoved.reports.pages import Section
 from unmoved.reports.paired import beside
-from unmoved.runs.by_recipe import Verdict, verdicts
+from unmoved.runs.by_recipe import RecipeResult, results_by_recipe
 
 if TYPE_CHECKING:
     from unmoved.runs.folder import Run
@@ -50,27 +50,27 @@ def write(runs: Sequence[Run], path: Path, title: str, extra: Sequence[Section] 
     """Write the page to ``path`` and its figures to ``<stem>-figures/`` beside it; return ``path``.
 
     Raises:
-        UnmovedError: see `by_recipe.verdicts`; an extra section whose id is taken or is no anchor; a folder that
-            cannot be written.
+        UnmovedError: see `by_recipe.results_by_recipe`; an extra section whose id is taken or is no anchor; a folder
+            that cannot be written.
     """
-    judged, titles = verdicts(runs), dict(TITLES)
-    extra = (*_beside(judged), *extra)
+    results, titles = results_by_recipe(runs), dict(TITLES)
+    extra = (*_beside(results), *extra)
     for section in extra:
         if section.id in titles or not re.fullmatch(r"[a-z][a-z0-9-]*", section.id):
             taken = ", ".join(titles)
             raise UnmovedError(f"section id {section.id!r}: expected a-z, 0-9 and hyphens, and none of {taken}")
         titles[section.id] = section.title
     titles |= {name: titles.pop(name) for name in ("reading", "provenance")}  # these stay last
-    drawn: dict[str, Any] = {**_figures(judged)}
+    drawn: dict[str, Any] = {**_figures(results)}
     drawn |= {section.id: [("", figure) for figure in section.figures] for section in extra}
     return pages.write(
-        path, "report.html.jinja", drawn, title=title, titles=titles, extra=extra, **WORDS, **_facts(judged)
+        path, "report.html.jinja", drawn, title=title, titles=titles, extra=extra, **WORDS, **_facts(results)
     )
 
 
-def _beside(judged: Sequence[Verdict]) -> list[Section]:
+def _beside(results: Sequence[RecipeResult]) -> list[Section]:
     """Make the section that compares recipes with the base that they name; none if there is no such recipe."""
-    table = beside(judged)
+    table = beside(results)
     text = (
         "In brackets the difference to the base method on the same images and seeds, in points, with a 95 % interval "
         "over images; helps and hurts are said only where every seed agrees. Robust is the worst case over the attacks "
@@ -79,57 +79,57 @@ def _beside(judged: Sequence[Verdict]) -> list[Section]:
     return [Section("beside", "Beside the base method", text, table)] if len(table) else []
 
 
-def _figures(judged: Sequence[Verdict]) -> dict[str, list[tuple[str, Callable[[], Figure]]]]:
+def _figures(results: Sequence[RecipeResult]) -> dict[str, list[tuple[str, Callable[[], Figure]]]]:
     """Return by section what makes the figures, each with the recipe it belongs to ("" if it belongs to all)."""
-    how, evaluation = judged[0].runs[0].protocol, judged[0].runs[0].evaluation
+    how, evaluation = results[0].runs[0].setting, results[0].runs[0].evaluation
     names = [str(name) for name in evaluation.get("classes") or ()]
-    curves = [verdict.curve for verdict in judged if verdict.curve is not None]
+    curves = [result.curve for result in results if result.curve is not None]
     return {
-        "broken": [("", lambda: breakdown(pd.concat([verdict.broken for verdict in judged])))],
-        "tradeoff": [("", lambda: figures.tradeoff(pd.concat([verdict.by_seed for verdict in judged])))],
+        "broken": [("", lambda: breakdown(pd.concat([result.broken for result in results])))],
+        "tradeoff": [("", lambda: figures.tradeoff(pd.concat([result.by_seed for result in results])))],
         "curve": [("", lambda: figures.robustness_curve(pd.concat(curves), norm=how.norm, eps=how.eps))][: len(curves)],
-        "training": [(v.name, partial(figures.training_curves, v.metrics)) for v in judged if v.metrics is not None],
-        "gallery": [(v.name, partial(figures.gallery, v.gallery, names, 4)) for v in judged if v.gallery is not None],
-        "classes": [(v.name, partial(figures.per_class, v.classes, names)) for v in judged],
+        "training": [(v.name, partial(figures.training_curves, v.metrics)) for v in results if v.metrics is not None],
+        "gallery": [(v.name, partial(figures.gallery, v.gallery, names, 4)) for v in results if v.gallery is not None],
+        "classes": [(v.name, partial(figures.per_class, v.classes, names)) for v in results],
     }
 
 
-def _facts(judged: Sequence[Verdict]) -> dict[str, Any]:
+def _facts(results: Sequence[RecipeResult]) -> dict[str, Any]:
     """Collect what the text and tables of the page are made from."""
-    first = judged[0].runs[0]
-    settled = [verdict for verdict in judged if verdict.autoattack is not None]
-    pool = sorted(settled or judged, key=lambda verdict: -verdict.robust["accuracy"])
+    first = results[0].runs[0]
+    settled = [result for result in results if result.autoattack is not None]
+    pool = sorted(settled or results, key=lambda result: -result.robust["accuracy"])
     top = pool[0].robust
-    lower = [verdict for verdict in pool if verdict.robust["accuracy"] < top["accuracy"]]
-    bounded = [verdict for verdict in judged if verdict not in pool]
+    lower = [result for result in pool if result.robust["accuracy"] < top["accuracy"]]
+    bounded = [result for result in results if result not in pool]
     return {
-        "verdicts": judged,
-        "protocol": first.protocol,
-        "attacks": [] if first.evaluation is first.verdict else list(first.protocol.attacks),
+        "results": results,
+        "setting": first.setting,
+        "attacks": [] if first.evaluation is first.verdict else list(first.setting.attacks),
         "settled": settled,
         "best": pool[: len(pool) - len(lower)],
         "second": lower[0] if lower else None,
-        "rivals": [verdict for verdict in lower if verdict.robust["high"] >= top["low"]],
+        "rivals": [result for result in lower if result.robust["high"] >= top["low"]],
         "bounded": bounded,  # by other attacks alone, while AutoAttack has judged some recipe
-        "open": [verdict for verdict in bounded if verdict.measures[WORST]["accuracy"] >= top["accuracy"]],
-        "cleanest": max(judged, key=lambda verdict: verdict.measures[CLEAN]["accuracy"]),
-        "several_seeds": any(len(verdict.runs) > 1 for verdict in judged),
-        "stale": [line for verdict in judged for run in verdict.runs for line in run.stale],
-        "notes": _notes(judged),
+        "open": [result for result in bounded if result.measures[WORST]["accuracy"] >= top["accuracy"]],
+        "cleanest": max(results, key=lambda result: result.measures[CLEAN]["accuracy"]),
+        "several_seeds": any(len(result.runs) > 1 for result in results),
+        "stale": [line for result in results for run in result.runs for line in run.stale],
+        "notes": _notes(results),
     }
 
 
-def _notes(judged: Sequence[Verdict]) -> list[str]:
+def _notes(results: Sequence[RecipeResult]) -> list[str]:
     """List what attacks had to do otherwise than usual, and for which recipes, if not for all."""
     told: dict[str, list[str]] = {}
-    for verdict in judged:
-        for run in verdict.runs:
+    for result in results:
+        for run in result.runs:
             both = [("", run.evaluation), ("AutoAttack: ", run.verdict or {})]
             for who, facts in both[run.evaluation is run.verdict :]:
                 for note in facts.get("notes") or ():
                     names = told.setdefault(f"{who}{note}", [])
-                    names += [] if verdict.name in names else [verdict.name]
-    return [note if len(names) == len(judged) else f"{_listed(names)}: {note}" for note, names in told.items()]
+                    names += [] if result.name in names else [result.name]
+    return [note if len(names) == len(results) else f"{_listed(names)}: {note}" for note, names in told.items()]
 
 
 def _listed(names: Sequence[str]) -> str:

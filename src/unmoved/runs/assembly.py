@@ -20,7 +20,7 @@ from unmoved.runs import recipe as config
 from unmoved.terms import Sum
 
 
-class Built:
+class Assembly:
     """Build and hold the objects of a recipe: model, data, phases and what else training and evaluation need.
 
     Args:
@@ -57,7 +57,7 @@ class Built:
         self.shape, self.num_classes = self.data.shape, len(self.data.classes)
         self.given = {"threat": self.threat, "seed": seed, "num_classes": self.num_classes, "shape": self.shape}
         self._terms: dict[str, Any] = {}
-        self.phases = Phases(*((start, self._method(tables)) for start, tables in recipe.stretches()))
+        self.phases = Phases(*((start, self._method(tables)) for start, tables in recipe.phase_parts()))
         self.optimizer = self._build("optimizer", recipe.optimizer)
         self.schedule = self._build("schedule", recipe.schedule)
         self.average = self._build("average", recipe.average)
@@ -110,7 +110,7 @@ class Built:
         return model
 
     def _method(self, tables: dict[str, Any]) -> Method:
-        stretch = config.Stretch.model_validate(tables)
+        stretch = config.PhaseParts.model_validate(tables)
         pairs = [(components.ramp(term.weight), self._term(term)) for term in stretch.objective.values()]
         return Method(
             attack=None if stretch.attack is None else self._build("attacks", stretch.attack, **self.given),

@@ -1,7 +1,7 @@
 """Group evaluated runs by recipe, seeds together, after checking that all were evaluated alike.
 
-Accuracies are only comparable on the same data, in the same ball, under the same attacks; `verdicts` refuses anything
-else. What AutoAttack and the doctor say is added where it is about the same weights.
+Accuracies are only comparable on the same data, in the same ball, under the same attacks; `results_by_recipe` refuses
+anything else. What AutoAttack and the doctor say is added where it is about the same weights.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from unmoved.core.errors import UnmovedError
 from unmoved.evaluation import outcomes
 from unmoved.evaluation.doctor.finding import DO_NOT_BELIEVE, FIELDS, GRADES, LOOK_CLOSER, Finding, summary
 from unmoved.evaluation.outcomes import CLEAN, WORST
-from unmoved.runs.evaluated import Judged, Protocol, require_same_samples
+from unmoved.runs.evaluated import EvaluatedRun, EvaluationSetting, require_same_samples
 
 if TYPE_CHECKING:
     from unmoved.runs.folder import Run
@@ -30,7 +30,7 @@ _summary, _per_class, _curve_summary = (
 )
 
 
-class Opinion(NamedTuple):
+class DoctorSummary(NamedTuple):
     """Hold what the doctor found in the runs of a recipe.
 
     Attributes:
@@ -43,15 +43,15 @@ class Opinion(NamedTuple):
     grade: str
     said: list[tuple[str, list[int]]]
     findings: list[dict[str, Any]]
-    unseen: list[Judged]
+    unseen: list[EvaluatedRun]
 
 
 @dataclass(frozen=True, eq=False)
-class Verdict:
+class RecipeResult:
     """Hold the evaluated runs of one recipe, one per seed, and summarise them."""
 
     name: str
-    runs: tuple[Judged, ...]
+    runs: tuple[EvaluatedRun, ...]
 
     @cached_property
     def measures(self) -> dict[str, dict[str, Any]]:
@@ -60,7 +60,7 @@ class Verdict:
         return {row["measure"]: row for row in rows}
 
     @cached_property
-    def settled(self) -> tuple[Judged, ...]:
+    def settled(self) -> tuple[EvaluatedRun, ...]:
         """Return the runs that AutoAttack has judged."""
         return tuple(run for run in self.runs if run.autoattack is not None)
 
@@ -90,7 +90,7 @@ class Verdict:
 
     @cached_property
     def broken(self) -> pd.DataFrame:
-        """Average `Judged.broken` over the seeds that AutoAttack judged: recipe, source, by, place, share, n.
+        """Average `EvaluatedRun.broken` over the seeds that AutoAttack judged: recipe, source, by, place, share, n.
 
         In the mean over all seeds where it judged none.
         """
@@ -104,9 +104,9 @@ class Verdict:
         return shares.sort_values("place").assign(recipe=self.name, source=source, n=self.robust["n"])
 
     @cached_property
-    def opinion(self) -> Opinion:
+    def doctor_summary(self) -> DoctorSummary:
         """Return what the doctor found in all seeds together."""
-        return opinion(self.runs)
+        return doctor_summary(self.runs)
 
     @cached_property
     def by_seed(self) -> pd.DataFrame:
@@ -152,7 +152,7 @@ class Verdict:
         return outcomes.across_seeds([run.outcomes for run in self.runs], measure)
 
 
-def opinion(runs: Sequence[Judged]) -> Opinion:
+def doctor_summary(runs: Sequence[EvaluatedRun]) -> DoctorSummary:
     """Merge the doctor's findings of all seeds; what was found alike at several seeds is listed once."""
     cards: dict[tuple[str, ...], dict[str, Any]] = {}
     by_grade: dict[str, dict[str, list[int]]] = {grade: {} for grade in GRADES}
@@ -168,10 +168,10 @@ def opinion(runs: Sequence[Judged]) -> Opinion:
     grade = next((grade for grade in GRADES if by_grade[grade]), "")
     said = list(by_grade[grade].items()) if grade in (DO_NOT_BELIEVE, LOOK_CLOSER) else []
     ordered = sorted(cards.values(), key=lambda card: GRADES.index(card["grade"]))
-    return Opinion(grade, said, ordered, [run for run in runs if run.doctor is None])
+    return DoctorSummary(grade, said, ordered, [run for run in runs if run.doctor is None])
 
 
-def verdicts(runs: Sequence[Run]) -> list[Verdict]:
+def results_by_recipe(runs: Sequence[Run]) -> list[RecipeResult]:
     """Group runs by recipe, in order of appearance. Recipes that differ in more than training.seed stay apart.
 
     Different recipes of one name are told apart by the folder of their first run.
@@ -183,9 +183,9 @@ def verdicts(runs: Sequence[Run]) -> list[Verdict]:
     """
     if not runs:
         raise UnmovedError("expected at least one run, came none")
-    read = [Judged.of(run) for run in runs]
+    read = [EvaluatedRun.of(run) for run in runs]
     _require_alike(read)
-    groups: dict[tuple[str, str], list[Judged]] = {}
+    groups: dict[tuple[str, str], list[EvaluatedRun]] = {}
     for run in read:
         recipe = json.dumps(without_seeds(run.recipe), sort_keys=True, default=str)
         groups.setdefault((run.name, recipe), []).append(run)
@@ -198,7 +198,7 @@ def verdicts(runs: Sequence[Run]) -> list[Verdict]:
             raise UnmovedError(f"recipe {name!r}: seeds judged on {weights} weights in {paths}; evaluate them alike")
     names = [name for name, _ in groups]
     return [
-        Verdict(name if names.count(name) == 1 else f"{name} [{members[0].path}]", _where_all_are_settled(members))
+        RecipeResult(name if names.count(name) == 1 else f"{name} [{members[0].path}]", _where_all_are_settled(members))
         for (name, _), members in groups.items()
     ]
 
@@ -209,10 +209,10 @@ def worst(table: pd.DataFrame) -> pd.DataFrame:
     return rows[rows["measure"] == WORST]
 
 
-def _require_alike(runs: Sequence[Judged]) -> None:
+def _require_alike(runs: Sequence[EvaluatedRun]) -> None:
     first = runs[0]
     for run in runs[1:]:
-        for name, expected, came in zip(Protocol._fields, first.protocol, run.protocol, strict=True):
+        for name, expected, came in zip(EvaluationSetting._fields, first.setting, run.setting, strict=True):
             if came != expected:
                 raise UnmovedError(
                     f"expected runs judged alike, came {name} = {expected} in {first.path} and {came} in {run.path}; "
@@ -221,7 +221,7 @@ def _require_alike(runs: Sequence[Judged]) -> None:
         require_same_samples(first.outcomes, run.outcomes, (first.path, run.path))
 
 
-def _where_all_are_settled(runs: Sequence[Judged]) -> tuple[Judged, ...]:
+def _where_all_are_settled(runs: Sequence[EvaluatedRun]) -> tuple[EvaluatedRun, ...]:
     """Cut AutoAttack's outcomes of each seed of a recipe down to the images on which it judged all seeds.
 
     Raises:

@@ -29,7 +29,7 @@ from unmoved.evaluation.doctor import examine
 from unmoved.evaluation.doctor.finding import summary
 from unmoved.evaluation.journal import Journal
 from unmoved.runs import components
-from unmoved.runs.assembly import Built
+from unmoved.runs.assembly import Assembly
 from unmoved.runs.folder import Run
 from unmoved.runs.load import Opened, opened, question_about, weights_digest
 
@@ -85,13 +85,13 @@ def evaluate_run(
     n = None if n is None else require_whole("n", n, at_least=1)
     Run.open(run.path)  # before the lock, which would make a missing folder
     with run.alone():
-        built, model = opened(run, weights, device, allow) if ready is None else ready()
+        assembly, model = opened(run, weights, device, allow) if ready is None else ready()
         precision = resolve(precision, next(model.parameters()).device)  # another machine's "auto" may be another one
-        count = n or built.recipe.evaluation.n
-        split = _judged(run, built, count, validation)
-        about = question_about(built, split, allow)
-        kinds = _chosen(attacks, built, allow, validation)
-        asked = _Asked(run, built, model, split, count, attacks, weights, precision, batch_size, workers, about)
+        count = n or assembly.recipe.evaluation.n
+        split = _judged(run, assembly, count, validation)
+        about = question_about(assembly, split, allow)
+        kinds = _chosen(attacks, assembly, allow, validation)
+        asked = _Asked(run, assembly, model, split, count, attacks, weights, precision, batch_size, workers, about)
         tables: dict[str, pd.DataFrame] = {}
         for number, (kind, chosen) in enumerate(kinds.items()):
             tell = partial(_tell, progress, number, len(kinds))
@@ -118,7 +118,7 @@ class _Asked:
     """
 
     run: Run
-    built: Built
+    assembly: Assembly
     model: nn.Module
     split: ArraySplit | Selection
     count: int | None
@@ -134,7 +134,7 @@ class _Asked:
     ) -> pd.DataFrame:
         """Judge by some attacks, save the outcomes in the folder ``kind`` and return them."""
         began, folder = time.monotonic(), self.run.path / kind
-        steps = curve_and_gallery.radii(self.built.threat) if kind == "evaluation" else []
+        steps = curve_and_gallery.radii(self.assembly.threat) if kind == "evaluation" else []
         most = 0.8 if steps else 1.0  # of the work is attacks, the rest is the curve
         question = _question(self.run, self.weights, self.attacks, chosen, self.precision) | self.about
         digest = hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()
@@ -145,7 +145,7 @@ class _Asked:
             self.model,
             self.split,
             chosen,
-            self.built.threat,
+            self.assembly.threat,
             batch_size=self.batch_size,
             precision=self.precision,
             workers=self.workers,
@@ -162,7 +162,7 @@ class _Asked:
 
     def _facts(self, chosen: dict[str, Attack]) -> dict[str, Any]:
         """What is written beside the outcomes."""
-        threat = self.built.threat
+        threat = self.assembly.threat
         return {
             "images": self.split.digest,
             "n": len(self.split),
@@ -174,18 +174,18 @@ class _Asked:
             "threat": {"norm": threat.norm, "eps": threat.radius},
             "asked": untrusted.readable(self.attacks),
             **_recorded(chosen, self.split.num_classes),
-            "classes": list(self.built.data.classes),
+            "classes": list(self.assembly.data.classes),
         }
 
     def _curve_and_gallery(
         self, chosen: dict[str, Attack], steps: list[float], tell: Callable[[float, str], None]
     ) -> dict[str, Any]:
         """Accuracy against eps on some of the images, and what the last attack makes of a few."""
-        threat = self.built.threat
+        threat = self.assembly.threat
         curve = curve_and_gallery.curve(
             self.model,
             self.split.take(min(CURVE_SAMPLES, len(self.split)), seed=0),
-            PGD(threat, steps=20, keep="best", seed=self.built.recipe.training.seed),
+            PGD(threat, steps=20, keep="best", seed=self.assembly.recipe.training.seed),
             threat,
             steps,
             batch_size=self.batch_size,
@@ -197,12 +197,12 @@ class _Asked:
         return {"curve": curve, "gallery": gallery}
 
 
-def _judged(run: Run, built: Built, count: int | None, validation: bool) -> ArraySplit | Selection:
+def _judged(run: Run, assembly: Assembly, count: int | None, validation: bool) -> ArraySplit | Selection:
     """The images to judge, all or ``count`` of them; no others are held in memory."""
     if not validation:
-        whole = built.data.test
+        whole = assembly.data.test
     else:
-        held_out = built.parts()[1]
+        held_out = assembly.parts()[1]
         if held_out is None:
             raise UnmovedError(
                 f"{run.path}: expected a run with validation images, came training.validation = 0: nothing was held "
@@ -246,24 +246,24 @@ def examine_run(
             f"{run.path}: expected the weights that were evaluated, came others: it was trained since; "
             f"run `unmoved evaluate {run.path}` again"
         )
-    built, model = opened(run, str(facts["weights"]), device, allow) if ready is None else ready()
-    test = built.data.test  # held: it is let go when nobody does, and read again
-    images = _judged(run, built, facts.get("asked_n"), validation=False).digest
+    assembly, model = opened(run, str(facts["weights"]), device, allow) if ready is None else ready()
+    test = assembly.data.test  # held: it is let go when nobody does, and read again
+    images = _judged(run, assembly, facts.get("asked_n"), validation=False).digest
     if facts.get("images", images) != images:
         raise UnmovedError(
             f"{run.path}: expected the images that were evaluated, came others: its data changed since; "
             f"run `unmoved evaluate {run.path}` again"
         )
-    there = np.isin(built.data.index("test").cpu().numpy(), table["index"])
+    there = np.isin(assembly.data.index("test").cpu().numpy(), table["index"])
     split = test.lent(torch.from_numpy(there))
     findings = examine.examine(
         model,
         split,
-        built.threat,
+        assembly.threat,
         outcomes=table,
         attacks=facts["attacks"] | facts.get("kinds", {}),
         n=min(n, len(split)),
-        seed=built.recipe.training.seed,
+        seed=assembly.recipe.training.seed,
         progress=None if progress is None else lambda done, total, words: progress(done / total, f"doctor: {words}"),
     )
     answer = {
@@ -277,22 +277,24 @@ def examine_run(
     return answer
 
 
-def _chosen(names: str, built: Built, allow: Collection[str], validation: bool = False) -> dict[str, dict[str, Attack]]:
+def _chosen(
+    names: str, assembly: Assembly, allow: Collection[str], validation: bool = False
+) -> dict[str, dict[str, Attack]]:
     """Folder -> attacks, from a list of names with commas; all of them in one folder for validation images."""
     chosen: dict[str, dict[str, Attack]] = {}
     known = components.KINDS["attacks"]
     for name in dict.fromkeys(part.strip() for part in names.split(",")):
         if name == "recipe":
-            found: dict[str, Attack] = dict(built.attacks)
+            found: dict[str, Attack] = dict(assembly.attacks)
         elif name == "quick":
-            found = {"quick": Quick(built.threat, seed=built.recipe.training.seed)}
+            found = {"quick": Quick(assembly.threat, seed=assembly.recipe.training.seed)}
         elif name in VERDICTS:
             label = "autoattack" if name == "standard" else f"autoattack-{name}"
-            found = {label: AutoAttack(built.threat, version=name, seed=built.recipe.training.seed)}
+            found = {label: AutoAttack(assembly.threat, version=name, seed=assembly.recipe.training.seed)}
         elif name.startswith("transfer:"):
-            found = {"transfer": _transfer(Path(name.removeprefix("transfer:")), built, allow)}
+            found = {"transfer": _transfer(Path(name.removeprefix("transfer:")), assembly, allow)}
         elif name in known:
-            found = {name: built.attack(name)}
+            found = {name: assembly.attack(name)}
         else:
             names_known = ["recipe", "quick", *VERDICTS, *known, "transfer:RUN"]
             raise UnmovedError(
@@ -304,15 +306,15 @@ def _chosen(names: str, built: Built, allow: Collection[str], validation: bool =
     return chosen
 
 
-def _transfer(path: Path, built: Built, allow: Collection[str]) -> Transfer:
+def _transfer(path: Path, assembly: Assembly, allow: Collection[str]) -> Transfer:
     """What fools another run's model, which must see images of the same shape and classes."""
     source, model = opened(Run.open(path), "best", "auto", allow)
-    if (source.shape, source.num_classes) != (built.shape, built.num_classes):
+    if (source.shape, source.num_classes) != (assembly.shape, assembly.num_classes):
         raise UnmovedError(
-            f"transfer: expected a run on {built.num_classes} classes of images {built.shape}, came {path} with "
+            f"transfer: expected a run on {assembly.num_classes} classes of images {assembly.shape}, came {path} with "
             f"{source.num_classes} classes of images {source.shape}"
         )
-    return Transfer(built.threat, source=model)
+    return Transfer(assembly.threat, source=model)
 
 
 def _recorded(attacks: Mapping[str, Attack], num_classes: int) -> dict[str, Any]:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 PARTS = ("apgd-ce", "apgd-dlr", "apgd-margin", "apgd-t", "apgd-margin-t", "fab-t", "square")
 
 
-class Protocol(NamedTuple):
+class EvaluationSetting(NamedTuple):
     """Describe how a run was evaluated: two runs are comparable if these agree."""
 
     split: str
@@ -32,7 +32,7 @@ class Protocol(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Judged:
+class EvaluatedRun:
     """Hold an evaluated run, read from its folder once (a `Run` reads its files anew each time it is asked).
 
     ``autoattack`` holds AutoAttack's outcomes and ``verdict`` its facts; ``stale`` says what is not shown, because it
@@ -55,7 +55,7 @@ class Judged:
     stale: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, run: Run) -> Judged:
+    def of(cls, run: Run) -> EvaluatedRun:
         """Read a run; one that only AutoAttack has judged is reported from its outcomes.
 
         Raises:
@@ -105,8 +105,8 @@ class Judged:
         )
 
     @cached_property
-    def protocol(self) -> Protocol:
-        return Protocol(
+    def setting(self) -> EvaluationSetting:
+        return EvaluationSetting(
             split=str(self.evaluation.get("split", "unknown")),
             norm=str(self.outcomes["norm"].iloc[0]),
             eps=float(self.outcomes["eps"].max()),

@@ -16,10 +16,10 @@ from torch import nn
 from unmoved import models
 from unmoved.core import untrusted
 from unmoved.core.errors import UnmovedError
-from unmoved.core.precision import layout, require_device
+from unmoved.core.precision import memory_format_for, require_device
 from unmoved.data import ArraySplit, DataSet, Selection
 from unmoved.runs import recipe as config
-from unmoved.runs.assembly import Built
+from unmoved.runs.assembly import Assembly
 from unmoved.runs.folder import Run
 from unmoved.runs.provenance import code
 
@@ -27,7 +27,7 @@ from unmoved.runs.provenance import code
 class Opened(NamedTuple):
     """Hold a run's objects and its model with some of its weights, in evaluation mode on the device."""
 
-    built: Built
+    assembly: Assembly
     model: nn.Module
 
 
@@ -38,7 +38,7 @@ def opened(
     allow: Collection[str],
     *,
     source: DataSet | None = None,
-    built: Built | None = None,
+    assembly: Assembly | None = None,
 ) -> Opened:
     """Build the run's objects and load its model with these weights.
 
@@ -47,14 +47,14 @@ def opened(
         built: the objects of its recipe, where they were.
     """
     require_device(device)
-    if built is None:
-        built = Built(config.parse(run.recipe, str(run.path / "recipe.toml")), allow, source=source)
-    model = built.model()
+    if assembly is None:
+        assembly = Assembly(config.parse(run.recipe, str(run.path / "recipe.toml")), allow, source=source)
+    model = assembly.model()
     run.load_weights(model, weights)
     where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    form = layout(model, where, torch.zeros(2, *built.shape))
+    form = memory_format_for(model, where, torch.zeros(2, *assembly.shape))
     model.to(where).to(memory_format=form)  # type: ignore[call-overload]  # the same numbers, faster
-    return Opened(built, model.eval())
+    return Opened(assembly, model.eval())
 
 
 def weights_digest(run: Run, weights: str) -> str:
@@ -74,9 +74,9 @@ def _digest(path: Path, stamp: tuple[int, ...]) -> str:
     return untrusted.digest(path)
 
 
-def question_about(built: Built, split: ArraySplit | Selection, allow: Collection[str]) -> dict[str, Any]:
+def question_about(assembly: Assembly, split: ArraySplit | Selection, allow: Collection[str]) -> dict[str, Any]:
     """Return what any result about a run's model depends on, beside its weights and the settings: data and code."""
-    recipe = json.dumps(built.recipe.tables(), sort_keys=True, default=str)
+    recipe = json.dumps(assembly.recipe.tables(), sort_keys=True, default=str)
     return {
         "images": split.digest,
         "recipe": hashlib.sha256(recipe.encode()).hexdigest(),

@@ -50,7 +50,7 @@ class Threat(Settings):
         return self
 
 
-class Part(Settings):
+class DataPart(Settings):
     """One of ``of`` disjoint parts of equal size of the training data, after a permutation by its number."""
 
     of: Whole = Field(ge=2)
@@ -58,13 +58,13 @@ class Part(Settings):
     permutation: Whole = Field(0, ge=0)
 
     @model_validator(mode="after")
-    def _exists(self) -> Part:
+    def _exists(self) -> DataPart:
         if self.number >= self.of:
             raise ValueError(f"expected a part 0..{self.of - 1}, came {self.number}")
         return self
 
 
-class Swept(Settings):
+class SweptFrom(Settings):
     """What a sweep has set: the recipe it started from, and its values by key."""
 
     method: str
@@ -80,7 +80,7 @@ class Training(Settings):
     validation: Number = Field(
         0.1, ge=0, allow_inf_nan=False, description="held out of the training data: a share, or a count above 1"
     )
-    part: Part | None = None
+    part: DataPart | None = None
     augment: str = "none"
     precision: str = "auto"
     compiled: bool = Field(False, description="passes made by torch.compile: slow to begin, made for GPUs")
@@ -134,7 +134,7 @@ class Evaluation(Settings):
         return attacks
 
 
-class Stretch(Settings):
+class PhaseParts(Settings):
     """What may change from phase to phase: attack, objective and defense."""
 
     attack: AttackTable | None = None
@@ -156,12 +156,12 @@ class Stretch(Settings):
         return None if value == "none" or isinstance(value, Mapping) and value.get("use") == "none" else value
 
 
-class Recipe(Stretch):
+class Recipe(PhaseParts):
     """A run, described in full. ``[objective.NAME]`` tables are terms; ``use`` defaults to NAME."""
 
     name: str = "recipe"
     base: str | None = Field(None, description="the name of the recipe that the report sets this one beside")
-    swept: Swept | None = Field(None, description="set by `unmoved compare --sweep`")
+    swept: SweptFrom | None = Field(None, description="set by `unmoved compare --sweep`")
     data: DataTable
     model: ModelTable
     threat: Threat
@@ -187,16 +187,16 @@ class Recipe(Stretch):
         starts = [0, *(phase.from_epoch for phase in self.phases)]
         if any(b <= a for a, b in zip(starts, starts[1:], strict=False)):
             raise ValueError(f"phases: from_epoch must increase, came {starts[1:]}")
-        for start, tables in self.stretches()[1:]:
+        for start, tables in self.phase_parts()[1:]:
             try:
-                Stretch.model_validate(tables)
+                PhaseParts.model_validate(tables)
             except ValidationError as error:
                 raise ValueError(f"phase from epoch {start}: " + "; ".join(_messages(error, tables))) from None
         return self
 
-    def stretches(self) -> list[tuple[int, dict[str, Any]]]:
+    def phase_parts(self) -> list[tuple[int, dict[str, Any]]]:
         """(first epoch, tables of attack, objective and defense) of each phase, changes merged in."""
-        result = [(0, self.model_dump(include=set(Stretch.model_fields), by_alias=True))]
+        result = [(0, self.model_dump(include=set(PhaseParts.model_fields), by_alias=True))]
         for phase in self.phases:
             changes = phase.model_dump(exclude={"from_epoch"}, exclude_none=True)
             result.append((phase.from_epoch, _merge(result[-1][1], changes)))

@@ -14,7 +14,7 @@ from unmoved.core.errors import UnmovedError
 from unmoved.core.precision import resolve
 from unmoved.core.protocols import Split
 from unmoved.runs import recipe as config
-from unmoved.runs.assembly import Built
+from unmoved.runs.assembly import Assembly
 from unmoved.runs.folder import Run
 from unmoved.terms.sum import stateful
 from unmoved.training import distributed, loop
@@ -35,7 +35,7 @@ def train_recipe(
     nodes: int = 1,
     progress: Callable[[dict[str, Any]], None] | None = None,
     loading: Callable[[int, int], None] | None = None,
-    build: Callable[[], Built] | None = None,
+    build: Callable[[], Assembly] | None = None,
 ) -> Run:
     """Train a recipe into a run folder; with ``resume`` go on where the folder stands, or start it.
 
@@ -60,23 +60,23 @@ def train_recipe(
             return run  # of several machines each must be told, or the others would wait for this one
         fabric = distributed.prepare(device, devices, nodes)
         # Everything a recipe can get wrong is found before a folder is made, and before other processes are.
-        built = Built(recipe, allow, loading) if build is None else build()
-        model = built.model()
-        train_part, validation = built.parts()
-        _rehearse(model, built, train_part, validation, fabric)
+        assembly = Assembly(recipe, allow, loading) if build is None else build()
+        model = assembly.model()
+        train_part, validation = assembly.parts()
+        _rehearse(model, assembly, train_part, validation, fabric)
         if first:
             held.enter_context(Run(out).alone())
             # Where the folder was missing, another process may have begun in the meantime.
             run = (_begun(out, recipe.tables()) if resume else None) or Run.create(out, recipe.tables())
         with distributed.together(fabric):
             if not distributed.broadcast(fabric, done):
-                _train(model, built, train_part, validation, fabric, run, progress if first else None)
+                _train(model, assembly, train_part, validation, fabric, run, progress if first else None)
     return Run(out) if run is None else run
 
 
 def _train(
     model: nn.Module,
-    built: Built,
+    assembly: Assembly,
     train_part: Split,
     validation: Split | None,
     fabric: Fabric,
@@ -84,20 +84,20 @@ def _train(
     progress: Callable[[dict[str, Any]], None] | None,
 ) -> None:
     """Call `train`, without a rehearsal, with what the recipe says."""
-    training = built.recipe.training
+    training = assembly.recipe.training
     loop.train(
         model,
-        built.phases,
+        assembly.phases,
         train_part,
         validation=validation,
-        check=built.check,
-        threat=built.threat,
+        check=assembly.check,
+        threat=assembly.threat,
         epochs=training.epochs,
         batch_size=training.batch_size,
-        optimizer=built.optimizer,
-        schedule=built.schedule,
-        augment=built.augment,
-        average=built.average,
+        optimizer=assembly.optimizer,
+        schedule=assembly.schedule,
+        augment=assembly.augment,
+        average=assembly.average,
         precision=training.precision,
         compiled=training.compiled,
         sync_batchnorm=training.sync_batchnorm,
@@ -110,26 +110,28 @@ def _train(
     )
 
 
-def _rehearse(model: nn.Module, built: Built, train_part: Split, validation: Split | None, fabric: Fabric) -> None:
+def _rehearse(
+    model: nn.Module, assembly: Assembly, train_part: Split, validation: Split | None, fabric: Fabric
+) -> None:
     """As `train` does, on the device of this process, which is then the model's."""
-    size, precision = built.recipe.training.batch_size, resolve(built.recipe.training.precision, fabric.device)
+    size, precision = assembly.recipe.training.batch_size, resolve(assembly.recipe.training.precision, fabric.device)
     fabric.to_device(model)
-    for _, method in built.phases.phases:
+    for _, method in assembly.phases.phases:
         fabric.to_device(nn.ModuleList(stateful(method.objective)))
     require_trained(model)
     rehearse_training(
         model,
-        built.phases,
+        assembly.phases,
         train_part,
         size,
         device=fabric.device,
         count=fabric.world_size,
         validation=validation,
-        check=built.check,
-        threat=built.threat,
+        check=assembly.check,
+        threat=assembly.threat,
         precision=precision,
-        augment=built.augment,
-        seed=built.recipe.training.seed,
+        augment=assembly.augment,
+        seed=assembly.recipe.training.seed,
     )
 
 

@@ -95,7 +95,7 @@ def build(
     fabric.to_device(nn.ModuleList(terms))
     if sync_batchnorm:
         model = distributed.synchronized(model, fabric)
-    form = formats.layout(model, fabric.device, next(one_pass(plan.split, 2)).x)
+    form = formats.memory_format_for(model, fabric.device, next(one_pass(plan.split, 2)).x)
     model.to(memory_format=form)  # type: ignore[call-overload]  # the same numbers
     optimizer = _optimizer(model, terms, plan)
     settings = resuming.settings_of(

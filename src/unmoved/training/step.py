@@ -125,7 +125,7 @@ def _step(
         backward(loss)
         return loss.detach()
 
-    with formats.products(precision, batch.x.device):
+    with formats.no_tf32(precision, batch.x.device):
         (method.defense or Plain())(model, optimizer, closure)
     if not first:
         raise UnmovedError(

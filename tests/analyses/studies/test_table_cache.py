@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from pandas.testing import assert_frame_equal
 
-from unmoved.analyses.studies.table_cache import Shelf
+from unmoved.analyses.studies.table_cache import TableCache
 
 TABLE = pd.DataFrame(
     {"x": [0.1, 1 / 3, np.nan], "k": [1, -2, 3], "right": [True, False, True], "name": ["a,b", 'say "x"', "# z"]}
@@ -28,21 +28,21 @@ class Counting:
 def test_a_table_is_made_once_and_comes_back_bit_for_bit(tmp_path: Path) -> None:
     make = Counting()
     for _ in range(3):
-        assert_frame_equal(Shelf(tmp_path / "s").table("t", {"n": 1}, make), TABLE, check_exact=True)
+        assert_frame_equal(TableCache(tmp_path / "s").table("t", {"n": 1}, make), TABLE, check_exact=True)
     assert make.calls == 1
 
 
 def test_another_question_has_another_table(tmp_path: Path) -> None:
     make = Counting()
     for question in ({"n": 1}, {"n": 2}, {"n": 1, "m": None}, {"n": 1}):
-        Shelf(tmp_path).table("t", question, make)
+        TableCache(tmp_path).table("t", question, make)
     assert make.calls == 3
 
 
 @pytest.mark.parametrize("harm", ["cut", "flip", "empty", "binary", "foreign"])
 def test_a_torn_or_changed_file_is_made_again(tmp_path: Path, harm: str) -> None:
     make = Counting()
-    shelf = Shelf(tmp_path)
+    shelf = TableCache(tmp_path)
     shelf.table("t", {"n": 1}, make)
     (path,) = tmp_path.iterdir()
     data = path.read_bytes()
@@ -66,5 +66,5 @@ def test_what_fails_leaves_nothing(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        Shelf(tmp_path).table("t", {}, fails)
+        TableCache(tmp_path).table("t", {}, fails)
     assert list(tmp_path.iterdir()) == []

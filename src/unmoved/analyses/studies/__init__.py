@@ -6,15 +6,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from unmoved.analyses.studies import bias_variance, corruption, softmax, tradeoff
-from unmoved.analyses.studies.study import Progress, Study, Subject, names_of, no_progress, subjects
+from unmoved.analyses.studies.study import AnalysedRun, Progress, Study, names_of, no_progress, subjects
 from unmoved.core.errors import require_choice
 
 NAMES = ("softmax", "corruption", "bias-variance", "tradeoff")
 
-__all__ = ["NAMES", "Progress", "Study", "Subject", "names_of", "prepare", "study", "subjects", "no_progress"]
+__all__ = ["NAMES", "Progress", "Study", "AnalysedRun", "names_of", "prepare", "study", "subjects", "no_progress"]
 
 
-def study(name: str, found: Sequence[Subject], progress: Progress = no_progress, **settings: Any) -> Study:
+def study(name: str, found: Sequence[AnalysedRun], progress: Progress = no_progress, **settings: Any) -> Study:
     """One of `NAMES`; ``settings`` are those of its own function.
 
     Raises:
@@ -31,7 +31,7 @@ def study(name: str, found: Sequence[Subject], progress: Progress = no_progress,
     return acts[name](found, progress=progress, **settings)
 
 
-def prepare(name: str, subject: Subject) -> None:
+def prepare(name: str, subject: AnalysedRun) -> None:
     """The part of an analysis that belongs to one run alone, put on its shelf: what a pool of processes shares out."""
     require_choice("analyze", name, NAMES)
     if name == "softmax":

@@ -13,11 +13,11 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from unmoved.analyses import bias_variance as estimators
-from unmoved.analyses.bias_variance_verdict import verdict
+from unmoved.analyses.bias_variance_claims import claims as claims_of
 from unmoved.analyses.committee import joint, probabilities
 from unmoved.analyses.studies.bias_variance_figures import bias_variance as figure
 from unmoved.analyses.studies.bias_variance_figures import bias_variance_by_class
-from unmoved.analyses.studies.study import Progress, Study, Subject, no_progress
+from unmoved.analyses.studies.study import AnalysedRun, Progress, Study, no_progress
 from unmoved.analyses.target_probability import target_probability
 from unmoved.attacks import PGD
 from unmoved.core.batch import Batch
@@ -39,23 +39,23 @@ class Group:
 
     method: str
     permutation: int
-    members: tuple[Subject, ...]
+    members: tuple[AnalysedRun, ...]
 
     @property
     def training_eps(self) -> float:
         return self.members[0].training_eps
 
 
-def groups_of(found: Sequence[Subject]) -> list[Group]:
+def groups_of(found: Sequence[AnalysedRun]) -> list[Group]:
     """Runs by recipe and permutation.
 
     Raises:
         UnmovedError: a group of one run; parts that share training images, which would make the estimate wrong; groups
             of different size.
     """
-    together: dict[tuple[str, int], list[Subject]] = {}
+    together: dict[tuple[str, int], list[AnalysedRun]] = {}
     for subject in found:
-        part = subject.built.recipe.training.part
+        part = subject.assembly.recipe.training.part
         recipe = json.dumps(without_seeds(subject.run.recipe), sort_keys=True, default=str)
         together.setdefault((recipe, 0 if part is None else part.permutation), []).append(subject)
     groups = []
@@ -68,7 +68,7 @@ def groups_of(found: Sequence[Subject]) -> list[Group]:
             )
         seen: set[int] = set()
         for member in members:
-            own = set(member.built.data.index("train").tolist())
+            own = set(member.assembly.data.index("train").tolist())
             if seen & own:
                 raise UnmovedError(
                     f"bias-variance: expected models of {name!r} on disjoint parts of the data, came {len(seen & own)} "
@@ -88,7 +88,7 @@ def predict(group: Group, eps: float, mode: str) -> Tensor:
 
     PGD on the cross-entropy, 20 steps of 3 eps / 20 from the clean image (the setting of Yu et al. 2021's code).
     """
-    threat = replace(group.members[0].built.threat, eps=eps)
+    threat = replace(group.members[0].assembly.threat, eps=eps)
     attack = PGD(threat, steps=STEPS, step_size=3 * eps / STEPS, start="none")
     asked = {"attack": repr(attack) if eps else None, "mode": mode if eps else None}
     if mode != "own" and eps:
@@ -96,7 +96,7 @@ def predict(group: Group, eps: float, mode: str) -> Tensor:
     every = []
     for k, member in enumerate(group.members):
 
-        def make(k: int = k, member: Subject = member) -> pd.DataFrame:
+        def make(k: int = k, member: AnalysedRun = member) -> pd.DataFrame:
             rows = []
             for batch in member.split.batches(CHUNK):
                 here = batch.to(next(member.model.parameters()).device)
@@ -121,7 +121,7 @@ def _shown_to(group: Group, k: int, batch: Batch, attack: PGD, mode: str, eps: f
 
 
 def study(
-    found: Sequence[Subject],
+    found: Sequence[AnalysedRun],
     *,
     eps: Sequence[float] | None = None,
     modes: Sequence[str] = ("own",),
@@ -140,7 +140,7 @@ def study(
     for mode in modes:
         require_choice("bias-variance: mode", mode, MODES)
     groups = groups_of(found)
-    radii = sorted({0.0, found[0].built.threat.radius} if eps is None else set(eps))
+    radii = sorted({0.0, found[0].assembly.threat.radius} if eps is None else set(eps))
     merged, targets = _decompositions(groups, radii, modes, found[0].split.labels.cpu(), progress)
     family = merged.assign(method=merged["method"].map(_families(groups)))
     sizes = family.groupby("method")["train_eps"].nunique()
@@ -156,7 +156,7 @@ def study(
     last = merged[(merged["eval_eps"] == radii[-1]) & (merged["mode"] == modes[0])]
     last = last[last["train_eps"] == last["train_eps"].max()]
     last = last[last["method"] == last["method"].iloc[0]]
-    drawn.append(bias_variance_by_class(last, found[0].built.data.classes, loss=SHOWN[0], correction=SHOWN[1]))
+    drawn.append(bias_variance_by_class(last, found[0].assembly.data.classes, loss=SHOWN[0], correction=SHOWN[1]))
     text = [
         f"{len(groups[0].members)} models on disjoint parts of the training data each; cross-entropy, "
         "variance corrected by k/(k-1). The estimates are about training sets of that size.",
@@ -200,8 +200,8 @@ def _decompositions(
 
 def _judged(swept: pd.DataFrame, same: pd.DataFrame) -> pd.DataFrame | None:
     """The claims at each evaluation eps and at that of the training; None without a recipe of three eps and more."""
-    judged = [verdict(swept, by=["method"])] if len(swept) else []
-    judged += [verdict(same.drop(columns="eval_eps"), by=["method"]).assign(eval_eps=SAME)] if len(same) else []
+    judged = [claims_of(swept, by=["method"])] if len(swept) else []
+    judged += [claims_of(same.drop(columns="eval_eps"), by=["method"]).assign(eval_eps=SAME)] if len(same) else []
     return pd.concat(judged, ignore_index=True) if judged else None
 
 
@@ -246,7 +246,7 @@ def _claims(claims: pd.DataFrame | None, mode: str) -> pd.DataFrame | None:
 
 def _families(groups: Sequence[Group]) -> dict[str, str]:
     """The name of a swept recipe -> that of the recipe it was swept from."""
-    swept = {group.method: group.members[0].built.recipe.swept for group in groups}
+    swept = {group.method: group.members[0].assembly.recipe.swept for group in groups}
     return {name: name if one is None else one.method for name, one in swept.items()}
 
 

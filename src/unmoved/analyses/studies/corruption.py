@@ -15,7 +15,7 @@ from unmoved.analyses import corruption, flatness, hessian, surface
 from unmoved.analyses.risks import ModelRisk, layers
 from unmoved.analyses.studies.corruption_figures import corruption_curves, corruption_layers, loss_lines, loss_surface
 from unmoved.analyses.studies.corruption_figures import flatness as flatness_figure
-from unmoved.analyses.studies.study import Progress, Study, Subject, accuracies, no_progress, part_of
+from unmoved.analyses.studies.study import AnalysedRun, Progress, Study, accuracies, no_progress, part_of
 from unmoved.attacks import PGD
 from unmoved.core.batch import Batch
 from unmoved.reports.pages import Section
@@ -29,10 +29,10 @@ LEGIBLE = 6  # runs that one figure of curves can hold
 
 
 def measure(
-    subject: Subject, *, deep: bool = False, p: float = 2, top: int | None = None, progress: Progress = no_progress
+    subject: AnalysedRun, *, deep: bool = False, p: float = 2, top: int | None = None, progress: Progress = no_progress
 ) -> dict[str, pd.DataFrame]:
     """The sweeps of one run over `GRID`, clean and adversarial; ``deep`` adds layers, lines and the surface."""
-    attack = PGD(subject.built.threat, steps=20, keep="best")
+    attack = PGD(subject.assembly.threat, steps=20, keep="best")
     batches = list(subject.split.batches(250))
     made: dict[str, pd.DataFrame] = {}
     attacked: list[Batch] = []
@@ -72,14 +72,14 @@ def measure(
     return found
 
 
-def curvature(subject: Subject) -> pd.DataFrame:
+def curvature(subject: AnalysedRun) -> pd.DataFrame:
     """Trace and top eigenvalue of the Hessian of the clean loss, by curvlinops (the extra ``hessian``)."""
     risk = ModelRisk(subject.model, list(subject.split.batches(250)))
     return subject.shelf.table("hessian", subject.question, lambda: pd.DataFrame([vars(hessian.curvature(risk))]))
 
 
 def study(
-    found: Sequence[Subject],
+    found: Sequence[AnalysedRun],
     *,
     deep: bool = True,
     with_hessian: bool = False,
@@ -125,7 +125,7 @@ def study(
 
 
 @dataclass(frozen=True)
-class _Judged:
+class _AgainstAccuracy:
     """Flatness beside accuracy, over runs that were evaluated alike.
 
     Attributes:
@@ -141,11 +141,11 @@ class _Judged:
     scatters: list[Figure] = field(default_factory=list)
 
 
-def _against_accuracy(found: Sequence[Subject], summary: pd.DataFrame) -> _Judged:
+def _against_accuracy(found: Sequence[AnalysedRun], summary: pd.DataFrame) -> _AgainstAccuracy:
     """Hold the indicators of a `flatness.summarise` table against the accuracies of the runs."""
     judged = accuracies(found)
     if judged is None:
-        return _Judged(
+        return _AgainstAccuracy(
             "No accuracies that all runs have alike: evaluate them alike to see whether flatness goes with robustness."
         )
     accuracy, source = judged
@@ -159,13 +159,13 @@ def _against_accuracy(found: Sequence[Subject], summary: pd.DataFrame) -> _Judge
     for view in VIEWS:
         for eps in GRID:
             some = rows[(rows["view"] == view) & (rows["eps_relative"] == eps)]
-            judgements.append(flatness.verdict(some).assign(view=view, eps_relative=eps))
+            judgements.append(flatness.claims(some).assign(view=view, eps_relative=eps))
     claims = pd.concat(judgements, ignore_index=True)
     how = (
         f"Read at eps = {HEADLINE:g} of the weights' norm (claims.csv has every eps of the grid); robust accuracy "
         f"is that of {source}. Spearman's rho over {len(found)} runs, with a bootstrap over runs."
     )
-    result = _Judged(how, {"indicators": rows, "claims": claims})
+    result = _AgainstAccuracy(how, {"indicators": rows, "claims": claims})
     at = claims["eps_relative"] == HEADLINE
     for view in VIEWS:
         said = claims[at & (claims["view"] == view)]
@@ -176,7 +176,7 @@ def _against_accuracy(found: Sequence[Subject], summary: pd.DataFrame) -> _Judge
     return result
 
 
-def _second_order(found: Sequence[Subject], summary: pd.DataFrame) -> dict[str, pd.DataFrame]:
+def _second_order(found: Sequence[AnalysedRun], summary: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """The curvature of each run, and what it predicts beside what was measured."""
     curved = {subject.name: curvature(subject) for subject in found}
     beside: list[pd.DataFrame] = []
@@ -187,7 +187,7 @@ def _second_order(found: Sequence[Subject], summary: pd.DataFrame) -> dict[str, 
     return {"hessian": _joined(curved), "second_order": pd.concat(beside, ignore_index=True)}
 
 
-def _across_runs(judged: _Judged) -> Section:
+def _across_runs(judged: _AgainstAccuracy) -> Section:
     question = (
         "How much does the loss rise when the weights move by eps (a share of their norm): at random, and in the worst "
         f"direction that {STEPS} gradient steps find? The field's claim is that flat goes with robust and accurate."
@@ -195,7 +195,7 @@ def _across_runs(judged: _Judged) -> Section:
     return Section("corruption", TITLE, [question, judged.how], _claims(judged.tables.get("claims")), judged.scatters)
 
 
-def _run_by_run(judged: _Judged, drawn: Sequence[Figure], runs: int) -> Section:
+def _run_by_run(judged: _AgainstAccuracy, drawn: Sequence[Figure], runs: int) -> Section:
     lead = (
         f"Loss changes in nats at eps = {HEADLINE:g} of the weights' norm: I_max is the worst found, I_ave "
         f"the mean over {DRAWS} random directions, the slope's noise taken out."

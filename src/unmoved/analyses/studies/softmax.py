@@ -9,7 +9,7 @@ import pandas as pd
 
 from unmoved.analyses import softmax
 from unmoved.analyses.studies import softmax_figures
-from unmoved.analyses.studies.study import Progress, Study, Subject, accuracies, no_progress, part_of
+from unmoved.analyses.studies.study import AnalysedRun, Progress, Study, accuracies, no_progress, part_of
 from unmoved.attacks import APGD, FMN
 from unmoved.reports.pages import Section
 
@@ -17,9 +17,9 @@ CHUNK = 250  # samples that an interruption may cost
 HEADLINE = "variance"  # the statistic that the verdict is about; the tables hold them all
 
 
-def observe(subject: Subject, progress: Progress = no_progress) -> pd.DataFrame:
+def observe(subject: AnalysedRun, progress: Progress = no_progress) -> pd.DataFrame:
     """`softmax.collect_batch` of a run's images, chunk by chunk: APGD for success, FMN for the minimal eps."""
-    attack, nearest = APGD(subject.built.threat), FMN(subject.built.threat)
+    attack, nearest = APGD(subject.assembly.threat), FMN(subject.assembly.threat)
     tables, done = [], 0
     for batch in subject.split.batches(CHUNK):
         question = subject.question | {
@@ -28,14 +28,14 @@ def observe(subject: Subject, progress: Progress = no_progress) -> pd.DataFrame:
             "from": done,
             "to": done + len(batch),
         }
-        make = partial(softmax.collect_batch, subject.model, batch, attack, subject.built.threat, nearest)
+        make = partial(softmax.collect_batch, subject.model, batch, attack, subject.assembly.threat, nearest)
         tables.append(subject.shelf.table("softmax", question, make))
         done += len(batch)
         progress(done / len(subject.split), f"softmax: {subject.name}")
     return pd.concat(tables, ignore_index=True)
 
 
-def study(found: Sequence[Subject], progress: Progress = no_progress) -> Study:
+def study(found: Sequence[AnalysedRun], progress: Progress = no_progress) -> Study:
     """Per run and across runs; with one run, or fewer than four, the last part says that it knows too little."""
     seen = {subject.name: observe(subject, part_of(progress, k, len(found))) for k, subject in enumerate(found)}
     inside = {name: softmax.within(table) for name, table in seen.items()}
@@ -48,7 +48,7 @@ def study(found: Sequence[Subject], progress: Progress = no_progress) -> Study:
         for column, place in (("clean_accuracy", 0), ("robust_accuracy", 1)):
             summary[column] = [figures[name][place] for name in summary["run"]]
     correlations = softmax.across(summary)
-    claims = softmax.verdict(inside, landed, correlations, HEADLINE)
+    claims = softmax.claims(inside, landed, correlations, HEADLINE)
     both = {
         "within": pd.concat([table.assign(run=name) for name, table in inside.items()], ignore_index=True),
         "landings": pd.concat([table.assign(run=name) for name, table in landed.items()], ignore_index=True),
@@ -89,7 +89,7 @@ def study(found: Sequence[Subject], progress: Progress = no_progress) -> Study:
             "n": len(found[0].split),
             "runs": [str(subject.run.path) for subject in found],
             "robust_accuracy": source,
-            "attack": repr(APGD(found[0].built.threat)),
-            "nearest": repr(FMN(found[0].built.threat)),
+            "attack": repr(APGD(found[0].assembly.threat)),
+            "nearest": repr(FMN(found[0].assembly.threat)),
         },
     )

@@ -13,14 +13,14 @@ import pandas as pd
 import torch
 from torch import nn
 
-from unmoved.analyses.studies.table_cache import Shelf
+from unmoved.analyses.studies.table_cache import TableCache
 from unmoved.core.errors import UnmovedError, require_whole
 from unmoved.data import ArraySplit, DataSet
 from unmoved.evaluation.outcomes import CLEAN, WORST, by_sample
 from unmoved.reports import pages
 from unmoved.reports.pages import Section
-from unmoved.runs.assembly import Built
-from unmoved.runs.evaluated import Judged, require_same_samples, samples_of
+from unmoved.runs.assembly import Assembly
+from unmoved.runs.evaluated import EvaluatedRun, require_same_samples, samples_of
 from unmoved.runs.folder import Run
 from unmoved.runs.load import Opened, opened, question_about, weights_digest
 
@@ -28,7 +28,7 @@ Progress = Callable[[float, str], None]
 
 
 @dataclass(frozen=True, eq=False)
-class Subject:
+class AnalysedRun:
     """A run under study: its model on the device, and the images that it is studied on.
 
     Attributes:
@@ -39,19 +39,20 @@ class Subject:
 
     name: str
     run: Run
-    built: Built
+    assembly: Assembly
     model: nn.Module
     split: ArraySplit
     question: dict[str, Any]
 
     @property
-    def shelf(self) -> Shelf:
-        return Shelf(self.run.path / "analysis")
+    def shelf(self) -> TableCache:
+        return TableCache(self.run.path / "analysis")
 
     @property
     def training_eps(self) -> float:
         """The radius of the attack that the last phase trained with; 0 where it trained on clean images."""
-        attack = self.built.phases.at(self.built.recipe.training.epochs, self.built.recipe.training.epochs).attack
+        epochs = self.assembly.recipe.training.epochs
+        attack = self.assembly.phases.at(epochs, epochs).attack
         threat = getattr(attack, "threat", None)
         return 0.0 if threat is None else float(threat.radius)
 
@@ -67,7 +68,7 @@ class Study:
     name: str
     title: str
     tables: Mapping[str, pd.DataFrame]
-    verdict: Sequence[str]
+    sentences: Sequence[str]
     sections: Sequence[Section]
     settings: Mapping[str, Any]
 
@@ -79,7 +80,7 @@ class Study:
         """
         folder = out / self.name
         files = {f"{name}.csv": table.to_csv(index=False).encode() for name, table in self.tables.items()}
-        facts = {"verdict": list(self.verdict), "settings": dict(self.settings), "versions": _versions()}
+        facts = {"verdict": list(self.sentences), "settings": dict(self.settings), "versions": _versions()}
         files["verdict.json"] = (json.dumps(facts, indent=2) + "\n").encode()
         lead = f"{_count(len(self.settings['runs']), 'run')}, n = {self.settings['n']} test images"
         return pages.write_sections(folder / "index.html", self.title, self.sections, lead=lead, beside=files)
@@ -95,7 +96,7 @@ def subjects(
     allow: Collection[str] = (),
     same_threat: bool = True,
     ready: Callable[[], Opened] | None = None,
-) -> list[Subject]:
+) -> list[AnalysedRun]:
     """Runs that may be studied together, each with the same n test images (all, where there are fewer).
 
     ``ready`` is that of `unmoved.runs.evaluate.evaluate_run`, where there is one run.
@@ -111,23 +112,23 @@ def subjects(
     for path in paths:
         if paths.count(path) > 1:
             raise UnmovedError(f"expected each run once, came {path} twice")
-    found: list[Subject] = []
+    found: list[AnalysedRun] = []
     read: dict[str, _Read] = {}
     for run, name in zip(runs, names_of(runs), strict=True):
         asked = json.dumps(run.recipe.get("data"), sort_keys=True, default=str)
         held = read.get(asked)
         source = None if held is None else held.source
-        built, model = opened(run, weights, device, allow, source=source) if ready is None else ready()
+        assembly, model = opened(run, weights, device, allow, source=source) if ready is None else ready()
         if held is None:
-            test = built.data.test
+            test = assembly.data.test
             split = test if n is None else test.take(min(n, len(test)), seed=0)
-            read[asked] = held = _Read(built.source, split)
+            read[asked] = held = _Read(assembly.source, split)
         if found:
-            _require_alike(found[0], run, built, held.split, same_threat)
+            _require_alike(found[0], run, assembly, held.split, same_threat)
             if held.split.digest == found[0].split.digest:  # files of other names, the same images
                 read[asked] = held = held._replace(split=found[0].split)
-        question = {"weights": weights_digest(run, weights), **question_about(built, held.split, allow)}
-        found.append(Subject(name, run, built, model, held.split, question))
+        question = {"weights": weights_digest(run, weights), **question_about(assembly, held.split, allow)}
+        found.append(AnalysedRun(name, run, assembly, model, held.split, question))
     return found
 
 
@@ -153,8 +154,8 @@ def names_of(runs: Sequence[Run]) -> list[str]:
     return [name if seeded.count(name) == 1 else f"{name} [{run.path}]" for name, run in zip(seeded, runs, strict=True)]
 
 
-def _require_alike(first: Subject, run: Run, built: Built, split: ArraySplit, same_threat: bool) -> None:
-    theirs, ours = first.built, built
+def _require_alike(first: AnalysedRun, run: Run, assembly: Assembly, split: ArraySplit, same_threat: bool) -> None:
+    theirs, ours = first.assembly, assembly
     if theirs.data.classes != ours.data.classes or theirs.shape != ours.shape:
         raise UnmovedError(
             f"expected runs on the same data, came {first.run.path} with {len(theirs.data.classes)} classes of images "
@@ -180,7 +181,7 @@ def _samples(split: ArraySplit) -> pd.DataFrame:
     return pd.DataFrame({"index": split.index.cpu().numpy(), "label": split.labels.cpu().numpy()})
 
 
-def accuracies(found: Sequence[Subject]) -> tuple[dict[str, tuple[float, float]], str] | None:
+def accuracies(found: Sequence[AnalysedRun]) -> tuple[dict[str, tuple[float, float]], str] | None:
     """By name (clean, robust) accuracy of the evaluations that all runs have alike, and what judged them; or None.
 
     AutoAttack's verdicts where every run has one on as many images, otherwise the worst case of the evaluations.
@@ -192,18 +193,18 @@ def accuracies(found: Sequence[Subject]) -> tuple[dict[str, tuple[float, float]]
     return {name: (float(t[CLEAN].mean()), float(t[WORST].mean())) for name, t in tables.items()}, source
 
 
-def answers(found: Sequence[Subject]) -> tuple[dict[str, pd.DataFrame], str] | None:
+def answers(found: Sequence[AnalysedRun]) -> tuple[dict[str, pd.DataFrame], str] | None:
     """By name `outcomes.by_sample` of what judged all runs on the same images, and its name; None where nothing did."""
-    read = [Judged.of(subject.run) if _evaluated(subject.run) else None for subject in found]
-    verdicts = [None if one is None else one.autoattack for one in read]
+    read = [EvaluatedRun.of(subject.run) if _evaluated(subject.run) else None for subject in found]
+    results_by_recipe = [None if one is None else one.autoattack for one in read]
     evaluations = [None if one is None else one.outcomes for one in read]
-    for tables in (verdicts, evaluations):
+    for tables in (results_by_recipe, evaluations):
         whole = [table for table in tables if table is not None]
         asked = {tuple(sorted(set(table["attack"]))) for table in whole}
         if len(whole) < len(found) or len(asked) > 1:
             continue
         if all(samples_of(table).equals(samples_of(whole[0])) for table in whole[1:]):
-            source = "AutoAttack" if tables is verdicts else ", ".join(next(iter(asked))[0])
+            source = "AutoAttack" if tables is results_by_recipe else ", ".join(next(iter(asked))[0])
             samples = [by_sample(table, is_checked=True).sort_values("index", ignore_index=True) for table in whole]
             return {subject.name: table for subject, table in zip(found, samples, strict=True)}, source
     return None

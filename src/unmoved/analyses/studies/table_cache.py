@@ -17,7 +17,7 @@ from unmoved.core.files import write_atomic
 MOST_TABLE = 2**28  # bytes
 
 
-class Shelf:
+class TableCache:
     """A folder of tables. A table belongs to one question; another question, even by a digit, has another table.
 
     A file holds its question, its table and the digest of both: one that was torn or changed is not mistaken for an

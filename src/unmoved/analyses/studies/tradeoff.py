@@ -8,15 +8,15 @@ from dataclasses import asdict
 import pandas as pd
 
 from unmoved.analyses import pareto
-from unmoved.analyses.pareto import verdict
-from unmoved.analyses.studies.study import Study, Subject, answers
+from unmoved.analyses.pareto import claims
+from unmoved.analyses.studies.study import AnalysedRun, Study, answers
 from unmoved.analyses.studies.tradeoff_figures import pareto as pareto_figure
 from unmoved.core.errors import UnmovedError
 from unmoved.evaluation.outcomes import CLEAN, WORST
 from unmoved.reports.pages import Section
 
 
-def study(found: Sequence[Subject]) -> Study:
+def study(found: Sequence[AnalysedRun]) -> Study:
     """The front of clean against robust accuracy, from the evaluations that all runs have alike.
 
     Raises:
@@ -38,7 +38,7 @@ def study(found: Sequence[Subject]) -> Study:
             for subject in found
         }
     )
-    words = verdict(result.areas, result.dominance)
+    words = claims(result.areas, result.dominance)
     tables: dict[str, pd.DataFrame] = {name: getattr(result, name) for name in asdict(result)}
     tables["verdict"] = words
     n = int(result.points["n"].iloc[0])
@@ -64,9 +64,9 @@ def study(found: Sequence[Subject]) -> Study:
     )
 
 
-def _setting(subject: Subject) -> tuple[str, float]:
+def _setting(subject: AnalysedRun) -> tuple[str, float]:
     """(method, strength): the recipe and its one swept number; NaN where nothing, or more than one, was swept."""
-    swept = subject.built.recipe.swept
+    swept = subject.assembly.recipe.swept
     if swept is None or len(swept.values) != 1:
         return subject.run.name, float("nan")
     (value,) = swept.values.values()

@@ -25,7 +25,7 @@ MOST = 40  # survivors that the costly searches look at: a share of a tenth stil
 
 
 @dataclass(frozen=True, eq=False)
-class Search:
+class AttackResult:
     """Hold what an attack achieved on the samples that it was given.
 
     Attributes:
@@ -50,7 +50,7 @@ class Search:
 
 
 @dataclass(eq=False)
-class Case:
+class Evidence:
     """Hold a model, the samples it is examined on, and the attacks that several checks read, each run once.
 
     The white-box searches go from cheap to costly, each on the samples that those before it left.
@@ -108,7 +108,7 @@ class Case:
 
     # --- searches
 
-    def search(self, attack: Attack, batch: Batch) -> Search:
+    def search(self, attack: Attack, batch: Batch) -> AttackResult:
         """Run an attack and judge its proposals."""
         if len(batch) == 0:
             return nothing(batch)
@@ -117,29 +117,29 @@ class Case:
         x_adv = torch.where(finite.reshape(-1, *[1] * (x_adv.ndim - 1)), x_adv, batch.x)
         logits = self.logits(x_adv)
         # The argmax of NaN is an accident, not a success.
-        return Search(batch, x_adv, (logits.argmax(dim=1) != batch.y) & logits.isfinite().all(dim=1))
+        return AttackResult(batch, x_adv, (logits.argmax(dim=1) != batch.y) & logits.isfinite().all(dim=1))
 
-    def climb(self, attack: Attack, batch: Batch) -> Search:
+    def climb(self, attack: Attack, batch: Batch) -> AttackResult:
         """Run `search` with a gradient attack; nothing is broken if there is no gradient."""
         return self.search(attack, batch) if self.has_gradient else nothing(batch)
 
     @cached_property
-    def weak(self) -> Search:
+    def weak(self) -> AttackResult:
         """Run PGD-20 with cross-entropy."""
         return self.climb(self._pgd(CE("adv")), self.right)
 
     @cached_property
-    def other_loss(self) -> Search:
+    def other_loss(self) -> AttackResult:
         """Run PGD-20 with the margin, which neither the scale of the logits nor a flat softmax hides."""
         return self.climb(self._pgd(Margin("adv")), self.weak.rest)
 
     @cached_property
-    def strong(self) -> Search:
+    def strong(self) -> AttackResult:
         """Run APGD-100 with DLR, or with the margin if there are too few classes for DLR."""
         return self.climb(APGD(self.threat, loss=self._sharp, steps=STRONG_STEPS, seed=self.seed), self.other_loss.rest)
 
     @cached_property
-    def restarts(self) -> Search:
+    def restarts(self) -> AttackResult:
         """Restart APGD on at most `MOST` survivors."""
         attack = APGD(
             self.threat,
@@ -152,7 +152,7 @@ class Case:
         return self.climb(attack, self.strong.rest.take(torch.arange(min(len(self.strong.rest), MOST))))
 
     @cached_property
-    def targeted(self) -> Search:
+    def targeted(self) -> AttackResult:
         """Attack towards the likeliest wrong classes in turn, as the last of the white-box attacks."""
         classes = self.clean.shape[1]
         loss: Term = TargetedDLR() if classes > 3 else TargetedMargin()
@@ -166,7 +166,7 @@ class Case:
         return self.targeted.rest
 
     @property
-    def white_box(self) -> tuple[Search, ...]:
+    def white_box(self) -> tuple[AttackResult, ...]:
         """Combine all white-box attacks."""
         return self.weak, self.other_loss, self.strong, self.restarts, self.targeted
 
@@ -185,9 +185,9 @@ class Case:
         return PGD(self.threat, loss=loss, steps=WEAK_STEPS, keep="best", seed=self.seed)
 
 
-def nothing(batch: Batch) -> Search:
+def nothing(batch: Batch) -> AttackResult:
     """Return the result of an attack that broke nothing."""
-    return Search(batch, batch.x, torch.zeros_like(batch.y, dtype=torch.bool))
+    return AttackResult(batch, batch.x, torch.zeros_like(batch.y, dtype=torch.bool))
 
 
 def differ(one: Logits, other: Logits) -> bool:

@@ -15,11 +15,11 @@ from unmoved.core.protocols import Split
 from unmoved.core.threat import ThreatModel, require_threat
 from unmoved.evaluation import judge
 from unmoved.evaluation.doctor import gradients, outcomes_table, outputs, searches
-from unmoved.evaluation.doctor.evidence import Case
+from unmoved.evaluation.doctor.evidence import Evidence
 from unmoved.evaluation.doctor.finding import GRADES, Finding
 
 ORDER = "examine(model, split, threat)"
-Check = Callable[[Case], Finding | None]
+Check = Callable[[Evidence], Finding | None]
 # What the model is, before anything is attacked.
 OUTPUTS: tuple[Check, ...] = (
     outputs.mode,
@@ -86,31 +86,33 @@ def examine(
     # A randomised model draws from the global generator: its draws are fixed, and the caller's state is put back.
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
-        case = _case(model, split, threat, n, seed, surrogate)
-        plan, findings = _plan(case, outcomes, attacks or {}), []
+        evidence = _evidence(model, split, threat, n, seed, surrogate)
+        plan, findings = _plan(evidence, outcomes, attacks or {}), []
         for done, check in enumerate(plan):
             if progress is not None:
                 progress(done, len(plan), check.__name__.replace("_", " "))
-            found = check(case)
+            found = check(evidence)
             findings += [] if found is None else [found]
         if progress is not None:
             progress(len(plan), len(plan), "done")
     return sorted(findings, key=lambda finding: GRADES.index(finding.grade))
 
 
-def _case(model: nn.Module, split: Split, threat: ThreatModel, n: int, seed: int, surrogate: nn.Module | None) -> Case:
+def _evidence(
+    model: nn.Module, split: Split, threat: ThreatModel, n: int, seed: int, surrogate: nn.Module | None
+) -> Evidence:
     """Shuffle the samples, since classes may be stored one after the other, and check the images as the judge does."""
     batch = next(judge.checked_batches(model, _Shuffled(split, seed), min(n, len(split)), threat))
-    case = Case(model, batch, threat, seed, surrogate)
-    require_labels(batch.y, case.clean.shape[1])
-    return case
+    evidence = Evidence(model, batch, threat, seed, surrogate)
+    require_labels(batch.y, evidence.clean.shape[1])
+    return evidence
 
 
-def _plan(case: Case, table: pd.DataFrame | None, attacks: Mapping[str, object]) -> list[Check]:
+def _plan(evidence: Evidence, table: pd.DataFrame | None, attacks: Mapping[str, object]) -> list[Check]:
     """Choose the checks: where the outcomes table has the answer, it is read instead of attacking again."""
-    if not case.clean.isfinite().all():
+    if not evidence.clean.isfinite().all():
         return [gradients.finite]
-    if len(case.right) == 0:
+    if len(evidence.right) == 0:
         return [*OUTPUTS, outputs.nothing_right]
     if table is None:
         return [*OUTPUTS, *ATTACKED]
@@ -120,14 +122,14 @@ def _plan(case: Case, table: pd.DataFrame | None, attacks: Mapping[str, object])
 
 
 def _readings(table: pd.DataFrame, attacks: Mapping[str, object]) -> list[Check]:
-    def pgd_overrates(case: Case) -> Finding | None:
+    def pgd_overrates(evidence: Evidence) -> Finding | None:
         return outcomes_table.pgd_overrates(table, attacks)
 
-    def blind_wins(case: Case) -> Finding | None:
+    def blind_wins(evidence: Evidence) -> Finding | None:
         return outcomes_table.blind_wins(table, attacks)
 
-    def table_is_weak(case: Case) -> Finding | None:
-        return outcomes_table.table_is_weak(table, case)
+    def table_is_weak(evidence: Evidence) -> Finding | None:
+        return outcomes_table.table_is_weak(table, evidence)
 
     return [pgd_overrates, blind_wins, table_is_weak]
 

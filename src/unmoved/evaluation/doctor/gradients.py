@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from unmoved.core.batch import PerSample
-from unmoved.evaluation.doctor.evidence import Case
+from unmoved.evaluation.doctor.evidence import Evidence
 from unmoved.evaluation.doctor.finding import DO_NOT_BELIEVE, LOOK_CLOSER, Finding
 from unmoved.terms import CE, Margin
 from unmoved.terms.margin import margin
@@ -20,9 +20,9 @@ SLOPE_CLOSER, SLOPE_WRONG = 0.1, 0.25
 AUDIBLE = 50  # times float32's rounding of the logits that a difference must reach to be read at all
 
 
-def existing(case: Case) -> Finding | None:
+def existing(evidence: Evidence) -> Finding | None:
     """Find a model without any gradient."""
-    if len(case.right) == 0 or case.has_gradient:
+    if len(evidence.right) == 0 or evidence.has_gradient:
         return None
     return Finding(
         "no gradient",
@@ -33,13 +33,13 @@ def existing(case: Case) -> Finding | None:
     )
 
 
-def finite(case: Case) -> Finding | None:
+def finite(evidence: Evidence) -> Finding | None:
     """Find NaN or infinity in logits or gradients, at the images, at random points of the balls and after PGD."""
-    batches = [case.batch, case.started, replace(case.right, x=case.weak.x_adv)]
-    bad_logits = sum(int((~case.logits(b.x).isfinite().all(dim=1)).sum()) for b in batches if len(b))
+    batches = [evidence.batch, evidence.started, replace(evidence.right, x=evidence.weak.x_adv)]
+    bad_logits = sum(int((~evidence.logits(b.x).isfinite().all(dim=1)).sum()) for b in batches if len(b))
     bad_gradients = 0
     for batch in batches:
-        found = case.gradient(batch, CE("adv")) if len(batch) and case.has_gradient else None
+        found = evidence.gradient(batch, CE("adv")) if len(batch) and evidence.has_gradient else None
         bad_gradients += 0 if found is None else int((~found[1].isfinite().flatten(1).all(dim=1)).sum())
     if bad_logits + bad_gradients == 0:
         return None
@@ -53,20 +53,20 @@ def finite(case: Case) -> Finding | None:
     )
 
 
-def vanishing(case: Case) -> Finding | None:
+def vanishing(evidence: Evidence) -> Finding | None:
     """Find gradients that are exactly zero: of the margin (flat layers) or of cross-entropy (saturated logits)."""
-    if not case.has_gradient:
+    if not evidence.has_gradient:
         return None
     shares = {}
     for loss in (CE("adv"), Margin("adv")):
-        found = case.gradient(case.started, loss)
+        found = evidence.gradient(evidence.started, loss)
         shares[loss] = 0.0 if found is None else float((found[1] == 0).flatten(1).all(dim=1).float().mean())
     of_ce, of_margin = shares.values()
     if max(of_ce, of_margin) < ZERO_CLOSER:
         return None
     grade = DO_NOT_BELIEVE if max(of_ce, of_margin) >= ZERO_WRONG else LOOK_CLOSER
     measured = (
-        f"at random points of the ball {of_ce:.0%} of {len(case.right)} samples have an exactly zero gradient of "
+        f"at random points of the ball {of_ce:.0%} of {len(evidence.right)} samples have an exactly zero gradient of "
         f"cross-entropy, {of_margin:.0%} of the margin"
     )
     if of_margin >= ZERO_CLOSER:
@@ -87,21 +87,23 @@ def vanishing(case: Case) -> Finding | None:
     )
 
 
-def honest_slope(case: Case) -> Finding | None:
+def honest_slope(evidence: Evidence) -> Finding | None:
     """Find gradients that are not the slope: finite differences of the margin along steep pixels disagree."""
-    found = case.gradient(case.started, Margin("adv")) if case.has_gradient and not case.is_random else None
+    found = (
+        evidence.gradient(evidence.started, Margin("adv")) if evidence.has_gradient and not evidence.is_random else None
+    )
     if found is None:
         return None
-    gradient, start = found[1].flatten(1), case.started
+    gradient, start = found[1].flatten(1), evidence.started
     # Few pixels and a short step: a rounded input then mostly does not move at all, while its replaced gradient says
     # that it does. Along all pixels, enough of them would cross an edge to imitate the slope.
     top = gradient.abs().topk(min(PIXELS, gradient.shape[1]), dim=1).indices
     direction = torch.zeros_like(gradient).scatter_(1, top, gradient.gather(1, top).sign())
     predicted = (gradient * direction).sum(dim=1)
     move = STEP * direction.reshape(start.x.shape)
-    seen = (_margin(case, start.x + move) - _margin(case, start.x - move)) / (2 * STEP)
+    seen = (_margin(evidence, start.x + move) - _margin(evidence, start.x - move)) / (2 * STEP)
     larger = torch.maximum(seen.abs(), predicted.abs())
-    rounding = torch.finfo(case.clean.dtype).eps * case.clean.abs().amax()
+    rounding = torch.finfo(evidence.clean.dtype).eps * evidence.clean.abs().amax()
     audible = (larger * 2 * STEP > AUDIBLE * rounding) & (predicted != 0)
     if not audible.any():
         return None
@@ -120,5 +122,5 @@ def honest_slope(case: Case) -> Finding | None:
     )
 
 
-def _margin(case: Case, x: torch.Tensor) -> PerSample:
-    return margin(case.logits(x), case.right.y)
+def _margin(evidence: Evidence, x: torch.Tensor) -> PerSample:
+    return margin(evidence.logits(x), evidence.right.y)

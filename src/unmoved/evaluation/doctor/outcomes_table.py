@@ -11,7 +11,7 @@ from unmoved import attacks as exported
 from unmoved.core.protocols import FIXED_STEP, QUERIES, TRANSFER, kind_of, kinds_of
 from unmoved.core.threat import ThreatModel
 from unmoved.evaluation import outcomes
-from unmoved.evaluation.doctor.evidence import Case
+from unmoved.evaluation.doctor.evidence import Evidence
 from unmoved.evaluation.doctor.finding import Finding
 from unmoved.evaluation.doctor.searches import beaten, grade, loss_gap, weaker_wins
 
@@ -86,12 +86,12 @@ def blind_wins(table: pd.DataFrame, attacks: Mapping[str, object]) -> Finding | 
     )
 
 
-def table_is_weak(table: pd.DataFrame, case: Case) -> Finding | None:
+def table_is_weak(table: pd.DataFrame, evidence: Evidence) -> Finding | None:
     """Find samples that the table calls robust and that the doctor's own attacks broke."""
     samples = outcomes.by_sample(table)
     robust = set(samples.loc[samples[outcomes.WORST], "index"])
-    seen = [int(k) for k in case.right.index if int(k) in set(samples["index"])]
-    broken = {int(k) for search in case.white_box for k in search.batch.index[search.broken]}
+    seen = [int(k) for k in evidence.right.index if int(k) in set(samples["index"])]
+    broken = {int(k) for search in evidence.white_box for k in search.batch.index[search.broken]}
     count = len(broken & robust)
     found = grade(count / max(len(seen), 1), OWN_CLOSER, OWN_WRONG)
     if found is None or count < 3:

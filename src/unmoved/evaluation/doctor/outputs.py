@@ -12,7 +12,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from unmoved.core.batch import Image
 from unmoved.core.errors import UnmovedError
-from unmoved.evaluation.doctor.evidence import PASSES, Case, differ
+from unmoved.evaluation.doctor.evidence import PASSES, Evidence, differ
 from unmoved.evaluation.doctor.finding import DO_NOT_BELIEVE, LOOK_CLOSER, Finding
 
 SUMS_TO_ONE = 1e-3  # half-precision probabilities sum to 1 within this; logits of many samples do not by chance
@@ -21,23 +21,23 @@ GAIN_CLOSER, GAIN_WRONG = 0.1, 0.2
 SIGNIFICANT = 3.0  # standard errors of a paired difference: eight transforms are tried, so two would be too few
 
 
-def mode(case: Case) -> Finding | None:
+def mode(evidence: Evidence) -> Finding | None:
     """Find a model in training mode, if that changes its outputs."""
-    training = [module for module in case.model.modules() if getattr(module, "training", False)]
+    training = [module for module in evidence.model.modules() if getattr(module, "training", False)]
     if not training:
         return None
-    with torch.random.fork_rng(devices=_cuda(case.batch.x)):
-        first, again = (_with_rng(case, case.batch.x, draw) for draw in (0, 1))
+    with torch.random.fork_rng(devices=_cuda(evidence.batch.x)):
+        first, again = (_with_rng(evidence, evidence.batch.x, draw) for draw in (0, 1))
     if differ(first, again):
         what = "two passes over the same images differ"
-    elif _depends_on_companions(case, "train"):
+    elif _depends_on_companions(evidence, "train"):
         what = "the outputs of an image change with the other images of the batch"
-    elif differ(case.clean, first):
+    elif differ(evidence.clean, first):
         what = "the outputs are others than in evaluation mode"
     else:
         return None
     behind = {type(m).__name__ for m in training if isinstance(m, _DropoutNd | _NormBase)} or {
-        type(case.model).__name__
+        type(evidence.model).__name__
     }
     return Finding(
         "training mode",
@@ -49,23 +49,23 @@ def mode(case: Case) -> Finding | None:
     )
 
 
-def stochastic(case: Case) -> Finding | None:
+def stochastic(evidence: Evidence) -> Finding | None:
     """Find outputs that are random even in evaluation mode."""
-    if not case.is_random:
+    if not evidence.is_random:
         return None
     return Finding(
         "randomness",
         DO_NOT_BELIEVE,
-        f"in evaluation mode {PASSES} passes over the same {len(case.batch)} images do not agree",
+        f"in evaluation mode {PASSES} passes over the same {len(evidence.batch)} images do not agree",
         "each gradient is that of another draw, so an attack that takes one gradient a step wanders; and one lucky "
         "draw counts as robust",
         'average gradients over draws (EOT): AutoAttack(threat, version="rand"); report the accuracy over many draws',
     )
 
 
-def companions(case: Case) -> Finding | None:
+def companions(evidence: Evidence) -> Finding | None:
     """Find outputs for an image that depend on the other images of its batch, in evaluation mode."""
-    if case.is_random or not _depends_on_companions(case, "eval"):
+    if evidence.is_random or not _depends_on_companions(evidence, "eval"):
         return None
     return Finding(
         "companions in the batch",
@@ -77,9 +77,9 @@ def companions(case: Case) -> Finding | None:
     )
 
 
-def probabilities(case: Case) -> Finding | None:
+def probabilities(evidence: Evidence) -> Finding | None:
     """Find probabilities where logits are expected."""
-    out = case.clean
+    out = evidence.clean
     if float(out.min()) < 0 or float(out.max()) > 1 + SUMS_TO_ONE:
         return None
     sums_to_one = bool(((out.sum(dim=1) - 1).abs() < SUMS_TO_ONE).all())
@@ -101,21 +101,21 @@ def probabilities(case: Case) -> Finding | None:
     )
 
 
-def normalisation(case: Case) -> Finding | None:
+def normalisation(evidence: Evidence) -> Finding | None:
     """Find a clean accuracy that jumps when the images are normalised, un-normalised or rescaled first."""
-    right = case.clean.argmax(dim=1) == case.batch.y
+    right = evidence.clean.argmax(dim=1) == evidence.batch.y
     best: tuple[float, str, float] | None = None
-    for name, transform in _transforms(case.model, case.batch.x):
+    for name, transform in _transforms(evidence.model, evidence.batch.x):
         try:
-            out = case.logits(transform(case.batch.x))
+            out = evidence.logits(transform(evidence.batch.x))
         except (
             UnmovedError,
             ValueError,
             RuntimeError,
         ):  # a model may refuse such pixels: then it was not made for them
             continue
-        other = out.argmax(dim=1) == case.batch.y
-        if case.is_random or not out.isfinite().all():
+        other = out.argmax(dim=1) == evidence.batch.y
+        if evidence.is_random or not out.isfinite().all():
             continue
         gain = float((other.float() - right.float()).mean())
         error = float((other != right).sum()) ** 0.5 / len(right)
@@ -134,12 +134,12 @@ def normalisation(case: Case) -> Finding | None:
     )
 
 
-def nothing_right(case: Case) -> Finding | None:
+def nothing_right(evidence: Evidence) -> Finding | None:
     """Find a model that gets nothing right, so that there is no accuracy to lose."""
     return Finding(
         "nothing right",
         DO_NOT_BELIEVE,
-        f"the model gets none of {len(case.batch)} samples right",
+        f"the model gets none of {len(evidence.batch)} samples right",
         "robust accuracy is at most clean accuracy; nothing can be said of attacks",
         "check the weights, the normalisation and the order of the classes",
     )
@@ -171,19 +171,19 @@ def _restored(x: Image, mean: Tensor, std: Tensor) -> Image:
     return x * std.reshape(-1, 1, 1) + mean.reshape(-1, 1, 1)
 
 
-def _depends_on_companions(case: Case, mode: str) -> bool:
+def _depends_on_companions(evidence: Evidence, mode: str) -> bool:
     """Return whether the first half's outputs change when the second half is replaced; the batch keeps its size."""
-    x = case.batch.x
+    x = evidence.batch.x
     half = len(x) // 2
-    low, high = case.threat.bounds
+    low, high = evidence.threat.bounds
     others = (low + high - x[half:], torch.full_like(x[half:], low))
-    first = case.logits(x, mode)[:half]
-    return half > 0 and any(differ(first, case.logits(torch.cat([x[:half], o]), mode)[:half]) for o in others)
+    first = evidence.logits(x, mode)[:half]
+    return half > 0 and any(differ(first, evidence.logits(torch.cat([x[:half], o]), mode)[:half]) for o in others)
 
 
-def _with_rng(case: Case, x: Image, seed: int) -> Tensor:
+def _with_rng(evidence: Evidence, x: Image, seed: int) -> Tensor:
     torch.manual_seed(seed)  # `evaluating` puts the random state back after each pass: without this all would agree
-    return case.logits(x, "train")
+    return evidence.logits(x, "train")
 
 
 def _cuda(x: Image) -> list[int]:

@@ -13,7 +13,7 @@ from unmoved.attacks.square import Square
 from unmoved.attacks.transfer import Transfer
 from unmoved.core.batch import Image
 from unmoved.core.threat import ThreatModel
-from unmoved.evaluation.doctor.evidence import MORE_RESTARTS, STRONG_STEPS, TARGETS, WEAK_STEPS, Case, Search
+from unmoved.evaluation.doctor.evidence import MORE_RESTARTS, STRONG_STEPS, TARGETS, WEAK_STEPS, AttackResult, Evidence
 from unmoved.evaluation.doctor.finding import DO_NOT_BELIEVE, LOOK_CLOSER, NOTE, Finding
 from unmoved.terms import Margin
 
@@ -40,13 +40,13 @@ def grade(value: float, closer: float, wrong: float) -> str | None:
     return DO_NOT_BELIEVE if value >= wrong else LOOK_CLOSER if value >= closer else None
 
 
-def other_loss(case: Case) -> Finding | None:
+def other_loss(evidence: Evidence) -> Finding | None:
     """Find a margin loss that breaks far more than cross-entropy with the same steps."""
-    share = case.other_loss.count / len(case.right)
+    share = evidence.other_loss.count / len(evidence.right)
     return loss_gap(
         share,
-        f"PGD-{WEAK_STEPS} with cross-entropy leaves {len(case.weak.rest)} of {len(case.right)} samples; the same "
-        f"steps on the margin break {case.other_loss.count} of these",
+        f"PGD-{WEAK_STEPS} with cross-entropy leaves {len(evidence.weak.rest)} of {len(evidence.right)} samples; the "
+        f"same steps on the margin break {evidence.other_loss.count} of these",
     )
 
 
@@ -64,16 +64,16 @@ def loss_gap(share: float, measured: str) -> Finding | None:
     )
 
 
-def stronger_search(case: Case) -> Finding | None:
+def stronger_search(evidence: Evidence) -> Finding | None:
     """Find that adaptive steps, restarts and targets break far more than plain PGD with both losses."""
-    count = case.strong.count + case.scale * (case.restarts.count + case.targeted.count)
-    found = grade(count / len(case.right), SEARCH_CLOSER, SEARCH_WRONG)
+    count = evidence.strong.count + evidence.scale * (evidence.restarts.count + evidence.targeted.count)
+    found = grade(count / len(evidence.right), SEARCH_CLOSER, SEARCH_WRONG)
     if found is None:
         return None
     return Finding(
         "a stronger search wins",
         found,
-        f"of {len(case.other_loss.rest)} samples that PGD-{WEAK_STEPS} left (cross-entropy, then the margin), "
+        f"of {len(evidence.other_loss.rest)} samples that PGD-{WEAK_STEPS} left (cross-entropy, then the margin), "
         f"APGD-{STRONG_STEPS} with {1 + MORE_RESTARTS} restarts and {TARGETS} targets breaks about {count:.0f}",
         "where more search goes on finding adversarial images, the accuracy measured is that of the search, not of the "
         "model",
@@ -81,37 +81,37 @@ def stronger_search(case: Case) -> Finding | None:
     )
 
 
-def more_restarts(case: Case) -> Finding | None:
+def more_restarts(evidence: Evidence) -> Finding | None:
     """Find that further restarts go on breaking samples."""
-    share = case.scale * case.restarts.count / len(case.right)
+    share = evidence.scale * evidence.restarts.count / len(evidence.right)
     found = grade(share, RESTARTS_CLOSER, RESTARTS_WRONG)
     if found is None:
         return None
     return Finding(
         "restarts still matter",
         found,
-        f"{MORE_RESTARTS} further restarts of APGD-{STRONG_STEPS} break {case.restarts.count} of "
-        f"{len(case.restarts.batch)} samples that the first left",
+        f"{MORE_RESTARTS} further restarts of APGD-{STRONG_STEPS} break {evidence.restarts.count} of "
+        f"{len(evidence.restarts.batch)} samples that the first left",
         "the loss has many poor maxima, as where gradients are shattered: still more restarts would break still more",
         "raise the restarts until the accuracy stands still, and report that number",
     )
 
 
-def still_rising(case: Case) -> Finding | None:
+def still_rising(evidence: Evidence) -> Finding | None:
     """Find a loss that still rises after many steps."""
-    batch = case.restarts.batch
-    if not case.has_gradient or len(batch) == 0 or case.threat.norm == "l1":
+    batch = evidence.restarts.batch
+    if not evidence.has_gradient or len(batch) == 0 or evidence.threat.norm == "l1":
         return None
     x_adv, top, trace = batch.x, None, []
     for _ in range(RISE_STEPS + 1):
-        found = case.gradient(replace(batch, x=x_adv), Margin("adv"))
+        found = evidence.gradient(replace(batch, x=x_adv), Margin("adv"))
         if found is None:
             return None
         value, gradient = found
         top = value if top is None else torch.maximum(top, value)
         trace.append(top)
-        step = 2.5 * case.threat.radius / WEAK_STEPS * case.threat.steepest(gradient)
-        x_adv = case.threat.project(x_adv + step, batch.x)
+        step = 2.5 * evidence.threat.radius / WEAK_STEPS * evidence.threat.steepest(gradient)
+        x_adv = evidence.threat.project(x_adv + step, batch.x)
     first, half, last = (float(trace[k].mean()) for k in (0, RISE_STEPS // 2, RISE_STEPS))
     found_grade = grade((last - half) / max(last - first, 1e-12), RISE_CLOSER, RISE_WRONG)
     if found_grade is None:
@@ -126,53 +126,53 @@ def still_rising(case: Case) -> Finding | None:
     )
 
 
-def whole_box(case: Case) -> Finding | None:
+def whole_box(evidence: Evidence) -> Finding | None:
     """Find a gradient attack that fails where any image is allowed, so that painting another image succeeds."""
-    low, high = case.threat.bounds
-    box = ThreatModel("linf", high - low, case.threat.bounds)
-    climbed = case.climb(PGD(box, steps=WEAK_STEPS, start="none", keep="best", seed=case.seed), case.right)
+    low, high = evidence.threat.bounds
+    box = ThreatModel("linf", high - low, evidence.threat.bounds)
+    climbed = evidence.climb(PGD(box, steps=WEAK_STEPS, start="none", keep="best", seed=evidence.seed), evidence.right)
     painted = torch.zeros_like(climbed.broken)
-    for picture in _pictures(case):
-        painted |= case.logits(picture.expand_as(case.right.x)).argmax(dim=1) != case.right.y
+    for picture in _pictures(evidence):
+        painted |= evidence.logits(picture.expand_as(evidence.right.x)).argmax(dim=1) != evidence.right.y
     missed = int((painted & ~climbed.broken).sum())
-    found = grade(missed / len(case.right), BOX_CLOSER, BOX_WRONG)
+    found = grade(missed / len(evidence.right), BOX_CLOSER, BOX_WRONG)
     if found is None:
         return None
     return Finding(
         "fails at eps = 1",
         found,
-        f"with the whole box of images allowed, PGD-{WEAK_STEPS} still fails on {missed} of {len(case.right)} samples "
-        "that painting the image grey, or as one of another class, does break",
+        f"with the whole box of images allowed, PGD-{WEAK_STEPS} still fails on {missed} of {len(evidence.right)} "
+        "samples that painting the image grey, or as one of another class, does break",
         "at eps = 1 accuracy must fall to about 0; a gradient attack that does not get there does not follow the model",
         "attack without gradients (Square, SPSA) or through a faithful smooth stand-in; distrust every eps",
     )
 
 
-def _pictures(case: Case) -> list[Image]:
+def _pictures(evidence: Evidence) -> list[Image]:
     """Return mid-grey, and the first right image of each class."""
-    right = case.right
+    right = evidence.right
     firsts = [right.x[right.y == label][:1] for label in right.y.unique()]
-    return [torch.full_like(right.x[:1], sum(case.threat.bounds) / 2), *firsts]
+    return [torch.full_like(right.x[:1], sum(evidence.threat.bounds) / 2), *firsts]
 
 
-def black_box(case: Case) -> Finding | None:
+def black_box(evidence: Evidence) -> Finding | None:
     """Find that random search breaks what every gradient attack left."""
-    search = case.search(Square(case.threat, queries=QUERIES, seed=case.seed), case.survivors)
+    search = evidence.search(Square(evidence.threat, queries=QUERIES, seed=evidence.seed), evidence.survivors)
     return _beats_white_box(
-        case, search, "black-box stronger", f"Square with {QUERIES} queries, which sees no gradient,"
+        evidence, search, "black-box stronger", f"Square with {QUERIES} queries, which sees no gradient,"
     )
 
 
-def transfer(case: Case) -> Finding | None:
+def transfer(evidence: Evidence) -> Finding | None:
     """Find that images made for another model break what every gradient attack on this one left."""
-    if case.surrogate is None:
+    if evidence.surrogate is None:
         return None
-    search = case.search(Transfer(case.threat, case.surrogate), case.survivors)
-    return _beats_white_box(case, search, "transfer stronger", "PGD on the surrogate model, transferred,")
+    search = evidence.search(Transfer(evidence.threat, evidence.surrogate), evidence.survivors)
+    return _beats_white_box(evidence, search, "transfer stronger", "PGD on the surrogate model, transferred,")
 
 
-def _beats_white_box(case: Case, search: Search, check: str, who: str) -> Finding | None:
-    share = case.scale * search.count / len(case.right)
+def _beats_white_box(evidence: Evidence, search: AttackResult, check: str, who: str) -> Finding | None:
+    share = evidence.scale * search.count / len(evidence.right)
     found = beaten(share, search.count)
     if found is None:
         return None
@@ -198,14 +198,18 @@ def weaker_wins(check: str, found: str, measured: str) -> Finding:
     )
 
 
-def rounding(case: Case) -> Finding | None:
+def rounding(evidence: Evidence) -> Finding | None:
     """Find adversarial images that stop being adversarial in 8 bits."""
-    searches: Sequence[Search] = (case.weak, case.other_loss, case.strong)  # the others stop at the boundary
+    searches: Sequence[AttackResult] = (
+        evidence.weak,
+        evidence.other_loss,
+        evidence.strong,
+    )  # the others stop at the boundary
     x_adv = torch.cat([s.x_adv[s.broken] for s in searches])
     y = torch.cat([s.batch.y[s.broken] for s in searches])
     if len(y) < ROUND_LEAST:
         return None
-    lost = int((case.logits(_in_8_bits(x_adv, case.threat)).argmax(dim=1) == y).sum())
+    lost = int((evidence.logits(_in_8_bits(x_adv, evidence.threat)).argmax(dim=1) == y).sum())
     found = grade(lost / len(y), ROUND_CLOSER, ROUND_WRONG)
     if found is None:
         return None

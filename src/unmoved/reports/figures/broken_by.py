@@ -27,7 +27,7 @@ def breakdown(table: pd.DataFrame) -> Figure:
 
     Args:
         table: recipe, source (who attacked), by, place (a number, ascending in the order of attacks), share, n: from
-            `Verdict.broken`, one below the other.
+            `RecipeResult.broken`, one below the other.
 
     Raises:
         UnmovedError: a column is missing, or there is no row.

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from unmoved.analyses.bias_variance_verdict import DOMINATES, RISES, UNIMODAL, verdict
+from unmoved.analyses.bias_variance_claims import DOMINATES, RISES, UNIMODAL, claims
 from unmoved.core.errors import UnmovedError
 
 
@@ -21,7 +21,7 @@ def rows(bias: Sequence[float], variance: Sequence[float], half: float = 0.01, *
 
 
 def words(table: pd.DataFrame) -> dict[str, str]:
-    return verdict(table).set_index("claim")["verdict"].to_dict()
+    return claims(table).set_index("claim")["verdict"].to_dict()
 
 
 UP, HILL = (0.5, 0.6, 0.7, 0.8), (0.1, 0.3, 0.2, 0.1)
@@ -30,7 +30,7 @@ UP, HILL = (0.5, 0.6, 0.7, 0.8), (0.1, 0.3, 0.2, 0.1)
 def test_what_the_paper_saw_is_confirmed() -> None:
     table = rows(UP, HILL).sample(frac=1, random_state=0)
     assert words(table) == dict.fromkeys((RISES, DOMINATES, UNIMODAL), "confirmed")
-    found = verdict(table).set_index("claim")
+    found = claims(table).set_index("claim")
     assert found.loc[RISES, "value"] == 1
     assert found.loc[DOMINATES, "value"] == pytest.approx(0.6 / 0.9)
     assert found.loc[UNIMODAL, "value"] == 0.1
@@ -89,18 +89,18 @@ def test_permutations_that_disagree_widen_the_intervals() -> None:
 
 def test_conditions_are_judged_apart() -> None:
     both = pd.concat([rows(UP, HILL, eval_eps=0.0), rows(UP[::-1], HILL, eval_eps=0.1)])
-    found = verdict(both).set_index(["eval_eps", "claim"])["verdict"]
+    found = claims(both).set_index(["eval_eps", "claim"])["verdict"]
     assert (found[0.0, RISES], found[0.1, RISES]) == ("confirmed", "refuted")
     named = both.rename(columns={"eval_eps": "width"})
-    assert verdict(named, by=["width"])["verdict"].tolist() == verdict(both)["verdict"].tolist()
+    assert claims(named, by=["width"])["verdict"].tolist() == claims(both)["verdict"].tolist()
     with pytest.raises(UnmovedError, match="several of 0; merge"):
-        verdict(named)
+        claims(named)
 
 
 def test_rows_of_classes_play_no_part() -> None:
     classes = rows(UP[::-1], HILL).assign(**{"class": 3})
     assert words(pd.concat([rows(UP, HILL), classes]))[RISES] == "confirmed"
     with pytest.raises(UnmovedError, match="no row of class -1"):
-        verdict(classes)
+        claims(classes)
     with pytest.raises(UnmovedError, match="none of train_eps, width"):
-        verdict(rows(UP, HILL).drop(columns="train_eps"), by=["width"])
+        claims(rows(UP, HILL).drop(columns="train_eps"), by=["width"])

@@ -16,7 +16,7 @@ RISES, DOMINATES, UNIMODAL = "the bias rises", "the bias dominates the variance"
 DRAWS = 2000
 
 
-def verdict(table: pd.DataFrame, by: Sequence[str] = (), *, seed: int = 0) -> pd.DataFrame:
+def claims(table: pd.DataFrame, by: Sequence[str] = (), *, seed: int = 0) -> pd.DataFrame:
     """``"confirmed"``, ``"refuted"`` or ``"undecided"`` for three claims about the training eps.
 
     The claims are the paper's findings, the rules our own choice [S]. An interval lies below another where its upper
@@ -48,16 +48,16 @@ def verdict(table: pd.DataFrame, by: Sequence[str] = (), *, seed: int = 0) -> pd
         UnmovedError: a missing column, no overall row, or two rows of one train_eps.
     """
     wanted = ["loss", "correction", "class", "train_eps", *(f"{m}{e}" for m in MEASURES for e in ("", "_low", "_high"))]
-    require_columns(table, (*wanted, *by), "verdict")
+    require_columns(table, (*wanted, *by), "claims")
     if not (table["class"] == -1).any():
-        raise UnmovedError("verdict: expected decompositions of all images, came no row of class -1; pass whole tables")
+        raise UnmovedError("claims: expected decompositions of all images, came no row of class -1; pass whole tables")
     by = [*by, *(name for name in ("eval_eps", "mode") if name in table.columns and name not in by)]
     keys, rows = ["loss", "correction", *by], []
     for key, some in table[table["class"] == -1].groupby(keys, sort=False, dropna=False):
         if some["train_eps"].duplicated().any():
             twice = some.loc[some["train_eps"].duplicated(), "train_eps"].iloc[0]
             raise UnmovedError(
-                f"verdict: expected one row a training eps for {dict(zip(keys, key, strict=True))}, came several of "
+                f"claims: expected one row a training eps for {dict(zip(keys, key, strict=True))}, came several of "
                 f"{twice:g}; merge permutations first, and name in `by` what else differs"
             )
         some = some.sort_values("train_eps")
