@@ -26,7 +26,7 @@ RANKS = (
     ("evaluation",),
     ("training",),
     ("runs",),
-    ("reports",),
+    ("reports", "exports"),
     ("analyses",),
     ("experiments",),
     ("cli",),

@@ -50,6 +50,10 @@ FILES = {
     "evaluate": ("recipe.toml", "best.safetensors", "evaluation/journal.jsonl", ".lock"),
     "resume": ("recipe.toml", "provenance.json"),
     "analyze softmax": ("recipe.toml", "best.safetensors"),
+    "export": (
+        *("recipe.toml", "provenance.json", "metrics.jsonl", "doctor.json", "evaluation/evaluation.json"),
+        *("evaluation/outcomes.csv", "evaluation/gallery.npz", "best.safetensors"),
+    ),
 }
 
 

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 
 from unmoved.cli import screen
 from unmoved.core.errors import UnmovedError
+from unmoved.core.threat import eps_text
 from unmoved.evaluation import outcomes
 from unmoved.reports import figures, pages, report
 from unmoved.reports.pages import Section
@@ -377,7 +378,7 @@ def test_figure_files_of_like_names_do_not_overwrite_each_other(tmp_path: Path) 
     [(8 / 255, "8/255"), (0.3, "0.3"), (0.2, "0.2"), (0.5, "0.5"), (1 / 3, "85/255"), (0.12345678, "0.1235")],
 )
 def test_eps_is_written_as_people_write_it(eps: float, text: str) -> None:
-    assert pages._eps(eps) == text
+    assert eps_text(eps) == text
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ METHODS = {
     "awp": (RECIPE + '\n[defense]\nuse = "awp"\n', []),
     "without validation": (RECIPE, ["--set", "training.validation=0"]),
 }
-CLOCKS = ("seconds", "started")
+CLOCKS = ("seconds", "started", "finished")
 
 
 @pytest.fixture(scope="module")

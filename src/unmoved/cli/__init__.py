@@ -6,10 +6,10 @@ import sys
 from collections.abc import Sequence
 from itertools import pairwise
 
-from unmoved.cli import grid_commands, info_commands, run_commands, screen
+from unmoved.cli import export_command, grid_commands, info_commands, run_commands, screen
 from unmoved.cli.options import app
 
-__all__ = ["app", "main", "grid_commands", "info_commands", "run_commands"]
+__all__ = ["app", "main", "export_command", "grid_commands", "info_commands", "run_commands"]
 
 
 def main() -> None:

@@ -204,6 +204,11 @@ def remove_leftovers(folder: Path, *, older_than: float = 0.0, spare: str = "") 
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
+def is_temporary(name: str) -> bool:
+    """Return whether a file or folder of this name is one of `write_atomic` or `write_set` that is not finished."""
+    return _TEMPORARY.fullmatch(name) is not None
+
+
 def unwritten(path: Path, error: OSError) -> UnmovedError:
     """Make the `UnmovedError` for a file that could not be written."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -282,3 +282,10 @@ class ThreatModel:
         worst = self.distance(x_adv, x).max().item() if len(x) else 0.0
         if worst > self.radius + self.tolerance:
             raise UnmovedError(f"attack {name!r} left the threat model: distance {worst:.6g} > eps {self.radius:.6g}")
+
+
+def eps_text(eps: float) -> str:
+    """Return ``8/255`` if eps is no short decimal but a whole number of 255ths, otherwise four digits."""
+    whole = round(eps * 255)
+    is_short = float(f"{eps:.4g}") == eps
+    return f"{whole}/255" if not is_short and abs(eps * 255 - whole) < 1e-6 else f"{eps:.4g}"

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from unmoved.core.errors import UnmovedError
 from unmoved.core.files import write_set
+from unmoved.core.threat import eps_text
 from unmoved.reports import drawing
 
 
@@ -131,19 +132,12 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": _percent, "eps": _eps, "duration": _duration, "cell": _cell, "flat": _flat}
+    environment.filters |= {"percent": _percent, "eps": eps_text, "duration": _duration, "cell": _cell, "flat": _flat}
     return environment
 
 
 def _percent(share: float) -> str:
     return f"{100 * share:.1f}"
-
-
-def _eps(eps: float) -> str:
-    """Return ``8/255`` if eps is no short decimal but a whole number of 255ths, otherwise four digits."""
-    whole = round(eps * 255)
-    is_short = float(f"{eps:.4g}") == eps
-    return f"{whole}/255" if not is_short and abs(eps * 255 - whole) < 1e-6 else f"{eps:.4g}"
 
 
 def _duration(seconds: float) -> str:

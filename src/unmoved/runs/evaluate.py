@@ -7,6 +7,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Collection, Mapping
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from unmoved.runs import components
 from unmoved.runs.assembly import Assembly
 from unmoved.runs.folder import Run
 from unmoved.runs.load import Opened, opened, question_about, weights_digest
+from unmoved.runs.provenance import versions
 
 CURVE_SAMPLES = 500
 VERDICTS = ("standard", "rand")
@@ -156,6 +158,7 @@ class _Asked:
         facts = {"question": digest} | self._facts(chosen)
         extra = self._curve_and_gallery(chosen, steps, tell) if kind == "evaluation" else {}
         facts["seconds"] = round(time.monotonic() - began, 1)
+        facts["finished"] = datetime.now(UTC).isoformat(timespec="seconds")
         self.run.save_evaluation(table, facts, kind=kind, images=images, journal=journal.path.name, **extra)
         journal.close()
         return table
@@ -168,6 +171,7 @@ class _Asked:
             "n": len(self.split),
             "asked_n": self.count,
             "split": self.split.name,
+            "shape": list(self.assembly.shape),
             "weights": self.weights,
             "weights_sha256": weights_digest(self.run, self.weights),
             "precision": self.precision,
@@ -175,6 +179,7 @@ class _Asked:
             "asked": untrusted.readable(self.attacks),
             **_recorded(chosen, self.split.num_classes),
             "classes": list(self.assembly.data.classes),
+            "versions": versions(),
         }
 
     def _curve_and_gallery(

@@ -286,6 +286,10 @@ class Run:
         return self._outcomes("verdict", "outcomes.csv")
 
     @property
+    def validation_outcomes(self) -> pd.DataFrame | None:
+        return self._outcomes("validation", "outcomes.csv")
+
+    @property
     def curve(self) -> pd.DataFrame | None:
         return self._outcomes("evaluation", "curve.csv")
 

@@ -27,10 +27,15 @@ def provenance(recipe: dict[str, Any]) -> dict[str, Any]:
         "command": readable(" ".join([Path(sys.argv[0]).name, *sys.argv[1:]])),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "seed": recipe.get("training", {}).get("seed"),
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "versions": versions(),
         "hardware": hardware(),
         "git": _git(),
     }
+
+
+def versions() -> dict[str, str | None]:
+    """Return the versions of Python and of the packages that results depend on; None for one that is not installed."""
+    return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
 
 
 def code(packages: Collection[str] = ()) -> str:

@@ -45,6 +45,7 @@ class Evaluation(Record):
     weights: Literal["best", "last"]
     weights_sha256: str
     split: str = "unknown"
+    shape: list[int] = []
     attacks: dict[str, str]
     kinds: dict[str, dict[str, str]] = {}
     asked: str | None = None
@@ -54,6 +55,8 @@ class Evaluation(Record):
     notes: list[str] = []
     classes: list[str] = []
     seconds: Finite = 0.0
+    finished: str | None = None
+    versions: dict[str, str | None] = {}
     question: str | None = None
     images: str | None = None
     files: dict[str, str] = {}
