@@ -7,6 +7,7 @@ the k-th, for every k until it gets through.
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import subprocess
@@ -28,6 +29,7 @@ from unmoved.core.errors import UnmovedError
 from unmoved.data import ArraySplit
 from unmoved.evaluation import judge, outcomes
 from unmoved.evaluation.journal import Journal
+from unmoved.exports.folder import export_run, verify
 from unmoved.runs import load
 from unmoved.runs.assembly import Assembly
 from unmoved.runs.evaluate import evaluate_run, examine_run
@@ -421,6 +423,36 @@ def test_two_attacks_with_a_part_of_one_name_keep_their_images_apart(run: Run) -
     twice = {"one": Quick(assembly.threat), "two": Quick(assembly.threat), "pgd": PGD(assembly.threat, steps=2)}
     judge.evaluate(model, assembly.data.test, twice, assembly.threat, keep=lambda part, *_: kept.add(part))
     assert kept == {"pgd", *(f"{name},{part}" for name in ("one", "two") for part in Quick(assembly.threat).parts(3))}
+
+
+# --- an export
+
+
+def exported(folder: Path) -> None:
+    run = shutil.copytree(Path(__file__).with_name("before_0_2") / "finished", folder / "run")
+    export_run(Run(run), folder / "export", {"venue": "the old one"})
+
+
+def exported_again(folder: Path) -> None:
+    (folder / "run" / "doctor.json").unlink()
+    export_run(Run(folder / "run"), folder / "export", {"venue": "the new one"})
+
+
+def test_an_export_is_the_old_one_or_the_new_one_wherever_its_writer_is_killed(tmp_path: Path) -> None:
+    venues = []
+    for folder in killed_everywhere(tmp_path, exported, exported_again):
+        if (folder / "export" / ".export.new").exists():
+            with pytest.raises(UnmovedError, match="killed while its files took their places; export the run again"):
+                verify(folder / "export")
+            files.finish_set(folder / "export", "export")
+        verify(folder / "export")
+        told = json.loads((folder / "export" / "evidence.json").read_text())
+        assert (told["doctor"] is None) == (told["about"]["venue"] == "the new one")
+        venues.append(told["about"]["venue"])
+        export_run(Run(folder / "run"), folder / "export")
+        verify(folder / "export")
+    assert venues == sorted(venues, reverse=True)
+    assert set(venues) == {"the old one", "the new one"}
 
 
 # --- a doctor knows what was judged

@@ -20,12 +20,13 @@ from unmoved.exports.sarif import sarif
 from unmoved.runs.folder import Run
 
 SET = "export"
+UNFINISHED = f".{SET}.new"  # where `write_set` has all files until each is in its place
 WEIGHTS, CARD, ENTRY, FINDINGS = "model.safetensors", "README.md", "robustbench.json", "doctor.sarif"
 NAMES = (WEIGHTS, CARD, ENTRY, evidence.FILE, FINDINGS)
 ABOUT = {"license": r"[a-z0-9][a-z0-9.+-]{0,99}", "link": r"https?://[!-;=?-~]{1,500}"}
 ABOUT |= dict.fromkeys(("title", "authors", "venue"), r".{1,1000}")
 # What version control and the hub's client put beside the files.
-ELSEWHERE = (".git", ".gitattributes", ".cache", f".{SET}.new")
+ELSEWHERE = (".git", ".gitattributes", ".cache", UNFINISHED)
 MOST_NAMED = 20
 
 
@@ -63,8 +64,14 @@ def verify(folder: Path) -> evidence.Listing:
     """Return what ``evidence.json`` lists if every file is as it was exported.
 
     Raises:
-        UnmovedError: no export; files that were changed, are missing or were added, each by its name.
+        UnmovedError: no export, or one that was killed while its files took their places; files that were changed, are
+            missing or were added, each by its name.
     """
+    if (folder / UNFINISHED).is_dir():
+        raise UnmovedError(
+            f"{folder}: expected a whole export, came one that was killed while its files took their places; "
+            "export the run again"
+        )
     listing, changes = _compared(folder)
     if changes:
         named = ", ".join(changes[:MOST_NAMED])

@@ -49,7 +49,7 @@ def model_card(exported: ExportedRun, weights: str) -> str:
 
 def text(words: object) -> str:
     """Return text as Markdown shows it: no mark, no new line, nothing that steers a terminal."""
-    return _MARKS.sub(r"\\\1", " ".join(printable(str(words)).split()))
+    return _MARKS.sub(r"\\\1", printable(" ".join(str(words).split())))
 
 
 # --- metadata

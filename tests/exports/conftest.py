@@ -1,0 +1,48 @@
+"""Judged runs for the tests of exports: made once, and copied by whoever changes one."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from helpers.cli import RECIPE, recipe, unmoved
+
+
+@pytest.fixture(scope="session")
+def judged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that its recipe's attack, AutoAttack, a validation and the doctor have judged; not to be changed."""
+    folder = tmp_path_factory.mktemp("judged")
+    path, run = recipe(folder, 'name = "tiny"\n' + RECIPE), folder / "run"
+    unmoved("train", path, "--out", run, "--set", "training.epochs=8").fine()
+    unmoved("evaluate", run, "--no-doctor", "--attacks", "recipe,quick").fine()
+    unmoved("evaluate", run, "--no-doctor", "--attacks", "standard", "--n", 8).fine()
+    unmoved("evaluate", run, "--validation", "--n", 12).fine()
+    unmoved("doctor", run, "--n", 10).fine()
+    return run
+
+
+@pytest.fixture(scope="session")
+def export(judged: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The export of ``judged``, not to be changed."""
+    folder = tmp_path_factory.mktemp("export") / "folder"
+    unmoved("export", judged, "--out", folder).fine()
+    return folder
+
+
+@pytest.fixture
+def changed(judged: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Copy ``judged`` without some of its files, and with other words in its recipe."""
+
+    def copy(*without: str, words: tuple[str, str] = ("", "")) -> Path:
+        run = Path(shutil.copytree(judged, tmp_path / "run"))
+        for name in without:
+            shutil.rmtree(run / name) if (run / name).is_dir() else (run / name).unlink()
+        if words != ("", ""):
+            text = (run / "recipe.toml").read_text(encoding="utf-8")
+            assert words[0] in text
+            (run / "recipe.toml").write_text(text.replace(*words), encoding="utf-8")
+        return run
+
+    return copy
