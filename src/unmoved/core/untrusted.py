@@ -17,11 +17,16 @@ import tomllib
 import zipfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
 
 from unmoved.core.errors import UnmovedError, is_want_of_memory
+
+# A parsed JSON or TOML document whose keys are not known. To type checkers it is what pydantic.JsonValue is:
+# this module needs no pydantic, and fields of its models need that one.
+JsonValue: TypeAlias = "str | int | float | bool | list[JsonValue] | dict[str, JsonValue] | None"
+Json: TypeAlias = "dict[str, JsonValue]"
 
 LONGEST = 2**18  # characters of a TOML file; a recipe has two thousand
 MOST_JSON = 2**24  # bytes; parsed, they may take thirty times the room
