@@ -5,8 +5,9 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Iterable
-from numbers import Integral, Number
-from typing import TYPE_CHECKING, Any
+from decimal import Decimal
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, TypedDict, Unpack
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -18,9 +19,9 @@ class UnmovedError(ValueError):
 
 def is_want_of_memory(error: BaseException) -> bool:
     """Return whether something failed for want of memory, which torch reports as RuntimeErrors of several texts."""
-    words = str(error).lower()
-    said = ("allocate memory", "not enough memory", "out of memory")
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(word in words for word in said))
+    text = str(error).lower()
+    signs = ("allocate memory", "not enough memory", "out of memory")
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(sign in text for sign in signs))
 
 
 def did_you_mean(name: str, known: Iterable[object]) -> str:
@@ -46,9 +47,23 @@ def require_columns(table: pd.DataFrame, columns: Iterable[str], where: str, *, 
         raise UnmovedError(f"{where}: expected a table with {', '.join(columns)}, came {came}")
 
 
+class WholeBounds(TypedDict, total=False):
+    """Hold the keyword arguments of `require_whole`."""
+
+    at_least: float
+    at_most: float
+    advice: str
+
+
+class Bounds(WholeBounds, total=False):
+    """Hold the keyword arguments of `require_number`."""
+
+    above: float
+
+
 def require_number(
     name: str,
-    value: Any,
+    value: object,
     *,
     at_least: float = -math.inf,
     above: float = -math.inf,
@@ -60,58 +75,58 @@ def require_number(
     Raises:
         UnmovedError: it is not a finite number within the bounds.
     """
-    found = _plain(value)
-    if found is None or not (at_least <= found <= at_most and found > above):
+    number = _plain(value)
+    if number is None or not (at_least <= number <= at_most and number > above):
         raise _refused(name, "a finite number", value, at_least, above, at_most, advice)
-    return found
+    return number
 
 
 def require_whole(
-    name: str, value: Any, *, at_least: float = -math.inf, at_most: float = math.inf, advice: str = ""
+    name: str, value: object, *, at_least: float = -math.inf, at_most: float = math.inf, advice: str = ""
 ) -> int:
     """Return ``value`` as an int; 10.0 becomes 10, since divisions such as eps / step_size give floats.
 
     Raises:
         UnmovedError: it is not a whole number within the bounds.
     """
-    found = _plain(value)
-    if found is None or found != int(found) or not at_least <= found <= at_most:
-        near = found is not None and found != int(found)
+    number = _plain(value)
+    if number is None or number != int(number) or not at_least <= number <= at_most:
+        near = number is not None and number != int(number)
         raise _refused(name, "a whole number", value, at_least, -math.inf, at_most, advice or "round it" * near)
-    return int(found)
+    return int(number)
 
 
-def require_seed(name: str, value: Any) -> int:
+def require_seed(name: str, value: object) -> int:
     """Apply `require_whole` to a seed: a whole number of at most 64 bits, with its sign."""
     return require_whole(name, value, at_least=-(2**63), at_most=2**63 - 1)
 
 
-def require_flag(name: str, value: Any) -> bool:
+def require_flag(name: str, value: object) -> bool:
     """Return ``value`` as True or False.
 
     Raises:
         UnmovedError: it is neither, such as the text "no", which Python takes for true.
     """
-    if getattr(value, "shape", None) == () and hasattr(value, "item"):
-        value = value.item()
+    value = _scalar(value)
     if not isinstance(value, bool):
         raise UnmovedError(f"{name}: expected true or false, came {value!r:.80}")
     return value
 
 
-def number_field(owner: object, name: str, **bounds: Any) -> None:
+def number_field(owner: object, name: str, **bounds: Unpack[Bounds]) -> None:
     """Apply `require_number` to a field of a frozen value and keep the plain number, so that ``repr`` rebuilds it.
 
     Args:
         owner: the value that is being made.
         name: what the message says, such as ``"optimizer.lr"``; its last part is the name of the field.
+        bounds: as in `require_number`.
     """
-    keep_field(owner, name, require_number, **bounds)
+    keep_field(owner, name, lambda name, value: require_number(name, value, **bounds))
 
 
-def whole_field(owner: object, name: str, **bounds: Any) -> None:
+def whole_field(owner: object, name: str, **bounds: Unpack[WholeBounds]) -> None:
     """Apply `require_whole` to a field of a frozen value, as `number_field` does."""
-    keep_field(owner, name, require_whole, **bounds)
+    keep_field(owner, name, lambda name, value: require_whole(name, value, **bounds))
 
 
 def flag_field(owner: object, name: str) -> None:
@@ -119,30 +134,34 @@ def flag_field(owner: object, name: str) -> None:
     keep_field(owner, name, require_flag)
 
 
-def keep_field(owner: object, name: str, require: Callable[..., Any], **bounds: Any) -> None:
-    """Replace a frozen field by ``require(name, value, **bounds)``; ``name`` as in `number_field`.
+def keep_field(owner: object, name: str, require: Callable[[str, object], object]) -> None:
+    """Replace a frozen field by ``require(name, value)``; ``name`` as in `number_field`.
 
     Fields are set once, while the value is being made: it is as frozen as before.
     """
     field = name.rpartition(".")[2]
-    object.__setattr__(owner, field, require(name, getattr(owner, field), **bounds))
+    object.__setattr__(owner, field, require(name, getattr(owner, field)))
 
 
-def _plain(value: Any) -> float | None:
+def _scalar(value: object) -> object:
+    """Convert numpy's numbers, and tensors of one element, to Python's; return anything else as it is."""
+    return value.item() if getattr(value, "shape", None) == () and hasattr(value, "item") else value
+
+
+def _plain(value: object) -> float | None:
     """Convert any kind of real number to int or float; None if it is no real number or not finite."""
-    if getattr(value, "shape", None) == () and hasattr(value, "item"):  # numpy's numbers, and tensors of one
-        value = value.item()
-    if isinstance(value, bool) or not isinstance(value, Number):
+    value = _scalar(value)
+    if isinstance(value, bool) or not isinstance(value, Real | Decimal):
         return None
     try:
-        found = float(value)  # type: ignore[arg-type]  # fails for those that are not real
-    except (OverflowError, TypeError, ValueError):
+        number = float(value)
+    except (OverflowError, ValueError):  # too large, or Decimal's signalling NaN
         return None
-    return (int(value) if isinstance(value, Integral) else found) if math.isfinite(found) else None
+    return (int(value) if isinstance(value, Integral) else number) if math.isfinite(number) else None
 
 
 def _refused(
-    name: str, what: str, value: Any, at_least: float, above: float, at_most: float, advice: str
+    name: str, what: str, value: object, at_least: float, above: float, at_most: float, advice: str
 ) -> UnmovedError:
     bounds = [f">= {at_least:g}"] * (at_least > -math.inf)
     bounds += [f"> {above:g}"] * (above > -math.inf)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar, Unpack
 
 from torch import nn
 
-from unmoved.core.errors import UnmovedError, keep_field, number_field, require_number, require_whole
+from unmoved.core.errors import Bounds, UnmovedError, keep_field, number_field, require_number, require_whole
 from unmoved.core.protocols import Method
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Ramp:
         return self.start + (self.stop - self.start) * min(share / self.over, 1.0)
 
 
-def require_ramp(name: str, value: float | Ramp, **bounds: Any) -> float | Ramp:
+def require_ramp(name: str, value: object, **bounds: Unpack[Bounds]) -> float | Ramp:
     """Apply `require_number` to a number, or to both ends of a ramp."""
     if not isinstance(value, Ramp):
         return require_number(name, value, **bounds)
@@ -45,9 +47,9 @@ def require_ramp(name: str, value: float | Ramp, **bounds: Any) -> float | Ramp:
     return value
 
 
-def ramp_field(owner: object, name: str, **bounds: Any) -> None:
+def ramp_field(owner: object, name: str, **bounds: Unpack[Bounds]) -> None:
     """Apply `number_field` to a field that may ramp."""
-    keep_field(owner, name, require_ramp, **bounds)
+    keep_field(owner, name, lambda name, value: require_ramp(name, value, **bounds))
 
 
 def number(name: str, value: float | Ramp) -> float:
@@ -61,19 +63,23 @@ def number(name: str, value: float | Ramp) -> float:
     return value
 
 
-def resolve(value: Any, share: float) -> Any:
-    """Replace each `Ramp` inside a value by its number; return the same object if nothing ramps."""
+def resolve(value: Value, share: float) -> Value:
+    """Replace each `Ramp` inside a dataclass by its number; return the same object if nothing ramps."""
+    if not dataclasses.is_dataclass(value) or isinstance(value, type | nn.Module):
+        return value
+    old = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    changed = {name: new for name in old if (new := _number_or_part(old[name], share)) is not old[name]}
+    rebuild: Callable[..., Value] = getattr(type(value), "__replace__", dataclasses.replace)
+    return rebuild(value, **changed) if changed else value
+
+
+def _number_or_part(value: object, share: float) -> object:
     if isinstance(value, Ramp):
         return value.at(share)
     if isinstance(value, tuple):
-        parts = tuple(resolve(part, share) for part in value)
+        parts = tuple(_number_or_part(part, share) for part in value)
         return parts if any(new is not old for new, old in zip(parts, value, strict=True)) else value
-    if dataclasses.is_dataclass(value) and not isinstance(value, type | nn.Module):
-        old = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-        changed = {name: new for name in old if (new := resolve(old[name], share)) is not old[name]}
-        rebuild = getattr(type(value), "__replace__", dataclasses.replace)
-        return rebuild(value, **changed) if changed else value
-    return value
+    return resolve(value, share)
 
 
 @dataclass(frozen=True)

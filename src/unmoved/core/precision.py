@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -136,7 +136,13 @@ class _Convolutions(TorchDispatchMode):
 
     are_right = True
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., object],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
         if func is torch.ops.aten.convolution.default and args[1].ndim == 4:
             _, weight, _, stride, _, _, transposed, _, groups = args
             self.are_right &= not _is_miscomputed(weight.shape, stride, groups, transposed)

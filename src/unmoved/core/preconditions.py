@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from typing import Any, cast
+from typing import Protocol, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,14 @@ from unmoved.core.errors import UnmovedError
 
 # By how much of the box's width rounding, such as that of a resized image, may carry a pixel outside.
 TOLERANCE = 1e-6
+
+
+class _Labelled(Protocol):
+    @property
+    def y(self) -> Tensor: ...
+
+
+Labelled = TypeVar("Labelled", bound=_Labelled)
 _without_waiting: ContextVar[bool] = ContextVar("without_waiting", default=False)
 
 
@@ -95,8 +103,8 @@ def require_labels(y: Tensor, num_classes: int | None = None, where: str = "labe
         )
 
 
-def require_per_sample(values: object, size: int, name: str) -> None:
-    """Raise `UnmovedError` unless ``values`` is a floating tensor of shape (size,): a number for each sample.
+def require_per_sample(values: object, size: int, name: str) -> Tensor:
+    """Return ``values``; raise `UnmovedError` unless they are floats of shape (size,): a number for each sample.
 
     Args:
         values: what a term returned.
@@ -104,7 +112,7 @@ def require_per_sample(values: object, size: int, name: str) -> None:
         name: what the message calls the term.
     """
     if _is_per_sample(values, size):
-        return
+        return values
     came = f"{values.dtype} of shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
     advice = "return a tensor with the value of each sample"
     if isinstance(values, Tensor) and values.is_floating_point():
@@ -117,7 +125,7 @@ def require_per_sample(values: object, size: int, name: str) -> None:
     raise UnmovedError(f"{name}: expected a loss of each sample, floats of shape ({size},), came {came}; {advice}")
 
 
-def _is_per_sample(values: object, size: int) -> bool:
+def _is_per_sample(values: object, size: int) -> TypeGuard[Tensor]:
     return isinstance(values, Tensor) and values.shape == (size,) and values.is_floating_point()
 
 
@@ -161,7 +169,7 @@ def require_loss(name: str, value: object) -> None:
         require_term(name, value)
 
 
-def values_of(term: Callable[[Any], Any], views: Any, what: str) -> Tensor:
+def values_of(term: Callable[[Labelled], object], views: Labelled, what: str) -> Tensor:
     """Compute ``term(views)``, (B,), and check it; messages begin with ``what``, such as ``"term"``, and its repr.
 
     Raises:
@@ -172,9 +180,9 @@ def values_of(term: Callable[[Any], Any], views: Any, what: str) -> Tensor:
     except TypeError:
         require_term(f"{what} {term!r:.80}", term)
         raise
-    if not _is_per_sample(values, len(views.y)):  # asked first: a repr takes longer than all this
-        require_per_sample(values, len(views.y), f"{what} {term!r:.80}")
-    return cast(Tensor, values)
+    if _is_per_sample(values, len(views.y)):  # asked first: a repr takes longer than all this
+        return values
+    return require_per_sample(values, len(views.y), f"{what} {term!r:.80}")
 
 
 def require_attack(name: str, value: object) -> None:

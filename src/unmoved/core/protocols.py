@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -116,7 +116,7 @@ class StatefulTerm(nn.Module):
     def update(self, views: Views) -> None:
         """Learn from one batch without a gradient; nothing by default."""
 
-    def report(self) -> dict[str, Any]:
+    def report(self) -> Mapping[str, object]:
         """What the log of an epoch should say of it (numbers and lists), asked for once after each epoch."""
         return {}
 

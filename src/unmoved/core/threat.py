@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,7 +69,7 @@ def bounds_of(attack: object) -> tuple[float, float] | None:
     return threat.bounds if isinstance(threat, ThreatModel) else None
 
 
-def _bounds(bounds: Any) -> tuple[float, float]:
+def _bounds(bounds: object) -> tuple[float, float]:
     """Convert bounds to plain numbers."""
     ends = list(bounds) if isinstance(bounds, Iterable) and not isinstance(bounds, str) else []
     if len(ends) != 2:

@@ -17,7 +17,7 @@ import tomllib
 import zipfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, TypeAlias
+from typing import IO, BinaryIO, TypeAlias
 
 import numpy as np
 
@@ -104,7 +104,7 @@ def content(path: Path, most: int) -> bytes:
     return data
 
 
-def toml(text: str, where: str) -> dict[str, Any]:
+def toml(text: str, where: str) -> Json:
     """Parse the tables of a TOML text.
 
     Raises:
@@ -123,7 +123,7 @@ def toml(text: str, where: str) -> dict[str, Any]:
     return tables
 
 
-def toml_file(path: Path, where: str = "") -> dict[str, Any]:
+def toml_file(path: Path, where: str = "") -> Json:
     """Read the tables of a TOML file.
 
     Raises:
@@ -138,7 +138,7 @@ def toml_file(path: Path, where: str = "") -> dict[str, Any]:
     return toml(text, where)
 
 
-def json_object(text: str | bytes, where: str) -> dict[str, Any]:
+def json_object(text: str | bytes, where: str) -> Json:
     """Parse the object of a JSON text.
 
     Raises:
@@ -156,7 +156,7 @@ def json_object(text: str | bytes, where: str) -> dict[str, Any]:
     return value
 
 
-def json_file(path: Path) -> dict[str, Any]:
+def json_file(path: Path) -> Json:
     """Read the object of a JSON file.
 
     Raises:
@@ -166,7 +166,7 @@ def json_file(path: Path) -> dict[str, Any]:
     return json_object(content(path, MOST_JSON), str(path))
 
 
-def json_lines(text: str | bytes, where: str) -> list[dict[str, Any]]:
+def json_lines(text: str | bytes, where: str) -> list[Json]:
     """Parse the objects of a text with one JSON object on each line.
 
     Raises:
@@ -177,11 +177,12 @@ def json_lines(text: str | bytes, where: str) -> list[dict[str, Any]]:
     return [json_object(line, f"{where}: line {number}") for number, line in enumerate(lines, start=1)]
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+def _once(pairs: list[tuple[str, JsonValue]]) -> Json:
+    """Make an object of its pairs; raise ValueError where a key comes twice."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
         raise ValueError("a key comes twice")
-    return found
+    return value
 
 
 def npz(path: Path, wanted: Collection[str] | None = None) -> dict[str, np.ndarray]:
@@ -235,7 +236,7 @@ def _require_no_bomb(path: Path, stream: BinaryIO, wanted: Collection[str] | Non
     stream.seek(0)
 
 
-def array_header(where: str, unpacked: Any, size: int) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+def array_header(where: str, unpacked: IO[bytes], size: int) -> tuple[tuple[int, ...], bool, np.dtype]:
     """Read an array's header: (shape, whether it is stored column by column, type of its numbers or texts).
 
     Args:
@@ -272,8 +273,8 @@ def most_unpacked(packed: int) -> int:
 
 def brief(error: Exception) -> str:
     """Describe an error in one line of at most 200 characters: libraries may quote megabytes of a file."""
-    words = str(error)
-    return f"{type(error).__name__}: {words if len(words) <= 200 else words[:200] + ' ...'}"
+    text = str(error)
+    return f"{type(error).__name__}: {text if len(text) <= 200 else text[:200] + ' ...'}"
 
 
 def readable(name: str) -> str:
@@ -285,7 +286,7 @@ def readable(name: str) -> str:
     return data.decode("utf-8", "backslashreplace")
 
 
-def require_plain(value: Any, where: str) -> None:
+def require_plain(value: object, where: str) -> None:
     """Raise `UnmovedError` where plain data is too deep, a number too large, a key not printable or a text no UTF-8."""
     waiting = [(value, 0)]
     while waiting:

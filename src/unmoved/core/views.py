@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +24,7 @@ def logits(model: nn.Module, x: Image) -> Logits:
     # A forward may write into its input. What torch.compile returned warns of a copy that has a history.
     own = x if x.requires_grad and hasattr(model, "_orig_mod") else x.clone()
     try:
-        out: Any = model(own)
+        out: object = model(own)
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         known = explained(error, model, x)
         if known is None:
