@@ -28,7 +28,7 @@ from unmoved.attacks import (
 from unmoved.attacks.ensembles import in_turn
 from unmoved.core.errors import UnmovedError
 from unmoved.core.threat import ThreatModel
-from unmoved.core.weights import evaluating, frozen_batchnorm
+from unmoved.core.weights import evaluating, frozen_buffers
 from unmoved.defenses import APD, ASAM, AWP, SAM, Plain
 from unmoved.terms import (
     CE,
@@ -371,7 +371,7 @@ class BadDefense:
                 saved = [p.clone() for p in model.parameters()]
                 for p in model.parameters():
                     p.add_(0.01)
-            with frozen_batchnorm(model):
+            with frozen_buffers(model):
                 backward()
             with torch.no_grad():
                 for p, old in zip(model.parameters(), saved, strict=True):

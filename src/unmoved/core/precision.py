@@ -134,7 +134,9 @@ def _is_miscomputed(kernel: Sequence[int], stride: Sequence[int], groups: int, t
 class _Convolutions(TorchDispatchMode):
     """Record every convolution of the passes inside, whatever calls it."""
 
-    are_right = True
+    def __init__(self) -> None:
+        TorchDispatchMode.__init__(self)
+        self.are_right = True
 
     def __torch_dispatch__(
         self,

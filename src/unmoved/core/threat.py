@@ -26,7 +26,8 @@ BEYOND = 100.0
 
 def _flat_norm(v: Tensor, order: float = 2.0) -> Tensor:
     """Compute the norm of each sample, (B, 1, 1, 1)."""
-    return torch.linalg.vector_norm(v.flatten(1), ord=order, dim=1).reshape(-1, *[1] * (v.ndim - 1))
+    norms: Tensor = torch.linalg.vector_norm(v.flatten(1), ord=order, dim=1)
+    return norms.reshape(-1, *[1] * (v.ndim - 1))
 
 
 def _soft_threshold(size: Tensor, room: Tensor, eps: float | Tensor) -> Tensor:
@@ -257,8 +258,7 @@ class ThreatModel:
 
     def distance(self, x_adv: Image, x: Image) -> PerSample:
         """Compute ``||x_adv - x||`` in the norm, (B,), in float64."""
-        delta = (x_adv.double() - x.double()).flatten(1)
-        return torch.linalg.vector_norm(delta, ord=_ORDER[self.norm], dim=1)
+        return _flat_norm(x_adv.double() - x.double(), _ORDER[self.norm]).flatten()
 
     @property
     def tolerance(self) -> float:

@@ -102,8 +102,8 @@ def _as_one_vector(tensors: Tensors, function: Callable[[Tensor], Tensor]) -> Te
         return function(tensors.flatten()).reshape(tensors.shape)
     if not tensors:
         return tensors
-    whole = function(torch.cat([t.flatten() for t in tensors]))
-    parts = whole.split([t.numel() for t in tensors])
+    vector = function(torch.cat([t.flatten() for t in tensors]))
+    parts = vector.split([t.numel() for t in tensors])
     return [part.reshape(t.shape) for part, t in zip(parts, tensors, strict=True)]
 
 
@@ -277,9 +277,6 @@ def frozen_buffers(model: nn.Module, modules: Iterable[nn.Module] | None = None)
             if now is not value and (now is None or value is None or now.shape == value.shape):
                 assign(module, name, value)
         write(list(zip(tensors, copies, strict=True)))
-
-
-frozen_batchnorm = frozen_buffers  # the name it had while it knew of no other layers
 
 
 def _cuda_devices(model: nn.Module) -> list[int]:
