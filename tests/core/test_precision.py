@@ -142,12 +142,12 @@ def test_float32_is_asked_for_in_every_pass_of_a_step_and_of_a_verdict(monkeypat
     model, batch = Asked(), next(DATA.test.batches(8))
 
     @contextmanager
-    def products(form: str, device: Any) -> Iterator[None]:
+    def no_tf32(form: str, device: Any) -> Iterator[None]:
         before, model.exact = model.exact, model.exact or form == "float32"
         yield
         model.exact = before
 
-    monkeypatch.setattr(precision, "products", products)
+    monkeypatch.setattr(precision, "no_tf32", no_tf32)
     method = Method(attacks.PGD(LINF, steps=2), terms.TRADES(), defenses.AWP(gamma=0.01))
     for form, asked in (("float32", True), ("bf16", False)):
         model.passes.clear()
