@@ -17,9 +17,11 @@ from unmoved.core.protocols import kinds_of
 from unmoved.core.threat import ThreatModel
 from unmoved.data import ArraySplit
 from unmoved.evaluation.doctor import examine as doctor
-from unmoved.evaluation.doctor import outcomes_table
+from unmoved.evaluation.doctor import outcomes_table, verdict
+from unmoved.evaluation.doctor.evidence import Evidence
 from unmoved.evaluation.doctor.examine import examine
 from unmoved.evaluation.doctor.finding import Finding, summary
+from unmoved.evaluation.doctor.verdict import Verdict
 from unmoved.evaluation.outcomes import ROBUST
 from unmoved.testing.fixtures import network, same_random_state, untouched
 
@@ -142,7 +144,7 @@ def test_a_plan_is_found_out(plan: Callable[[Tensor], Tensor], check: str) -> No
 def test_nothing_right_is_said() -> None:
     test = digits().test.select(standard()(digits().test.images).argmax(dim=1) == digits().test.labels)
     wrong = after(standard(), lambda z: z.roll(1, dims=1))
-    assert "nothing right" in checks(examine(wrong, test, THREAT, n=10))
+    assert "names of the classes" in checks(examine(wrong, test, THREAT, n=10))
 
 
 def test_logits_that_are_not_finite_are_said_and_nothing_is_attacked() -> None:
@@ -176,27 +178,32 @@ def table(outcomes: dict[str, Callable[[int], str]], n: int = 100, index: list[i
     return pd.DataFrame(rows)
 
 
+def told(rows: pd.DataFrame, kinds: dict[str, object] | None = None) -> Evidence:
+    """What the checks of a table read: nothing of the model."""
+    batch = Batch(torch.zeros(1, 1, 8, 8), torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
+    return Evidence(nn.Identity(), batch, THREAT, verdict=Verdict(rows, kinds or {}))
+
+
 @pytest.mark.parametrize(
-    ("broken", "grade"), [(5, None), (15, "note"), (30, "look closer"), (40, "do not believe"), (100, "do not believe")]
+    ("broken", "grade"), [(5, None), (20, "note"), (35, "look closer"), (45, "do not believe"), (100, "do not believe")]
 )
 def test_the_gap_between_pgd_and_the_strongest_is_read_from_the_table(broken: int, grade: str | None) -> None:
-    read = outcomes_table.pgd_overrates(
-        table({"pgd": lambda k: "", "strong": lambda k: "apgd-t" if k < broken else ""}), {}
-    )
+    rows = table({"pgd": lambda k: "", "strong": lambda k: "apgd-t" if k < broken else ""})
+    read = outcomes_table.pgd_overrates(told(rows))
     assert (None if read is None else read.grade) == grade
 
 
 def test_a_gap_needs_pgd_and_something_else() -> None:
-    assert outcomes_table.pgd_overrates(table({"pgd": lambda k: "pgd"}), {}) is None
-    assert outcomes_table.pgd_overrates(table({"apgd": lambda k: "", "square": lambda k: "square"}), {}) is None
+    assert outcomes_table.pgd_overrates(told(table({"pgd": lambda k: "pgd"}))) is None
+    assert outcomes_table.pgd_overrates(told(table({"apgd": lambda k: "", "square": lambda k: "square"}))) is None
 
 
-@pytest.mark.parametrize(("broken", "grade"), [(0, None), (2, "note"), (4, "look closer"), (10, "do not believe")])
+@pytest.mark.parametrize(("broken", "grade"), [(0, None), (4, "note"), (7, "look closer"), (10, "do not believe")])
 def test_attacks_without_gradients_that_win_are_read_from_the_table(broken: int, grade: str | None) -> None:
     ensemble = table({"autoattack": lambda k: "apgd-ce" if k >= 50 else "square" if k < broken else ""})
     alone = table({"apgd": lambda k: "apgd" if k >= 50 else "", "blind": lambda k: "blind" if k < broken else ""})
     for rows, those in ((ensemble, {}), (alone, {"blind": "Square(threat=...)"})):
-        found = outcomes_table.blind_wins(rows, those)
+        found = outcomes_table.blind_wins(told(rows, dict(those)))
         assert (None if found is None else found.grade) == grade, rows
 
 
@@ -218,11 +225,11 @@ EXPORTED = {
 @pytest.mark.parametrize("name", EXPORTED)
 def test_a_table_of_an_older_run_has_reprs_or_names_alone_and_says_the_same(name: str) -> None:
     rows, attack = table({name: lambda k: ""}), EXPORTED[name]
-    declared = outcomes_table.kinds_in(rows, {name: attack})
+    declared = verdict.kinds_in(rows, {name: attack})
     assert declared == {name: kinds_of(name, attack, 10)}
-    assert outcomes_table.kinds_in(rows, {name: declared[name]}) == declared, "as evaluations record it"
-    assert outcomes_table.kinds_in(rows, {name: repr(attack)}) == declared
-    assert outcomes_table.kinds_in(rows, {}) == declared
+    assert verdict.kinds_in(rows, {name: declared[name]}) == declared, "as evaluations record it"
+    assert verdict.kinds_in(rows, {name: repr(attack)}) == declared
+    assert verdict.kinds_in(rows, {}) == declared
 
 
 def test_what_a_stranger_declares_goes_before_its_name() -> None:
@@ -233,24 +240,26 @@ def test_what_a_stranger_declares_goes_before_its_name() -> None:
             return batch.x
 
     rows = table({"square": lambda k: "", "pgd": lambda k: ""})
-    assert outcomes_table.has_blind(rows, {})
-    assert not outcomes_table.has_blind(rows, {"square": Square()})
-    assert outcomes_table.has_weak(rows, {"square": Square()})
-    assert not outcomes_table.has_weak(rows, {"square": {"square": "fixed-step gradients"}})
+    assert Verdict(rows, {}).has_blind
+    assert not Verdict(rows, {"square": Square()}).has_blind
+    assert Verdict(rows, {"square": Square()}).has_weak
+    assert not Verdict(rows, {"square": {"square": "fixed-step gradients"}}).has_weak
 
 
 def test_autoattack_for_randomised_models_asks_for_gradients_alone() -> None:
     rows = table({"autoattack-rand": lambda k: ""})
-    assert not outcomes_table.has_blind(rows, {"autoattack-rand": attacks.AutoAttack(THREAT, version="rand")})
+    for attack in ({}, {"autoattack-rand": attacks.AutoAttack(THREAT, version="rand")}):
+        read = Verdict(rows, attack)
+        assert (read.has_blind, read.by_rand, read.by_autoattack) == (False, True, False)
 
 
 def test_samples_that_gradients_break_too_do_not_count_for_the_blind() -> None:
     rows = table({"apgd": lambda k: "apgd" if k < 50 else "", "square": lambda k: "square" if k < 50 else ""})
-    assert outcomes_table.blind_wins(rows, {}) is None
+    assert outcomes_table.blind_wins(told(rows)) is None
 
 
 def test_a_table_of_blind_attacks_alone_proves_nothing() -> None:
-    assert outcomes_table.blind_wins(table({"square": lambda k: "square"}), {}) is None
+    assert outcomes_table.blind_wins(told(table({"square": lambda k: "square"}))) is None
 
 
 def test_searches_that_the_table_answers_are_not_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -297,7 +306,7 @@ def test_samples_are_drawn_from_the_whole_split() -> None:
     """Classes may be stored one after the other: the first n would be one class."""
     test = digits().test
     ordered = test.select(test.labels.argsort())
-    (seen,) = (doctor._case(at(), ordered, THREAT, N, 0, None).batch.y.unique() for _ in range(1))
+    (seen,) = (doctor._evidence(at(), ordered, THREAT, N, 0, None).batch.y.unique() for _ in range(1))
     assert len(seen) == 10
 
 

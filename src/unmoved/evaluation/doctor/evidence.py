@@ -10,17 +10,22 @@ from torch import Tensor, nn
 
 from unmoved.attacks import APGD, PGD
 from unmoved.attacks.gradients import attacking, input_gradient
+from unmoved.attacks.square import Square
+from unmoved.attacks.transfer import Transfer
 from unmoved.core.batch import Batch, Image, Logits, PerSample
 from unmoved.core.protocols import Attack, Term
 from unmoved.core.threat import ThreatModel
 from unmoved.core.views import eval_logits
+from unmoved.evaluation.doctor.verdict import Verdict
 from unmoved.terms import CE, DLR, Margin, TargetedDLR, TargetedMargin
 
 WEAK_STEPS = 20  # PGD-20 with cross-entropy is what papers report most, and what masking fools first
 STRONG_STEPS = 100  # AutoAttack's
 MORE_RESTARTS = 4
 PASSES = 5  # AutoAttack's count of forward passes that must agree
+DRAWS = 20  # passes whose mean logits decide where they do not: one lucky draw is no success (AutoAttack's rand)
 TARGETS, TARGET_STEPS = 3, 50  # a target beyond the third likeliest class rarely adds to the first three
+QUERIES = 500
 MOST = 40  # survivors that the costly searches look at: a share of a tenth still shows, at under half the time
 
 
@@ -61,6 +66,8 @@ class Evidence:
         threat: the ball.
         seed: keys the noise of all searches.
         surrogate: another model of the same task, for transfer.
+        verdict: the outcomes whose worst case is the number shown, if there are any.
+        classes: the names of the classes, or none.
     """
 
     model: nn.Module
@@ -68,6 +75,8 @@ class Evidence:
     threat: ThreatModel
     seed: int = 0
     surrogate: nn.Module | None = None
+    verdict: Verdict | None = None
+    classes: tuple[str, ...] = ()
 
     def logits(self, x: Image, mode: str = "eval") -> Logits:
         """Compute logits without a gradient; ``"train"`` leaves every submodule in the mode it came in."""
@@ -92,6 +101,11 @@ class Evidence:
         """Return whether two passes over the same images differ in evaluation mode."""
         return any(differ(self.clean, self.logits(self.batch.x)) for _ in range(PASSES - 1))
 
+    @property
+    def by_autoattack(self) -> bool:
+        """Return whether the number shown is AutoAttack's, in its standard version."""
+        return self.verdict is not None and self.verdict.by_autoattack
+
     # --- gradients
 
     def gradient(self, batch: Batch, loss: Term) -> tuple[PerSample, Tensor] | None:
@@ -115,7 +129,7 @@ class Evidence:
         x_adv = attack(self.model, batch)
         finite = x_adv.isfinite().flatten(1).all(dim=1)
         x_adv = torch.where(finite.reshape(-1, *[1] * (x_adv.ndim - 1)), x_adv, batch.x)
-        logits = self.logits(x_adv)
+        logits = eval_logits(self.model, x_adv, draws=DRAWS if self.is_random else 1)
         # The argmax of NaN is an accident, not a success.
         return AttackResult(batch, x_adv, (logits.argmax(dim=1) != batch.y) & logits.isfinite().all(dim=1))
 
@@ -165,6 +179,18 @@ class Evidence:
         """Select at most `MOST` of the samples that survived every white-box attack."""
         return self.targeted.rest
 
+    @cached_property
+    def black_box(self) -> AttackResult:
+        """Run random search on what every gradient attack left."""
+        return self.search(Square(self.threat, queries=QUERIES, seed=self.seed), self.survivors)
+
+    @cached_property
+    def transferred(self) -> AttackResult:
+        """Try images that were made for the surrogate on what every gradient attack left."""
+        if self.surrogate is None:
+            return nothing(self.survivors)
+        return self.search(Transfer(self.threat, self.surrogate), self.survivors)
+
     @property
     def white_box(self) -> tuple[AttackResult, ...]:
         """Combine all white-box attacks."""
@@ -174,6 +200,14 @@ class Evidence:
     def scale(self) -> float:
         """Return how many samples one sample of the costly attacks stands for."""
         return len(self.strong.rest) / max(len(self.restarts.batch), 1)
+
+    def looked_at(self, count: float) -> tuple[float, float]:
+        """Return (count, number of right samples), both in samples that the costly attacks were run on.
+
+        Where one of them stands for several, it is one observation.
+        """
+        per = max(self.scale, 1.0)
+        return count / per, len(self.right) / per
 
     @property
     def _sharp(self) -> Term:

@@ -7,11 +7,15 @@ from dataclasses import replace
 import torch
 
 from unmoved.core.batch import PerSample
+from unmoved.evaluation.doctor.confidence import grade
 from unmoved.evaluation.doctor.evidence import Evidence
 from unmoved.evaluation.doctor.finding import DO_NOT_BELIEVE, LOOK_CLOSER, Finding
+from unmoved.evaluation.doctor.searches import without_gradients
 from unmoved.terms import CE, Margin
 from unmoved.terms.margin import margin
 
+# Shares of points whose gradient is not finite: none in honest models. A logit that is not finite is a fault at once.
+BAD_WRONG = 0.02
 # Shares of samples whose whole gradient is exactly zero: none in honest models; each is a sample no attack can move.
 ZERO_CLOSER, ZERO_WRONG = 0.02, 0.1
 # Finite differences along the steepest pixels agree with the gradient to 1 % in honest networks (median 0.02 %).
@@ -29,7 +33,7 @@ def existing(evidence: Evidence) -> Finding | None:
         DO_NOT_BELIEVE,
         "the gradient of the loss over the image does not exist: the model detaches its input or compares it",
         "no gradient attack can move; an accuracy under them measures nothing",
-        "attack without gradients (Square, SPSA, a transfer attack) or with a smooth stand-in for the layer (BPDA)",
+        without_gradients(evidence),
     )
 
 
@@ -43,10 +47,11 @@ def finite(evidence: Evidence) -> Finding | None:
         bad_gradients += 0 if found is None else int((~found[1].isfinite().flatten(1).all(dim=1)).sum())
     if bad_logits + bad_gradients == 0:
         return None
+    points = sum(map(len, batches))
     return Finding(
         "not finite",
-        DO_NOT_BELIEVE,
-        f"of {sum(map(len, batches))} points looked at, {bad_logits} have logits and {bad_gradients} have gradients "
+        DO_NOT_BELIEVE if bad_logits else grade(bad_gradients, points, 0.0, BAD_WRONG) or LOOK_CLOSER,
+        f"of {points} points looked at, {bad_logits} have logits and {bad_gradients} have gradients "
         "that are NaN or infinite",
         "the sign of NaN is a step of zero: the attack stalls there and the sample counts as robust",
         "find the operation (a root or logarithm at 0, a division by a norm) and bound it away from there",
@@ -57,33 +62,37 @@ def vanishing(evidence: Evidence) -> Finding | None:
     """Find gradients that are exactly zero: of the margin (flat layers) or of cross-entropy (saturated logits)."""
     if not evidence.has_gradient:
         return None
-    shares = {}
+    counts = []
     for loss in (CE("adv"), Margin("adv")):
         found = evidence.gradient(evidence.started, loss)
-        shares[loss] = 0.0 if found is None else float((found[1] == 0).flatten(1).all(dim=1).float().mean())
-    of_ce, of_margin = shares.values()
-    if max(of_ce, of_margin) < ZERO_CLOSER:
-        return None
-    grade = DO_NOT_BELIEVE if max(of_ce, of_margin) >= ZERO_WRONG else LOOK_CLOSER
+        counts.append(0 if found is None else int((found[1] == 0).flatten(1).all(dim=1).sum()))
+    of_ce, of_margin = counts
+    right = len(evidence.right)
     measured = (
-        f"at random points of the ball {of_ce:.0%} of {len(evidence.right)} samples have an exactly zero gradient of "
-        f"cross-entropy, {of_margin:.0%} of the margin"
+        f"at random points of the ball {of_ce} of {right} samples have an exactly zero gradient of cross-entropy, "
+        f"{of_margin} of the margin"
     )
-    if of_margin >= ZERO_CLOSER:
+    flat = grade(of_margin, right, ZERO_CLOSER, ZERO_WRONG)
+    if flat is not None:
         return Finding(
             "zero gradients",
-            grade,
+            flat,
             measured,
             "the model is flat there (rounding, thresholds, dead units): gradient attacks stay where they start",
-            "attack without gradients (Square, SPSA) or with a smooth stand-in for the layer (BPDA)",
+            without_gradients(evidence),
         )
+    saturated = grade(of_ce, right, ZERO_CLOSER, ZERO_WRONG)
+    if saturated is None:
+        return None
     return Finding(
         "saturated logits",
-        grade,
+        saturated,
         measured,
         "the logits are so large that the softmax rounds to 1 and cross-entropy has no slope in float32; an attack on "
         "it stalls although the margin still has a gradient",
-        "attack the margin or DLR, which no scaling of the logits hides (APGD with dlr, AutoAttack)",
+        "choose settings by an attack on the margin or DLR, which no scaling of the logits hides, as the verdict's are"
+        if evidence.by_autoattack
+        else "attack the margin or DLR, which no scaling of the logits hides (APGD with dlr, AutoAttack)",
     )
 
 
@@ -108,17 +117,17 @@ def honest_slope(evidence: Evidence) -> Finding | None:
     if not audible.any():
         return None
     wrong = (seen - predicted).abs()[audible] > DISAGREES * larger[audible]
-    share = float(wrong.float().mean())
-    if share < SLOPE_CLOSER:
+    found_grade = grade(int(wrong.sum()), len(wrong), SLOPE_CLOSER, SLOPE_WRONG)
+    if found_grade is None:
         return None
     return Finding(
         "wrong gradients",
-        DO_NOT_BELIEVE if share >= SLOPE_WRONG else LOOK_CLOSER,
-        f"for {share:.0%} of {len(wrong)} samples the gradient and the measured slope of the margin differ by more "
-        f"than half, {STEP:g} along the {PIXELS} steepest pixels",
+        found_grade,
+        f"for {int(wrong.sum())} of {len(wrong)} samples the gradient and the measured slope of the margin differ by "
+        f"more than half, {STEP:g} along the {PIXELS} steepest pixels",
         "the backward pass belongs to another function than the forward pass (straight-through rounding, a replaced "
         "gradient), or the function jumps: the attack climbs something else than the model",
-        "compare with attacks without gradients (Square, SPSA), or attack through a faithful smooth stand-in (BPDA)",
+        without_gradients(evidence),
     )
 
 

@@ -1,24 +1,17 @@
-"""Check a model's outputs for signs of trouble: training mode, randomness, dependence on the batch, wrong scale."""
+"""Check a model's outputs for signs of trouble: training mode, randomness, dependence on the batch, probabilities."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
 from unmoved.core.batch import Image
-from unmoved.core.errors import UnmovedError
 from unmoved.evaluation.doctor.evidence import PASSES, Evidence, differ
-from unmoved.evaluation.doctor.finding import DO_NOT_BELIEVE, LOOK_CLOSER, Finding
+from unmoved.evaluation.doctor.finding import DO_NOT_BELIEVE, LOOK_CLOSER, NOTE, Finding
 
 SUMS_TO_ONE = 1e-3  # half-precision probabilities sum to 1 within this; logits of many samples do not by chance
-# Accuracy gained by (un)normalising: honest digits and MNIST models gain at most 3 points, mistaken ones tens.
-GAIN_CLOSER, GAIN_WRONG = 0.1, 0.2
-SIGNIFICANT = 3.0  # standard errors of a paired difference: eight transforms are tried, so two would be too few
 
 
 def mode(evidence: Evidence) -> Finding | None:
@@ -53,13 +46,17 @@ def stochastic(evidence: Evidence) -> Finding | None:
     """Find outputs that are random even in evaluation mode."""
     if not evidence.is_random:
         return None
+    by_rand = evidence.verdict is not None and evidence.verdict.by_rand
     return Finding(
         "randomness",
-        DO_NOT_BELIEVE,
+        NOTE if by_rand else DO_NOT_BELIEVE,
         f"in evaluation mode {PASSES} passes over the same {len(evidence.batch)} images do not agree",
         "each gradient is that of another draw, so an attack that takes one gradient a step wanders; and one lucky "
         "draw counts as robust",
-        'average gradients over draws (EOT): AutoAttack(threat, version="rand"); report the accuracy over many draws',
+        "say beside the number that it is the accuracy of the mean of many draws"
+        if by_rand
+        else 'average gradients over draws (EOT): AutoAttack(threat, version="rand"); report the accuracy over many '
+        "draws",
     )
 
 
@@ -99,76 +96,6 @@ def probabilities(evidence: Evidence) -> Finding | None:
         "cross-entropy expects logits; squashed outputs flatten its gradient",
         "return what goes into the last squashing function",
     )
-
-
-def normalisation(evidence: Evidence) -> Finding | None:
-    """Find a clean accuracy that jumps when the images are normalised, un-normalised or rescaled first."""
-    right = evidence.clean.argmax(dim=1) == evidence.batch.y
-    best: tuple[float, str, float] | None = None
-    for name, transform in _transforms(evidence.model, evidence.batch.x):
-        try:
-            out = evidence.logits(transform(evidence.batch.x))
-        except (
-            UnmovedError,
-            ValueError,
-            RuntimeError,
-        ):  # a model may refuse such pixels: then it was not made for them
-            continue
-        other = out.argmax(dim=1) == evidence.batch.y
-        if evidence.is_random or not out.isfinite().all():
-            continue
-        gain = float((other.float() - right.float()).mean())
-        error = float((other != right).sum()) ** 0.5 / len(right)
-        if gain >= GAIN_CLOSER and gain > SIGNIFICANT * error and (best is None or gain > best[0]):
-            best = (gain, name, float(other.float().mean()))
-    if best is None:
-        return None
-    gain, name, accuracy = best
-    return Finding(
-        "normalisation",
-        DO_NOT_BELIEVE if gain >= GAIN_WRONG else LOOK_CLOSER,
-        f"clean accuracy is {right.float().mean():.1%} on the images as they are and {accuracy:.1%} after {name}",
-        "the model seems to be made for pixels of another scale; what is attacked here is another function than the "
-        "one that was trained, and eps means something else",
-        "put exactly one normalisation inside the model (unmoved.models.normalized) and hand over images in [0, 1]",
-    )
-
-
-def nothing_right(evidence: Evidence) -> Finding | None:
-    """Find a model that gets nothing right, so that there is no accuracy to lose."""
-    return Finding(
-        "nothing right",
-        DO_NOT_BELIEVE,
-        f"the model gets none of {len(evidence.batch)} samples right",
-        "robust accuracy is at most clean accuracy; nothing can be said of attacks",
-        "check the weights, the normalisation and the order of the classes",
-    )
-
-
-def _transforms(model: nn.Module, x: Image) -> Iterator[tuple[str, Callable[[Image], Image]]]:
-    """List the transforms that would undo a missing or a double normalisation."""
-    pixels = x.transpose(0, 1).flatten(1)
-    known = {"the data's mean and std": (pixels.mean(dim=1), pixels.std(dim=1).clamp_min(1e-6))}
-    known["mean 0.5 and std 0.5"] = (x.new_tensor([0.5]), x.new_tensor([0.5]))
-    if x.shape[1] == 3:
-        known["ImageNet's mean and std"] = (x.new_tensor([0.485, 0.456, 0.406]), x.new_tensor([0.229, 0.224, 0.225]))
-    for module in model.modules():
-        mean, std = getattr(module, "mean", None), getattr(module, "std", None)
-        if isinstance(mean, Tensor) and isinstance(std, Tensor) and {mean.numel(), std.numel()} <= {1, x.shape[1]}:
-            known[f"the mean and std of the model's {type(module).__name__}"] = mean, std
-    for name, (mean, std) in known.items():
-        yield f"normalising by {name} (none inside?)", partial(_normalised, mean=mean, std=std)
-        yield f"undoing {name} (normalised twice?)", partial(_restored, mean=mean, std=std)
-    yield "multiplying by 255 (made for 0..255?)", lambda x: x * 255
-    yield "dividing by 255 (divided twice?)", lambda x: x / 255
-
-
-def _normalised(x: Image, mean: Tensor, std: Tensor) -> Image:
-    return (x - mean.reshape(-1, 1, 1)) / std.reshape(-1, 1, 1)
-
-
-def _restored(x: Image, mean: Tensor, std: Tensor) -> Image:
-    return x * std.reshape(-1, 1, 1) + mean.reshape(-1, 1, 1)
 
 
 def _depends_on_companions(evidence: Evidence, mode: str) -> bool:

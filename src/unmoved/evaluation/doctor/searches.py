@@ -9,13 +9,21 @@ import torch
 from torch import Tensor
 
 from unmoved.attacks import PGD
-from unmoved.attacks.square import Square
-from unmoved.attacks.transfer import Transfer
 from unmoved.core.batch import Image
+from unmoved.core.protocols import Term
 from unmoved.core.threat import ThreatModel
-from unmoved.evaluation.doctor.evidence import MORE_RESTARTS, STRONG_STEPS, TARGETS, WEAK_STEPS, AttackResult, Evidence
-from unmoved.evaluation.doctor.finding import DO_NOT_BELIEVE, LOOK_CLOSER, NOTE, Finding
-from unmoved.terms import Margin
+from unmoved.evaluation.doctor.confidence import grade, lower
+from unmoved.evaluation.doctor.evidence import (
+    MORE_RESTARTS,
+    QUERIES,
+    STRONG_STEPS,
+    TARGETS,
+    WEAK_STEPS,
+    AttackResult,
+    Evidence,
+)
+from unmoved.evaluation.doctor.finding import LOOK_CLOSER, NOTE, Finding
+from unmoved.terms import CE, Margin
 
 # What the margin adds to cross-entropy at the same 20 steps. Honest TRADES and MART models lose up to 21 points of 100
 # here (their logits are small, and cross-entropy then pushes all classes at once), AT models up to 8.
@@ -26,48 +34,47 @@ SEARCH_CLOSER, SEARCH_WRONG = 0.1, 0.15
 RESTARTS_CLOSER, RESTARTS_WRONG = 0.08, 0.15
 # What a search that sees no gradient adds to all those that do: 0 or 1 of 100 in honest models.
 BLACK_CLOSER, BLACK_WRONG, BLACK_LEAST = 0.02, 0.05, 3
-QUERIES = 500
 # What the gradient misses where an attacker may paint any image: nothing in honest models.
 BOX_CLOSER, BOX_WRONG = 0.03, 0.1
-# The share of the whole rise of the margin that comes after half of 100 equal steps: under 1 % in honest models.
+# The share of the whole rise of the margin that comes after half of 100 equal steps: under 1 % in honest models. So
+# large a rise must show in many of the samples: a mean may be that of a single one.
 RISE_STEPS, RISE_CLOSER, RISE_WRONG = 100, 0.1, 0.3
+RISING_CLOSER, RISING_WRONG = 0.1, 0.25
 # Adversarial images lost to rounding: none in honest models unless eps is below the grid of 8 bits.
 ROUND_CLOSER, ROUND_WRONG, ROUND_LEAST = 0.1, 0.5, 5
 
 
-def grade(value: float, closer: float, wrong: float) -> str | None:
-    """Grade a value against its two thresholds; None below both."""
-    return DO_NOT_BELIEVE if value >= wrong else LOOK_CLOSER if value >= closer else None
-
-
 def other_loss(evidence: Evidence) -> Finding | None:
     """Find a margin loss that breaks far more than cross-entropy with the same steps."""
-    share = evidence.other_loss.count / len(evidence.right)
     return loss_gap(
-        share,
+        evidence.other_loss.count,
+        len(evidence.right),
         f"PGD-{WEAK_STEPS} with cross-entropy leaves {len(evidence.weak.rest)} of {len(evidence.right)} samples; the "
         f"same steps on the margin break {evidence.other_loss.count} of these",
+        evidence.by_autoattack,
     )
 
 
-def loss_gap(share: float, measured: str) -> Finding | None:
-    """Make the finding of a gap between PGD with cross-entropy and something stronger."""
-    if share < LOSS_NOTE:
+def loss_gap(count: int, right: int, measured: str, by_autoattack: bool) -> Finding | None:
+    """Make the finding of ``count`` of ``right`` samples that PGD with cross-entropy leaves to something stronger."""
+    if lower(count, right) < LOSS_NOTE:
         return None
     return Finding(
         "PGD overrates",
-        grade(share, LOSS_CLOSER, LOSS_WRONG) or NOTE,
+        grade(count, right, LOSS_CLOSER, LOSS_WRONG) or NOTE,
         measured,
         "cross-entropy does not lead to the boundary here (a plateau of confidence, or logits drawn together): an "
         "accuracy under PGD alone says little about this model",
-        "quote the worst case over attacks with a margin loss (APGD with dlr, AutoAttack), never PGD alone",
+        "quote AutoAttack's figure, never PGD's; choose settings by an attack with a margin loss (APGD with dlr)"
+        if by_autoattack
+        else "quote the worst case over attacks with a margin loss (APGD with dlr, AutoAttack), never PGD alone",
     )
 
 
 def stronger_search(evidence: Evidence) -> Finding | None:
     """Find that adaptive steps, restarts and targets break far more than plain PGD with both losses."""
     count = evidence.strong.count + evidence.scale * (evidence.restarts.count + evidence.targeted.count)
-    found = grade(count / len(evidence.right), SEARCH_CLOSER, SEARCH_WRONG)
+    found = grade(*evidence.looked_at(count), SEARCH_CLOSER, SEARCH_WRONG)
     if found is None:
         return None
     return Finding(
@@ -77,14 +84,16 @@ def stronger_search(evidence: Evidence) -> Finding | None:
         f"APGD-{STRONG_STEPS} with {1 + MORE_RESTARTS} restarts and {TARGETS} targets breaks about {count:.0f}",
         "where more search goes on finding adversarial images, the accuracy measured is that of the search, not of the "
         "model",
-        "judge by the strongest search at hand (unmoved evaluate --attacks standard) and by one adapted to the model",
+        "judge by a search adapted to the model as well"
+        if evidence.by_autoattack
+        else "judge by the strongest search at hand (unmoved evaluate --attacks standard) and by one adapted to the "
+        "model",
     )
 
 
 def more_restarts(evidence: Evidence) -> Finding | None:
     """Find that further restarts go on breaking samples."""
-    share = evidence.scale * evidence.restarts.count / len(evidence.right)
-    found = grade(share, RESTARTS_CLOSER, RESTARTS_WRONG)
+    found = grade(*evidence.looked_at(evidence.scale * evidence.restarts.count), RESTARTS_CLOSER, RESTARTS_WRONG)
     if found is None:
         return None
     return Finding(
@@ -112,15 +121,18 @@ def still_rising(evidence: Evidence) -> Finding | None:
         trace.append(top)
         step = 2.5 * evidence.threat.radius / WEAK_STEPS * evidence.threat.steepest(gradient)
         x_adv = evidence.threat.project(x_adv + step, batch.x)
-    first, half, last = (float(trace[k].mean()) for k in (0, RISE_STEPS // 2, RISE_STEPS))
-    found_grade = grade((last - half) / max(last - first, 1e-12), RISE_CLOSER, RISE_WRONG)
-    if found_grade is None:
+    start, middle, end = trace[0], trace[RISE_STEPS // 2], trace[RISE_STEPS]
+    first, half, last = (float(values.mean()) for values in (start, middle, end))
+    share = (last - half) / max(last - first, 1e-12)
+    rising = int(((end - middle) >= RISE_CLOSER * (end - start).clamp_min(1e-12)).sum())
+    in_many = grade(rising, len(batch), RISING_CLOSER, RISING_WRONG)
+    if share < RISE_CLOSER or in_many is None:
         return None
     return Finding(
         "loss still rising",
-        found_grade,
+        in_many if share >= RISE_WRONG else LOOK_CLOSER,
         f"over {RISE_STEPS} steps on {len(batch)} samples the best margin went from {first:.3g} through {half:.3g} at "
-        f"half time to {last:.3g}: {(last - half) / (last - first):.0%} of the rise came in the second half",
+        f"half time to {last:.3g}: {share:.0%} of the rise came in the second half, in {rising} of the samples",
         "an attack that has not converged underrates the attacker: noisy or misleading gradients make it crawl",
         "give the attack more steps until the loss stands still",
     )
@@ -130,12 +142,14 @@ def whole_box(evidence: Evidence) -> Finding | None:
     """Find a gradient attack that fails where any image is allowed, so that painting another image succeeds."""
     low, high = evidence.threat.bounds
     box = ThreatModel("linf", high - low, evidence.threat.bounds)
-    climbed = evidence.climb(PGD(box, steps=WEAK_STEPS, start="none", keep="best", seed=evidence.seed), evidence.right)
+    loss: Term = Margin("adv") if evidence.by_autoattack else CE("adv")  # no figure of AutoAttack rests on the latter
+    attack = PGD(box, loss=loss, steps=WEAK_STEPS, start="none", keep="best", seed=evidence.seed)
+    climbed = evidence.climb(attack, evidence.right)
     painted = torch.zeros_like(climbed.broken)
     for picture in _pictures(evidence):
         painted |= evidence.logits(picture.expand_as(evidence.right.x)).argmax(dim=1) != evidence.right.y
     missed = int((painted & ~climbed.broken).sum())
-    found = grade(missed / len(evidence.right), BOX_CLOSER, BOX_WRONG)
+    found = grade(missed, len(evidence.right), BOX_CLOSER, BOX_WRONG)
     if found is None:
         return None
     return Finding(
@@ -144,7 +158,7 @@ def whole_box(evidence: Evidence) -> Finding | None:
         f"with the whole box of images allowed, PGD-{WEAK_STEPS} still fails on {missed} of {len(evidence.right)} "
         "samples that painting the image grey, or as one of another class, does break",
         "at eps = 1 accuracy must fall to about 0; a gradient attack that does not get there does not follow the model",
-        "attack without gradients (Square, SPSA) or through a faithful smooth stand-in; distrust every eps",
+        f"{without_gradients(evidence)}; distrust every eps",
     )
 
 
@@ -157,34 +171,29 @@ def _pictures(evidence: Evidence) -> list[Image]:
 
 def black_box(evidence: Evidence) -> Finding | None:
     """Find that random search breaks what every gradient attack left."""
-    search = evidence.search(Square(evidence.threat, queries=QUERIES, seed=evidence.seed), evidence.survivors)
-    return _beats_white_box(
-        evidence, search, "black-box stronger", f"Square with {QUERIES} queries, which sees no gradient,"
-    )
+    who = f"Square with {QUERIES} queries, which sees no gradient,"
+    return _beats_white_box(evidence, evidence.black_box, "black-box stronger", who)
 
 
 def transfer(evidence: Evidence) -> Finding | None:
     """Find that images made for another model break what every gradient attack on this one left."""
-    if evidence.surrogate is None:
-        return None
-    search = evidence.search(Transfer(evidence.threat, evidence.surrogate), evidence.survivors)
-    return _beats_white_box(evidence, search, "transfer stronger", "PGD on the surrogate model, transferred,")
+    who = "PGD on the surrogate model, transferred,"
+    return _beats_white_box(evidence, evidence.transferred, "transfer stronger", who)
 
 
 def _beats_white_box(evidence: Evidence, search: AttackResult, check: str, who: str) -> Finding | None:
-    share = evidence.scale * search.count / len(evidence.right)
-    found = beaten(share, search.count)
+    found = beaten(search.count, *evidence.looked_at(evidence.scale * search.count))
     if found is None:
         return None
     measured = f"{who} breaks {search.count} of {len(search.batch)} samples that all gradient attacks left"
     return weaker_wins(check, found, measured)
 
 
-def beaten(share: float, count: int) -> str | None:
-    """Grade samples that only a weaker attacker broke."""
-    if count == 0:
+def beaten(seen: int, count: float, n: float) -> str | None:
+    """Grade samples that only a weaker attacker broke: ``seen`` of them, which stand for ``count`` of ``n``."""
+    if seen == 0:
         return None
-    return (grade(share, BLACK_CLOSER, BLACK_WRONG) or NOTE) if count >= BLACK_LEAST else NOTE
+    return (grade(count, n, BLACK_CLOSER, BLACK_WRONG) or NOTE) if seen >= BLACK_LEAST else NOTE
 
 
 def weaker_wins(check: str, found: str, measured: str) -> Finding:
@@ -196,6 +205,13 @@ def weaker_wins(check: str, found: str, measured: str) -> Finding:
         "whoever sees gradients can do all that this attacker did: that they did not shows that the gradients mislead",
         "do not use gradient attacks alone here; raise the queries of Square, and look for the layer that masks",
     )
+
+
+def without_gradients(evidence: Evidence) -> str:
+    """Say what to attack with where gradients lead nowhere, other than what has run."""
+    if evidence.verdict is not None and evidence.verdict.has_blind:
+        return "raise the queries of the attacks without gradients, or attack through a faithful smooth stand-in (BPDA)"
+    return "attack without gradients (Square, SPSA) or through a faithful smooth stand-in (BPDA)"
 
 
 def rounding(evidence: Evidence) -> Finding | None:
@@ -210,7 +226,7 @@ def rounding(evidence: Evidence) -> Finding | None:
     if len(y) < ROUND_LEAST:
         return None
     lost = int((evidence.logits(_in_8_bits(x_adv, evidence.threat)).argmax(dim=1) == y).sum())
-    found = grade(lost / len(y), ROUND_CLOSER, ROUND_WRONG)
+    found = grade(lost, len(y), ROUND_CLOSER, ROUND_WRONG)
     if found is None:
         return None
     return Finding(
