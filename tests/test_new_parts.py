@@ -66,6 +66,36 @@ def with_column(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return copy
 
 
+CHAPTER = """
+from unmoved import Run
+from unmoved.analyses.studies import STUDIES, subjects
+study = STUDIES["calibration"].for_report()(subjects([Run.open("older")], 30))
+assert [section.id for section in study.sections] == ["calibration"]
+assert study.settings == {"bins": 5}
+"""
+ANALYSIS = '    "calibration:Calibration",\n'
+
+
+@pytest.fixture(scope="module")
+def with_analysis(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The package with the files of an analysis and a line more in its list, beside a run folder."""
+    copy = tmp_path_factory.mktemp("analysis")
+    shutil.copytree(ROOT / "src/unmoved", copy / "src/unmoved", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "tests/runs/before_0_2/finished", copy / "older")
+    studies = copy / "src/unmoved/analyses/studies"
+    shown = re.findall(
+        r"`src/unmoved/analyses/studies/(\w+)\.py`:\n\n```python\n(.*?)```", contributing(), flags=re.DOTALL
+    )
+    assert [module for module, _ in shown] == ["calibration", "calibration_figures"]
+    for module, text in shown:
+        assert not (studies / f"{module}.py").exists()
+        (studies / f"{module}.py").write_text(text)
+    lines = (studies / "__init__.py").read_text().splitlines(keepends=True)
+    lines.insert(lines.index('    "tradeoff:TradeOff",\n') + 1, ANALYSIS)
+    (studies / "__init__.py").write_text("".join(lines))
+    return copy
+
+
 def contributing() -> str:
     return (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
@@ -135,3 +165,19 @@ def test_a_column_of_outcomes_is_one_line(with_column: Path) -> None:
     assert here is not None
     assert here["moved"].tolist() == [str(value) for value in written["moved"]]
     unmoved("report", with_column / "older", "--out", with_column / "report.html").fine()
+
+
+def test_an_analysis_is_its_files_and_one_line(with_analysis: Path) -> None:
+    """The command has it and its option, and so has the report of a comparison."""
+    assert ANALYSIS.strip() in contributing()
+    command = ("-m", "unmoved.cli", "analyze", "calibration", "older", "--n", "30", "--out", "out")
+    said = python(with_analysis, *command, "--bins", "4")
+    assert re.search(r"^- .*: expected calibration error 0\.\d{3}\.$", said, flags=re.MULTILINE)
+    bins = pd.read_csv(with_analysis / "out/calibration/bins.csv")
+    assert bins["n"].sum() == 30
+    assert bins["bin"].max() <= 3
+    assert "<figure>" in (with_analysis / "out/calibration/index.html").read_text(encoding="utf-8")
+    shown = re.sub(r"\W+", " ", python(with_analysis, "-m", "unmoved.cli", "analyze", "--help"))
+    assert "softmax corruption bias variance tradeoff or calibration" in shown
+    assert "calibration intervals of confidence of one width" in shown
+    python(with_analysis, "-c", CHAPTER)

@@ -8,11 +8,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from helpers.function_risk import FunctionRisk
 from scipy import stats
 
 from unmoved.analyses.corruption import expected_ratio, sweep
 from unmoved.analyses.flatness import claims, indicators, summarise
-from unmoved.analyses.risks import FunctionRisk
 from unmoved.core.errors import UnmovedError
 
 

@@ -9,12 +9,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from helpers.function_risk import FunctionRisk
 from torch import nn
 from torch.nn import functional as F
 
 from unmoved import Batch
 from unmoved.analyses.corruption import average_change, direction, expected_ratio, sweep, worst_change
-from unmoved.analyses.risks import FunctionRisk, ModelRisk, layers
+from unmoved.analyses.risks import ModelRisk, layers
 from unmoved.core.errors import UnmovedError
 
 NORMS = pytest.mark.parametrize("p", [2, math.inf])
@@ -402,18 +403,12 @@ def test_layers_are_the_tensors_of_more_than_one_dimension():
 # --- errors
 
 
-def tensor(**kind):
-    return torch.ones(3, **kind)
-
-
 BAD = [
     (lambda: ModelRisk(network(), []), "at least one image"),
     (lambda: ModelRisk(network(), [images()], scope="5.wieght"), "did you mean '5.weight'"),
     (lambda: ModelRisk(network().half(), [images()]), "came torch.float16"),
     (lambda: ModelRisk(network().requires_grad_(False), [images()]), "at least one parameter"),
     (lambda: ModelRisk(network(), [images()], batch_size=0), "batch_size"),
-    (lambda: FunctionRisk(lambda: None, []), "at least one parameter"),
-    (lambda: FunctionRisk(lambda: None, [tensor()]), "requires_grad=False"),
     (lambda: sweep(quadratic()[0], []), "at least one eps"),
     (lambda: sweep(quadratic()[0], [0.0]), "eps: expected a finite number > 0"),
     (lambda: sweep(quadratic()[0], [0.1], p=3), "p: unknown value 3"),
@@ -432,15 +427,11 @@ def test_bad_settings(call, message):
 
 
 def test_bad_risks():
-    w = tensor(requires_grad=True)
-    for value, message in (
-        (lambda: w, "a scalar tensor, came shape"),
-        (lambda: 3.0, "came a float"),
-        (lambda: torch.ones(()), "came a constant"),
-        (lambda: w.sum() * math.inf, "finite loss, came inf"),
-    ):
-        with pytest.raises(UnmovedError, match=message):
-            worst_change(FunctionRisk(value, [w]), 0.1)
+    broken = network()
+    with torch.no_grad():
+        broken[-1].bias.fill_(math.inf)
+    with pytest.raises(UnmovedError, match="finite loss, came nan"):
+        worst_change(ModelRisk(broken, [images()]), 0.1)
     batch = Batch(images().x, images().y + 1)
     with pytest.raises(UnmovedError, match=r"expected 0\.\.3 for 4 logits, came 4"):
         sweep(ModelRisk(network(), [batch]), [0.1])

@@ -8,11 +8,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from helpers.function_risk import FunctionRisk
 from torch import nn
 from torch.nn import functional as F
 
 from unmoved import Batch
-from unmoved.analyses.risks import FunctionRisk, ModelRisk
+from unmoved.analyses.risks import ModelRisk
 from unmoved.analyses.surface import axes, line, plane, worst_and_random
 from unmoved.core.errors import UnmovedError
 

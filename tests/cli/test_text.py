@@ -19,7 +19,7 @@ import pytest
 import typer
 from helpers.cli import RECIPE, ROOT, Said, recipe, unmoved
 
-from unmoved.cli import app, main, screen
+from unmoved.cli import analyze_command, app, main, screen
 from unmoved.core import untrusted
 from unmoved.core.errors import UnmovedError
 from unmoved.data.validation import as_classes
@@ -179,7 +179,8 @@ def test_help_says_all_that_its_texts_say(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("COLUMNS", "500")
     monkeypatch.setenv("TERMINAL_WIDTH", "500")
     group: Any = typer.main.get_command(app)
-    for name, command in group.commands.items():
+    analyze: Any = typer.main.get_command(analyze_command.app)  # its own, with the options of the studies
+    for name, command in [*group.commands.items(), ("analyze", analyze)]:
         shown = re.sub(r"[^!-~]+", " ", unmoved(name, "--help").fine().out)
         for text in [command.help, *(part.help for part in command.params if getattr(part, "help", None))]:
             for words in text.replace("\\[", "[").split("\n\n"):

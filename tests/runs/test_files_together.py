@@ -245,8 +245,8 @@ def page_of(folder: Path, word: str) -> None:
     figure.add_subplot().set_title(word)
     figure.set_label(word)
     section = Section("s", "S", [word], None, [figure])
-    settings = {"runs": ["r"], "n": 1, "word": word}
-    Study("kind", "Title", {"t": pd.DataFrame({"word": [word]})}, [word], [section], settings).write(folder)
+    tables = {"t": pd.DataFrame({"word": [word]})}
+    Study("kind", "Title", tables, [word], [section], n=1, runs=["r"], settings={"word": word}).write(folder)
 
 
 def page_before(folder: Path) -> None:

@@ -18,6 +18,7 @@ import scipy  # its parts load where they are used: a second that no worker wait
 
 from unmoved.core.errors import UnmovedError, require_choice, require_whole
 
+CONFIRMED, REFUTED, UNDECIDED = "confirmed", "refuted", "undecided"  # the words for a claim
 LEAST = 10  # samples of each kind that an interval asks for: three against three would seem certain
 FEWEST_RUNS = 4
 LEVEL = 0.95

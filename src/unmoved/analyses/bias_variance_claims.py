@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import scipy  # its parts load where they are used: a second that no worker waits for
 
-from unmoved.analyses.association import LEVEL, percentiles, rank_correlations
+from unmoved.analyses.association import CONFIRMED, LEVEL, REFUTED, UNDECIDED, percentiles, rank_correlations
 from unmoved.analyses.bias_variance import MEASURES
 from unmoved.core.errors import UnmovedError, require_columns, require_whole
 
@@ -85,7 +85,7 @@ def _ends(rows: pd.DataFrame, name: str) -> tuple[np.ndarray, np.ndarray, np.nda
 def _rises(rows: pd.DataFrame, seed: int) -> tuple[str, float, str]:
     middle, low, high = _ends(rows, "bias")
     if len(rows) < 3:
-        return "undecided", float("nan"), f"three training eps are needed, here are {len(rows)}"
+        return UNDECIDED, float("nan"), f"three training eps are needed, here are {len(rows)}"
     error = (high - low) / (2 * scipy.stats.norm.ppf((1 + LEVEL) / 2))
     draw = np.random.default_rng(require_whole("seed", seed, at_least=0))
     drawn = middle + error * draw.standard_normal((DRAWS, len(middle)))
@@ -94,10 +94,10 @@ def _rises(rows: pd.DataFrame, seed: int) -> tuple[str, float, str]:
     rho, (least, most) = float(rhos[0]), percentiles(rhos[1:])
     words = f"Spearman's correlation with the training eps is {rho:.2f} [{least:.2f}, {most:.2f}]"
     if any(high[j] < low[i] for i in range(len(low)) for j in range(i, len(low))):
-        return "refuted", rho, words + ", and a larger eps has a clearly smaller bias"
+        return REFUTED, rho, words + ", and a larger eps has a clearly smaller bias"
     if least > 0 and low[-1] > high[0]:
-        return "confirmed", rho, words + ", and the largest eps has a clearly larger bias than the smallest"
-    return "undecided", rho, words
+        return CONFIRMED, rho, words + ", and the largest eps has a clearly larger bias than the smallest"
+    return UNDECIDED, rho, words
 
 
 def _dominates(rows: pd.DataFrame, _: int) -> tuple[str, float, str]:
@@ -105,8 +105,8 @@ def _dominates(rows: pd.DataFrame, _: int) -> tuple[str, float, str]:
     value = float((bias / rows["risk"].to_numpy(float)).min())
     words = f"its smallest share of the risk is {value:.2f}"
     if (low > most).all():
-        return "confirmed", value, words
-    return ("refuted" if (high < least).any() else "undecided"), value, words
+        return CONFIRMED, value, words
+    return (REFUTED if (high < least).any() else UNDECIDED), value, words
 
 
 def _unimodal(rows: pd.DataFrame, _: int) -> tuple[str, float, str]:
@@ -115,9 +115,9 @@ def _unimodal(rows: pd.DataFrame, _: int) -> tuple[str, float, str]:
     words = f"it is largest at a training eps of {peak:g}"
     inside = range(1, len(low) - 1)
     if len(rows) < 3:
-        return "undecided", peak, f"three training eps are needed, here are {len(rows)}"
+        return UNDECIDED, peak, f"three training eps are needed, here are {len(rows)}"
     if any(high[j] < min(low[:j].max(), low[j + 1 :].max()) for j in inside):
-        return "refuted", peak, words + ", with a clear valley between two higher places"
+        return REFUTED, peak, words + ", with a clear valley between two higher places"
     if any(low[j] > max(high[0], high[-1]) for j in inside):
-        return "confirmed", peak, words + ", clearly above both ends"
-    return "undecided", peak, words + "; no clear peak inside the measured range"
+        return CONFIRMED, peak, words + ", clearly above both ends"
+    return UNDECIDED, peak, words + "; no clear peak inside the measured range"

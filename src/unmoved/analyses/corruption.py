@@ -187,7 +187,7 @@ def sweep(
     with risk.held():
         clean = risk.at(gradient=True)
         found = _observations(risk, clean, radii, p, n, draws, steps, seed)
-        top = _dot(_slope(clean), weights.steepest(_slope(clean), 1.0, p, n))
+        top = _dot(clean.gradient, weights.steepest(clean.gradient, 1.0, p, n))
     return _table(risk, clean, found, size, top).assign(p=float(p), n=math.nan if n is None else float(n))[COLUMNS]
 
 
@@ -210,7 +210,7 @@ def _observations(
     found: list[_Observation] = []
     for draw in range(draws):
         unit = direction(risk, draw, p=p, n=n, seed=seed)
-        rise = _dot(_slope(clean), unit)
+        rise = _dot(clean.gradient, unit)
         found += [_Observation(RANDOM, r, draw, 0, _moved(risk, _scaled(unit, r)), rise) for r in radii]
     for r in radii if steps else []:
         best = _climb(risk, clean, r, p, n, steps, None, seed)[1]
@@ -262,7 +262,7 @@ def _climb(
     alpha = 1.5 * eps / steps if step_size is None else step_size
     alpha = require_number("step_size", alpha, at_least=0)
     corruption = [torch.zeros_like(t) for t in risk.parameters]
-    gradient, best, kept, path = _slope(clean), clean, corruption, []
+    gradient, best, worst, path = clean.gradient, clean, corruption, []
     if not any(g.any() for g in gradient):
         gradient = direction(risk, 0, p=p, n=n, seed=seed)
     for step in range(1, steps + 1):
@@ -271,15 +271,9 @@ def _climb(
         point = _moved(risk, corruption, gradient=step < steps)
         path.append(point.loss - clean.loss)
         if point.loss > best.loss:
-            best, kept = point, corruption
-        gradient = _slope(point) if step < steps else []
-    return Worst(best.loss - clean.loss, kept, tuple(path)), best
-
-
-def _slope(point: Point) -> list[Tensor]:
-    if point.gradient is None:
-        raise UnmovedError("risk: expected at(gradient=True) to give the gradient, came none")
-    return point.gradient
+            best, worst = point, corruption
+        gradient = point.gradient
+    return Worst(best.loss - clean.loss, worst, tuple(path)), best
 
 
 def _moved(risk: Risk, corruption: Sequence[Tensor], gradient: bool = False) -> Point:

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import scipy  # its parts load where they are used: a second that no worker waits for
 
-from unmoved.analyses.association import spearman
+from unmoved.analyses.association import CONFIRMED, REFUTED, UNDECIDED, spearman
 from unmoved.analyses.corruption import ADVERSARIAL, RANDOM, expected_ratio
 from unmoved.core.errors import UnmovedError, require_columns, require_whole
 
@@ -17,7 +17,6 @@ LOSS, ACCURACY = "loss", "accuracy"
 MEASURED = ("draw", "steps", "loss", "accuracy", "loss_change", "accuracy_change", "linear_change", "first_order")
 CONTROLLED, FIRST_ORDER = ("controlled", "controlled_low", "controlled_high"), ("first_order", "first_order_expected")
 DERIVED = ("draws", "mean", "low", "high", *CONTROLLED, *FIRST_ORDER, "observed_ratio")
-CONFIRMED, REFUTED, UNDECIDED = "confirmed", "refuted", "undecided"
 LEAST_RUNS = 6
 
 

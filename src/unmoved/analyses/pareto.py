@@ -15,11 +15,12 @@ from typing import TypeAlias
 import numpy as np
 import pandas as pd
 
-from unmoved.analyses.association import LEVEL, bootstrap_means, interval
+from unmoved.analyses.association import LEVEL, UNDECIDED, bootstrap_means, interval
 from unmoved.core.errors import UnmovedError, require_columns
 
 RunKey: TypeAlias = tuple[str, float, int]
 ALL = "all methods"
+ON_FRONT, DOMINATED = "on the front", "dominated"
 ROWS = ("method", "strength", "seed", "clean", "robust", "n")
 
 
@@ -231,24 +232,24 @@ def claims(areas: pd.DataFrame, dominance: pd.DataFrame) -> pd.DataFrame:
     words = {method: _word(share) for method, share in shares.items()}
     rows = []
     for method, share in shares.items():
-        rivals = dominance[(dominance["method"] == method) & (dominance["by"].map(words) != "dominated")]
+        rivals = dominance[(dominance["method"] == method) & (dominance["by"].map(words) != DOMINATED)]
         alone, some = (rivals.loc[held, "by"] for held in (rivals["share"] >= LEVEL, rivals["any_share"] > 0.5))
-        by = ", ".join(alone if len(alone) else some) if words[method] == "dominated" else ""
+        by = ", ".join(alone if len(alone) else some) if words[method] == DOMINATED else ""
         rows.append((method, words[method], share, by, _sentence(str(method), words[method], share, by, len(alone))))
     return pd.DataFrame(rows, columns=["method", "verdict", "share", "by", "words"])
 
 
 def _word(share: float) -> str:
     if share >= LEVEL:
-        return "on the front"
-    return "dominated" if share <= 1 - LEVEL else "undecided"
+        return ON_FRONT
+    return DOMINATED if share <= 1 - LEVEL else UNDECIDED
 
 
 def _sentence(method: str, word: str, share: float, by: str, alone: int) -> str:
     if math.isnan(share):
-        return f"{method}: undecided, for without the answers image by image there is no interval."
+        return f"{method}: {word}, for without the answers image by image there is no interval."
     how = "all" if share == 1 else "none" if share == 0 else f"{100 * share:.1f} %"
     seen = f"it has a point on the front in {how} of the bootstraps"
-    if word == "dominated":
-        return f"{method} is dominated {'by' if alone else 'together by'} {by}: {seen}."
-    return f"{method} is on the front: {seen}." if word == "on the front" else f"{method}: undecided, {seen}."
+    if word == DOMINATED:
+        return f"{method} is {word} {'by' if alone else 'together by'} {by}: {seen}."
+    return f"{method} is {word}: {seen}." if word == ON_FRONT else f"{method}: {word}, {seen}."

@@ -1,11 +1,11 @@
-"""Define the risks that corruptions of weights change: any function of some tensors, or a model's loss on images."""
+"""Define the risks that corruptions of weights change: above all a model's loss on images."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -24,11 +24,11 @@ GLOBAL = "global"
 
 @dataclass(frozen=True)
 class Point:
-    """A risk at one place: its loss and accuracy (NaN where there is none), and the gradient where it was asked for."""
+    """Hold a risk at one place: loss, accuracy (NaN where there is none), and the gradient, empty if not asked for."""
 
     loss: float
     accuracy: float
-    gradient: list[Tensor] | None = None
+    gradient: list[Tensor] = field(default_factory=list)
 
 
 class Risk(Protocol):
@@ -45,43 +45,12 @@ class Risk(Protocol):
     images: int
 
     def held(self) -> AbstractContextManager[None]:
-        """All hidden state as a measurement needs it inside the block, and as it was after it."""
+        """Keep all hidden state as a measurement needs it inside the block, and restore it after it."""
         ...
 
     def at(self, gradient: bool = False) -> Point:
-        """The risk at the tensors' present values; called inside ``held()``."""
+        """Compute the risk at the tensors' present values; called inside ``held()``."""
         ...
-
-
-class FunctionRisk:
-    """A risk given as a function without arguments that reads the tensors in ``parameters``.
-
-    Args:
-        function: returns a scalar that can be differentiated by the parameters; any other state is its own affair.
-        parameters: float leaf tensors that require a gradient; corrupted in place and restored.
-
-    Raises:
-        UnmovedError: no parameter, or one that is no float leaf tensor that requires a gradient; from `at` a value
-            that is no finite scalar, or does not depend on the parameters.
-    """
-
-    def __init__(self, function: Callable[[], Tensor], parameters: Sequence[Tensor]) -> None:
-        self.parameters, self.scope, self.images = list(parameters), GLOBAL, 0
-        self._function = function
-        _require_parameters(self.parameters)
-
-    def held(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def at(self, gradient: bool = False) -> Point:
-        with torch.set_grad_enabled(gradient):
-            value = self._function()
-        if not isinstance(value, Tensor) or value.numel() != 1:
-            raise UnmovedError(f"risk: expected a scalar tensor, came {_described(value)}; take the mean over samples")
-        if gradient and not value.requires_grad:
-            raise UnmovedError("risk: expected a function of the parameters, came a constant; compute it from them")
-        _require_finite(float(value.detach()))
-        return Point(float(value.detach()), math.nan, _gradient(value, self.parameters) if gradient else None)
 
 
 class ModelRisk:
@@ -113,7 +82,13 @@ class ModelRisk:
             raise UnmovedError(f"scope: unknown layer {scope!r}" + did_you_mean(scope, [GLOBAL, *layers(model)]))
         self.model, self.scope = model, scope
         self.parameters: list[Tensor] = [p for name, p in named.items() if scope in (GLOBAL, name)]
-        _require_parameters(self.parameters)
+        if not self.parameters:
+            raise UnmovedError(
+                "risk: expected at least one parameter, came none; set requires_grad on those to corrupt"
+            )
+        for p in self.parameters:
+            if p.dtype not in (torch.float32, torch.float64):
+                raise UnmovedError(f"risk: expected float32 or float64 parameters, came {p.dtype}; use model.float()")
         first = self.parameters[0]
         with torch.inference_mode(False):  # tensors made in inference mode cannot be saved for a backward pass
             self.chunks = [
@@ -141,7 +116,7 @@ class ModelRisk:
             generators.append(torch.cuda.default_generators[device.index])
         for generator in generators:
             generator.manual_seed(0)
-        losses, right, total = [], [], None
+        losses, right, total = [], [], list[Tensor]()
         for x, y in self.chunks:
             with torch.set_grad_enabled(gradient):
                 logits = views.logits(self.model, x)
@@ -152,44 +127,21 @@ class ModelRisk:
             losses.append(loss.detach())
             right.append((wide.detach().argmax(dim=1) == y.to(wide.device)).sum())
             if gradient:
-                part = _gradient(loss, self.parameters)
-                total = part if total is None else [a.add_(b) for a, b in zip(total, part, strict=True)]
+                # autograd.grad, so that nobody's .grad changes; zeros for what the loss does not depend on.
+                part = torch.autograd.grad(loss, self.parameters, allow_unused=True, materialize_grads=True)
+                total = [a.add_(b) for a, b in zip(total, part, strict=True)] if total else list(part)
         value = float(torch.stack(losses).sum())
-        _require_finite(value)
+        if not math.isfinite(value):
+            raise UnmovedError(
+                f"risk: expected a finite loss, came {value}; use a smaller eps, or see what the model returns"
+            )
         return Point(value, int(torch.stack(right).sum()) / self.images, total)
 
 
 def layers(model: nn.Module) -> list[str]:
-    """The names of the parameters with more than one dimension: the layers of the per-layer analysis.
+    """Name the parameters with more than one dimension: the layers of the per-layer analysis.
 
     Kernels and matrices, each without its bias; vectors (biases, affine weights of normalisation) are corrupted in the
     global scope alone. The choice of tensors is that of adversarial weight perturbation (AWP).
     """
     return [name for name, p in model.named_parameters() if p.requires_grad and p.ndim > 1]
-
-
-def _gradient(value: Tensor, parameters: list[Tensor]) -> list[Tensor]:
-    """By ``autograd.grad``, so that nobody's ``.grad`` changes; zeros for what the value does not depend on."""
-    return list(torch.autograd.grad(value, parameters, allow_unused=True, materialize_grads=True))
-
-
-def _described(value: object) -> str:
-    return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-
-
-def _require_finite(loss: float) -> None:
-    if not math.isfinite(loss):
-        raise UnmovedError(
-            f"risk: expected a finite loss, came {loss}; use a smaller eps, or see what the model returns"
-        )
-
-
-def _require_parameters(parameters: Sequence[Tensor]) -> None:
-    if not parameters:
-        raise UnmovedError("risk: expected at least one parameter, came none; set requires_grad on those to corrupt")
-    for p in parameters:
-        if p.dtype not in (torch.float32, torch.float64) or not (p.is_leaf and p.requires_grad):
-            raise UnmovedError(
-                f"risk: expected float32 or float64 leaf tensors that require a gradient, came {p.dtype} with "
-                f"is_leaf={p.is_leaf}, requires_grad={p.requires_grad}; use model.float() and requires_grad_()"
-            )

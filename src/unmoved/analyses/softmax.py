@@ -14,7 +14,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from unmoved.analyses.association import Estimate, auc, fisher, percentiles, spearman
+from unmoved.analyses.association import (
+    CONFIRMED,
+    REFUTED,
+    UNDECIDED,
+    Estimate,
+    auc,
+    fisher,
+    percentiles,
+    spearman,
+)
 from unmoved.analyses.softmax_observed import COLUMNS, STATISTICS, VIEWS, collect, collect_batch, observe, statistics
 from unmoved.core.batch import Table
 from unmoved.core.errors import UnmovedError, require_choice, require_columns
@@ -45,7 +54,6 @@ NAMES = {
     "gap": "the gap of the two most probable wrong classes",
 }
 STRONG = 0.5
-CONFIRMED, REFUTED, UNDECIDED = "confirmed", "refuted", "undecided"
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ def worst_and_random(
     worst = worst_change(risk, eps, steps=steps, seed=seed).corruption
     if not any(part.any() for part in worst):
         with risk.held():
-            worst = risk.at(gradient=True).gradient or worst
+            worst = risk.at(gradient=True).gradient
         if not any(part.any() for part in worst):
             raise UnmovedError("surface: expected a direction in which the risk rises, came none; use a larger eps")
     u = _unit([part.double() for part in worst])

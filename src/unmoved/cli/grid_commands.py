@@ -1,17 +1,16 @@
-"""Define the commands about several runs: compare, analyze, report."""
+"""Define the commands about several runs: compare, report, and where analyze starts."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from unmoved.cli import screen
-from unmoved.cli.options import Allow, Device, Overrides, app
+from unmoved.cli.options import Allow, Overrides, app
 
 if TYPE_CHECKING:
     from unmoved.experiments.jobs import Job
@@ -50,7 +49,8 @@ def compare(
     ] = 0,
     permutations: Annotated[int, typer.Option(help="... after each of this many permutations of it.")] = 1,
     analyze: Annotated[
-        str, typer.Option("--analyze", help="Chapters for the report: softmax, corruption, bias-variance, tradeoff.")
+        str,
+        typer.Option("--analyze", help="Chapters for the report, such as softmax,tradeoff: any WHAT of 'analyze'."),
     ] = "",
     analysis_n: Annotated[int, typer.Option(min=1, help="Test images that the analyses look at.")] = 1000,
     overrides: Overrides = [],  # noqa: B006
@@ -95,7 +95,7 @@ def _chapters(analyze: str) -> tuple[str, ...]:
 
     chapters = tuple(name.strip() for name in analyze.split(",") if name.strip())
     for name in chapters:
-        require_choice("--analyze", name, studies.NAMES)
+        require_choice("--analyze", name, studies.STUDIES)
     return chapters
 
 
@@ -121,12 +121,12 @@ def _analysed(runs: Sequence[Run], chapters: Sequence[str], n: int, allow: Seque
     from unmoved.analyses import studies
 
     sections: list[Section] = []
-    found = studies.subjects(runs, n, allow=allow)
+    subjects = studies.subjects(runs, n, allow=allow)
     with screen.follow() as follow:
         for name in chapters:
-            answer = studies.study(name, found, follow, **({"deep": False} if name == "corruption" else {}))
-            answer.write(out)
-            sections += answer.sections
+            study = studies.STUDIES[name].for_report()(subjects, follow)
+            study.write(out)
+            sections += study.sections
     return sections
 
 
@@ -147,59 +147,15 @@ def _count(things: Sequence[object], name: str) -> str:
     return f"{len(things)} {name}{'s' if len(things) != 1 else ''}"
 
 
-@app.command()
-def analyze(
-    what: Annotated[str, typer.Argument(metavar="WHAT", help="softmax, corruption, bias-variance or tradeoff.")],
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, on the same data.")],
-    out: Annotated[Path, typer.Option(help="Folder for tables, figures and page: OUT/WHAT/.")] = Path("runs/analysis"),
-    n: Annotated[int, typer.Option("--n", min=1, help="Test images to look at; all, where there are fewer.")] = 1000,
-    eps: Annotated[
-        str | None, typer.Option(help="bias-variance: radii to attack with, such as 0,0.1,0.3; 0 and the recipes' eps.")
-    ] = None,
-    modes: Annotated[str, typer.Option(help="bias-variance: own, shared, joint; commas between.")] = "own",
-    norm: Annotated[str, typer.Option(help="corruption: l2 or linf, the ball of the weights.")] = "l2",
-    top: Annotated[int | None, typer.Option(min=1, help="corruption: corrupt at most this many weights.")] = None,
-    deep: Annotated[bool, typer.Option("--deep/--no-deep", help="corruption: also layers and loss surfaces.")] = True,
-    with_hessian: Annotated[
-        bool, typer.Option("--hessian", help="corruption: also trace and top eigenvalue (unmoved\\[hessian]).")
-    ] = False,
-    weights: Annotated[str, typer.Option(help="best (by validation robust accuracy) or last.")] = "best",
-    allow: Allow = [],  # noqa: B006
-    device: Device = "auto",
-) -> None:
+@app.command(
+    add_help_option=False,
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "allow_interspersed_args": False},
+)
+def analyze(context: typer.Context) -> None:
     """Why is it robust, and at what price: tables, figures, and what they say. Goes on where it was interrupted."""
-    from unmoved.analyses import studies
-    from unmoved.core import errors
-    from unmoved.runs import folder as folders
+    from unmoved.cli import analyze_command  # the studies declare options, and take seconds to import
 
-    errors.require_choice("analyze", what, studies.NAMES)
-    errors.require_choice("--weights", weights, ("best", "last"))
-    settings: dict[str, Any] = {}
-    if what == "bias-variance":
-        settings = {"eps": _numbers("--eps", eps), "modes": [mode.strip() for mode in modes.split(",")]}
-    elif what == "corruption":
-        errors.require_choice("--norm", norm, ("l2", "linf"))
-        settings = {"deep": deep, "with_hessian": with_hessian, "p": 2 if norm == "l2" else math.inf, "top": top}
-    opened = [folders.Run.open(run) for run in runs]
-    found = studies.subjects(opened, n, weights=weights, device=device, allow=allow)
-    with screen.follow() as advance:
-        answer = studies.study(what, found, progress=advance, **settings)
-    page = answer.write(out)
-    for sentence in answer.sentences:
-        screen.say(f"- {sentence}")
-    screen.say(f"saved: {page.parent}\npage: {page}")
-
-
-def _numbers(option: str, text: str | None) -> list[float] | None:
-    from unmoved.core.errors import UnmovedError
-
-    try:
-        numbers = None if text is None else [float(number) for number in text.split(",")]
-    except ValueError:
-        numbers = [-1.0]
-    if numbers is not None and min(numbers) < 0:
-        raise UnmovedError(f"{option}: expected numbers of 0 or more such as 0,0.1,0.3, came {text!r}")
-    return numbers
+    typer.main.get_command(analyze_command.app)(context.args, prog_name=context.command_path)
 
 
 @app.command()

@@ -86,7 +86,7 @@ def _done(job: Job, device: str) -> str:
 
         (subject,) = studies.subjects([run], job.analysis_n, device=device, allow=job.allow, ready=ready)
         for name in job.analyze:
-            studies.prepare(name, subject)
+            studies.STUDIES[name].for_report().prepare(subject)
     return job.path
 
 

@@ -43,7 +43,7 @@ def test_compare_puts_every_chapter_into_the_report_and_its_tables_on_disk(train
     page = (trained / "report.html").read_text(encoding="utf-8")
     for title in ("Softmax over the wrong classes", "Flatness under", "Bias and variance", "The price of robustness"):
         assert title in page
-    for name in studies.NAMES:
+    for name in studies.STUDIES:
         folder = trained / "analysis" / name
         assert json.loads((folder / "verdict.json").read_text())["settings"]["n"] > 0
         assert (folder / "index.html").is_file()
@@ -54,7 +54,7 @@ def test_compare_puts_every_chapter_into_the_report_and_its_tables_on_disk(train
         )
 
 
-@pytest.mark.parametrize("what", studies.NAMES)
+@pytest.mark.parametrize("what", studies.STUDIES)
 def test_each_analysis_of_the_command_line_says_the_same_twice_and_computes_once(
     what: str, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -164,6 +164,39 @@ def test_what_is_refused(trained: Path, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("what", "option", "words"),
+    [
+        (
+            "softmax",
+            ("--eps", "0.1"),
+            "--eps: expected an option of softmax, came one of another; it has none",
+        ),
+        ("tradeoff", ("--hessian",), "--hessian: expected an option of tradeoff"),
+        ("bias-variance", ("--no-deep",), "--deep: expected an option of bias-variance"),
+        ("bias-variance", ("--top", "3"), "its own are --eps, --modes"),
+        ("corruption", ("--modes", "own"), "its own are --norm, --top, --deep, --hessian"),
+    ],
+)
+def test_an_option_of_another_analysis_is_refused(what: str, option: tuple[str, ...], words: str) -> None:
+    """Before any run is opened, and also where the value is the one by default."""
+    assert words in unmoved("analyze", what, "nowhere", *option).mistake()
+
+
+def test_the_chapter_of_a_report_leaves_out_the_surfaces() -> None:
+    for kind in studies.STUDIES.values():
+        assert kind.for_report() == (kind.of({"deep": False}) if kind.name == "corruption" else kind())
+
+
+def test_the_options_reach_the_study(trained: Path, tmp_path: Path) -> None:
+    options = ("--norm", "linf", "--top", 5, "--no-deep", "--n", 10)
+    unmoved("analyze", "corruption", paths(trained)[0], *options, "--out", tmp_path).fine()
+    settings = json.loads((tmp_path / "corruption/verdict.json").read_text())["settings"]
+    assert (settings["p"], settings["top"], settings["n"]) == ("inf", 5, 10)
+    assert not (tmp_path / "corruption/plane.csv").exists()
+    assert set(pd.read_csv(tmp_path / "corruption/sweep.csv")["n"]) == {5}
+
+
 def made(folder: Path, text: str, name: str, *extra: object) -> Path:
     unmoved("train", recipe(folder, text, name), "--out", folder / name, "--set", "training.epochs=1", *extra).fine()
     return folder / name
@@ -190,7 +223,7 @@ def test_a_subject_keeps_its_model_as_it_was(trained: Path) -> None:
     (subject,) = studies.subjects([Run.open(paths(trained)[0])], 20)
     before = {name: value.clone() for name, value in subject.model.state_dict().items()}
     shutil.rmtree(subject.run.path / "analysis")
-    studies.prepare("corruption", subject)
-    studies.prepare("softmax", subject)
+    for kind in studies.STUDIES.values():
+        kind.for_report().prepare(subject)
     assert all(torch.equal(before[name], value) for name, value in subject.model.state_dict().items())
     assert isinstance(next(iter(subject.split.batches(1))), Batch)

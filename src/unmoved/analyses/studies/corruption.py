@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
+from functools import cached_property, partial
+from typing import Self
 
 import pandas as pd
 from matplotlib.figure import Figure
 
-from unmoved.analyses import corruption, flatness, hessian, surface
-from unmoved.analyses.risks import ModelRisk, layers
-from unmoved.analyses.studies.corruption_figures import corruption_curves, corruption_layers, loss_lines, loss_surface
-from unmoved.analyses.studies.corruption_figures import flatness as flatness_figure
-from unmoved.analyses.studies.study import AnalysedRun, Progress, Study, accuracies, no_progress, part_of
+from unmoved.analyses import corruption, flatness, hessian, risks, surface
+from unmoved.analyses.risks import ModelRisk
+from unmoved.analyses.studies import corruption_figures as figures
+from unmoved.analyses.studies.kind import StudyKind, option
+from unmoved.analyses.studies.study import (
+    AnalysedRun,
+    Progress,
+    Study,
+    accuracies,
+    folders,
+    joined,
+    no_progress,
+    part_of,
+)
 from unmoved.attacks import PGD
 from unmoved.core.batch import Batch
+from unmoved.core.errors import require_choice
 from unmoved.reports.pages import Section
 
 GRID = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5)  # of the weights' norm
@@ -25,103 +35,115 @@ HEADLINE = 0.01  # where the verdict is read, the radius of the APD recipes; the
 VIEWS = ("clean", "adversarial")
 TITLE = "Flatness under parameter corruption"
 DRAWS, STEPS = 20, 10
+CHUNK = 250  # images that are attacked at a time
 LEGIBLE = 6  # runs that one figure of curves can hold
 
 
-def measure(
-    subject: AnalysedRun, *, deep: bool = False, p: float = 2, top: int | None = None, progress: Progress = no_progress
-) -> dict[str, pd.DataFrame]:
-    """The sweeps of one run over `GRID`, clean and adversarial; ``deep`` adds layers, lines and the surface."""
-    attack = PGD(subject.assembly.threat, steps=20, keep="best")
-    batches = list(subject.split.batches(250))
-    made: dict[str, pd.DataFrame] = {}
-    attacked: list[Batch] = []
+@dataclass(frozen=True)
+class Corruption(StudyKind):
+    """Indicators of flatness over a grid of eps, per run and across runs.
 
-    def risk(view: str, scope: str = "global") -> ModelRisk:
-        if view == "clean":
-            return ModelRisk(subject.model, batches, scope=scope)
-        if not attacked:  # once for all; not at all where every table is there
-            for batch in batches:
-                here = batch.to(next(subject.model.parameters()).device)
-                attacked.append(Batch(attack(subject.model, here), here.y, here.index))
-        return ModelRisk(subject.model, attacked, scope=scope)
-
-    scopes = [("clean", scope) for scope in layers(subject.model)] if deep else []
-    parts = len(VIEWS) + len(scopes) + deep
-    for k, (view, scope) in enumerate([*((view, "global") for view in VIEWS), *scopes]):
-        grid = GRID if scope == "global" else (HEADLINE,)
-        question = subject.question | {"view": view, "scope": scope, "grid": grid, "draws": DRAWS, "steps": STEPS}
-        question |= {"attack": repr(attack) if view != "clean" else None, "p": str(p), "top": top}
-        made[f"{view} {scope}"] = subject.shelf.table(
-            "corruption",
-            question,
-            partial(_sweep, risk, view, scope, grid, p, top),
-        )
-        progress((k + 1) / parts, f"corruption: {subject.name}")
-    sweeps = pd.concat(made.values(), ignore_index=True)
-    found = {"sweep": sweeps}
-    if deep:
-        whole = ModelRisk(subject.model, batches)
-        size = math.sqrt(sum(float((p.detach().double() ** 2).sum()) for p in whole.parameters))
-        question = subject.question | {"view": "clean", "eps": HEADLINE, "steps": STEPS}
-        found["plane"] = subject.shelf.table(
-            "plane", question, lambda: surface.plane(whole, HEADLINE * size, steps=STEPS)
-        )
-        found["lines"] = surface.axes(found["plane"])  # no pass of their own
-        progress(1.0, f"loss surface: {subject.name}")
-    return found
-
-
-def curvature(subject: AnalysedRun) -> pd.DataFrame:
-    """Trace and top eigenvalue of the Hessian of the clean loss, by curvlinops (the extra ``hessian``)."""
-    risk = ModelRisk(subject.model, list(subject.split.batches(250)))
-    return subject.shelf.table("hessian", subject.question, lambda: pd.DataFrame([vars(hessian.curvature(risk))]))
-
-
-def study(
-    found: Sequence[AnalysedRun],
-    *,
-    deep: bool = True,
-    with_hessian: bool = False,
-    p: float = 2,
-    top: int | None = None,
-    progress: Progress = no_progress,
-) -> Study:
-    """Indicators over a grid, per run and across runs; with ``deep`` also by layer and as a surface.
-
-    Args:
-        p: 2 or inf, the norm of a corruption; eps is a share of the weights' l2 norm for both.
+    Attributes:
+        norm: ``"l2"`` or ``"linf"``, of a corruption; eps is a share of the weights' l2 norm for both.
         top: corrupt at most this many weights of a scope; all by default.
+        deep: also layer by layer, on two lines through the weights and on a plane.
+        hessian: also the trace and the top eigenvalue of the Hessian, by curvlinops.
     """
-    every = {
-        subject.name: measure(subject, deep=deep, p=p, top=top, progress=part_of(progress, k, len(found)))
-        for k, subject in enumerate(found)
-    }
-    sweep = _joined({name: tables["sweep"] for name, tables in every.items()})
-    summary = flatness.summarise(sweep)
-    few = summary["run"].isin([subject.name for subject in found[:LEGIBLE]]) & (summary["scope"] == "global")
-    drawn = [corruption_curves(summary[few & (summary["view"] == view)]) for view in VIEWS]
-    judged = _against_accuracy(found, summary)
-    tables = {"sweep": sweep, "summary": summary} | judged.tables
-    if deep:
-        for kind, figure in (("lines", loss_lines), ("plane", loss_surface)):
-            tables[kind] = _joined({name: made[kind] for name, made in every.items()})
-            drawn.append(figure(tables[kind][tables[kind]["run"] == found[0].name]))
-        layered = (summary["scope"] != "global") & (summary["measure"] == "loss") & (summary["run"] == found[0].name)
-        drawn.append(corruption_layers(summary[layered]))
-    if with_hessian:
-        tables |= _second_order(found, summary)
-    settings = {
-        "n": len(found[0].split),
-        "runs": [str(subject.run.path) for subject in found],
-        "eps_relative": GRID,
-        "draws": DRAWS,
-        "steps": STEPS,
-        "p": str(p),
-        "top": top,
-    }
-    sections = [_across_runs(judged), _run_by_run(judged, drawn, len(found))]
-    return Study("corruption", TITLE, tables, judged.sentences, sections, settings)
+
+    name = "corruption"
+    norm: str = option("l2", "l2 or linf, the ball of the weights.", parse=str)
+    top: int | None = option(None, "corrupt at most this many weights.", at_least=1)
+    deep: bool = option(True, "also layers and loss surfaces.")
+    hessian: bool = option(False, "also trace and top eigenvalue (unmoved[hessian]).")
+
+    def __post_init__(self) -> None:
+        require_choice("--norm", self.norm, ("l2", "linf"))
+
+    @classmethod
+    def for_report(cls) -> Self:
+        """Return the analysis without what takes a page of its own: layers and surfaces."""
+        return cls(deep=False)
+
+    def prepare(self, run: AnalysedRun) -> None:
+        """Corrupt the run's weights."""
+        self._measure(run, no_progress)
+
+    def __call__(self, runs: Sequence[AnalysedRun], progress: Progress = no_progress) -> Study:
+        """Judge whether flat goes with robust and with accurate."""
+        by_run = {
+            subject.name: self._measure(subject, part_of(progress, k, len(runs))) for k, subject in enumerate(runs)
+        }
+        sweep = joined({name: tables["sweep"] for name, tables in by_run.items()})
+        summary = flatness.summarise(sweep)
+        legible = summary["run"].isin([subject.name for subject in runs[:LEGIBLE]]) & (summary["scope"] == "global")
+        drawn = [figures.corruption_curves(summary[legible & (summary["view"] == view)]) for view in VIEWS]
+        judged = _against_accuracy(runs, summary)
+        tables = {"sweep": sweep, "summary": summary} | judged.tables
+        if self.deep:
+            for kind, draw in (("lines", figures.loss_lines), ("plane", figures.loss_surface)):
+                tables[kind] = joined({name: made[kind] for name, made in by_run.items()})
+                drawn.append(draw(tables[kind][tables[kind]["run"] == runs[0].name]))
+            layers = (summary["scope"] != "global") & (summary["measure"] == "loss") & (summary["run"] == runs[0].name)
+            drawn.append(figures.corruption_layers(summary[layers]))
+        if self.hessian:
+            tables |= _second_order(runs, summary)
+        settings = {
+            "eps_relative": GRID,
+            "draws": DRAWS,
+            "steps": STEPS,
+            "p": str(self._p),
+            "top": self.top,
+        }
+        sections = [_across_runs(judged), _run_by_run(judged, drawn, len(runs))]
+        n = len(runs[0].split)
+        return Study(self.name, TITLE, tables, judged.sentences, sections, n, folders(runs), settings)
+
+    @property
+    def _p(self) -> float:
+        return 2 if self.norm == "l2" else math.inf
+
+    def _measure(self, run: AnalysedRun, progress: Progress) -> dict[str, pd.DataFrame]:
+        """Make the sweep of one run over `GRID`, clean and adversarial; if deep also layers, lines and the plane."""
+        images = _Images(run)
+        scopes = [(view, "global") for view in VIEWS]
+        if self.deep:
+            scopes += [("clean", layer) for layer in risks.layers(run.model)]
+        parts, sweeps = len(scopes) + self.deep, []
+        for k, (view, scope) in enumerate(scopes):
+            grid = GRID if scope == "global" else (HEADLINE,)
+            question = run.question | {"view": view, "scope": scope, "grid": grid, "draws": DRAWS, "steps": STEPS}
+            question |= {"attack": repr(images.attack) if view != "clean" else None, "p": str(self._p), "top": self.top}
+            make = partial(self._sweep, images, view, scope, grid)
+            sweeps.append(run.shelf.table("corruption", question, make))
+            progress((k + 1) / parts, f"corruption: {run.name}")
+        tables = {"sweep": pd.concat(sweeps, ignore_index=True)}
+        if self.deep:
+            risk = ModelRisk(run.model, images.clean)
+            eps = HEADLINE * math.sqrt(sum(float((p.detach().double() ** 2).sum()) for p in risk.parameters))
+            question = run.question | {"view": "clean", "eps": HEADLINE, "steps": STEPS}
+            tables["plane"] = run.shelf.table("plane", question, lambda: surface.plane(risk, eps, steps=STEPS))
+            tables["lines"] = surface.axes(tables["plane"])  # no pass of their own
+            progress(1.0, f"loss surface: {run.name}")
+        return tables
+
+    def _sweep(self, images: _Images, view: str, scope: str, grid: Sequence[float]) -> pd.DataFrame:
+        risk = ModelRisk(images.run.model, images.clean if view == "clean" else images.adversarial, scope=scope)
+        n = None if self.top is None else min(self.top, sum(t.numel() for t in risk.parameters))
+        return corruption.sweep(risk, grid, p=self._p, n=n, draws=DRAWS, steps=STEPS).assign(view=view)
+
+
+class _Images:
+    """The images of a run as they are, and attacked by PGD-20: once, and not at all where every table is there."""
+
+    def __init__(self, run: AnalysedRun) -> None:
+        self.run = run
+        self.attack = PGD(run.assembly.threat, steps=20, keep="best")
+        self.clean = list(run.split.batches(CHUNK))
+
+    @cached_property
+    def adversarial(self) -> list[Batch]:
+        moved = [batch.to(next(self.run.model.parameters()).device) for batch in self.clean]
+        return [Batch(self.attack(self.run.model, batch), batch.y, batch.index) for batch in moved]
 
 
 @dataclass(frozen=True)
@@ -141,9 +163,9 @@ class _AgainstAccuracy:
     scatters: list[Figure] = field(default_factory=list)
 
 
-def _against_accuracy(found: Sequence[AnalysedRun], summary: pd.DataFrame) -> _AgainstAccuracy:
+def _against_accuracy(runs: Sequence[AnalysedRun], summary: pd.DataFrame) -> _AgainstAccuracy:
     """Hold the indicators of a `flatness.summarise` table against the accuracies of the runs."""
-    judged = accuracies(found)
+    judged = accuracies(runs)
     if judged is None:
         return _AgainstAccuracy(
             "No accuracies that all runs have alike: evaluate them alike to see whether flatness goes with robustness."
@@ -163,28 +185,35 @@ def _against_accuracy(found: Sequence[AnalysedRun], summary: pd.DataFrame) -> _A
     claims = pd.concat(judgements, ignore_index=True)
     how = (
         f"Read at eps = {HEADLINE:g} of the weights' norm (claims.csv has every eps of the grid); robust accuracy "
-        f"is that of {source}. Spearman's rho over {len(found)} runs, with a bootstrap over runs."
+        f"is that of {source}. Spearman's rho over {len(runs)} runs, with a bootstrap over runs."
     )
     result = _AgainstAccuracy(how, {"indicators": rows, "claims": claims})
     at = claims["eps_relative"] == HEADLINE
     for view in VIEWS:
-        said = claims[at & (claims["view"] == view)]
-        result.sentences.extend(f"On {view} images: {sentence}" for sentence in said["sentence"])
+        of_view = claims[at & (claims["view"] == view)]
+        result.sentences.extend(f"On {view} images: {sentence}" for sentence in of_view["sentence"])
         shown = rows[(rows["view"] == view) & (rows["eps_relative"] == HEADLINE)]
         if (shown["i_max"] > 0).all():
-            result.scatters.append(flatness_figure(shown, f"{view} images, {said['sentence'].iloc[0]}"))
+            result.scatters.append(figures.flatness(shown, f"{view} images, {of_view['sentence'].iloc[0]}"))
     return result
 
 
-def _second_order(found: Sequence[AnalysedRun], summary: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """The curvature of each run, and what it predicts beside what was measured."""
-    curved = {subject.name: curvature(subject) for subject in found}
-    beside: list[pd.DataFrame] = []
-    for name, row in curved.items():
-        facts: dict[str, Any] = row.iloc[0].to_dict()  # type: ignore[assignment]
-        ours = summary[(summary["run"] == name) & (summary["view"] == "clean")]
-        beside.append(hessian.second_order(ours, hessian.Curvature(**facts)))
-    return {"hessian": _joined(curved), "second_order": pd.concat(beside, ignore_index=True)}
+def _second_order(runs: Sequence[AnalysedRun], summary: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Return the curvature of the clean loss of each run, and what it predicts beside what was measured."""
+    curvatures: dict[str, pd.DataFrame] = {}
+    predicted: list[pd.DataFrame] = []
+    for subject in runs:
+        risk = ModelRisk(subject.model, list(subject.split.batches(CHUNK)))
+        make = partial(_curvature, risk)
+        curvatures[subject.name] = subject.shelf.table("hessian", subject.question, make)
+        (row,) = curvatures[subject.name].itertuples(index=False)
+        measured = summary[(summary["run"] == subject.name) & (summary["view"] == "clean")]
+        predicted.append(hessian.second_order(measured, hessian.Curvature(*row)))
+    return {"hessian": joined(curvatures), "second_order": pd.concat(predicted, ignore_index=True)}
+
+
+def _curvature(risk: ModelRisk) -> pd.DataFrame:
+    return pd.DataFrame([vars(hessian.curvature(risk))])
 
 
 def _across_runs(judged: _AgainstAccuracy) -> Section:
@@ -204,18 +233,6 @@ def _run_by_run(judged: _AgainstAccuracy, drawn: Sequence[Figure], runs: int) ->
     return Section(
         "corruption-runs", "Flatness run by run", [lead], _shown(judged.tables.get("indicators")), list(drawn)
     )
-
-
-def _sweep(
-    risk: Callable[[str, str], ModelRisk], view: str, scope: str, grid: Sequence[float], p: float, top: int | None
-) -> pd.DataFrame:
-    at = risk(view, scope)
-    n = None if top is None else min(top, sum(t.numel() for t in at.parameters))
-    return corruption.sweep(at, grid, p=p, n=n, draws=DRAWS, steps=STEPS).assign(view=view)
-
-
-def _joined(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
-    return pd.concat([table.assign(run=name) for name, table in tables.items()], ignore_index=True)
 
 
 def _claims(claims: pd.DataFrame | None) -> pd.DataFrame | None:

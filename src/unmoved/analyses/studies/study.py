@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pandas as pd
 import torch
@@ -42,7 +42,7 @@ class AnalysedRun:
     assembly: Assembly
     model: nn.Module
     split: ArraySplit
-    question: dict[str, Any]
+    question: dict[str, object]
 
     @property
     def shelf(self) -> TableCache:
@@ -62,7 +62,9 @@ class Study:
     """What came out: tables by name (one observation a row), sentences, and the sections of a page.
 
     Attributes:
-        settings: everything that was chosen, for whoever repeats it; n and runs at least.
+        n: test images.
+        runs: the folders of the runs.
+        settings: everything else that was chosen, for whoever repeats it.
     """
 
     name: str
@@ -70,7 +72,9 @@ class Study:
     tables: Mapping[str, pd.DataFrame]
     sentences: Sequence[str]
     sections: Sequence[Section]
-    settings: Mapping[str, Any]
+    n: int
+    runs: Sequence[str]
+    settings: Mapping[str, object]
 
     def write(self, out: Path) -> Path:
         """Save ``out/<name>/``: a CSV file per table, verdict.json, index.html with its figures; return the page.
@@ -80,9 +84,13 @@ class Study:
         """
         folder = out / self.name
         files = {f"{name}.csv": table.to_csv(index=False).encode() for name, table in self.tables.items()}
-        facts = {"verdict": list(self.sentences), "settings": dict(self.settings), "versions": _versions()}
+        facts = {
+            "verdict": self.sentences,
+            "settings": {"n": self.n, "runs": self.runs, **self.settings},
+            "versions": {"unmoved": metadata.version("unmoved"), "torch": torch.__version__},
+        }
         files["verdict.json"] = (json.dumps(facts, indent=2) + "\n").encode()
-        lead = f"{_count(len(self.settings['runs']), 'run')}, n = {self.settings['n']} test images"
+        lead = f"{len(self.runs)} run{'s' if len(self.runs) != 1 else ''}, n = {self.n} test images"
         return pages.write_sections(folder / "index.html", self.title, self.sections, lead=lead, beside=files)
 
 
@@ -90,24 +98,20 @@ def subjects(
     runs: Sequence[Run],
     n: int | None,
     *,
-    least: int = 1,
     weights: str = "best",
     device: str = "auto",
     allow: Collection[str] = (),
-    same_threat: bool = True,
     ready: Callable[[], Opened] | None = None,
 ) -> list[AnalysedRun]:
-    """Runs that may be studied together, each with the same n test images (all, where there are fewer).
+    """Open runs that may be studied together, each with the same n test images (all, where there are fewer).
 
-    ``ready`` is that of `unmoved.runs.evaluate.evaluate_run`, where there is one run.
+    Args:
+        ready: as in `unmoved.runs.evaluate.evaluate_run`, where there is one run.
 
     Raises:
-        UnmovedError: fewer than ``least`` runs; one run twice; runs on other data, classes or (where it matters) in
-            other balls; a run without weights.
+        UnmovedError: one run twice; runs on other data, classes or in other balls; a run without weights.
     """
     n = None if n is None else require_whole("n", n, at_least=1)
-    if len(runs) < least:
-        raise UnmovedError(f"expected at least {least} runs, came {len(runs)}; train more (unmoved compare)")
     paths = [run.path.resolve() for run in runs]
     for path in paths:
         if paths.count(path) > 1:
@@ -124,7 +128,7 @@ def subjects(
             split = test if n is None else test.take(min(n, len(test)), seed=0)
             read[asked] = held = _Read(assembly.source, split)
         if found:
-            _require_alike(found[0], run, assembly, held.split, same_threat)
+            _require_alike(found[0], run, assembly, held.split)
             if held.split.digest == found[0].split.digest:  # files of other names, the same images
                 read[asked] = held = held._replace(split=found[0].split)
         question = {"weights": weights_digest(run, weights), **question_about(assembly, held.split, allow)}
@@ -154,7 +158,7 @@ def names_of(runs: Sequence[Run]) -> list[str]:
     return [name if seeded.count(name) == 1 else f"{name} [{run.path}]" for name, run in zip(seeded, runs, strict=True)]
 
 
-def _require_alike(first: AnalysedRun, run: Run, assembly: Assembly, split: ArraySplit, same_threat: bool) -> None:
+def _require_alike(first: AnalysedRun, run: Run, assembly: Assembly, split: ArraySplit) -> None:
     theirs, ours = first.assembly, assembly
     if theirs.data.classes != ours.data.classes or theirs.shape != ours.shape:
         raise UnmovedError(
@@ -170,7 +174,7 @@ def _require_alike(first: AnalysedRun, run: Run, assembly: Assembly, split: Arra
             f"expected runs on the same data, came {first.run.path} and {run.path}, whose test images differ under "
             "the same identities; study each data set apart"
         )
-    if same_threat and theirs.threat != ours.threat:
+    if theirs.threat != ours.threat:
         raise UnmovedError(
             f"expected runs in one ball, came {theirs.threat!r} in {first.run.path} and {ours.threat!r} in {run.path}; "
             "study each ball apart"
@@ -210,16 +214,18 @@ def answers(found: Sequence[AnalysedRun]) -> tuple[dict[str, pd.DataFrame], str]
     return None
 
 
-def _count(number: int, name: str) -> str:
-    return f"{number} {name}{'s' if number != 1 else ''}"
-
-
 def _evaluated(run: Run) -> bool:
     return run.evaluation is not None or run.verdict is not None
 
 
-def _versions() -> dict[str, str]:
-    return {"unmoved": metadata.version("unmoved"), "torch": torch.__version__}
+def joined(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """Put the tables of several runs, given by name, one below the other, with the name in the column ``run``."""
+    return pd.concat([table.assign(run=name) for name, table in tables.items()], ignore_index=True)
+
+
+def folders(runs: Sequence[AnalysedRun]) -> list[str]:
+    """Return the folder of each run."""
+    return [str(subject.run.path) for subject in runs]
 
 
 def part_of(progress: Progress, k: int, of: int) -> Progress:

@@ -1,67 +1,69 @@
-"""Study the price of robustness, over recipes, strengths and seeds."""
+"""Study the price of robustness in clean accuracy, over recipes, strengths and seeds."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import dataclass, fields
 
 import pandas as pd
 
 from unmoved.analyses import pareto
-from unmoved.analyses.pareto import claims
-from unmoved.analyses.studies.study import AnalysedRun, Study, answers
-from unmoved.analyses.studies.tradeoff_figures import pareto as pareto_figure
+from unmoved.analyses.studies import tradeoff_figures
+from unmoved.analyses.studies.kind import StudyKind
+from unmoved.analyses.studies.study import AnalysedRun, Progress, Study, answers, folders, no_progress
 from unmoved.core.errors import UnmovedError
 from unmoved.evaluation.outcomes import CLEAN, WORST
 from unmoved.reports.pages import Section
 
+TITLE = "The price of robustness"
 
-def study(found: Sequence[AnalysedRun]) -> Study:
-    """The front of clean against robust accuracy, from the evaluations that all runs have alike.
 
-    Raises:
-        UnmovedError: runs without a common evaluation.
-    """
-    judged = answers(found)
-    if judged is None:
-        raise UnmovedError(
-            "tradeoff: expected runs that were all judged by the same attacks on the same images, came others; "
-            "evaluate each with the same --attacks and --n"
+@dataclass(frozen=True)
+class TradeOff(StudyKind):
+    """The front of clean against robust accuracy, from the evaluations that all runs have alike."""
+
+    name = "tradeoff"
+
+    def __call__(self, runs: Sequence[AnalysedRun], progress: Progress = no_progress) -> Study:
+        """Draw the front, and judge which methods are on it.
+
+        Raises:
+            UnmovedError: runs without a common evaluation.
+        """
+        judged = answers(runs)
+        if judged is None:
+            raise UnmovedError(
+                "tradeoff: expected runs that were all judged by the same attacks on the same images, came others; "
+                "evaluate each with the same --attacks and --n"
+            )
+        samples, source = judged
+        result = pareto.trade_off(
+            {
+                (*_setting(subject), subject.run.seed): (
+                    samples[subject.name][CLEAN].to_numpy(bool),
+                    samples[subject.name][WORST].to_numpy(bool),
+                )
+                for subject in runs
+            }
         )
-    samples, source = judged
-    result = pareto.trade_off(
-        {
-            (*_setting(subject), subject.run.seed): (
-                samples[subject.name][CLEAN].to_numpy(bool),
-                samples[subject.name][WORST].to_numpy(bool),
-            )
-            for subject in found
-        }
-    )
-    words = claims(result.areas, result.dominance)
-    tables: dict[str, pd.DataFrame] = {name: getattr(result, name) for name in asdict(result)}
-    tables["verdict"] = words
-    n = int(result.points["n"].iloc[0])
-    return Study(
-        "tradeoff",
-        "The price of robustness",
-        tables,
-        list(words["words"]),
-        [
-            Section(
-                "pareto",
-                "The price of robustness",
-                [
-                    f"Which method reaches which clean and robust accuracy ({source}, n = {n}), and which stretch of "
-                    "the front is whose. Intervals are bootstraps over the images and say nothing of other seeds.",
-                    *words["words"],
-                ],
-                result.stretches,
-                [pareto_figure(result.points)],
-            )
-        ],
-        {"n": n, "runs": [str(subject.run.path) for subject in found], "robust_accuracy": source},
-    )
+        verdict = pareto.claims(result.areas, result.dominance)
+        tables: dict[str, pd.DataFrame] = {one.name: getattr(result, one.name) for one in fields(result)}
+        n = int(result.points["n"].iloc[0])
+        text = [
+            f"Which method reaches which clean and robust accuracy ({source}, n = {n}), and which stretch of "
+            "the front is whose. Intervals are bootstraps over the images and say nothing of other seeds.",
+            *verdict["words"],
+        ]
+        return Study(
+            self.name,
+            TITLE,
+            tables | {"verdict": verdict},
+            list(verdict["words"]),
+            [Section("pareto", TITLE, text, result.stretches, [tradeoff_figures.pareto(result.points)])],
+            n,
+            folders(runs),
+            {"robust_accuracy": source},
+        )
 
 
 def _setting(subject: AnalysedRun) -> tuple[str, float]:
