@@ -11,9 +11,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import scipy  # its parts load where they are used: a second that no worker waits for
 
 from unmoved.core.errors import UnmovedError, require_choice, require_whole
@@ -45,12 +45,12 @@ class Estimate:
     note: str = ""
     draws: np.ndarray = field(default_factory=lambda: np.empty(0), repr=False)
 
-    def row(self) -> dict[str, Any]:
+    def row(self) -> dict[str, float | str]:
         """The columns value, low, high, n, note of a table."""
         return {"value": self.value, "low": self.low, "high": self.high, "n": self.n, "note": self.note}
 
 
-def auc(score: Any, positive: Any, *, bootstraps: int = 1000, seed: int = 0) -> Estimate:
+def auc(score: npt.ArrayLike, positive: npt.ArrayLike, *, bootstraps: int = 1000, seed: int = 0) -> Estimate:
     """The probability that a positive sample has the larger score: ``P(s+ > s-) + P(s+ = s-) / 2``.
 
     ``(sum of the ranks of the positives - n+ (n+ + 1) / 2) / (n+ n-)``, ties at their mean rank: Mann and Whitney's U
@@ -84,7 +84,9 @@ def auc(score: Any, positive: Any, *, bootstraps: int = 1000, seed: int = 0) -> 
     return _estimate(measure, len(values), note, min(kept, other), bootstraps, seed)
 
 
-def spearman(x: Any, y: Any, *, bootstraps: int = 1000, seed: int = 0, least: int = LEAST) -> Estimate:
+def spearman(
+    x: npt.ArrayLike, y: npt.ArrayLike, *, bootstraps: int = 1000, seed: int = 0, least: int = LEAST
+) -> Estimate:
     """Spearman's correlation: Pearson's of the ranks, ties at their mean rank, ranked anew in each resample.
 
     Args:
@@ -103,13 +105,13 @@ def spearman(x: Any, y: Any, *, bootstraps: int = 1000, seed: int = 0, least: in
     return _estimate(measure, len(a), _constant(a, "x") or _constant(b, "y"), len(a), bootstraps, seed, least)
 
 
-def rank_correlations(rows: np.ndarray, x: Any) -> np.ndarray:
+def rank_correlations(rows: np.ndarray, x: npt.ArrayLike) -> np.ndarray:
     """Spearman's correlation (R,) of each row of ``rows`` (R, n) with ``x`` (n,); NaN where one does not vary."""
     ranks = scipy.stats.rankdata(rows, axis=1).T
     return _weighted_pearson(ranks, scipy.stats.rankdata(x)[:, None], np.ones_like(ranks))
 
 
-def pearson(x: Any, y: Any, *, bootstraps: int = 1000, seed: int = 0) -> Estimate:
+def pearson(x: npt.ArrayLike, y: npt.ArrayLike, *, bootstraps: int = 1000, seed: int = 0) -> Estimate:
     """Pearson's correlation with a percentile bootstrap interval; arguments as `spearman`, finite numbers only."""
     a, b = _pair(x, y, "pearson", finite=True)
     note = _constant(a, "x") or _constant(b, "y")
@@ -121,7 +123,7 @@ def pearson(x: Any, y: Any, *, bootstraps: int = 1000, seed: int = 0) -> Estimat
     return _estimate(measure, len(a), note, len(a), bootstraps, seed)
 
 
-def fisher(x: Any, y: Any, measure: str = "Pearson") -> Estimate:
+def fisher(x: npt.ArrayLike, y: npt.ArrayLike, measure: str = "Pearson") -> Estimate:
     """A correlation of few points (runs) with Fisher's interval, ``tanh(atanh r -+ 1.96 s)``.
 
     ``s = 1 / sqrt(n - 3)`` for Pearson; ``sqrt((1 + r^2 / 2) / (n - 3))`` for Spearman (Bonett and Wright 2000). A
@@ -251,15 +253,17 @@ def _weighted_pearson(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> np.n
 
 def _scaled(v: np.ndarray) -> np.ndarray:
     """About zero, the largest of size 1: a correlation does not change, and its sums lose no digits."""
-    centred = v - v.mean()
-    return centred / np.abs(centred).max()
+    centred: np.ndarray = v - v.mean()
+    scaled: np.ndarray = centred / np.abs(centred).max()
+    return scaled
 
 
 def _divided(above: np.ndarray, below: np.ndarray) -> np.ndarray:
-    return np.divide(above, below, out=np.full(len(above), math.nan), where=below > 0)
+    quotient: np.ndarray = np.divide(above, below, out=np.full(len(above), math.nan), where=below > 0)
+    return quotient
 
 
-def _column(values: Any, name: str, finite: bool = False) -> np.ndarray:
+def _column(values: npt.ArrayLike, name: str, finite: bool = False) -> np.ndarray:
     column = np.asarray(values, dtype=float)
     if column.ndim != 1 or np.isnan(column).any() or (finite and not np.isfinite(column).all()):
         came = f"shape {column.shape}" if column.ndim != 1 else "NaN" if np.isnan(column).any() else "infinity"
@@ -267,7 +271,7 @@ def _column(values: Any, name: str, finite: bool = False) -> np.ndarray:
     return column
 
 
-def _pair(x: Any, y: Any, name: str, finite: bool = False) -> tuple[np.ndarray, np.ndarray]:
+def _pair(x: npt.ArrayLike, y: npt.ArrayLike, name: str, finite: bool = False) -> tuple[np.ndarray, np.ndarray]:
     a, b = _column(x, f"{name}: x", finite), _column(y, f"{name}: y", finite)
     if len(a) != len(b):
         raise UnmovedError(f"{name}: expected x and y of one length, came {len(a)} and {len(b)}")

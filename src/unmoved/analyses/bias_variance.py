@@ -112,7 +112,7 @@ def table(
         kinds += [(LOSSES[1], name, risk, variances[name]) for name in CORRECTIONS]
     values = torch.stack([part for *_, risk, variance in kinds for part in (risk, variance)], dim=1).numpy()
     rows = []
-    for label in [-1, *(y.unique().tolist() if classes else [])]:
+    for label in [-1, *(torch.unique(y).tolist() if classes else [])]:
         some = values if label == -1 else values[(y == label).numpy()]
         draws = np.concatenate([some.mean(axis=0)[None], bootstrap_means(some, bootstraps, seed)])
         for place, (loss, correction, *_) in enumerate(kinds):

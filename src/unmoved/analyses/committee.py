@@ -77,5 +77,8 @@ def _of_one(model: nn.Module, x: Image, batch_size: int) -> Tensor:
     devices = [place] if place.type == "cuda" else []
     with torch.random.fork_rng(devices):
         return torch.cat(
-            [torch.softmax(eval_logits(model, some.to(place)).double(), dim=1).cpu() for some in x.split(batch_size)]
+            [
+                torch.softmax(eval_logits(model, some.to(place)).double(), dim=1).cpu()
+                for some in torch.split(x, batch_size)
+            ]
         )

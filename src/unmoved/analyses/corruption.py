@@ -69,7 +69,7 @@ def direction(risk: Risk, draw: int, *, p: float = 2, n: int | None = None, seed
     if n is not None:
         where = noise.uniform(index, (k,), seed=seed, stream=streams[1])[0].topk(count).indices
         values = torch.zeros(k, dtype=values.dtype, device=values.device).index_copy(0, where, values)
-    parts = values.to(first.dtype).to(first.device).split([t.numel() for t in risk.parameters])
+    parts = torch.split(values.to(first.dtype).to(first.device), [t.numel() for t in risk.parameters])
     return [part.reshape(t.shape).to(t.dtype) for part, t in zip(parts, risk.parameters, strict=True)]
 
 

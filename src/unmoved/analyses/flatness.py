@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -46,10 +45,9 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
     require_columns(table, needed, "summarise")
     keys = [name for name in table.columns if name not in MEASURED]
     table = table.assign(size=table["loss_change"].abs(), controlled=table["loss_change"] - table["linear_change"])
-    groups = table.groupby(keys, sort=False, dropna=False)
-    loss, accuracy = (_means(groups[f"{measure}_change"]).assign(measure=measure) for measure in (LOSS, ACCURACY))
-    controlled = _means(groups["controlled"])
-    of_draws = groups[["first_order", "size"]].mean().reset_index(drop=True)
+    loss, accuracy = (_means(table, keys, f"{name}_change").assign(measure=name) for name in (LOSS, ACCURACY))
+    controlled = _means(table, keys, "controlled")
+    of_draws = table.groupby(keys, sort=False, dropna=False)[["first_order", "size"]].mean().reset_index(drop=True)
     random, others = loss["kind"] == RANDOM, [name for name in keys if name != "kind"]
     top = loss[~random].set_index(others)["mean"]
     worst = loss[others].merge(top.rename("top").reset_index(), "left", others)["top"].to_numpy(float)
@@ -59,15 +57,16 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
     loss["first_order"] = of_draws["first_order"].where(random)
     loss["first_order_expected"] = loss["k"].map(expected_ratio).where(closed)
     loss["observed_ratio"] = (of_draws["size"] / np.where(worst > 0, worst, np.nan)).where(random)
-    whole = pd.concat([loss, accuracy], ignore_index=True)
-    return whole[["measure", *(name for name in whole.columns if name != "measure")]]
+    both = pd.concat([loss, accuracy], ignore_index=True)
+    return both[["measure", *both.columns.drop("measure")]]
 
 
-def _means(groups: Any) -> pd.DataFrame:
-    """The keys, draws, mean, low and high of each group, by Student's t."""
-    found = groups.agg(draws="size", mean="mean", spread="std").reset_index()
-    half = scipy.stats.t.ppf(0.975, found["draws"] - 1) * found.pop("spread") / np.sqrt(found["draws"])
-    return found.assign(low=found["mean"] - half, high=found["mean"] + half)
+def _means(table: pd.DataFrame, keys: list[str], column: str) -> pd.DataFrame:
+    """Return the keys, draws, mean, low and high of each group, by Student's t."""
+    groups = table.groupby(keys, sort=False, dropna=False)[column]
+    means = groups.agg(draws="size", mean="mean", spread="std").reset_index()
+    half = scipy.stats.t.ppf(0.975, means["draws"] - 1) * means.pop("spread") / np.sqrt(means["draws"])
+    return means.assign(low=means["mean"] - half, high=means["mean"] + half)
 
 
 def indicators(summary: pd.DataFrame, eps_relative: float, *, scope: str = "global") -> pd.DataFrame:
@@ -97,7 +96,8 @@ def indicators(summary: pd.DataFrame, eps_relative: float, *, scope: str = "glob
     rows = rows.assign(eps_relative=float(eps_relative))  # rounding would tell two sweeps of one eps apart
     worst = rows[rows["kind"] == ADVERSARIAL].rename(columns={"mean": "i_max"})[[*keys, "i_max"]]
     mean = rows[rows["kind"] == RANDOM].rename(columns={"controlled": "i_ave"})[[*keys, "i_ave"]]
-    return worst.merge(mean, "inner", keys)
+    both: pd.DataFrame = worst.merge(mean, "inner", keys)
+    return both
 
 
 def claims(table: pd.DataFrame, *, resamples: int = 2000, seed: int = 0) -> pd.DataFrame:

@@ -9,7 +9,7 @@ import importlib
 import math
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from types import ModuleType
 
 import numpy as np
 import pandas as pd
@@ -83,7 +83,7 @@ def curvature(
 
         def product(v: np.ndarray) -> np.ndarray:
             torch.default_generator.manual_seed(0)
-            image: Any = h @ torch.as_tensor(v, dtype=first.dtype, device=first.device)
+            image = h @ torch.as_tensor(v, dtype=first.dtype, device=first.device)
             return np.asarray(image.detach().cpu().double())
 
         signs = (2.0 * generator.integers(0, 2, size=k) - 1 for _ in range(vectors))
@@ -131,7 +131,7 @@ def second_order(summary: pd.DataFrame, of: Curvature) -> pd.DataFrame:
     ).reset_index(drop=True)
 
 
-def _curvlinops() -> Any:
+def _curvlinops() -> ModuleType:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # deprecations in its own dependencies are not the user's affair

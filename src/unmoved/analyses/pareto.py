@@ -63,7 +63,8 @@ def front_area(clean: np.ndarray, robust: np.ndarray) -> np.ndarray:
     order = np.argsort(clean, axis=-1)
     c, r = np.take_along_axis(clean, order, -1), np.take_along_axis(robust, order, -1)
     heights = np.maximum.accumulate(r[..., ::-1], axis=-1)[..., ::-1]
-    return (np.diff(c, axis=-1, prepend=0) * heights).sum(axis=-1)
+    area: np.ndarray = (np.diff(c, axis=-1, prepend=0) * heights).sum(axis=-1)
+    return area
 
 
 def trade_off(

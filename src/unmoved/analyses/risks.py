@@ -94,7 +94,9 @@ class ModelRisk:
             self.chunks = [
                 (x.to(first, copy=x.is_inference()), y.to(first.device, copy=y.is_inference()))
                 for batch in batches
-                for x, y in zip(batch.x.detach().split(batch_size), batch.y.split(batch_size), strict=True)
+                for x, y in zip(
+                    torch.split(batch.x.detach(), batch_size), torch.split(batch.y, batch_size), strict=True
+                )
                 if len(y)
             ]
         self.images = sum(len(y) for _, y in self.chunks)

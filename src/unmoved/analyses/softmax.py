@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -89,16 +88,16 @@ def within(table: Table, *, bootstraps: int = 1000, seed: int = 0) -> Table:
         fell, how = seen["success"].to_numpy(bool), {"bootstraps": bootstraps, "seed": seed}
         aucs = {name: auc(seen[name], fell, **how) for name in STATISTICS}
         correlations = {name: spearman(known[name], known["min_eps"], **how) for name in STATISTICS}
-        for against, measure, found, chance in (
+        for against, measure, by_name, chance in (
             ("attack succeeded", "AUC", aucs, 0.5),
             ("minimal eps", "Spearman", correlations, 0.0),
         ):
             what = {"view": view, "against": against, "measure": measure}
-            rows += [what | {"statistic": name} | _row(e, found["margin"], chance) for name, e in found.items()]
+            rows += [{**what, "statistic": name, **_row(e, by_name["margin"], chance)} for name, e in by_name.items()]
     return pd.DataFrame(rows)
 
 
-def _row(estimate: Estimate, margin: Estimate, chance: float) -> dict[str, Any]:
+def _row(estimate: Estimate, margin: Estimate, chance: float) -> dict[str, float | str]:
     over = abs(estimate.value - chance) - abs(margin.value - chance)
     low, high = percentiles(np.abs(estimate.draws - chance) - np.abs(margin.draws - chance))
     return estimate.row() | {"over_margin": over, "over_low": low, "over_high": high}
@@ -161,8 +160,12 @@ def across(summary: Table) -> Table:
     require_columns(summary, ("clean_accuracy", "robust_accuracy", *STATISTICS), "across")
     return pd.DataFrame(
         [
-            {"statistic": name, "against": accuracy.replace("_", " "), "measure": measure}
-            | fisher(summary[name], summary[accuracy], measure).row()
+            {
+                "statistic": name,
+                "against": accuracy.replace("_", " "),
+                "measure": measure,
+                **fisher(summary[name], summary[accuracy], measure).row(),
+            }
             for name in STATISTICS
             for accuracy in ("robust_accuracy", "clean_accuracy")
             for measure in ("Pearson", "Spearman")

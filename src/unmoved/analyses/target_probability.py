@@ -45,7 +45,7 @@ def target_probability(
     values = torch.stack([middle, middle**2, of_truth.var(dim=0, correction=1)], dim=1).numpy()
     geometric = of_truth.log().mean(dim=0)
     rows = []
-    for label in y.unique().tolist():
+    for label in torch.unique(y).tolist():
         own = y == label
         some = values[own.numpy()]
         draws = np.concatenate([some.mean(axis=0)[None], bootstrap_means(some, bootstraps, seed)])

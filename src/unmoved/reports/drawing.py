@@ -8,28 +8,31 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar, Unpack
 from xml.etree import ElementTree
 
 import matplotlib
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
+from matplotlib.typing import LineStyleType
 
 from unmoved.core.errors import UnmovedError
 
 Key = TypeVar("Key")
+Segment = Sequence[tuple[float, float]]  # both ends (x, y)
 INK, GRID, PAPER = "#1b1b1a", "#dcdcd9", "#fefefd"  # no data has these colours, so a page may exchange them (dark mode)
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", INK)
 MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
-LINES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (6, 1.5, 1, 1.5, 1, 1.5)))
+LINES: tuple[LineStyleType, ...] = ("-", "--", "-.", ":", (0, (6, 1.5, 1, 1.5, 1, 1.5)))
 MOST = 12  # series that a reader tells apart in one picture; where there are more, the others are grey
 STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
@@ -55,6 +58,30 @@ STYLE: dict[Any, Any] = {
 }
 
 
+class Look(TypedDict, total=False):
+    """Looks of a line or of markers, by matplotlib's names."""
+
+    color: str
+    marker: str | None
+    linestyle: LineStyleType
+    linewidth: float
+    markersize: float
+    markeredgecolor: str
+    markeredgewidth: float
+    markerfacecolor: str
+    alpha: float
+    zorder: float
+
+
+class Fill(TypedDict, total=False):
+    """Looks of a bar, by matplotlib's names."""
+
+    facecolor: str
+    edgecolor: str
+    hatch: str
+    linewidth: float
+
+
 @contextmanager
 def style() -> Iterator[None]:
     """Use our settings of matplotlib inside the block, the caller's after it; ``@style()`` does so for a function."""
@@ -64,7 +91,7 @@ def style() -> Iterator[None]:
         yield
 
 
-def look(k: int) -> dict[str, Any]:
+def look(k: int) -> Look:
     """Return colour, marker and line style of the k-th series; without the colour they repeat after 40 series."""
     return {
         "color": COLOURS[k % len(COLOURS)],
@@ -94,28 +121,31 @@ def count(n: pd.Series) -> str:
     return f"n = {low}" if low == high else f"n = {low} to {high}"
 
 
-def bar(low: Any, middle: Any, high: Any) -> np.ndarray:
+def bar(low: npt.ArrayLike, middle: npt.ArrayLike, high: npt.ArrayLike) -> np.ndarray:
     """Return the lengths (2, ...) of error bars below and above; never negative, in spite of rounding."""
-    return np.maximum(np.stack([np.asarray(middle) - low, np.asarray(high) - middle]), 0)
+    return np.diff([low, middle, high], axis=0).clip(min=0)
 
 
-def foremost(keys: Sequence[Key], rank: Callable[[Key], Any]) -> tuple[list[Key], list[Key]]:
+def foremost(keys: Sequence[Key], rank: Callable[[Key], float | tuple[bool, float]]) -> tuple[list[Key], list[Key]]:
     """Divide keys into the `MOST` of lowest rank and the others, each in the order in which they came."""
     best = set(sorted(keys, key=rank)[:MOST])
     return [key for key in keys if key in best], [key for key in keys if key not in best]
 
 
-def front(x: pd.Series, y: pd.Series) -> list[Any]:
+def front(x: pd.Series, y: pd.Series) -> list[Hashable]:
     """Return labels of the points that no other beats in both, at most `MOST` of them, evenly along the front."""
-    found, best = list[Any](), -np.inf
+    undominated, best = list[Hashable](), -np.inf
     for label in pd.DataFrame({"x": x, "y": y}).sort_values(["x", "y"], ascending=False, kind="stable").index:
         if y[label] > best:
-            found.append(label)
+            undominated.append(label)
             best = y[label]
-    return [found[k] for k in np.linspace(0, len(found) - 1, min(MOST, len(found))).round().astype(int)]
+    places = np.linspace(0, len(undominated) - 1, min(MOST, len(undominated)))
+    return [undominated[k] for k in places.round().astype(int)]
 
 
-def draw_others(axes: Axes, lines: Sequence[tuple[Any, Any]], what: str, **looks: Any) -> str:
+def draw_others(
+    axes: Axes, lines: Sequence[tuple[npt.ArrayLike, npt.ArrayLike]], what: str, **looks: Unpack[Look]
+) -> str:
     """Draw lines that have no style of their own as one grey artist, and return its label in the legend.
 
     Args:
@@ -127,7 +157,7 @@ def draw_others(axes: Axes, lines: Sequence[tuple[Any, Any]], what: str, **looks
     gap = [np.nan]
     x, y = (np.concatenate([part for line in lines for part in (np.ravel(line[k]), gap)]) for k in (0, 1))
     label = f"{len(lines)} other {what}"
-    grey: dict[str, Any] = {"color": INK, "alpha": 0.3, "linewidth": 0.7, "markersize": 4, "zorder": 0.8}
+    grey: Look = {"color": INK, "alpha": 0.3, "linewidth": 0.7, "markersize": 4, "zorder": 0.8}
     axes.plot(x, y, label=label, **grey | looks)
     return label
 
@@ -140,14 +170,15 @@ def legend_above(figure: Figure) -> None:
     figure.legend(handles, names, loc="outside upper center", ncols=columns)
 
 
-def place_names(axes: Axes, points: Sequence[tuple[float, float, str]], bars: Sequence[Any]) -> None:
-    """Write the name beside each point (x, y, name) where it hides least: no marker or name, few of the bars (2, 2).
+def place_names(axes: Axes, points: Sequence[tuple[float, float, str]], bars: Sequence[Segment]) -> None:
+    """Write the name beside each point (x, y, name) where it hides least: no marker or name, few of the bars.
 
     One text is measured for each name, and one annotation made.
     """
-    figure: Any = axes.figure
+    figure = axes.figure
+    assert isinstance(figure, Figure)
     figure.draw_without_rendering()
-    renderer, frame = figure.canvas.get_renderer(), np.array([axes.get_window_extent().extents])
+    frame = np.array([axes.get_window_extent().extents])
     places = axes.transData.transform([p[:2] for p in points])
     taken = [Bbox([place, place]).padded(9).extents for place in places]
     taken += [Bbox(axes.transData.transform(ends)).padded(3).extents for ends in bars]
@@ -159,7 +190,7 @@ def place_names(axes: Axes, points: Sequence[tuple[float, float, str]], bars: Se
     near, corners = sides[0, 1], sides * figure.dpi / 72
     for (x, y, name), place in zip(points, places, strict=True):
         text = axes.text(x, y, name, fontweight="bold")
-        size = np.array(text.get_window_extent(renderer).size)
+        size = np.array(text.get_window_extent().size)
         text.remove()
         low = place + corners - np.where(sides < 0, size, 0)
         tried = np.hstack([low, low + size])
@@ -188,7 +219,7 @@ def to_svg(figure: Figure) -> str:
     text, canvas = io.StringIO(), figure.canvas
     with style():
         try:  # not savefig, which draws everything once more before
-            writer: Any = FigureCanvasSVG(figure)
+            writer: Any = FigureCanvasSVG(figure)  # untyped
             writer.print_svg(text, metadata=dict.fromkeys(["Creator", "Date", "Format", "Type"]))
         finally:
             figure.set_canvas(canvas)

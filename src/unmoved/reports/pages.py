@@ -7,7 +7,6 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jinja2
 import pandas as pd
@@ -19,10 +18,12 @@ from unmoved.core.files import write_set
 from unmoved.core.threat import eps_text
 from unmoved.reports import drawing
 
+Drawn = Mapping[str, Iterable[tuple[str, Figure | Callable[[], Figure]]]]
+
 
 @dataclass(frozen=True, eq=False)
 class Section:
-    """Hold a further section of a page, such as one that an analysis makes.
+    """Hold a section of a page, such as one that an analysis makes.
 
     Attributes:
         id: its anchor: small letters, digits and hyphens.
@@ -52,17 +53,17 @@ class Picture:
 def write(
     path: Path,
     template: str,
-    drawn: Mapping[str, Iterable[tuple[str, Figure | Callable[[], Figure]]]],
+    facts: Mapping[str, object],
+    drawn: Drawn,
     beside: Mapping[str, bytes] | None = None,
-    **facts: Any,
 ) -> Path:
     """Render a template to ``path`` and the figures to ``<stem>-figures/`` beside it; return ``path``.
 
     Args:
+        facts: the template's variables; ``pictures`` is added.
         drawn: by section: the figures, each with its heading ("" for none). One that is yet to be made, a function, is
             made, turned into text and cleared before the next: a page of many runs holds one of them at a time.
         beside: further files of the same folder, which are written together with them.
-        facts: the template's variables; ``pictures`` is added.
 
     Raises:
         UnmovedError: a folder that cannot be written.
@@ -106,7 +107,8 @@ def write_sections(
     """Write a page of sections alone; see `write`."""
     drawn = {section.id: [("", figure) for figure in section.figures] for section in sections}
     titles = {section.id: section.title for section in sections}
-    return write(path, "sections.html.jinja", drawn, beside, title=title, titles=titles, sections=sections, lead=lead)
+    facts = {"title": title, "titles": titles, "sections": sections, "lead": lead}
+    return write(path, "sections.html.jinja", facts, drawn, beside)
 
 
 def _new_stem(words: str, taken: Collection[str]) -> str:
@@ -115,7 +117,7 @@ def _new_stem(words: str, taken: Collection[str]) -> str:
     return next(name for k in range(len(taken) + 1) if (name := f"{stem}-{k + 1}" if k else stem) not in taken)
 
 
-def _flat(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+def _flat(value: object, key: str = "") -> Iterator[tuple[str, str]]:
     """List ("a.b", text) for every leaf of a nested dict."""
     if isinstance(value, Mapping):
         for name, part in value.items():
@@ -149,5 +151,5 @@ def _duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-def _cell(value: Any) -> str:
+def _cell(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)

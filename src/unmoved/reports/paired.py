@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -56,7 +55,7 @@ def beside(results: Sequence[RecipeResult]) -> pd.DataFrame:
     ``AutoAttack`` compares what it leaves, on the images and seeds that it judged in both.
     """
     by_name = {result.name: result for result in results}
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, object]] = []
     for result in results:
         base = by_name.get(str(result.runs[0].recipe.get("base")))
         if base is None or base is result:
@@ -65,19 +64,19 @@ def beside(results: Sequence[RecipeResult]) -> pd.DataFrame:
         seeds = sorted(ours.keys() & theirs.keys())
         if not seeds:
             continue
-        cells: dict[str, Any] = {"recipe": result.name, "base": base.name, "seeds": len(seeds)}
+        cells: dict[str, object] = {"recipe": result.name, "base": base.name, "seeds": len(seeds)}
         tables = [ours[s] for s in seeds], [theirs[s] for s in seeds]
-        said = {column: _compared(*tables, measure) for column, measure in (("clean", CLEAN), ("robust", WORST))}
+        compared = {column: _compared(*tables, measure) for column, measure in (("clean", CLEAN), ("robust", WORST))}
         settled = _settled(result, base)
         if settled is not None:
             cell, words = _compared(*settled, WORST)
             cell += f", n = {settled[0][0]['index'].nunique()}"
             if len(settled[0]) < len(seeds):
                 cell += f", {len(settled[0])} of {len(seeds)} seeds"
-            said["AutoAttack"] = cell, words
-        cells |= {column: cell for column, (cell, _) in said.items()}
+            compared["AutoAttack"] = cell, words
+        cells |= {column: cell for column, (cell, _) in compared.items()}
         cells["n"] = result.runs[0].setting.n
-        cells["in words"] = "; ".join(f"{name}: {words}" for name, (_, words) in said.items())
+        cells["in words"] = "; ".join(f"{name}: {words}" for name, (_, words) in compared.items())
         rows.append(cells)
     columns = list(COLUMNS)
     if any("AutoAttack" in cells for cells in rows):

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -37,7 +37,7 @@ TITLES = {
     "reading": "How to read this",
     "provenance": "Provenance",
 }
-WORDS: dict[str, Any] = {
+WORDS = {
     "CLEAN": CLEAN,
     "MOST": MOST,
     "WORST": WORST,
@@ -61,11 +61,12 @@ def write(runs: Sequence[Run], path: Path, title: str, extra: Sequence[Section] 
             raise UnmovedError(f"section id {section.id!r}: expected a-z, 0-9 and hyphens, and none of {taken}")
         titles[section.id] = section.title
     titles |= {name: titles.pop(name) for name in ("reading", "provenance")}  # these stay last
-    drawn: dict[str, Any] = {**_figures(results)}
-    drawn |= {section.id: [("", figure) for figure in section.figures] for section in extra}
-    return pages.write(
-        path, "report.html.jinja", drawn, title=title, titles=titles, extra=extra, **WORDS, **_facts(results)
-    )
+    drawn: dict[str, Sequence[tuple[str, Figure | Callable[[], Figure]]]] = {
+        **_figures(results),
+        **{section.id: [("", figure) for figure in section.figures] for section in extra},
+    }
+    facts = {"title": title, "titles": titles, "extra": extra, **WORDS, **_facts(results)}
+    return pages.write(path, "report.html.jinja", facts, drawn)
 
 
 def _beside(results: Sequence[RecipeResult]) -> list[Section]:
@@ -94,7 +95,7 @@ def _figures(results: Sequence[RecipeResult]) -> dict[str, list[tuple[str, Calla
     }
 
 
-def _facts(results: Sequence[RecipeResult]) -> dict[str, Any]:
+def _facts(results: Sequence[RecipeResult]) -> dict[str, object]:
     """Collect what the text and tables of the page are made from."""
     first = results[0].runs[0]
     settled = [result for result in results if result.autoattack is not None]
@@ -121,15 +122,15 @@ def _facts(results: Sequence[RecipeResult]) -> dict[str, Any]:
 
 def _notes(results: Sequence[RecipeResult]) -> list[str]:
     """List what attacks had to do otherwise than usual, and for which recipes, if not for all."""
-    told: dict[str, list[str]] = {}
+    recipes: dict[str, list[str]] = {}
     for result in results:
         for run in result.runs:
             both = [("", run.evaluation), ("AutoAttack: ", run.verdict or {})]
             for who, facts in both[run.evaluation is run.verdict :]:
                 for note in facts.get("notes") or ():
-                    names = told.setdefault(f"{who}{note}", [])
+                    names = recipes.setdefault(f"{who}{note}", [])
                     names += [] if result.name in names else [result.name]
-    return [note if len(names) == len(results) else f"{_listed(names)}: {note}" for note, names in told.items()]
+    return [note if len(names) == len(results) else f"{_listed(names)}: {note}" for note, names in recipes.items()]
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
 from unmoved.core.errors import UnmovedError, require_columns
-from unmoved.reports.drawing import COLOURS, INK, PAPER, bar, canvas, count, finished, style
+from unmoved.reports.drawing import COLOURS, INK, PAPER, Fill, Look, bar, canvas, count, finished, style
 
-MEASURES: dict[str, dict[str, Any]] = {
+MEASURES: dict[str, Look] = {
     "risk": {"color": INK, "marker": "D", "linestyle": ":"},
     "bias": {"color": COLOURS[0], "marker": "o", "linestyle": "-"},
     "variance": {"color": COLOURS[1], "marker": "s", "linestyle": "--"},
 }
-BARS: dict[str, dict[str, Any]] = {
-    "bias": {"color": COLOURS[0], "edgecolor": PAPER, "hatch": "////"},
-    "variance": {"color": COLOURS[4], "edgecolor": INK, "hatch": ""},
+BARS: dict[str, Fill] = {
+    "bias": {"facecolor": COLOURS[0], "edgecolor": PAPER, "hatch": "////"},
+    "variance": {"facecolor": COLOURS[4], "edgecolor": INK, "hatch": ""},
 }
 ENDS = ("", "_low", "_high")
 ABREAST = 3
@@ -31,7 +30,7 @@ UNITS = {"squared error": "squared error", "KL": "cross-entropy (nats)"}
 def bias_variance(
     table: pd.DataFrame, *, loss: str = "KL", correction: str = "k/(k-1)", panel: str = "eval_eps"
 ) -> Figure:
-    """Risk, bias and variance against the eps of training, one panel for each value of ``panel``.
+    """Draw risk, bias and variance against the eps of training, one panel for each value of ``panel``.
 
     Args:
         table: train_eps, loss, correction, class (-1 for all), n, k, and risk, bias, variance, each also as _low and
@@ -45,11 +44,11 @@ def bias_variance(
     rows = _chosen(table, ["train_eps"], loss, correction, "bias_variance")
     rows = rows[rows["class"] == -1]
     require_columns(rows, ["train_eps"], "bias_variance")
-    panels: list[Any] = list(rows.groupby(panel, sort=False)) if panel in rows else [("", rows)]
+    panels = list(rows.groupby(panel, sort=False)) if panel in rows else [("", rows)]
     across = min(ABREAST, len(panels))
     down = -(-len(panels) // across)
     figure = canvas(5.0 if across == 1 else 3.0 * across, 0.9 + 2.6 * down)
-    grid: Any = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
+    grid = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
     for axes, (value, some) in zip(grid.flat, panels, strict=False):
         some = _one_each(some, "train_eps", "bias_variance").sort_values("train_eps")
         for name, looks in MEASURES.items():
@@ -88,7 +87,7 @@ def bias_variance_by_class(
     correction: str = "k/(k-1)",
     most: int = 20,
 ) -> Figure:
-    """Bias and variance of each class, as bars with intervals; of many classes the ``most`` of highest risk.
+    """Draw bias and variance of each class, as bars with intervals; of many classes the ``most`` of highest risk.
 
     Args:
         table: one decomposition: loss, correction, class, n, k, and risk, bias, variance, each also as _low and _high.
@@ -104,14 +103,14 @@ def bias_variance_by_class(
     rows = _one_each(rows, "class", "bias_variance_by_class").set_index("class")
     shown = rows.loc[sorted(rows["risk"].nlargest(most).index)]
     figure = canvas(5.0, 1.5 + 0.36 * len(shown))
-    axes: Any = figure.add_subplot()
+    axes = figure.add_subplot()
     for (name, looks), shift in zip(BARS.items(), (-0.2, 0.2), strict=True):
         middle, low, high = (shown[f"{name}{end}"].to_numpy(float) for end in ENDS)
         places = np.arange(len(shown)) + shift
         axes.barh(places, middle, 0.36, label=name, linewidth=0.8, **looks)
         if np.isfinite([low, high]).all():
-            box = {"fmt": "none", "ecolor": INK, "elinewidth": 1.2, "capsize": 2}
-            axes.errorbar(middle, places, xerr=bar(low, middle, high), **box)
+            xerr = bar(low, middle, high)
+            axes.errorbar(middle, places, xerr=xerr, fmt="none", ecolor=INK, elinewidth=1.2, capsize=2)
     names = [str(classes[label]) if label < len(classes) else str(label) for label in shown.index]
     axes.set_yticks(range(len(shown)), names)
     axes.set_ylim(len(shown) - 0.5, -0.5)
@@ -151,11 +150,11 @@ def _one_each(rows: pd.DataFrame, column: str, figure: str) -> pd.DataFrame:
 
 
 def _lines(text: str, figure: Figure) -> str:
-    """Broken so that it fits the figure's width at the small size of such a line."""
+    """Break a text so that it fits the figure's width at the small size of such a line."""
     return "\n".join(textwrap.wrap(text, int(14 * figure.get_figwidth())))
 
 
-def _title(panel: str, value: Any) -> str:
+def _title(panel: str, value: object) -> str:
     words = {"eval_eps": "attacked with eps = {:.4g}", "mode": "attack: {}"}
     return words.get(panel, panel + ": {}").format(value) if value != "" else ""
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.typing import LineStyleType
 
 from unmoved.core.errors import UnmovedError, require_columns
 from unmoved.reports.drawing import (
@@ -16,6 +17,9 @@ from unmoved.reports.drawing import (
     INK,
     MARKERS,
     PAPER,
+    Fill,
+    Look,
+    Segment,
     bar,
     canvas,
     count,
@@ -23,12 +27,13 @@ from unmoved.reports.drawing import (
     finished,
     foremost,
     legend_above,
+    look,
     place_names,
     style,
 )
 from unmoved.reports.figures.broken_by import HATCHES
 
-KINDS: dict[str, Any] = {"adversarial": "-", "random": (0, (4, 2))}
+KINDS: dict[str, LineStyleType] = {"adversarial": "-", "random": (0, (4, 2))}
 BLACK = "#000000"  # on grey areas, which stay as they are where a page turns dark
 LINEAR = 1e-3  # nats: below it the axis of a loss change is linear, since random changes may be negative
 PLAIN = FuncFormatter(lambda value, _: f"{value:g}")  # matplotlib's own would be formulas, which our style leaves raw
@@ -37,7 +42,7 @@ MEANS = "95 % intervals of the mean over draws"
 
 @style()
 def corruption_curves(table: pd.DataFrame) -> Figure:
-    """Change of loss (above) and accuracy (below) against eps; per run the worst corruption found and the random mean.
+    """Draw change of loss (above) and accuracy (below) against eps, per run the worst corruption and the random mean.
 
     Args:
         table: run, measure ("loss" or "accuracy"), kind ("random" or "adversarial"), eps_relative, mean, low, high,
@@ -58,22 +63,22 @@ def corruption_curves(table: pd.DataFrame) -> Figure:
         lines = [(rows["eps_relative"], scale * rows["mean"]) for run, rows in of.groupby("run") if run in set(others)]
         rest = draw_others(axes, lines, "runs")
         for k, run in enumerate(runs):
-            looks: dict[str, Any] = {"color": COLOURS[k % len(COLOURS)], "marker": MARKERS[k % len(MARKERS)]}
+            looks: Look = {"color": COLOURS[k % len(COLOURS)], "marker": MARKERS[k % len(MARKERS)]}
             for kind, line in KINDS.items():
                 rows = table[(table["measure"] == measure) & (table["run"] == run) & (table["kind"] == kind)]
                 rows = rows.sort_values("eps_relative")
                 x, mean, low, high = (rows[c].to_numpy(float) for c in ("eps_relative", "mean", "low", "high"))
                 if kind == "random":
                     axes.fill_between(x, scale * low, scale * high, color=looks["color"], alpha=0.15, linewidth=0)
-                face = {"markerfacecolor": PAPER} if kind == "random" else {}
-                axes.plot(x, scale * mean, linestyle=line, label=f"{run} ({kind})", **looks, **face)
+                face = PAPER if kind == "random" else looks["color"]
+                axes.plot(x, scale * mean, linestyle=line, label=f"{run} ({kind})", markerfacecolor=face, **looks)
         axes.axhline(0, color=INK, linewidth=0.9, zorder=1)
         axes.set_ylabel(label)
     drawn = table.loc[table["measure"] == "loss", ["mean", "low", "high"]]
-    low, high = 2 * min(float(drawn.min().min()), -LINEAR / 2), 2 * max(float(drawn.max().max()), LINEAR)
+    limits = 2 * min(float(drawn.min().min()), -LINEAR / 2), 2 * max(float(drawn.max().max()), LINEAR)
     top.set_yscale("symlog", linthresh=LINEAR)
-    top.set_ylim(low, high)
-    top.set_yticks(_ticks(low, high))
+    top.set_ylim(*limits)
+    top.set_yticks(_ticks(*limits))
     top.yaxis.set_major_formatter(PLAIN)
     top.yaxis.set_minor_locator(NullLocator())
     _log(top)
@@ -93,7 +98,7 @@ def corruption_curves(table: pd.DataFrame) -> Figure:
 
 @style()
 def corruption_layers(table: pd.DataFrame) -> Figure:
-    """Loss change by layer at one relative eps: bars for the worst corruption found, markers for the random mean.
+    """Draw the loss change by layer at one relative eps: bars for the worst corruption, markers for the random mean.
 
     Args:
         table: run, scope, kind, mean, low, high, eps_relative, draws, images: the loss rows of `summarise` at one eps.
@@ -112,15 +117,15 @@ def corruption_layers(table: pd.DataFrame) -> Figure:
     (runs, others), scopes = _flattest(table), list(dict.fromkeys(table["scope"]))
     thick = 0.8 / len(runs)
     figure = canvas(5.0, 1.4 + 0.2 * len(runs) + (0.16 + 0.2 * len(runs)) * len(scopes))
-    axes: Any = figure.add_subplot()
+    axes = figure.add_subplot()
     for k, run in enumerate(runs):
         places = np.arange(len(scopes)) + (k - (len(runs) - 1) / 2) * thick
         of = table[table["run"] == run]
         worst, random = (of[of["kind"] == kind].set_index("scope").reindex(scopes) for kind in KINDS)
-        hatched = {"facecolor": COLOURS[k % len(COLOURS)], "edgecolor": PAPER, "hatch": HATCHES[k % len(HATCHES)]}
+        hatched: Fill = {"facecolor": COLOURS[k % len(COLOURS)], "edgecolor": PAPER, "hatch": HATCHES[k % len(HATCHES)]}
         axes.barh(places, worst["mean"], 0.92 * thick, label=f"{run} (adversarial)", linewidth=0.6, **hatched)
         ends = np.nan_to_num(bar(random["low"], random["mean"], random["high"]))
-        looks = {"color": INK, "marker": MARKERS[k % len(MARKERS)], "markerfacecolor": PAPER, "linestyle": "none"}
+        looks: Look = {"color": INK, "marker": MARKERS[k % len(MARKERS)], "markerfacecolor": PAPER, "linestyle": "none"}
         label = f"{run} (random mean)"
         axes.errorbar(random["mean"], places, xerr=ends, label=label, elinewidth=1, markersize=4.5, **looks)
     axes.axvline(0, color=INK, linewidth=0.9)
@@ -131,18 +136,18 @@ def corruption_layers(table: pd.DataFrame) -> Figure:
     axes.set_ylabel("layer")
     handles, names = axes.get_legend_handles_labels()
     figure.legend(handles, names, loc="outside upper center", ncols=2 if max(map(len, names)) <= 30 else 1)
-    n, said = count(table["images"]), f"eps = {sizes[0]:g} of the layer's own norm"
-    figure.supxlabel(f"{said}; {n} images")
+    n, size = count(table["images"]), f"eps = {sizes[0]:g} of the layer's own norm"
+    figure.supxlabel(f"{size}; {n} images")
     return finished(
         figure,
-        f"Loss change when one layer alone is corrupted, {said} ({n} images): bars are the worst corruption that the "
+        f"Loss change when one layer alone is corrupted, {size} ({n} images): bars are the worst corruption that the "
         f"attack found, markers the mean of {_draws(table)} random ones with {MEANS}."
         + (f" Left out, less flat than the {len(runs)} that are shown: {len(others)} runs." if others else ""),
     )
 
 
-def _flattest(table: pd.DataFrame) -> tuple[list[Any], list[Any]]:
-    """The runs whose loss the worst corruption changes least, at its largest, and the others."""
+def _flattest(table: pd.DataFrame) -> tuple[list[str], list[str]]:
+    """Return the runs whose loss the worst corruption changes least, at its largest, and the others."""
     of = table[table["kind"] == "adversarial"]
     of = of[of["measure"] == "loss"] if "measure" in of else of
     largest = of.groupby("run")["mean"].max().to_dict()
@@ -151,7 +156,7 @@ def _flattest(table: pd.DataFrame) -> tuple[list[Any], list[Any]]:
 
 @style()
 def loss_lines(table: pd.DataFrame) -> Figure:
-    """Loss along the worst direction and along a random one, through the weights.
+    """Draw the loss along the worst direction and along a random one, through the weights.
 
     Args:
         table: direction ("worst" or "random"), a (in units of eps), eps, loss, images: from `surface.line`.
@@ -161,10 +166,10 @@ def loss_lines(table: pd.DataFrame) -> Figure:
     """
     require_columns(table, ["direction", "a", "eps", "loss", "images"], "loss_lines")
     figure = canvas(5.0, 3.4)
-    axes: Any = figure.add_subplot()
+    axes = figure.add_subplot()
     for k, (name, line) in enumerate((("worst", "-"), ("random", KINDS["random"]))):
         rows = table[table["direction"] == name].sort_values("a")
-        looks = {"color": COLOURS[k], "marker": MARKERS[k], "linestyle": line, "markersize": 4}
+        looks: Look = {"color": COLOURS[k], "marker": MARKERS[k], "linestyle": line, "markersize": 4}
         axes.plot(rows["a"], rows["loss"], label=f"{name} direction", **looks)
     axes.axvline(0, color=INK, linewidth=0.9, zorder=1)
     axes.set_xlabel("distance from the weights, in units of eps")
@@ -177,7 +182,7 @@ def loss_lines(table: pd.DataFrame) -> Figure:
 
 @style()
 def loss_surface(table: pd.DataFrame, levels: int = 7) -> Figure:
-    """Loss over the plane of the worst and a random direction: darker is higher, every line carries its value.
+    """Draw the loss over the plane of the worst and a random direction: darker is higher, every line carries its value.
 
     Lines of equal loss rise with the square of their number, so that those of a bowl lie evenly; in log(loss) evenly
     where the loss spans more than a factor of 100.
@@ -199,7 +204,7 @@ def loss_surface(table: pd.DataFrame, levels: int = 7) -> Figure:
     spread = low > 0 and high > 100 * low
     steps = np.geomspace(low, high, levels + 2) if spread else low + (high - low) * np.linspace(0, 1, levels + 2) ** 2
     figure = canvas(4.6, 4.4)
-    axes: Any = figure.add_subplot()
+    axes = figure.add_subplot()
     if high > low:
         greys = [str(grey) for grey in np.linspace(0.97, 0.45, levels + 1)]
         axes.contourf(grid.columns, grid.index, loss, levels=steps, colors=greys)
@@ -221,7 +226,7 @@ def loss_surface(table: pd.DataFrame, levels: int = 7) -> Figure:
 
 @style()
 def flatness(table: pd.DataFrame, sentence: str = "") -> Figure:
-    """Robust accuracy against I_max, one marker and name per run: if flat goes with robust, the markers fall.
+    """Draw robust accuracy against I_max, one marker and name per run: if flat goes with robust, the markers fall.
 
     Args:
         table: name, i_max, robust_accuracy (a share), images; low and high (shares), where they are, as error bars.
@@ -234,22 +239,20 @@ def flatness(table: pd.DataFrame, sentence: str = "") -> Figure:
     if not (table["i_max"] > 0).all():
         raise UnmovedError(f"flatness: expected i_max above 0 for a log axis, came {table['i_max'].min():g}; raise eps")
     figure = canvas(5.0, 3.7)
-    axes: Any = figure.add_subplot()
-    points, segments = [], []
+    axes = figure.add_subplot()
+    points, segments = [], list[Segment]()
     accuracy = 100 * table["robust_accuracy"].to_numpy(float)
     shown, others = foremost(range(len(table)), lambda k: -accuracy[k])
     grey = [(float(table["i_max"].iloc[k]), float(accuracy[k])) for k in others]
     rest = draw_others(axes, grey, "runs", marker="o", linestyle="none")
     for k, row in enumerate(table.iloc[shown].to_dict("records")):
         x, y = float(row["i_max"]), 100 * float(row["robust_accuracy"])
-        looks = {"color": COLOURS[k % len(COLOURS)], "marker": MARKERS[k % len(MARKERS)], "markeredgecolor": PAPER}
+        looks = look(k) | {"linestyle": "none", "markersize": 9, "markeredgecolor": PAPER}
         low, high = (100 * float(row.get(name, row["robust_accuracy"])) for name in ("low", "high"))
         label = str(row["name"])
-        axes.errorbar(
-            x, y, yerr=bar([low], [y], [high]), label=label, linestyle="none", markersize=9, elinewidth=1, **looks
-        )
+        axes.errorbar(x, y, yerr=bar([low], [y], [high]), label=label, elinewidth=1, **looks)
         points.append((x, y, label))
-        segments.append([(x, low), (x, high)])
+        segments.append(((x, low), (x, high)))
     axes.margins(0.12)
     _log(axes)
     axes.set_xlabel("I_max, largest loss change found (nats)")
@@ -272,8 +275,8 @@ def flatness(table: pd.DataFrame, sentence: str = "") -> Figure:
     )
 
 
-def _log(axes: Any) -> None:
-    """A logarithmic x axis with plain numbers, and at least a few of them on less than a decade."""
+def _log(axes: Axes) -> None:
+    """Make the x axis logarithmic, with plain numbers, and at least a few of them on less than a decade."""
     axes.set_xscale("log")
     low, high = axes.get_xlim()
     decades = math.log10(high / low)
@@ -284,7 +287,7 @@ def _log(axes: Any) -> None:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """0 and at most about six powers of ten a side that an axis from low to high shows."""
+    """Return 0 and at most about six powers of ten a side that an axis from low to high shows."""
     first = round(math.log10(LINEAR))
     last = math.floor(math.log10(max(high, -low)))
     powers = [float(f"1e{power}") for power in range(first, last + 1, math.ceil((last - first) / 6) or 1)]

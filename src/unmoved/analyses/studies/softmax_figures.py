@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import textwrap
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,6 +14,7 @@ from unmoved.reports.drawing import (
     COLOURS,
     INK,
     PAPER,
+    Look,
     bar,
     canvas,
     count,
@@ -43,13 +43,13 @@ UNITS = {
     "p_true": "probability",
     "margin": "nats",
 }
-CHANCE: dict[str, Any] = {"color": INK, "linewidth": 0.9, "linestyle": (0, (4, 2)), "zorder": 1}
-POINTS = {"linestyle": "none", "markeredgecolor": PAPER, "markeredgewidth": 0.3}
+CHANCE: Look = {"color": INK, "linewidth": 0.9, "linestyle": (0, (4, 2)), "zorder": 1}
+POINTS: Look = {"linestyle": "none", "markeredgecolor": PAPER, "markeredgewidth": 0.3}
 
 
 @style()
 def within(table: pd.DataFrame, *, view: str = "clean", measure: str = "AUC") -> Figure:
-    """A forest of intervals: how well each statistic tells who falls, by statistic and run; 0.5 (or 0) is chance.
+    """Draw a forest of intervals: how well each statistic tells who falls, by statistic and run; 0.5 (or 0) is chance.
 
     Args:
         table: run, view, statistic, measure, value, low, high, n: `analyses.softmax.within` of each run, one below the
@@ -66,7 +66,7 @@ def within(table: pd.DataFrame, *, view: str = "clean", measure: str = "AUC") ->
     runs, names = (list(dict.fromkeys(table[column])) for column in ("run", "statistic"))
     pitch = 0.13 * len(runs) + 0.24
     figure = canvas(5.6, 1.2 + pitch * len(names) + 0.2 * math.ceil(len(runs) / 2))
-    axes: Any = figure.add_subplot()
+    axes = figure.add_subplot()
     lanes = (np.arange(len(runs)) - (len(runs) - 1) / 2) * 0.13 / pitch
     for k, (run, rows) in enumerate(table.groupby("run", sort=False)):
         rows = rows.set_index("statistic").reindex(names)
@@ -84,10 +84,8 @@ def within(table: pd.DataFrame, *, view: str = "clean", measure: str = "AUC") ->
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.grid(visible=False, axis="y")
     axes.set_xlim(*((-0.02, 1.02) if measure == "AUC" else (-1.04, 1.04)))
-    words = (
-        "AUC: P(larger for an image that falls)" if measure == "AUC" else "Spearman's correlation with the minimal eps"
-    )
-    axes.set_xlabel(words)
+    correlation = "Spearman's correlation with the minimal eps"
+    axes.set_xlabel("AUC: P(larger for an image that falls)" if measure == "AUC" else correlation)
     axes.set_ylabel(f"statistic of the {view} image")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=2)
     n = count(table["n"])
@@ -102,7 +100,7 @@ def within(table: pd.DataFrame, *, view: str = "clean", measure: str = "AUC") ->
 
 @style()
 def landings(table: pd.DataFrame, *, most: int = 20) -> Figure:
-    """Where the fallen land: the share by rank of the clean image's wrong classes, one small panel per run.
+    """Draw where the fallen land: the share by rank of the clean image's wrong classes, one small panel per run.
 
     Args:
         table: run, rank, share, low, high, n, uniform: `analyses.softmax.landings` of each run, one below the other.
@@ -121,7 +119,7 @@ def landings(table: pd.DataFrame, *, most: int = 20) -> Figure:
     columns = min(3, len(runs))
     lines = math.ceil(len(runs) / columns)
     figure = canvas(5.6, 1.25 + 1.75 * lines + 0.6 * (lines == 1))
-    panels: Any = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
+    panels = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
     for axes, (run, rows) in zip(panels.flat, runs, strict=False):
         share, low, high = (100 * rows[name].to_numpy(float) for name in ("share", "low", "high"))
         axes.bar(rows["rank"], share, 0.75, color=COLOURS[5], edgecolor=INK, linewidth=0.6)
@@ -157,7 +155,7 @@ def across(
     statistic: str = "variance",
     against: str = "robust_accuracy",
 ) -> Figure:
-    """The mean of a statistic against robust (or clean) accuracy: one named marker per run.
+    """Draw the mean of a statistic against robust (or clean) accuracy: one named marker per run.
 
     Of more than `MOST` runs the most accurate have a name, and the others are grey points.
 
@@ -172,7 +170,7 @@ def across(
     """
     require_columns(table, ["run", "n", against, statistic], "across")
     figure = canvas(5.0, 3.7)
-    axes: Any = figure.add_subplot()
+    axes = figure.add_subplot()
     columns = table["run"].astype(str), table[statistic].astype(float), 100 * table[against].astype(float)
     points = [(x, y, run) for run, x, y in zip(*columns, strict=True)]
     shown, others = foremost(range(len(points)), lambda k: -points[k][1])
@@ -190,13 +188,13 @@ def across(
     pad = max(10 - (high - low), 0) / 2
     axes.set_ylim(max(low - pad, -2), min(high + pad, 102))
     n = f"{count(table['n'])} test images per run, {len(table)} runs"
-    said = _said(correlations, statistic, accuracy)
-    figure.supxlabel(n + "".join(f"\n{words}" for words in (*said, *[f"grey: {rest}"][: len(others)])))
+    measured = _measured(correlations, statistic, accuracy)
+    figure.supxlabel(n + "".join(f"\n{words}" for words in (*measured, *[f"grey: {rest}"][: len(others)])))
     if max(len(run) for *_, run in points) <= 24 and not others:
         place_names(axes, points, [])
     else:
         legend_above(figure)
-    ends = ". " + "; ".join(said) + " (95 % intervals by Fisher's z)" if said else ""
+    ends = ". " + "; ".join(measured) + " (95 % intervals by Fisher's z)" if measured else ""
     return finished(
         figure,
         f"The mean {name} against {accuracy}, one marker per run: {n}{ends}."
@@ -204,13 +202,13 @@ def across(
     )
 
 
-def _said(correlations: pd.DataFrame | None, statistic: str, accuracy: str) -> list[str]:
+def _measured(correlations: pd.DataFrame | None, statistic: str, accuracy: str) -> list[str]:
     if correlations is None:
         return []
     require_columns(correlations, ["statistic", "against", "measure", "value", "low", "high"], "across, correlations")
     rows = correlations[(correlations["statistic"] == statistic) & (correlations["against"] == accuracy)]
-    said = []
+    correlated = []
     for measure, value, low, high in rows[["measure", "value", "low", "high"]].itertuples(index=False):
         if not np.isnan(value):
-            said.append(f"{measure} {value:+.2f}" + ("" if np.isnan(low) else f" [{low:+.2f}, {high:+.2f}]"))
-    return said
+            correlated.append(f"{measure} {value:+.2f}" + ("" if np.isnan(low) else f" [{low:+.2f}, {high:+.2f}]"))
+    return correlated

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
@@ -33,7 +32,7 @@ class TableCache:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def table(self, name: str, question: dict[str, Any], make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
+    def table(self, name: str, question: Mapping[str, object], make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
         """The table that answers the question; ``make`` is called where there is none yet.
 
         Args:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from unmoved.core.errors import require_columns
 from unmoved.reports.drawing import (
     GRID,
     INK,
     PAPER,
+    Look,
+    Segment,
     bar,
     canvas,
     count,
@@ -32,7 +34,7 @@ MOST_NAMES, LONGEST_NAME = 8, 24
 
 @style()
 def pareto(points: pd.DataFrame) -> Figure:
-    """Clean against robust accuracy: a curve per method, the front as a staircase, hollow where a point is off it.
+    """Draw clean against robust accuracy: a curve per method, the front as a staircase, hollow where a point is off it.
 
     Of more than `MOST` methods those on the front have a look of their own, then the most robust; the others are grey.
 
@@ -54,8 +56,8 @@ def pareto(points: pd.DataFrame) -> Figure:
     shown, others = foremost(list(methods), lambda name: (name not in front, -methods[name]["robust"].max()))
     lines = 0 if named else -(-(len(shown) + bool(others)) // 2)
     figure = canvas(5.0, 3.9 + 0.2 * lines)
-    axes: Any = figure.add_subplot()
-    segments: list[Any] = []
+    axes = figure.add_subplot()
+    segments: list[Segment] = []
     grey = [(methods[name]["clean"], methods[name]["robust"]) for name in others]
     rest = draw_others(axes, grey, "methods", marker="o", markersize=3)
     for k, name in enumerate(shown):
@@ -84,7 +86,7 @@ def pareto(points: pd.DataFrame) -> Figure:
     )
 
 
-def _draw_method(axes: Any, rows: pd.DataFrame, looks: dict[str, Any]) -> list[Any]:
+def _draw_method(axes: Axes, rows: pd.DataFrame, looks: Look) -> list[Segment]:
     """Draw a method's settings, joined in the order of their strength; return the ends of its error bars."""
     axes.plot(rows["clean"], rows["robust"], linewidth=1.2, **looks | {"marker": ""})
     for on_front, some in rows.groupby("on_front"):
@@ -93,25 +95,25 @@ def _draw_method(axes: Any, rows: pd.DataFrame, looks: dict[str, Any]) -> list[A
         axes.plot(some["clean"], some["robust"], zorder=3, **marks)
     measured = rows.dropna(subset=WANTED)
     x, y = ([measured[f"{axis}{end}"].to_numpy() for end in ENDS] for axis in ("clean", "robust"))
-    ends = {"xerr": bar(x[1], x[0], x[2]), "yerr": bar(y[1], y[0], y[2])}
-    axes.errorbar(x[0], y[0], fmt="none", ecolor=looks["color"], elinewidth=0.9, **ends)
-    segments = [[(a, c), (b, c)] for a, b, c in zip(x[1], x[2], y[0], strict=True)]
-    return [*segments, *([(c, a), (c, b)] for a, b, c in zip(y[1], y[2], x[0], strict=True))]
+    xerr, yerr = bar(x[1], x[0], x[2]), bar(y[1], y[0], y[2])
+    axes.errorbar(x[0], y[0], xerr=xerr, yerr=yerr, fmt="none", ecolor=looks["color"], elinewidth=0.9)
+    segments = [((a, c), (b, c)) for a, b, c in zip(x[1], x[2], y[0], strict=True)]
+    return [*segments, *(((c, a), (c, b)) for a, b, c in zip(y[1], y[2], x[0], strict=True))]
 
 
-def _name(method: str, strength: Any) -> str:
+def _name(method: str, strength: float) -> str:
     return method if pd.isna(strength) else f"{method} {strength:g}"
 
 
 def _staircase(front: pd.DataFrame, left: float, bottom: float) -> tuple[np.ndarray, np.ndarray]:
-    """From the left along each point's height to its clean accuracy and down to the next, at last to the bottom."""
+    """Return x and y from the left along each point's height to its clean accuracy, down to the next, to the bottom."""
     steps = front.sort_values("clean")[["clean", "robust"]].to_numpy()
     x = np.r_[left, np.repeat(steps[:, 0], 2)]
     y = np.r_[np.repeat(steps[:, 1], 2), bottom]
     return x, y
 
 
-def _keys(axes: Any, methods: list[str], rest: str) -> tuple[list[Any], list[str]]:
-    """One key a method, line and marker together; what is grey has drawn its own."""
+def _keys(axes: Axes, methods: list[str], rest: str) -> tuple[list[Line2D], list[str]]:
+    """Make one key a method, line and marker together; what is grey has drawn its own."""
     grey = [line for line in axes.lines if rest and line.get_label() == rest]
     return [axes.plot([], [], **look(k))[0] for k in range(len(methods))] + grey, methods + [rest] * len(grey)

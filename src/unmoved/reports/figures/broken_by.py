@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import textwrap
-from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
 
 from unmoved.core.errors import require_columns
 from unmoved.evaluation.outcomes import CLEAN, ROBUST
-from unmoved.reports.drawing import COLOURS, INK, PAPER, canvas, count, finished, style
+from unmoved.reports.drawing import COLOURS, INK, PAPER, Fill, canvas, count, finished, style
 
 HATCHES = ("////", "....", "\\\\\\\\", "xxxx", "----", "++++", "oooo")
 WORDS = {CLEAN: "misclassified as it is", ROBUST: "still robust"}
-LOOKS: dict[str, dict[str, Any]] = {
+LOOKS: dict[str, Fill] = {
     CLEAN: {"facecolor": INK, "edgecolor": INK},
     ROBUST: {"facecolor": PAPER, "edgecolor": INK},
 }
@@ -44,12 +43,12 @@ def breakdown(table: pd.DataFrame) -> Figure:
     tallest = max(map(len, heads))
     pitch, lines = 0.5 + 0.19 * tallest, -(-len(parts) // 2)  # inches
     figure = canvas(5.0, 0.95 + 0.2 * lines + pitch * len(rows))
-    axes: Any = figure.add_subplot()
+    axes = figure.add_subplot()
     thick = 0.32 / pitch
     left = pd.Series(0.0, index=rows.index)
     for part in parts:
         k = attacks.index(part) if part in attacks else 0
-        hatched = {"facecolor": COLOURS[k % 6], "edgecolor": PAPER, "hatch": HATCHES[k % len(HATCHES)]}
+        hatched: Fill = {"facecolor": COLOURS[k % 6], "edgecolor": PAPER, "hatch": HATCHES[k % len(HATCHES)]}
         label = WORDS.get(part, f"broken by {part}")
         axes.barh(range(len(rows)), rows[part], thick, left, label=label, linewidth=0.8, **LOOKS.get(part, hatched))
         for place, (start, width) in enumerate(zip(left, rows[part], strict=True)):

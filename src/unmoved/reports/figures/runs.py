@@ -7,7 +7,6 @@ gives them: 95 % Wilson intervals of the n test images; for several seeds the hu
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,6 +18,8 @@ from unmoved.reports.drawing import (
     COLOURS,
     INK,
     PAPER,
+    Look,
+    Segment,
     bar,
     canvas,
     count,
@@ -32,12 +33,12 @@ from unmoved.reports.drawing import (
     style,
 )
 
-MEASURES: dict[str, dict[str, Any]] = {
+MEASURES: dict[str, Look] = {
     CLEAN: {"color": COLOURS[0], "marker": "o", "linestyle": "-"},
     WORST: {"color": COLOURS[1], "marker": "s", "linestyle": "--"},
 }
 INTERVALS, HULL = "95 % Wilson intervals", " (with several seeds, from the lowest to the highest of theirs)"
-DOTTED: dict[str, Any] = {"color": INK, "linewidth": 0.9, "linestyle": (0, (2, 2)), "zorder": 1}
+DOTTED: Look = {"color": INK, "linewidth": 0.9, "linestyle": (0, (2, 2)), "zorder": 1}
 
 
 @style()
@@ -55,8 +56,8 @@ def tradeoff(table: pd.DataFrame) -> Figure:
     require_columns(table, ["recipe", "seed", "measure", "accuracy", "low", "high", "n"], "tradeoff")
     _require_measures(table, "tradeoff")
     figure = canvas(5.0, 3.7)
-    axes: Any = figure.add_subplot()
-    points, segments, seeds = [], [], 1
+    axes = figure.add_subplot()
+    points, segments, seeds = [], list[Segment](), 1
     means = table.groupby(["recipe", "measure"], sort=False)["accuracy"].mean().unstack()
     top = front(means[CLEAN], means[WORST])
     recipes = list(dict.fromkeys(table["recipe"]))
@@ -64,7 +65,8 @@ def tradeoff(table: pd.DataFrame) -> Figure:
     grey = 100 * means.loc[others, list(MEASURES)].to_numpy(float)
     rest = draw_others(axes, [(x, y) for x, y in grey], "recipes", marker="o", linestyle="none")
     for k, recipe in enumerate(shown):
-        rows, looks = table[table["recipe"] == recipe], look(k) | {"linestyle": "none"}
+        rows, looks = table[table["recipe"] == recipe], look(k)
+        looks["linestyle"] = "none"
         x, y = (100 * rows[rows["measure"] == name].set_index("seed")[["accuracy", "low", "high"]] for name in MEASURES)
         if len(x) > 1:
             seeds = max(seeds, len(x))
@@ -72,10 +74,11 @@ def tradeoff(table: pd.DataFrame) -> Figure:
         (left, middle, right), (down, centre, up) = (
             (z["low"].min(), z["accuracy"].mean(), z["high"].max()) for z in (x, y)
         )
-        bars = {"xerr": bar([left], [middle], [right]), "yerr": bar([down], [centre], [up]), "elinewidth": 1}
-        axes.errorbar(middle, centre, label=str(recipe), markersize=9, markeredgecolor=PAPER, **bars, **looks)
+        xerr, yerr = bar([left], [middle], [right]), bar([down], [centre], [up])
+        looks |= {"markersize": 9, "markeredgecolor": PAPER}
+        axes.errorbar(middle, centre, xerr=xerr, yerr=yerr, label=str(recipe), elinewidth=1, **looks)
         points.append((middle, centre, str(recipe)))
-        segments += [[(left, centre), (right, centre)], [(middle, down), (middle, up)]]
+        segments += [((left, centre), (right, centre)), ((middle, down), (middle, up))]
     axes.margins(0.12)
     axes.set_xlabel("clean accuracy (%)")
     axes.set_ylabel("worst-case accuracy (%)")
@@ -113,7 +116,7 @@ def robustness_curve(table: pd.DataFrame, *, norm: str = "", eps: float | None =
     lines = {keys: rows.sort_values("eps") for keys, rows in table.groupby(["recipe", "attack"], sort=False)}
     shown, others = foremost(list(lines), lambda keys: -_at(lines[keys], eps))
     figure = canvas(5.0, 3.3 + 0.1 * (len(shown) + bool(others)))
-    axes: Any = figure.add_subplot()
+    axes = figure.add_subplot()
     attacks = [str(name) for name in table["attack"].unique()]
     rest = draw_others(axes, [(lines[keys]["eps"], 100 * lines[keys]["accuracy"]) for keys in others], "lines")
     for k, keys in enumerate(shown):
@@ -125,8 +128,17 @@ def robustness_curve(table: pd.DataFrame, *, norm: str = "", eps: float | None =
         axes.plot(rows["eps"], 100 * rows["accuracy"], label=name, **looks)
     if eps is not None:
         axes.axvline(eps, **DOTTED)
-        beside = {"xytext": (-3, 0), "textcoords": "offset points", "rotation": 90, "ha": "right", "va": "top"}
-        axes.annotate(f"eps = {eps:.4g}", (eps, 1), xycoords=("data", "axes fraction"), fontsize=8.5, **beside)
+        axes.annotate(
+            f"eps = {eps:.4g}",
+            (eps, 1),
+            xytext=(-3, 0),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            fontsize=8.5,
+            rotation=90,
+            ha="right",
+            va="top",
+        )
     axes.set_ylim(0, 102)
     axes.set_xlabel("size of the perturbation, eps" + (f" ({norm}, pixels in [0, 1])" if norm else ""))
     axes.set_ylabel("accuracy under attack (%)")
@@ -171,30 +183,30 @@ def training_curves(table: pd.DataFrame) -> Figure:
     Raises:
         UnmovedError: a column is missing, or there is no row.
     """
-    lines: dict[str, tuple[str, dict[str, Any]]] = {
+    lines: dict[str, tuple[str, Look]] = {
         "train_accuracy": ("training, as trained on", {"color": INK, "linestyle": ":"}),
         "validation_clean": ("validation, clean", MEASURES[CLEAN] | {"marker": None}),
         "validation_robust": ("validation, under attack", MEASURES[WORST] | {"marker": None}),
     }
     require_columns(table, ["epoch", "train_accuracy"], "training_curves")
     figure = canvas(5.0, 3.4)
-    axes: Any = figure.add_subplot()
+    axes = figure.add_subplot()
     runs = [rows for _, rows in table.groupby("seed")] if "seed" in table else [table]
     best = [best_epoch(rows) for rows in runs]
-    for k, rows in enumerate(runs):
+    for k, (rows, epoch) in enumerate(zip(runs, best, strict=True)):
         for name, (words, looks) in lines.items():
             if name in rows and rows[name].notna().any():
                 alpha = 1.0 if len(runs) == 1 else 0.65
                 axes.plot(
                     rows["epoch"], 100 * rows[name].astype(float), label="_" if k else words, alpha=alpha, **looks
                 )
-        if best[k] is not None:
-            height = 100 * rows.loc[rows["epoch"] == best[k], "validation_robust"].iloc[0]
-            star = {"color": INK, "marker": "*", "markersize": 10, "linestyle": "none", "zorder": 5}
-            axes.axvline(best[k], **DOTTED)
-            axes.plot([best[k]], [height], label="_" if k else "best epoch", **star)
+        if epoch is not None:
+            height = 100 * rows.loc[rows["epoch"] == epoch, "validation_robust"].iloc[0]
+            star: Look = {"color": INK, "marker": "*", "markersize": 10, "linestyle": "none", "zorder": 5}
+            axes.axvline(epoch, **DOTTED)
+            axes.plot([epoch], [height], label="_" if k else "best epoch", **star)
     axes.set_ylim(0, 102)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params("x", integer=True)
     axes.set_xlabel("epoch")
     axes.set_ylabel("accuracy (%)")
     _legend(figure)
@@ -225,7 +237,7 @@ def per_class(table: pd.DataFrame, classes: Sequence[str] = (), most: int = 30) 
     robust = table[table["measure"] == WORST].set_index("class")["accuracy"]
     shown = sorted(robust.nsmallest(most).index)
     figure = canvas(5.0, 1.3 + 0.24 * len(shown))
-    axes: Any = figure.add_subplot()
+    axes = figure.add_subplot()
     for (measure, looks), shift in zip(MEASURES.items(), (-0.13, 0.13), strict=True):
         rows = table[table["measure"] == measure].set_index("class").loc[shown]
         middle, low, high = (100 * rows[name].to_numpy() for name in ("accuracy", "low", "high"))
@@ -265,7 +277,7 @@ def gallery(arrays: Mapping[str, np.ndarray], classes: Sequence[str] = (), rows:
     largest = float(np.abs(x_adv - x).max())
     magnified = max((m for m in (1, 2, 5, 10, 20, 50, 100, 200, 500) if m * largest <= 0.501), default=1)
     figure = canvas(4.6, 0.3 + 1.75 * number)
-    grid: Any = figure.subplots(number, 3, squeeze=False)
+    grid = figure.subplots(number, 3, squeeze=False)
     for k in range(number):
         label, clean, adversarial = (int(arrays[name][k]) for name in names[2:5])
         seen = f"seen as {_name(adversarial, classes)}\n" + ("right" if adversarial == label else "wrong")
@@ -292,7 +304,7 @@ def _limits(low: float, high: float) -> tuple[float, float]:
     return max(low - pad, -2), min(high + pad, 102)
 
 
-def _name(label: Any, classes: Sequence[str]) -> str:
+def _name(label: int, classes: Sequence[str]) -> str:
     return str(classes[label]) if 0 <= label < len(classes) else str(label)
 
 
