@@ -6,7 +6,7 @@ STUDY := drsl standard at trades mart probscut_trades drsl_at sensible at_apd
 # The long ones first, so that no core waits for another at the end.
 DEMO := at_apd trades_awp probscut_trades at_sam mart trades at sensible drsl standard
 
-.PHONY: help demo digits study test processors slow check bench bench-gpu bench-growth bench-scale bench-verdict clean
+.PHONY: help demo digits study interop test processors slow check bench bench-gpu bench-growth bench-scale bench-verdict clean
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -32,6 +32,11 @@ study: .venv/installed ## what docs/analyses says of MNIST: 17 small models, fou
 	for what in softmax 'corruption --no-deep --n 500' tradeoff; do $(BIN)/unmoved analyze $$what $$(dirname runs/study/*/*/*/recipe.toml) --out runs/study/analysis || exit 1; done
 	$(BIN)/unmoved analyze corruption --n 500 runs/study/methods/mnist-at/seed0 --out runs/study/analysis-of-at
 	$(BIN)/unmoved analyze bias-variance $$(dirname runs/study/eps/*/*/recipe.toml) --eps 0,0.1,0.2,0.3 --modes own,shared,joint --out runs/study/analysis
+
+interop: .venv/installed-dev ## libraries that the tests of interop need, without what they pin
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps torchattacks requests idna urllib3 certifi charset-normalizer tqdm
+	echo 'setuptools<81' > .venv/constraints && PIP_CONSTRAINT=.venv/constraints $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps adv-lib
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check transformers
 
 bench: .venv/installed ## speeds: steps against a plain reference, what methods add, analyses, verdicts against a peer
 	$(BIN)/python benchmarks/training.py

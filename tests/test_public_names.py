@@ -16,9 +16,11 @@ IMPORT = re.compile(r"^\s*(from unmoved\S* import [^\n(]+|import unmoved\S*)$", 
 LINES = sorted({line for page in PAGES for line in IMPORT.findall(page.read_text(encoding="utf-8"))})
 TOP = """
 Attack Batch Method ParameterDefense Phases Ramp Run StatefulTerm Term ThreatModel UnmovedError Views evaluate train
-train_step analyses attacks averaging data defenses models optim outcomes terms testing weights
+train_step analyses attacks averaging data defenses interop models optim outcomes terms testing weights
 """
-MODULES = "attacks averaging cli data defenses models noise optim outcomes protocols terms testing threat weights"
+MODULES = (
+    "attacks averaging cli data defenses interop models noise optim outcomes protocols terms testing threat weights"
+)
 
 
 def test_the_top_is_what_it_was() -> None:

@@ -22,7 +22,7 @@ RANKS = (
     ("core",),
     ("terms", "defenses", "models", "data"),
     ("attacks",),
-    ("testing",),
+    ("testing", "interop"),
     ("evaluation",),
     ("training",),
     ("runs",),
@@ -260,7 +260,9 @@ def test_the_lazy_names_are_those_that_type_checkers_see() -> None:
     assert names == set(unmoved.__all__)
 
 
-@pytest.mark.parametrize("name", ["attacks", "data", "defenses", "models", "optim", "terms", "testing", "weights"])
+@pytest.mark.parametrize(
+    "name", ["attacks", "data", "defenses", "interop", "models", "optim", "terms", "testing", "weights"]
+)
 def test_namespaces_export_what_they_name(name: str) -> None:
     namespace = getattr(unmoved, name)
     for export in getattr(namespace, "__all__", []):

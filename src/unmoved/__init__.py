@@ -5,7 +5,20 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
 if _TYPE_CHECKING:
-    from unmoved import analyses, attacks, averaging, data, defenses, models, optim, outcomes, terms, testing, weights
+    from unmoved import (
+        analyses,
+        attacks,
+        averaging,
+        data,
+        defenses,
+        interop,
+        models,
+        optim,
+        outcomes,
+        terms,
+        testing,
+        weights,
+    )
     from unmoved.core.batch import Batch
     from unmoved.core.errors import UnmovedError
     from unmoved.core.phases import Phases, Ramp
@@ -36,6 +49,7 @@ __all__ = [
     "data",
     "defenses",
     "evaluate",
+    "interop",
     "models",
     "optim",
     "outcomes",
