@@ -32,7 +32,7 @@ from unmoved.runs.folder import Run
 from unmoved.runs.provenance import provenance
 from unmoved.terms import CE
 from unmoved.training.optim import SGD
-from unmoved.training.state import TrainerState
+from unmoved.training.trainer import TrainerState
 
 THREAT = ThreatModel("linf", 0.1)
 

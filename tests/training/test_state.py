@@ -13,8 +13,8 @@ from torch import nn
 
 from unmoved.core.errors import UnmovedError
 from unmoved.runs.folder import Run
-from unmoved.training import checkpoint, loop, state
-from unmoved.training.state import TrainerState
+from unmoved.training import checkpoint, loop, trainer
+from unmoved.training.trainer import TrainerState
 
 
 @pytest.fixture(autouse=True)
@@ -158,7 +158,7 @@ def test_weights_that_are_model_and_best_are_written_once_and_none_is_copied_nee
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copies: list[Any] = []
-    monkeypatch.setattr(state, "_copy", lambda value: (copies.append(value), value.clone())[1])
+    monkeypatch.setattr(trainer, "_copy", lambda value: (copies.append(value), value.clone())[1])
     size = 4 * 50_000
     for name, scores, sets, copied in (
         ("without validation", [None] * 3, 1, 0),

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from unmoved.cli import screen
 from unmoved.cli.options import Allow, Device, Overrides, RecipePath, RunPath, app
+
+if TYPE_CHECKING:
+    from unmoved.training.log import EpochRecord, StepRecord
 
 
 @app.command()
@@ -49,7 +52,7 @@ def train(
                 loading.append(add("reading images", total))
             loading[0](done)
 
-        def progress(record: dict[str, Any]) -> None:
+        def progress(record: StepRecord | EpochRecord) -> None:
             if "share" in record:
                 advance(record["epoch"] + record["share"])
                 return

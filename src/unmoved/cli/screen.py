@@ -12,13 +12,16 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from unmoved.core.messages import printable as plain
+
+if TYPE_CHECKING:
+    from unmoved.training.log import EpochRecord
 
 
 def _console(**settings: Any) -> Console:
@@ -90,7 +93,7 @@ def follow() -> Iterator[Callable[[float, str], None]]:
         say(last)
 
 
-def tensorboard_log(out: Path) -> Callable[[dict[str, Any]], None]:
+def tensorboard_log(out: Path) -> Callable[[EpochRecord], None]:
     """Return a function that writes a record of the log to TensorBoard, one point an epoch.
 
     Raises:
@@ -104,8 +107,8 @@ def tensorboard_log(out: Path) -> Callable[[dict[str, Any]], None]:
         raise UnmovedError("--tensorboard needs the extra: pip install 'unmoved[tensorboard]'") from error
     writer = SummaryWriter(str(out / "tensorboard"))
 
-    def log(record: dict[str, Any]) -> None:
-        for name, value in (record | {f"parts/{part}": mean for part, mean in record["parts"].items()}).items():
+    def log(record: EpochRecord) -> None:
+        for name, value in {**record, **{f"parts/{part}": mean for part, mean in record["parts"].items()}}.items():
             if isinstance(value, int | float) and not isinstance(value, bool):
                 writer.add_scalar(name, value, record["epoch"])
         writer.flush()
@@ -113,7 +116,7 @@ def tensorboard_log(out: Path) -> Callable[[dict[str, Any]], None]:
     return log
 
 
-def say_epoch(record: dict[str, Any], epochs: int) -> None:
+def say_epoch(record: EpochRecord, epochs: int) -> None:
     words = f"epoch {record['epoch']}/{epochs}: loss {record['loss']:.4f}"
     if "validation_robust" in record:
         words += f", validation clean {record['validation_clean']:.1%}, robust {record['validation_robust']:.1%}"

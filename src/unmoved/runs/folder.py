@@ -43,6 +43,7 @@ from unmoved.runs.provenance import provenance
 from unmoved.runs.suggestions import run_meant
 from unmoved.training import checkpoint
 from unmoved.training.log import METRICS, PER_CLASS, Log, by_class, divided
+from unmoved.training.state import SavedState, Tensors
 
 logger = logging.getLogger("unmoved")
 FORMAT = 1
@@ -147,11 +148,11 @@ class Run:
                 remove_leftovers(folder, older_than=3600.0)
             yield
 
-    def save_state(self, state: dict[str, Any]) -> None:
+    def save_state(self, state: SavedState) -> None:
         """Save the trainer's state: tensors, numbers, strings and plain containers only. The one before is kept."""
         checkpoint.save(self.path, state)
 
-    def load_state(self, *, mend: bool = False) -> dict[str, Any] | None:
+    def load_state(self, *, mend: bool = False) -> SavedState | None:
         """Return the newest whole state that `save_state` saved, or None; nothing in it is run.
 
         Args:
@@ -160,7 +161,7 @@ class Run:
         """
         return checkpoint.load(self.path, mend=mend)
 
-    def mend_weights(self, state: dict[str, Any]) -> None:
+    def mend_weights(self, state: SavedState) -> None:
         """Restore weights files that are missing or damaged from what `load_state` returned."""
         for which, tensors in (("last", state.get("average", state["model"])), ("best", state.get("best_model"))):
             path = self.path / f"{which}.safetensors"
@@ -173,7 +174,7 @@ class Run:
         """Return the log: the files that training appends an epoch's record to."""
         return Log(self.path)
 
-    def mend_log(self, state: dict[str, Any]) -> None:
+    def mend_log(self, state: SavedState) -> None:
         """Cut the log back to where it was when this state of `load_state` was saved; its epoch is the last line."""
         self.log.go_back(state["log"], state["epochs"])
         self.log.add(state["record"])
@@ -187,7 +188,7 @@ class Run:
         weights = (self.path / f"{which}.safetensors" for which in ("best", "last"))
         return logged == list(range(1, epochs + 1)) and all(map(models.is_whole, weights))
 
-    def save_weights(self, model: nn.Module, which: str, state: dict[str, Any] | None = None) -> None:
+    def save_weights(self, model: nn.Module, which: str, state: Tensors | None = None) -> None:
         """Save the weights of a model, or those that its ``state_dict`` returned at another time."""
         models.save_weights(model, self.path / f"{which}.safetensors", state)
 

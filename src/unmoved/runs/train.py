@@ -18,7 +18,10 @@ from unmoved.runs.assembly import Assembly
 from unmoved.runs.folder import Run
 from unmoved.terms.sum import stateful
 from unmoved.training import distributed, loop
+from unmoved.training.log import Progress
+from unmoved.training.plan import Plan
 from unmoved.training.rehearsal import rehearse_training, require_trained
+from unmoved.training.validation import Validation
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -33,7 +36,7 @@ def train_recipe(
     device: str = "auto",
     devices: int = 1,
     nodes: int = 1,
-    progress: Callable[[dict[str, Any]], None] | None = None,
+    progress: Progress | None = None,
     loading: Callable[[int, int], None] | None = None,
     build: Callable[[], Assembly] | None = None,
 ) -> Run:
@@ -81,7 +84,7 @@ def _train(
     validation: Split | None,
     fabric: Fabric,
     run: Run | None,
-    progress: Callable[[dict[str, Any]], None] | None,
+    progress: Progress | None,
 ) -> None:
     """Call `train`, without a rehearsal, with what the recipe says."""
     training = assembly.recipe.training
@@ -113,26 +116,26 @@ def _train(
 def _rehearse(
     model: nn.Module, assembly: Assembly, train_part: Split, validation: Split | None, fabric: Fabric
 ) -> None:
-    """As `train` does, on the device of this process, which is then the model's."""
-    size, precision = assembly.recipe.training.batch_size, resolve(assembly.recipe.training.precision, fabric.device)
+    """Try the training as `train` does, on the device of this process, which is then the model's."""
+    training = assembly.recipe.training
     fabric.to_device(model)
     for _, method in assembly.phases.phases:
         fabric.to_device(nn.ModuleList(stateful(method.objective)))
     require_trained(model)
-    rehearse_training(
-        model,
+    plan = Plan(
         assembly.phases,
         train_part,
-        size,
-        device=fabric.device,
-        count=fabric.world_size,
-        validation=validation,
-        check=assembly.check,
-        threat=assembly.threat,
-        precision=precision,
-        augment=assembly.augment,
-        seed=assembly.recipe.training.seed,
+        training.epochs,
+        training.batch_size,
+        assembly.optimizer,
+        assembly.schedule,
+        assembly.augment,
+        assembly.average,
+        training.seed,
     )
+    held_out = Validation.of(validation, assembly.check, assembly.threat)
+    precision = resolve(training.precision, fabric.device)
+    rehearse_training(model, plan, held_out, device=fabric.device, count=fabric.world_size, precision=precision)
 
 
 def _is_done(run: Run, recipe: config.Recipe) -> bool:

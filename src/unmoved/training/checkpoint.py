@@ -10,13 +10,14 @@ import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from time import monotonic
-from typing import IO, Any, BinaryIO, cast
+from typing import IO, BinaryIO, cast
 
 import torch
 
 from unmoved.core.errors import UnmovedError
 from unmoved.core.files import replacing
 from unmoved.core.untrusted import require_regular
+from unmoved.training.state import SavedState
 
 logger = logging.getLogger("unmoved")
 NEWEST, PREVIOUS = "trainer.pt", "trainer.previous.pt"
@@ -93,7 +94,7 @@ class Budget:
         self.spent += self.expected
 
 
-def guessed(tensors: Any) -> float:
+def guessed(tensors: object) -> float:
     """Guess the seconds that saving these tensors takes on a disk of 200 MB/s; the first save measures it."""
     if isinstance(tensors, torch.Tensor):
         return tensors.nbytes / 200e6
@@ -101,7 +102,7 @@ def guessed(tensors: Any) -> float:
     return sum(map(guessed, parts))
 
 
-def save(folder: Path, state: dict[str, Any]) -> None:
+def save(folder: Path, state: SavedState) -> None:
     """Replace the newest state, in one pass over it; it becomes the previous one.
 
     Raises:
@@ -115,7 +116,7 @@ def save(folder: Path, state: dict[str, Any]) -> None:
         hashed.close()
 
 
-def load(folder: Path, *, mend: bool = False) -> dict[str, Any] | None:
+def load(folder: Path, *, mend: bool = False) -> SavedState | None:
     """Load the newest whole state, or None if nothing was saved; read with ``weights_only=True``: nothing in it is run.
 
     Args:
@@ -154,14 +155,14 @@ def load(folder: Path, *, mend: bool = False) -> dict[str, Any] | None:
     ) from problem
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> SavedState:
     """Read a state; raise `_Damaged` if it is not what `save` wrote, any other error if that cannot be known now."""
     require_regular(path, path.stat())
     with open(path, "rb") as file:
         _require_seal(file)
         file.seek(0)
         try:
-            state = torch.load(file, map_location="cpu", weights_only=True)
+            state: SavedState = torch.load(file, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, EOFError, LookupError, TypeError, ValueError, AttributeError) as error:
             # Sealed, so it is what was saved; but `save` writes nothing that torch refuses.
             raise _Damaged(type(error).__name__) from error
@@ -192,5 +193,5 @@ def _cause(error: Exception) -> str:
     """Return why a file cannot be read, in the words of the error."""
     if isinstance(error, OSError):
         return str(error.strerror or error)
-    words = str(error).strip().splitlines()
-    return words[0] if words else "out of memory" if isinstance(error, MemoryError) else type(error).__name__
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else "out of memory" if isinstance(error, MemoryError) else type(error).__name__

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +20,16 @@ from unmoved.core.precision import require_device
 from unmoved.core.protocols import Split, couples_samples, is_lockstep
 
 if TYPE_CHECKING:
+    import subprocess
+
     from lightning_fabric import Fabric
 
+Precision = Literal["32-true", "64-true"]
 Thing = TypeVar("Thing")
 RESIDENT = 0.25  # the share of a device's free memory that training data may take
 
 
-def prepare(device: str = "auto", devices: int = 1, nodes: int = 1, precision: Any = "32-true") -> Fabric:
+def prepare(device: str = "auto", devices: int = 1, nodes: int = 1, precision: Precision = "32-true") -> Fabric:
     """Make the engine for ``nodes`` machines with ``devices`` processes each, one a device; nothing is started yet.
 
     Under ``torchrun`` it tells how many there are. On a CPU a device is a process, and they share the cores.
@@ -126,7 +129,7 @@ def together(fabric: Fabric) -> Iterator[None]:
 
 def _end(fabric: Fabric) -> None:
     """End the processes that this one started; they would wait for it until a timeout."""
-    children: list[Any] = getattr(fabric.strategy.launcher, "procs", [])
+    children: list[subprocess.Popen[bytes]] = getattr(fabric.strategy.launcher, "procs", [])
     for process in children:
         process.kill()
         process.wait()
@@ -134,8 +137,8 @@ def _end(fabric: Fabric) -> None:
 
 
 def _is_lost(error: RuntimeError) -> bool:
-    words = str(error).lower()
-    return isinstance(error, dist.DistError) or any(sign in words for sign in ("gloo", "connection", "nccl", "socket"))
+    text = str(error).lower()
+    return isinstance(error, dist.DistError) or any(sign in text for sign in ("gloo", "connection", "nccl", "socket"))
 
 
 def broadcast(fabric: Fabric, thing: Thing) -> Thing:
@@ -160,28 +163,28 @@ def synchronized(model: nn.Module, fabric: Fabric) -> nn.Module:
         return model
     if fabric.device.type == "cpu":
         raise UnmovedError("sync_batchnorm: torch synchronises BatchNorm on GPUs only; leave it out, or use a GPU")
-    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return converted
 
 
 def require_lockstep(phases: Phases, sync_batchnorm: bool) -> None:
     """Raise `UnmovedError` for attacks that ask the other processes, each a different number of times."""
     for _, method in phases.phases:
-        attack: Any = method.attack
+        attack = method.attack
         if attack is None or is_lockstep(attack):
             continue
         loss = getattr(attack, "loss", None)
         couples = loss is not None and couples_samples(loss)
         if couples or (sync_batchnorm and getattr(attack, "mode", "eval") == "train"):
             raise UnmovedError(
-                f"{method.attack!r}: its samples are done at different steps in different processes, and its loss or "
+                f"{attack!r}: its samples are done at different steps in different processes, and its loss or "
                 "its batch statistics need all of them at each step; train in one process"
             )
 
 
 def resident(split: Split, device: torch.device) -> Split:
     """Move the split to the device if it takes at most a quarter of the free memory there: no copy per step."""
-    images: Any = getattr(split, "images", None)
-    move: Any = getattr(split, "to", None)
+    images, move = getattr(split, "images", None), getattr(split, "to", None)
     if device.type != "cuda" or move is None or images is None:
         return split
     free, _ = torch.cuda.mem_get_info(device)

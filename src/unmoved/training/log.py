@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypeAlias, TypedDict, final
 
 import pandas as pd
 
@@ -22,40 +22,100 @@ METRICS, PER_CLASS = "metrics.jsonl", "per_class.jsonl"
 MOST = 2**30  # bytes of a file of a training that is gone on with
 
 
-def divided(record: dict[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, list[Any]]]]:
+@final
+class StepRecord(TypedDict):
+    """Report a step of a training.
+
+    Attributes:
+        epoch: its number, from 0.
+        share: of the epoch's steps that are done, in (0, 1].
+        loss: the mean of the objective over the batch.
+    """
+
+    epoch: int
+    share: float
+    loss: float
+
+
+@final
+class EpochRecord(TypedDict):
+    """Report an epoch of a training: a line of the log.
+
+    Attributes:
+        epoch: its number, from 1.
+        step: optimizer steps since the training began.
+        lr: the learning rate after the epoch.
+        eps: the radius of the attack in the last step; None without one.
+        loss, train_accuracy, parts: means over the samples, ``parts`` of each term, unweighted.
+        validation_clean, validation_robust, validation_n: accuracies in [0, 1] on so many held-out samples.
+        terms: what each term that reports something says of itself.
+        kept: whether it is the best epoch so far.
+        seconds: since the training began, interruptions left out.
+    """
+
+    epoch: int
+    step: int
+    lr: float
+    eps: float | None
+    loss: float
+    train_accuracy: float
+    parts: dict[str, float]
+    validation_clean: NotRequired[float]
+    validation_robust: NotRequired[float]
+    validation_n: NotRequired[int]
+    terms: NotRequired[dict[str, Mapping[str, object]]]
+    kept: NotRequired[bool]
+    seconds: NotRequired[float]
+
+
+Progress: TypeAlias = Callable[[StepRecord | EpochRecord], None]
+
+
+class FileMark(TypedDict):
+    """Say where a file of the log stands: its length, and the checksum of what it holds."""
+
+    bytes: int
+    sha256: str
+
+
+Mark: TypeAlias = dict[str, FileMark]  # of each file, by its name
+ByClass: TypeAlias = dict[str, dict[str, list[float]]]  # term -> what it reports -> a number for each class
+
+
+def divided(record: Mapping[str, object]) -> tuple[dict[str, object], ByClass]:
     """Divide an epoch's record into numbers and the lists that its terms report, term by term."""
-    if "terms" not in record:
-        return record, {}
-    lists, rest = dict[str, dict[str, list[Any]]](), dict[str, dict[str, Any]]()
-    for name, facts in record["terms"].items():
+    terms, lists, rest = record.get("terms"), ByClass(), dict[str, dict[str, object]]()
+    if not isinstance(terms, dict):
+        return dict(record), {}
+    for name, facts in terms.items():
         for key, value in facts.items():
             (lists if isinstance(value, list) else rest).setdefault(name, {})[key] = value
-    return record | {"terms": rest}, lists
+    return {**record, "terms": rest}, lists
 
 
-def joined(record: dict[str, Any], lists: dict[str, Any]) -> dict[str, Any]:
-    """The record that `divided` made two of; ``lists`` may have its epoch beside the terms."""
-    terms = record.get("terms", {})
-    if not lists or not isinstance(terms, dict):  # a damaged log may say anything
+def joined(record: EpochRecord, lists: Mapping[str, object]) -> EpochRecord:
+    """Put together what `divided` made two of; ``lists`` may have its epoch beside the terms."""
+    terms: object = record.get("terms", {})  # of a damaged log anything
+    if not isinstance(terms, dict):
         return record
     pairs = {name: (terms.get(name, {}), facts) for name, facts in lists.items()}
-    told = {name: a | b for name, (a, b) in pairs.items() if isinstance(a, dict) and isinstance(b, dict)}
-    return record | {"terms": terms | told}
+    merged = {name: a | b for name, (a, b) in pairs.items() if isinstance(a, dict) and isinstance(b, dict)}
+    return {**record, "terms": terms | merged} if merged else record
 
 
-def by_class(lines: Iterable[dict[str, Any]]) -> pd.DataFrame:
+def by_class(lines: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     """Make a row for each epoch, term and class of ``{"epoch": 1, "term": {"q": [0.5, 0.4], ...}, ...}``."""
-    columns: dict[str, list[Any]] = {"epoch": [], "term": [], "class": []}
+    columns: dict[str, list[object]] = {"epoch": [], "term": [], "class": []}
     for line in lines:
         for term, facts in line.items():
             if term == "epoch":
                 continue
             before, count = len(columns["epoch"]), max(map(len, facts.values()), default=0)
-            told = facts | {"epoch": [line["epoch"]] * count, "term": [term] * count, "class": list(range(count))}
-            for key in told:
+            rows = facts | {"epoch": [line["epoch"]] * count, "term": [term] * count, "class": list(range(count))}
+            for key in rows:
                 columns.setdefault(key, [None] * before)
             for key, column in columns.items():
-                values = told.get(key, [])
+                values = rows.get(key, [])
                 column += [*values, *[None] * (count - len(values))]
     return pd.DataFrame(columns)
 
@@ -63,9 +123,9 @@ def by_class(lines: Iterable[dict[str, Any]]) -> pd.DataFrame:
 class Log:
     """Append to the two log files of a run, and know how far their content is its own.
 
-    A mark (`mark`) is the length of each file and the checksum of what it holds. It is kept in the trainer's state,
-    with the record of the epoch that the state is of: that line is written when the state is saved. So a log whose last
-    line is that of the last epoch says that nothing is left to do, and no kill comes between a state and its line.
+    A mark (`mark`) is kept in the trainer's state, with the record of the epoch that the state is of: that line is
+    written when the state is saved. So a log whose last line is that of the last epoch says that nothing is left to do,
+    and no kill comes between a state and its line.
 
     Raises:
         UnmovedError: files that cannot be written.
@@ -74,11 +134,11 @@ class Log:
     def __init__(self, folder: Path) -> None:
         self._files = {name: _Lines(folder / name) for name in (METRICS, PER_CLASS)}
 
-    def mark(self) -> dict[str, Any]:
+    def mark(self) -> Mark:
         """Return where the files stand; they are on disk when this returns."""
         return {name: file.mark() for name, file in self._files.items()}
 
-    def add(self, record: dict[str, Any]) -> None:
+    def add(self, record: EpochRecord) -> None:
         """Append an epoch's record. A crash of the machine may lose it, as nothing that is saved counts on it yet."""
         slim, lists = divided(record)
         # The record comes last: who finds it finds the numbers by class.
@@ -86,13 +146,13 @@ class Log:
             self._files[PER_CLASS].add({"epoch": record["epoch"], **lists})
         self._files[METRICS].add(slim)
 
-    def records(self, mark: dict[str, Any], before: int) -> list[dict[str, Any]]:
+    def records(self, mark: Mark, before: int) -> list[EpochRecord]:
         """Return the records up to a mark, of epochs below ``before``; of a damaged log those that can be read."""
         records, lists = (self._files[name].read(mark[name], before) for name in (METRICS, PER_CLASS))
         by_epoch = {line["epoch"]: line for line in lists}
         return [joined(record, by_epoch.get(record["epoch"], {})) for record in records]
 
-    def go_back(self, mark: dict[str, Any] | None, before: int) -> None:
+    def go_back(self, mark: Mark | None, before: int) -> None:
         """Cut the files back to a mark, or empty them; those that are damaged keep what can be read. It is logged."""
         for name, file in self._files.items():
             file.go_back(None if mark is None else mark[name], before)
@@ -104,12 +164,12 @@ class _Lines:
     def __init__(self, path: Path) -> None:
         self.path, self.size, self.digest = path, 0, hashlib.sha256()
 
-    def mark(self) -> dict[str, Any]:
+    def mark(self) -> FileMark:
         if self.size:
-            files.sync(self.path)
+            files.append(self.path, b"")  # synced: so is everything before it
         return {"bytes": self.size, "sha256": self.digest.hexdigest()}
 
-    def add(self, line: dict[str, Any]) -> None:
+    def add(self, line: Mapping[str, object]) -> None:
         self._take(data := (json.dumps(line) + "\n").encode())
         files.append(self.path, data, synced=False)
 
@@ -117,14 +177,14 @@ class _Lines:
         self.digest.update(data)
         self.size += len(data)
 
-    def read(self, mark: dict[str, Any], before: int) -> list[dict[str, Any]]:
-        whole, data = self._content(mark)
-        return [json.loads(line) for line in (data.splitlines() if whole else _readable(data, before))]
+    def read(self, mark: FileMark, before: int) -> list[Any]:
+        is_intact, data = self._content(mark)
+        return [json.loads(line) for line in (data.splitlines() if is_intact else _readable(data, before))]
 
-    def go_back(self, mark: dict[str, Any] | None, before: int) -> None:
-        whole, data = (True, b"") if mark is None else self._content(mark)
+    def go_back(self, mark: FileMark | None, before: int) -> None:
+        is_intact, data = (True, b"") if mark is None else self._content(mark)
         self.size, self.digest = 0, hashlib.sha256()
-        if whole:
+        if is_intact:
             self._take(data)
             files.cut(self.path, self.size)
             return
@@ -139,25 +199,25 @@ class _Lines:
             len(lines),
         )
 
-    def _content(self, mark: dict[str, Any]) -> tuple[bool, bytes]:
+    def _content(self, mark: FileMark) -> tuple[bool, bytes]:
         """Return whether the file is as it was at a mark, and its bytes up to there, or all that there are."""
         try:
             data = untrusted.content(self.path, MOST)
         except FileNotFoundError:
             data = b""
         start = data[: mark["bytes"]]
-        whole = len(start) == mark["bytes"] and hashlib.sha256(start).hexdigest() == mark["sha256"]
-        return whole, start if whole else data
+        is_intact = len(start) == mark["bytes"] and hashlib.sha256(start).hexdigest() == mark["sha256"]
+        return is_intact, start if is_intact else data
 
 
 def _readable(data: bytes, before: int) -> list[bytes]:
     """Return the first line of each epoch below ``before``, where it is JSON, in the order of epochs."""
-    found: dict[int, bytes] = {}
+    lines: dict[int, bytes] = {}
     for line in data.split(b"\n"):
         try:
             epoch = json.loads(line)["epoch"]
         except (ValueError, KeyError, TypeError, RecursionError):
             continue
         if isinstance(epoch, int) and not isinstance(epoch, bool) and 1 <= epoch < before:
-            found.setdefault(epoch, line + b"\n")
-    return [found[epoch] for epoch in sorted(found)]
+            lines.setdefault(epoch, line + b"\n")
+    return [lines[epoch] for epoch in sorted(lines)]

@@ -1,4 +1,4 @@
-"""The one training loop. Methods are values handed to it; everything else is files."""
+"""Train a model by a method, epoch by epoch: validate, log, save, and go on after an interruption."""
 
 from __future__ import annotations
 
@@ -6,18 +6,16 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from unmoved import models
 from unmoved.core import collectives, weights
-from unmoved.core import precision as formats
 from unmoved.core.batch import Batch
 from unmoved.core.errors import UnmovedError, several
 from unmoved.core.passes import one_epoch
@@ -27,13 +25,14 @@ from unmoved.core.protocols import Attack, Method, Split
 from unmoved.core.threat import ThreatModel
 from unmoved.terms.sum import snake_case
 from unmoved.training import averaging, distributed, resuming
-from unmoved.training.optim import SGD, Constant
+from unmoved.training.log import EpochRecord, Progress
+from unmoved.training.optim import SGD, Constant, Groups
 from unmoved.training.parts import Parts, build
 from unmoved.training.plan import Plan
 from unmoved.training.rehearsal import bounds_of_phases, rehearse_training, require_trained
-from unmoved.training.state import Means, TrainerState
 from unmoved.training.step import Diverged, train_step
 from unmoved.training.store import Store
+from unmoved.training.trainer import TrainerState
 from unmoved.training.validation import Validation
 
 if TYPE_CHECKING:
@@ -41,6 +40,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("unmoved")
 ORDER = "train(model, method, split)"
+_PART = "parts."  # begins the name of a mean that is of a term
 WATCHED = 50  # on a GPU, the loss of one step in so many is looked at
 
 
@@ -54,7 +54,7 @@ def train(
     threat: ThreatModel | None = None,
     epochs: int = 10,
     batch_size: int = 128,
-    optimizer: Callable[[list[dict[str, Any]]], Optimizer] = SGD(),  # noqa: B008 - frozen values
+    optimizer: Callable[[Groups], Optimizer] = SGD(),  # noqa: B008 - frozen values
     schedule: Callable[[Optimizer, int, int], LRScheduler] = Constant(),  # noqa: B008
     augment: Callable[[Batch, int], Batch] | None = None,
     average: averaging.Averaging | None = None,
@@ -66,113 +66,96 @@ def train(
     device: str = "auto",
     fabric: Fabric | None = None,
     run: Store | None = None,
-    progress: Callable[[dict[str, Any]], None] | None = None,
+    progress: Progress | None = None,
     rehearsal: bool = True,
-) -> list[dict[str, Any]]:
+) -> list[EpochRecord]:
     """Train ``model`` in place and return the log, one record an epoch.
 
-    What was found damaged in ``run`` and mended, and which submodules stay in evaluation mode, is logged
-    (``logging.getLogger("unmoved")``, as warning and information).
-
     Args:
-        model: images in [0, 1] -> logits. Submodules that come in evaluation mode, such as a BatchNorm that is to keep
-            its statistics, stay in it; a model that comes in evaluation mode as a whole is trained as a whole. In the
-            end every submodule is in the mode that it came in.
+        model: images in [0, 1] -> logits. Submodules in evaluation mode stay in it, unless all are. Modes are restored.
         method: a method, or phases of them ``[(from_epoch, method), ...]``; ramps are resolved at each step.
         split: the training data.
-        validation: held-out data that picks the best epoch, attacked by ``check`` within ``threat``; ``check``
-            defaults to a 10-step PGD.
-        optimizer: parameter groups -> optimizer, such as ``optim.SGD(lr=0.1)``. Parameters that it leaves out are
-            constant: no defense moves them, and their ``.grad`` stays what it was.
-        schedule: (optimizer, total steps, steps an epoch) -> scheduler, stepped once per optimizer step.
-        augment: (batch, seed) -> batch.
-        average: `averaging.EMA` or `averaging.SWA`: validate, keep and return the averaged weights.
+        validation: data that picks the best epoch, attacked by ``check`` (default: a 10-step PGD) within ``threat``.
+        epochs, batch_size, seed: passes over the data, samples a step, and the seed of all that is drawn; see `Plan`.
+        optimizer, schedule: (parameter groups) -> optimizer; (optimizer, total steps, steps an epoch) -> scheduler.
+        augment, average: (batch, seed) -> batch; `averaging.EMA` or `averaging.SWA`, whose weights are then kept.
+        precision: of passes, ``"float32"``, ``"bf16"`` or ``"auto"``: the faster. Weights are float32.
         compiled: whether ``torch.compile`` makes the passes of the attack and of the objective.
-        sync_batchnorm: with several processes on GPUs, BatchNorm over the samples of all of them. Without it each
-            normalises its own, and the running statistics are averaged after each step.
-        seed: of shuffling, augmentation and the model's own randomness; the caller's random state is left alone.
+        sync_batchnorm: let BatchNorm normalise over all processes (on GPUs); else each by itself, statistics averaged.
+        checkpoint_share: share of the time in [0, 1] that saving may take; 1 saves each epoch. See `checkpoint.Budget`.
         device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"mps"``.
-        fabric: an engine that is launched already, in place of ``device``: one of several processes takes its part of
-            each batch, and all of them make the step that one would make. Only the first is given a ``run``.
-        checkpoint_share: the share of the time that saving into ``run`` may take, in [0, 1]: what a kill loses was
-            trained in about (seconds of a save) / share. 1 saves every epoch; the first and last are always.
-        run: where to log and save; if it holds a saved state, training goes on from there. What terms report by class
-            is then in ``run.per_class`` too. More epochs are trained where those that are trained already would have
-            been the same.
-        progress: called with the latest record after each step (``{"epoch", "share"}``) and epoch.
-        rehearsal: whether to try a step of each phase first, on as few samples as an epoch's last batch has, and the
-            validation on two: what they refuse is then refused before anything is trained. Nothing changes by it.
+        fabric: a launched engine in place of ``device``, whose processes share each batch; the first alone has a run.
+        run: where to log and save; a state saved there is gone on with, also over more epochs if its past is the same.
+        progress: called with a `StepRecord` after each step and the `EpochRecord` after each epoch.
+        rehearsal: whether to try each phase and the validation on a few samples first; nothing changes by it.
 
     Raises:
-        UnmovedError: nothing to train, or arguments of other kinds; a value outside its bounds; a loss
-            that is not finite (naming the step; what was saved stays); a ``run`` that another process trains or
-            evaluates, that was trained with other settings, or whose saved states are all damaged.
+        UnmovedError: arguments of other kinds or outside their bounds; a loss that is not finite (it names the step;
+            what was saved stays); a ``run`` that is in use, damaged, or was trained with other settings.
     """
-    formats.require_device(device)
     require_model(model, ORDER)
     require_split(split, ORDER)
     held_out = Validation.of(validation, check, threat, ORDER)
     plan = Plan(Phases.of(method), split, epochs, batch_size, optimizer, schedule, augment, average, seed)
     require_trained(model)
-    bounds = bounds_of_phases(plan.phases)
-    fabric = distributed.prepare(device) if fabric is None else fabric
-    if fabric.world_size > 1:
-        distributed.require_lockstep(plan.phases, sync_batchnorm)
-    parts = build(model, plan, fabric, precision=precision, compiled=compiled, sync_batchnorm=sync_batchnorm)
-    if run is not None:
-        models.require_savable(parts.model.state_dict())
+    engine = distributed.prepare(device) if fabric is None else fabric
+    parts = build(model, plan, engine, precision=precision, compiled=compiled, sync_batchnorm=sync_batchnorm)
     if rehearsal:
         _rehearse(parts, plan, held_out)
-    plan = replace(plan, split=distributed.resident(split, fabric.device))
+    return _train(parts, plan, held_out, run, checkpoint_share, progress)
+
+
+def _rehearse(parts: Parts, plan: Plan, held_out: Validation | None) -> None:
+    rehearse_training(
+        parts.model,
+        plan,
+        held_out,
+        device=parts.fabric.device,
+        count=parts.fabric.world_size,
+        precision=parts.precision,
+        parameters=parts.parameters,
+    )
+
+
+def _train(
+    parts: Parts,
+    plan: Plan,
+    held_out: Validation | None,
+    run: Store | None,
+    checkpoint_share: float,
+    progress: Progress | None,
+) -> list[EpochRecord]:
+    """Train epoch by epoch from where ``run`` stands; arguments and result as in `train`."""
+    if run is not None:
+        models.require_savable(parts.model.state_dict())
+    fabric = parts.fabric
+    plan = replace(plan, split=distributed.resident(plan.split, fabric.device))
     averaged = None if plan.average is None else averaging.Average(parts.model, plan.average)
     state = parts.state(plan.phases, averaged, run, checkpoint_share)
-    report = _ignore if progress is None else progress
+    report: Progress = (lambda record: None) if progress is None else progress
     with (
         nullcontext() if run is None else run.alone(),
         torch.random.fork_rng([fabric.device] if fabric.device.type == "cuda" else []),
         weights.in_training(parts.model) as (train_mode, frozen),
     ):
         if frozen and fabric.global_rank == 0:
-            words = "in evaluation mode, as they came, stay %s; model.train() before training thaws them"
-            logger.info(words, several(frozen))
+            text = "in evaluation mode, as they came, stay %s; model.train() before training thaws them"
+            logger.info(text, several(frozen))
         _resume(state, parts, plan)
         for epoch in range(state.epochs, plan.epochs):
             train_mode()  # again in each epoch: a callback may have left another
             began = monotonic()
-            record = _epoch(parts, plan, state, averaged, epoch, bounds, report)
+            record = _epoch(parts, plan, state, averaged, epoch, report)
             if held_out is not None:
                 with _stopping(epoch, state):
-                    record |= held_out.accuracy(state.kept, plan.batch_size, fabric)
+                    record = {**record, **held_out.accuracy(state.kept, plan.batch_size, fabric)}
             reports = {snake_case(type(term).__name__): term.report() for term in parts.terms}
-            record |= {"terms": {name: facts for name, facts in reports.items() if facts}}
+            record["terms"] = {name: facts for name, facts in reports.items() if facts}
             state.commit(record, monotonic() - began, last=epoch + 1 == plan.epochs)
             report(state.log[-1])
     if averaged is not None:
         averaged.give(parts.model)
     return state.log
-
-
-def _ignore(event: dict[str, Any]) -> None:
-    """The default of ``progress``."""
-
-
-def _rehearse(parts: Parts, plan: Plan, held_out: Validation | None) -> None:
-    """Try a step of each phase and the validation; see `rehearse_training`."""
-    rehearse_training(
-        parts.model,
-        plan.phases,
-        plan.split,
-        plan.batch_size,
-        device=parts.fabric.device,
-        count=parts.fabric.world_size,
-        validation=None if held_out is None else held_out.split,
-        check=None if held_out is None else held_out.check,
-        threat=None if held_out is None else held_out.threat,
-        parameters=parts.parameters,
-        precision=parts.precision,
-        augment=plan.augment,
-        seed=plan.seed,
-    )
 
 
 def _resume(state: TrainerState, parts: Parts, plan: Plan) -> None:
@@ -198,11 +181,11 @@ def _epoch(
     state: TrainerState,
     averaged: averaging.Average | None,
     epoch: int,
-    bounds: tuple[float, float] | None,
-    report: Callable[[dict[str, Any]], None],
-) -> dict[str, Any]:
-    """Take the steps of one epoch and return its record: number, step, rate, eps, and the means over its samples."""
-    fabric, steps, seed, means = parts.fabric, plan.steps_per_epoch, plan.seed_of(epoch), Means()
+    report: Progress,
+) -> EpochRecord:
+    """Take the steps of one epoch and return its record, without what validation and terms add to it."""
+    fabric, steps, seed, means = parts.fabric, plan.steps_per_epoch, plan.seed_of(epoch), _Means()
+    bounds = bounds_of_phases(plan.phases)
     torch.manual_seed(seed + fabric.global_rank)  # what a model draws, such as dropout, is not keyed by sample
     for k, batch in enumerate(one_epoch(plan.split, plan.batch_size, seed)):
         batch, share = collectives.Share.of(batch, fabric.global_rank, fabric.world_size)
@@ -226,8 +209,9 @@ def _epoch(
                 )
             if share is not None:  # asked anew: a layer may have put another tensor in a buffer's place
                 collectives.average([b for b in parts.model.buffers() if b.is_floating_point()])
-        losses = {"loss": step.loss, "train_accuracy": step.accuracy}
-        means.add(losses, step.parts, len(batch) if share is None else share.own)
+        values = {"loss": step.loss, "train_accuracy": step.accuracy}
+        values |= {_PART + name: value for name, value in step.parts.items()}
+        means.add(values, len(batch) if share is None else share.own)
         if averaged is not None:
             averaged.follow(parts.model, batch.step, plan.steps)
         parts.scheduler.step()
@@ -235,8 +219,39 @@ def _epoch(
             report({"epoch": epoch, "share": (k + 1) / steps, "loss": float(step.loss)})
     with _stopping(epoch, state):
         _require_finite(parts.model, batch.step)
-    place = {"epoch": epoch + 1, "step": (epoch + 1) * steps, "lr": parts.optimizer.param_groups[0]["lr"]}
-    return place | {"eps": _eps(method.attack)} | means.means(partial(distributed.summed, fabric))
+    over_all = means.means(fabric)
+    return {
+        "epoch": epoch + 1,
+        "step": (epoch + 1) * steps,
+        "lr": parts.optimizer.param_groups[0]["lr"],
+        "eps": _eps(method.attack),
+        "loss": over_all["loss"],
+        "train_accuracy": over_all["train_accuracy"],
+        "parts": {name.removeprefix(_PART): mean for name, mean in over_all.items() if name.startswith(_PART)},
+    }
+
+
+class _Means:
+    """Compute means over samples, not over batches: the last batch may be smaller.
+
+    Each name's mean is over the samples for which it was given: a term whose weight is still zero has no value.
+    """
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+
+    def add(self, values: dict[str, Tensor], size: int) -> None:
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value.double() * size
+            self.counts[name] = self.counts.get(name, 0) + size
+
+    def means(self, fabric: Fabric) -> dict[str, float]:
+        """Return the means over the samples of all processes."""
+        sums = torch.stack([*self.sums.values()])
+        counts = torch.tensor([*self.counts.values()], dtype=torch.float64, device=sums.device)
+        sums, counts = distributed.summed(fabric, torch.stack([sums, counts]))
+        return dict(zip(self.sums, (sums / counts).tolist(), strict=True))
 
 
 def _require_finite(model: nn.Module, step: int) -> None:
@@ -254,8 +269,10 @@ def _compiling(parts: Parts) -> Iterator[None]:
         is_compilers = type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
         if parts.attacked is parts.model or not is_compilers:
             raise
-        words = f"compiled: torch.compile cannot build this model here ({str(error).splitlines()[0]})"
-        raise UnmovedError(f"{words}; leave training.compiled out") from error
+        raise UnmovedError(
+            f"compiled: torch.compile cannot build this model here ({str(error).splitlines()[0]}); leave "
+            "training.compiled out"
+        ) from error
 
 
 @contextmanager

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeAlias
 
 import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LRScheduler, MultiStepLR, OneCycleLR
+from torch.optim.optimizer import StateDict
 
 from unmoved.core.errors import UnmovedError, flag_field, number_field, require_whole
 
-Groups = list[dict[str, Any]]
+Groups: TypeAlias = list[StateDict]  # "params", and settings of their own
 
 
 @dataclass(frozen=True)

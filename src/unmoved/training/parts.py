@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +18,17 @@ from unmoved.core.phases import Phases
 from unmoved.core.protocols import StatefulTerm
 from unmoved.terms.sum import stateful
 from unmoved.training import averaging, distributed, resuming
+from unmoved.training.optim import Groups
 from unmoved.training.plan import Plan
 from unmoved.training.rehearsal import require_optimizer, require_steps, require_trained
-from unmoved.training.state import TrainerState
+from unmoved.training.state import Settings
 from unmoved.training.store import Store
+from unmoved.training.trainer import TrainerState
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -48,10 +52,10 @@ class Parts:
     attacked: nn.Module
     wrapped: nn.Module
     optimizer: Optimizer
-    wrapped_optimizer: Any
+    wrapped_optimizer: Optimizer
     scheduler: LRScheduler
     terms: list[StatefulTerm]
-    settings: dict[str, Any]
+    settings: Settings
     fabric: Fabric
     precision: str
 
@@ -88,8 +92,11 @@ def build(
     """Build the parts of a training on the engine's device.
 
     Raises:
-        UnmovedError: an optimizer or a schedule that the training cannot step; a precision that the device lacks.
+        UnmovedError: an optimizer or a schedule that the training cannot step; an unknown precision; in several
+            processes, attacks as in `distributed.require_lockstep`.
     """
+    if fabric.world_size > 1:
+        distributed.require_lockstep(plan.phases, sync_batchnorm)
     precision = formats.resolve(precision, fabric.device)
     terms = _unique(term for _, method in plan.phases.phases for term in stateful(method.objective))
     fabric.to_device(nn.ModuleList(terms))
@@ -98,12 +105,16 @@ def build(
     form = formats.memory_format_for(model, fabric.device, next(one_pass(plan.split, 2)).x)
     model.to(memory_format=form)  # type: ignore[call-overload]  # the same numbers
     optimizer = _optimizer(model, terms, plan)
-    settings = resuming.settings_of(
-        optimizer, epochs=plan.epochs, batch_size=plan.batch_size, samples=len(plan.split)
-    )  # before a schedule has changed its numbers
+    groups = resuming.groups_of(optimizer)  # before a schedule has changed its numbers
     scheduler = plan.schedule(optimizer, plan.steps, plan.steps_per_epoch)
     require_steps(scheduler, plan.average, plan.steps)
-    settings["schedule"] = resuming.name_of(scheduler)
+    settings: Settings = {
+        "epochs": plan.epochs,
+        "batch_size": plan.batch_size,
+        "samples": len(plan.split),
+        "optimizer": groups,
+        "schedule": resuming.name_of(scheduler),
+    }
     attacked: Any = torch.compile(model) if compiled else model
     with weights.constant_beside(optimizer, model):  # several processes wait for the gradients that are asked for here
         wrapped, wrapped_optimizer = fabric.setup(attacked, optimizer)
@@ -112,7 +123,7 @@ def build(
 
 def _optimizer(model: nn.Module, terms: list[StatefulTerm], plan: Plan) -> Optimizer:
     """The optimizer of the model's parameters and, without weight decay, of the terms'."""
-    groups: list[dict[str, Any]] = [{"params": list(model.parameters())}]
+    groups: Groups = [{"params": list(model.parameters())}]
     learned = list(nn.ModuleList(terms).parameters())
     if learned:
         groups.append({"params": learned, "weight_decay": 0.0})
@@ -122,5 +133,5 @@ def _optimizer(model: nn.Module, terms: list[StatefulTerm], plan: Plan) -> Optim
     return optimizer
 
 
-def _unique(items: Iterable[Any]) -> list[Any]:
+def _unique(items: Iterable[Item | None]) -> list[Item]:
     return list({id(item): item for item in items if item is not None}.values())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -15,11 +14,24 @@ from unmoved.core.phases import Phases
 from unmoved.core.preconditions import require_callable
 from unmoved.core.protocols import Split
 from unmoved.training.averaging import Averaging
+from unmoved.training.optim import Groups
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The arguments of `train` that say what is done at each step; they are described there.
+    """Hold the arguments of `train` that say what is done at each step.
+
+    Attributes:
+        phases: a method for each stretch of epochs.
+        split: the training data.
+        epochs: passes over it.
+        batch_size: samples a step, of all processes together.
+        optimizer: parameter groups -> optimizer, such as ``optim.SGD(lr=0.1)``. Parameters that it leaves out are
+            constant: no defense moves them, and their ``.grad`` stays what it was.
+        schedule: (optimizer, total steps, steps an epoch) -> scheduler, stepped once per optimizer step.
+        augment: (batch, seed) -> batch.
+        average: `averaging.EMA` or `averaging.SWA`: validate, keep and return the averaged weights.
+        seed: of shuffling, augmentation and the model's own randomness; the caller's random state is left alone.
 
     Raises:
         UnmovedError: a number outside its bounds, or a function that is none.
@@ -29,7 +41,7 @@ class Plan:
     split: Split
     epochs: int
     batch_size: int
-    optimizer: Callable[[list[dict[str, Any]]], Optimizer]
+    optimizer: Callable[[Groups], Optimizer]
     schedule: Callable[[Optimizer, int, int], LRScheduler]
     augment: Callable[[Batch, int], Batch] | None
     average: Averaging | None

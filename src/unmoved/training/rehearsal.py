@@ -22,12 +22,14 @@ from unmoved.core.passes import one_pass, require_distinct
 from unmoved.core.phases import Phases, resolve
 from unmoved.core.precision import autocast
 from unmoved.core.preconditions import require_labels
-from unmoved.core.protocols import Attack, Split, StatefulAttack, parts_of
-from unmoved.core.threat import ThreatModel, bounds_of
+from unmoved.core.protocols import Split, StatefulAttack, parts_of
+from unmoved.core.threat import bounds_of
 from unmoved.core.views import logits
 from unmoved.evaluation import judge
 from unmoved.terms.sum import stateful
+from unmoved.training.plan import Plan
 from unmoved.training.step import Diverged, train_step
+from unmoved.training.validation import Validation
 
 EARLY = 1e-3  # the share of a phase that is tried: a ramp that begins at zero has left it there
 _CONTAINERS = (dict, OrderedDict, list, set, deque)
@@ -39,43 +41,41 @@ class _Still(torch.optim.Optimizer):
     def __init__(self, parameters: list[nn.Parameter]) -> None:
         super().__init__([{"params": parameters, "lr": 0.0}], {})
 
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: object = None) -> None:  # type: ignore[override]
         """Take none."""
 
 
 def rehearse_training(
     model: nn.Module,
-    phases: Phases,
-    split: Split,
-    batch_size: int,
+    plan: Plan,
+    held_out: Validation | None,
     *,
     device: torch.device,
     count: int = 1,
     precision: str = "float32",
-    validation: Split | None = None,
-    check: Attack | None = None,
-    threat: ThreatModel | None = None,
-    **settings: Any,
+    parameters: list[nn.Parameter] | None = None,
 ) -> None:
-    """Ask once everything that a training on ``split`` will ask of its parts; afterwards all is as it was.
+    """Ask once everything that a training will ask of its parts; afterwards all is as it was.
 
     Args:
         count: processes that take shares of each batch.
-        settings: as `rehearse`.
+        parameters: as `rehearse`.
 
     Raises:
         UnmovedError: as `smallest_batch`, `rehearse` and `rehearse_validation`; a label beyond the logits, of any
             sample where the split has its labels at hand.
     """
-    batch = smallest_batch(split, batch_size, count).to(device)
+    batch = smallest_batch(plan.split, plan.batch_size, count).to(device)
     with as_found(model), torch.no_grad(), weights.evaluating(model), autocast(precision, device):
         num_classes = logits(model, batch.x).shape[1]
-    labels = getattr(split, "labels", None)
+    labels = getattr(plan.split, "labels", None)
     if isinstance(labels, torch.Tensor):
         require_labels(labels, num_classes)
-    rehearse(model, phases, batch, precision=precision, **settings)
-    if validation is not None and check is not None and threat is not None:
-        rehearse_validation(model, validation, check, threat)
+    rehearse(
+        model, plan.phases, batch, parameters=parameters, precision=precision, augment=plan.augment, seed=plan.seed
+    )
+    if held_out is not None:
+        rehearse_validation(model, held_out)
 
 
 def rehearse(
@@ -129,7 +129,7 @@ def rehearse(
                 _require_report(term.report(), type(term).__name__)
 
 
-def _require_report(report: Any, name: str) -> None:
+def _require_report(report: object, name: str) -> None:
     try:
         json.dumps(report)
     except (TypeError, ValueError) as error:
@@ -143,7 +143,7 @@ def bounds_of_phases(phases: Phases) -> tuple[float, float] | None:
     return next(filter(None, (bounds_of(method.attack) for _, method in phases.phases)), None)
 
 
-def rehearse_validation(model: nn.Module, split: Split, check: Attack, threat: ThreatModel) -> None:
+def rehearse_validation(model: nn.Module, held_out: Validation) -> None:
     """Read all of a validation's data and run its attack on two samples, as `judge.evaluate` does.
 
     Everything is as before after it.
@@ -151,10 +151,10 @@ def rehearse_validation(model: nn.Module, split: Split, check: Attack, threat: T
     Raises:
         UnmovedError: what the judge refuses.
     """
-    batches = judge.checked_batches(model, split, 256, threat)
+    batches = judge.checked_batches(model, held_out.split, 256, held_out.threat)
     first = next(batches)
     batch = first.take(torch.arange(min(2, len(first)), device=first.y.device))
-    with as_found(model, check):
+    with as_found(model, held_out.check):
         num_classes = judge.predicted(model, batch.x, batch.y)[1]
         index = []
         for each in itertools.chain([first], batches):
@@ -162,8 +162,8 @@ def rehearse_validation(model: nn.Module, split: Split, check: Attack, threat: T
             index.append(each.index.cpu())
             require_distinct(torch.cat(index[:2]))
         require_distinct(torch.cat(index))
-        for name, part in parts_of("validation", check, num_classes).items():
-            judge.propose(model, part, batch, threat, name)
+        for name, part in parts_of("validation", held_out.check, num_classes).items():
+            judge.propose(model, part, batch, held_out.threat, name)
 
 
 def smallest_batch(split: Split, size: int, count: int = 1) -> Batch:
@@ -181,7 +181,7 @@ def smallest_batch(split: Split, size: int, count: int = 1) -> Batch:
 
 
 @contextmanager
-def as_found(*things: Any) -> Iterator[None]:
+def as_found(*things: object) -> Iterator[None]:
     """Restore models, terms, attacks and torch's random state after the block, whatever it does to them.
 
     Weights, gradients, buffers and attributes are put back, and the contents of lists, sets and dictionaries; nothing
@@ -214,7 +214,7 @@ def as_found(*things: Any) -> Iterator[None]:
             p.grad = gradient
 
 
-def _attributes(thing: Any) -> Callable[[], None]:
+def _attributes(thing: object) -> Callable[[], None]:
     """Return a function that restores an object's attributes and the contents of its lists, sets and dictionaries."""
     now: dict[str, Any] = getattr(thing, "__dict__", {})
     before = dict(now)
@@ -271,7 +271,7 @@ def require_steps(scheduler: object, average: Callable[[int, int], float] | None
         require_number("average(step, total)", average(0, total), at_least=0, at_most=1)
 
 
-def _can_call(function: Callable[..., Any]) -> bool:
+def _can_call(function: Callable[..., object]) -> bool:
     try:
         inspect.signature(function).bind()
     except TypeError:

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
-from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.optimizer import StateDict
 
 from unmoved.core.errors import UnmovedError
 from unmoved.core.phases import Phases
+from unmoved.training.state import SavedState, Setting, Settings
 
 _NOT_SETTINGS = ("params", "foreach", "fused", "capturable")  # and how torch computes a step
 Share = Callable[[int, int], float]
 
 
-def settings_of(optimizer: Optimizer, *, epochs: int, batch_size: int, samples: int) -> dict[str, Any]:
-    """Collect the settings of a training as plain values; of a new optimizer, before a schedule has changed it."""
-    groups = [{"kind": type(optimizer).__name__} | _numbers(group) for group in optimizer.param_groups]
-    return {"epochs": epochs, "batch_size": batch_size, "samples": samples, "optimizer": groups}
+def groups_of(optimizer: Optimizer) -> list[dict[str, Setting]]:
+    """Describe the parameter groups of an optimizer: its kind, and the numbers of each."""
+    return [{"kind": type(optimizer).__name__} | _numbers(group) for group in optimizer.param_groups]
 
 
 def name_of(scheduler: LRScheduler) -> str:
@@ -29,8 +30,8 @@ def name_of(scheduler: LRScheduler) -> str:
 
 
 def followed(
-    saved: dict[str, Any],
-    settings: dict[str, Any],
+    saved: SavedState,
+    settings: Settings,
     *,
     optimizer: Optimizer,
     scheduler: LRScheduler,
@@ -38,7 +39,7 @@ def followed(
     phases: Phases,
     average: Share | None,
     where: str,
-) -> dict[str, Any]:
+) -> SavedState:
     """Return what was saved, with the schedule of this call in place of that of the call that began.
 
     Args:
@@ -68,11 +69,11 @@ def followed(
         raise UnmovedError(f"{where}: trainer.pt holds no settings of a training ({error!r}); train again") from error
 
 
-def require_same(saved: dict[str, Any], now: dict[str, Any], done: int, where: str) -> None:
+def require_same(saved: Settings, now: Settings, done: int, where: str) -> None:
     """Raise `UnmovedError` if a call cannot go on after ``done`` epochs of another.
 
     Args:
-        saved: `settings_of` the call that began.
+        saved: settings of the call that began.
         now: those of this call.
         where: the run.
     """
@@ -88,8 +89,8 @@ def require_same(saved: dict[str, Any], now: dict[str, Any], done: int, where: s
 
 
 def follow_schedule(
-    saved: dict[str, Any], done: int, steps: int, optimizer: Optimizer, scheduler: LRScheduler, where: str
-) -> dict[str, Any]:
+    saved: StateDict, done: int, steps: int, optimizer: Optimizer, scheduler: LRScheduler, where: str
+) -> StateDict:
     """Return the state of this call's schedule after ``done`` epochs of ``steps`` steps: where the run must stand.
 
     Args:
@@ -145,27 +146,30 @@ def require_same_past(
         )
 
 
-def _numbers(group: dict[str, Any]) -> dict[str, Any]:
+def _numbers(group: StateDict) -> dict[str, Setting]:
     """Return the settings of a parameter group: numbers, and pairs of them."""
     plain = {key: value.tolist() if isinstance(value, Tensor) else value for key, value in group.items()}
     plain = {key: list(value) if isinstance(value, tuple) else value for key, value in plain.items()}
     return {k: v for k, v in plain.items() if k not in _NOT_SETTINGS and isinstance(v, bool | int | float | list)}
 
 
-def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+def _flat(settings: Settings) -> dict[str, Setting]:
     """Return settings under the names that messages use; epochs are compared by themselves."""
     many = len(settings["optimizer"]) > 1
-    flat = {"batch_size": settings["batch_size"], "number of samples": settings["samples"]}
+    flat: dict[str, Setting] = {"batch_size": settings["batch_size"], "number of samples": settings["samples"]}
     for k, group in enumerate(settings["optimizer"]):
         name = f"optimizer group {k}" if many else "optimizer"
         flat |= {name if key == "kind" else f"{name} {key}": value for key, value in group.items()}
     return flat
 
 
-def _close(was: Any, new: Any) -> bool:
-    pairs = zip(was, new, strict=False) if isinstance(was, list) and isinstance(new, list) else [(was, new)]
-    return all(a == b or (a and b and abs(a - b) <= 1e-9 * abs(a)) for a, b in pairs)
+def _close(was: Setting, new: Setting | None) -> bool:
+    if isinstance(was, list) and isinstance(new, list):
+        return all(map(_close, was, new))
+    if isinstance(was, int | float) and isinstance(new, int | float):
+        return math.isclose(was, new, rel_tol=1e-9)
+    return was == new
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,159 +1,60 @@
-"""Keep the state of a training: its log, its best epoch, and everything that resuming needs."""
+"""Define what ``trainer.pt`` holds, key by key: everything that a training needs to go on from an epoch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import NotRequired, TypeAlias, TypedDict
 
-import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch import Tensor
+from torch.optim.optimizer import StateDict
 
-from unmoved.core.errors import UnmovedError, is_want_of_memory
-from unmoved.core.protocols import StatefulAttack
-from unmoved.training import checkpoint
-from unmoved.training.store import Store
+from unmoved.training.log import EpochRecord, Mark
 
-_EVERY_SAVE = 0.02  # seconds that a save takes at least: the files of it are on disk when it returns
+Tensors: TypeAlias = dict[str, Tensor]
+Setting: TypeAlias = bool | int | float | str | list[float]
 
 
-class TrainerState:
-    """Hold everything that resuming needs. ``trainer.pt`` is written last: it is the point a run comes back to.
+class Settings(TypedDict):
+    """Hold the settings that a call which goes on from a state must share with the one that began.
 
     Attributes:
-        epochs: how many are done; ``saved_epochs`` of them are saved.
-        log: their records.
+        epochs: as many as the training was to have; they and ``schedule`` may differ where the past does not.
+        batch_size: images a step, of all processes together.
+        samples: of the training data.
+        optimizer: for each parameter group the optimizer's ``kind``, and its numbers before any schedule changed them.
+        schedule: its kind and numbers in words.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: Optimizer,
-        scheduler: LRScheduler,
-        terms: nn.ModuleList,
-        attacks: list[Any],
-        run: Store | None,
-        average: nn.Module | None = None,
-        share: float = 1.0,
-        settings: dict[str, Any] | None = None,
-    ) -> None:
-        self.parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "schedule": scheduler, "terms": terms}
-        stateful_attacks = [attack for attack in attacks if isinstance(attack, StatefulAttack)]
-        self.parts |= {f"attack {k}": attack for k, attack in enumerate(stateful_attacks)}
-        self.kept = model if average is None else average  # the weights that are validated and judged
-        self.parts |= {} if average is None else {"average": average}
-        self.adversarial = bool(attacks)
-        self.run, self.log, self.best = run, list[dict[str, Any]](), (-1.0, -1.0)
-        self.epochs, self.saved_epochs, self.seconds = 0, 0, 0.0
-        self.best_model: dict[str, Any] | None = None
-        self._best_is_saved = True
-        self._settings = {} if settings is None else {"settings": settings}
-        self._share, self._budget = share, None if share < 1 else checkpoint.Budget(share, 0.0)
-
-    def saved(self) -> dict[str, Any] | None:
-        """Load what the run saved, with its records, or None; what is damaged on disk is logged and removed."""
-        state = self.run.load_state(mend=True) if self.run is not None else None
-        if self.run is None or state is None:
-            return None
-        return state | {"records": self.run.log.records(state["log"], state["epochs"])}
-
-    def restore(self, saved: dict[str, Any] | None) -> None:
-        """Go on from what `saved` returned, here or in the process that has the run; its files are mended."""
-        if saved is None:
-            if self.run is not None:
-                self.run.log.go_back(None, 1)
-            return
-        try:
-            for name, part in self.parts.items():
-                part.load_state_dict(saved[name])
-            self.best, self.best_model = tuple(saved["best"]), saved["best_model"]
-            self.epochs, self.seconds = saved["epochs"], saved["record"]["seconds"]
-            self.log = [*saved["records"], saved["record"]]
-        except (AttributeError, KeyError, MemoryError, RuntimeError, TypeError, ValueError) as error:
-            where = "the run's trainer.pt" if self.run is None else self.run.path / "trainer.pt"
-            if is_want_of_memory(error):
-                raise UnmovedError(
-                    f"{where}: there is not enough memory to go on from this state, which is whole and was left as it "
-                    "is; make room, then repeat the command"
-                ) from error
-            raise UnmovedError(
-                f"{where}: the state of another model, optimizer or method "
-                f"({type(error).__name__}: {str(error).splitlines()[0]}); delete trainer.pt and trainer.previous.pt to "
-                "train this run from its start"
-            ) from error
-        self.saved_epochs = self.epochs
-        if self.run is not None:
-            self.run.mend_weights(saved)  # first: of all that is mended they alone may be unreadable for now
-            self.run.mend_log(saved)
-
-    def commit(self, record: dict[str, Any], seconds: float, *, last: bool = False) -> None:
-        """Append an epoch to the log, and save where it is the ``last`` or the time for it has come.
-
-        The best epoch is the first of the highest validation accuracy: robust, then clean; the other way round for a
-        training without an attack, whose robust accuracy is noise near zero and would pick an epoch by chance.
-        """
-        robust, clean = record.get("validation_robust", -1.0), record.get("validation_clean", -1.0)
-        score = (robust, clean) if self.adversarial else (clean, robust)
-        is_best = not self.epochs or score > self.best or "validation_robust" not in record
-        self.epochs, self.seconds = self.epochs + 1, self.seconds + seconds
-        record = record | {"kept": is_best, "seconds": self.seconds}
-        self.log.append(record)
-        if is_best:
-            self.best, self.best_model, self._best_is_saved = score, None, False
-        if self.run is None:
-            return
-        if self._budget is None:  # the first epoch: now there is an optimizer's memory to be saved, too
-            expected = _EVERY_SAVE + 2 * checkpoint.guessed(self._state())
-            self._budget = checkpoint.Budget(self._share, expected, is_first=self.epochs == 1)
-        if self._budget.allows(seconds) or last:
-            with self._budget.spending():
-                self._save(self.run, record)
-        self.run.log.add(record)
-        if is_best and not last and "validation_robust" in record:
-            # A copy: the model moves on, and best.safetensors can be mended from it. Without validation the next
-            # epoch is the best one anyway.
-            self.best_model = {k: _copy(value) for k, value in self.kept.state_dict().items()}
-
-    def _state(self) -> dict[str, Any]:
-        state = {name: part.state_dict() for name, part in self.parts.items()}
-        # Where the best weights are those of now, torch.save writes their memory once.
-        best_model = dict(self.kept.state_dict()) if self.best_model is None else self.best_model
-        return state | {"best": list(self.best), "best_model": best_model}
-
-    def _save(self, run: Store, record: dict[str, Any]) -> None:
-        state = self._state()
-        if not self._best_is_saved:
-            run.save_weights(self.kept, "best", state["best_model"])
-        run.save_weights(self.kept, "last")
-        run.save_state(state | self._settings | {"epochs": self.epochs, "record": record, "log": run.log.mark()})
-        self.saved_epochs, self._best_is_saved = self.epochs, True
+    epochs: int
+    batch_size: int
+    samples: int
+    optimizer: list[dict[str, Setting]]
+    schedule: str
 
 
-def _copy(value: Any) -> Any:
-    return value.detach().cpu().clone() if isinstance(value, Tensor) else value
+class SavedState(TypedDict):
+    """Hold the trainer's state after an epoch; and ``attack 0``, ``attack 1``, ..., those of attacks with memory.
 
-
-class Means:
-    """Compute means over samples, not over batches: the last batch may be smaller.
-
-    Each name's mean is over the samples for which it was given: a term whose weight is still zero has no value.
+    Attributes:
+        model, optimizer, schedule, terms: their ``state_dict``.
+        average: that of the averaged model, where there is one.
+        best: the score of the best epoch, see `TrainerState.commit`.
+        best_model: the weights of the best epoch.
+        settings: of the call that saved; older versions saved none.
+        epochs: how many are done.
+        record: of the last of them.
+        log: where the log stood before that record.
+        records: those before it, which are read from the log and not saved again.
     """
 
-    def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, int] = {}
-
-    def add(self, values: dict[str, Tensor], parts: dict[str, Tensor], size: int) -> None:
-        for name, value in (values | {f"parts.{name}": part for name, part in parts.items()}).items():
-            self.sums[name] = self.sums.get(name, 0.0) + value.double() * size
-            self.counts[name] = self.counts.get(name, 0) + size
-
-    def means(self, summed: Callable[[Tensor], Tensor] = lambda sums: sums) -> dict[str, Any]:
-        """Return the means; ``summed`` adds up what several processes saw."""
-        sums = torch.stack([*self.sums.values()]).double()
-        counts = torch.tensor([*self.counts.values()], dtype=torch.float64, device=sums.device)
-        sums, counts = summed(torch.stack([sums, counts]))
-        flat = dict(zip(self.sums, (sums / counts).tolist(), strict=True))
-        parts = {name.removeprefix("parts."): flat.pop(name) for name in list(flat) if name.startswith("parts.")}
-        return {**flat, "parts": parts}
+    model: Tensors
+    optimizer: StateDict
+    schedule: StateDict
+    terms: Tensors
+    average: NotRequired[Tensors]
+    best: list[float]
+    best_model: Tensors
+    settings: NotRequired[Settings]
+    epochs: int
+    record: EpochRecord
+    log: Mark
+    records: NotRequired[list[EpochRecord]]

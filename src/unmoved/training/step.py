@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +49,7 @@ def train_step(
     precision: str = "auto",
     *,
     attacked: nn.Module | None = None,
-    backward: Callable[[Tensor], Any] = Tensor.backward,
+    backward: Callable[[Tensor], object] = Tensor.backward,
     watch: bool = True,
     bounds: tuple[float, float] | None = None,
 ) -> Step:
@@ -92,7 +91,7 @@ def _step(
     batch: Batch,
     precision: str,
     attacked: nn.Module | None,
-    backward: Callable[[Tensor], Any],
+    backward: Callable[[Tensor], object],
     watch: bool,
 ) -> Step:
     objective, bare = as_sum(method.objective), model if attacked is None else attacked

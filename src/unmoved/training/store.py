@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import nn
 
 from unmoved.training.log import Log
+from unmoved.training.state import SavedState, Tensors
 
 
 class Store(Protocol):
@@ -28,22 +29,22 @@ class Store(Protocol):
         """Keep others from training into the same place."""
         ...
 
-    def save_state(self, state: dict[str, Any]) -> None:
+    def save_state(self, state: SavedState) -> None:
         """Save everything that resuming needs."""
         ...
 
-    def load_state(self, *, mend: bool) -> dict[str, Any] | None:
+    def load_state(self, *, mend: bool) -> SavedState | None:
         """Return the newest whole state, or None; damage is logged, and with ``mend`` removed."""
         ...
 
-    def save_weights(self, model: nn.Module, which: str, state: dict[str, Any] | None = None) -> None:
+    def save_weights(self, model: nn.Module, which: str, state: Tensors | None = None) -> None:
         """Save the ``"best"`` or ``"last"`` weights: the model's, or those in ``state``."""
         ...
 
-    def mend_weights(self, state: dict[str, Any]) -> None:
+    def mend_weights(self, state: SavedState) -> None:
         """Write weights that are missing or damaged anew, from a saved state."""
         ...
 
-    def mend_log(self, state: dict[str, Any]) -> None:
+    def mend_log(self, state: SavedState) -> None:
         """Bring the log back to where it was when the state was saved."""
         ...

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from torch import nn
@@ -18,6 +18,14 @@ from unmoved.training import distributed
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
+
+
+class Accuracies(TypedDict):
+    """Hold accuracies in [0, 1] on ``validation_n`` held-out samples, under the names of `EpochRecord`."""
+
+    validation_clean: float
+    validation_robust: float
+    validation_n: int
 
 
 @dataclass(frozen=True)
@@ -51,11 +59,8 @@ class Validation:
             require_threat("threat", threat)
         return None if split is None or check is None or threat is None else cls(split, check, threat)
 
-    def accuracy(self, model: nn.Module, batch_size: int, fabric: Fabric) -> dict[str, Any]:
+    def accuracy(self, model: nn.Module, batch_size: int, fabric: Fabric) -> Accuracies:
         """Measure; where a split can be selected from, each of several processes takes its part of the samples.
-
-        Returns:
-            ``validation_clean`` and ``validation_robust``, accuracies in [0, 1], and ``validation_n`` samples.
 
         Raises:
             UnmovedError: as `judge.evaluate`.
