@@ -81,7 +81,10 @@ def test_the_tables_are_the_outcomes(judged: Path, export: Path) -> None:
         ]
     assert [line[0] for line in own[1:]] == ["clean", "pgd (PGD)", "quick (Quick)", "worst case over these attacks"]
     assert [line[0] for line in verdict[1:]] == ["clean", "AutoAttack (standard)"]
-    assert page.texts["h3"] == ["By attacks of the user's choice, n = 30", "By AutoAttack, n = 8"]
+    row = outcomes.summary(Run(judged).verdict_outcomes).iloc[-1]
+    low, high = (f"{100 * end:.1f}" for end in (row.low, row.high))
+    assert f"{100 * row.accuracy:.1f} % of 8 images (95 % interval {low} to {high} %)" in page.texts["p"][1]
+    assert page.texts["h3"] == ["By attacks of the user's choice, n = 30", "By AutoAttack (standard), n = 8"]
 
 
 def test_the_metadata_are_the_figures(judged: Path, export: Path) -> None:
@@ -223,7 +226,10 @@ def test_the_doctors_sentence_stands_beside_the_number(changed: Callable[..., Pa
     (run / "doctor.json").write_text(json.dumps(doctor), encoding="utf-8")
     unmoved("export", run).fine()
     text = (run / "export" / "README.md").read_text(encoding="utf-8")
-    number, sentence = text.index("images judged are lost"), text.index("Do not believe this number: masking.")
+    number, sentence = (
+        text.index("are right while an attacker may move each"),
+        text.index("Do not believe this number: masking."),
+    )
     assert number < sentence < text.index("## Accuracy")
     assert "- **do not believe**: masking: 97 % zeros" in text
 

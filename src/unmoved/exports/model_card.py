@@ -138,9 +138,10 @@ def _opening(exported: ExportedRun) -> str:
     lines = [
         f"An image classifier (`{_code(architecture(exported))}`), {made} by unmoved: images{shape} in [0, 1] to "
         f"logits of {len(exported.classes) or 'its'} classes, normalisation inside.",
-        f"**At least {100 - 100 * worst.accuracy:.1f} % of the {worst.n} images judged are lost to an attacker "
-        f"who may move each by {exported.eps} in {exported.main.norm}**: {100 * worst.accuracy:.1f} % were not broken, "
-        f"{100 * exported.main.clean.accuracy:.1f} % are classified right without an attack.",
+        f"**{_by(exported.main)}: {100 * worst.accuracy:.1f} % of {worst.n} images "
+        f"(95 % interval {100 * worst.low:.1f} to {100 * worst.high:.1f} %) are right while an attacker may move each "
+        f"by {exported.eps} in {exported.main.norm}**, {100 * exported.main.clean.accuracy:.1f} % without an attack. An "
+        "accuracy under attack is an upper bound.",
     ]
     if doctor:
         lines.append(f"**The doctor: {text(doctor)}**")
@@ -151,9 +152,18 @@ def _opening(exported: ExportedRun) -> str:
     return "\n\n".join(lines)
 
 
+def _by(judgement: Judgement) -> str:
+    """Return by which attacks a model was judged, as a heading."""
+    versions = {judgement.autoattack(result.measure) for result in judgement.attacked}
+    if None not in versions:
+        return f"By AutoAttack ({', '.join(sorted(map(str, versions)))})"
+    is_recipe = judgement.facts.get("asked") == "recipe"
+    return "By the attacks of its recipe" if is_recipe else "By attacks of the user's choice"
+
+
 def _judged(judgement: Judgement) -> str:
     """Return a judgement as a table."""
-    facts, n = judgement.facts, judgement.clean.n
+    n = judgement.clean.n
     rows = [
         f"| {text(label(judgement, result))} | {'' if result.measure == CLEAN else f'{result.eps:.4g}'} | "
         f"{result.correct} of {result.n} | {100 * result.accuracy:.1f} % | "
@@ -161,15 +171,12 @@ def _judged(judgement: Judgement) -> str:
         for result in judgement.results
         if not (result.measure == WORST and len(judgement.attacked) == 1)
     ]
-    versions = {judgement.autoattack(result.measure) for result in judgement.attacked}
-    by = "attacks of the user's choice" if facts.get("asked") != "recipe" else "the attacks of its recipe"
-    by = "AutoAttack" if None not in versions else by
     lines = [
-        f"### By {by}, n = {n}",
+        f"### {_by(judgement)}, n = {n}",
         f"On {n} images of {text(judgement.split)}. Intervals are 95 % Wilson intervals over images.",
         "\n".join(["| measure | eps | right | accuracy | 95 % interval |", "|---|---|---|---|---|", *rows]),
     ]
-    if notes := facts.get("notes"):
+    if notes := judgement.facts.get("notes"):
         lines.append("\n".join(f"- {text(note)}" for note in notes))
     settings = [judgement.settings(result.measure) for result in judgement.attacked]
     if any(settings):
@@ -178,7 +185,7 @@ def _judged(judgement: Judgement) -> str:
 
 
 def _bound(exported: ExportedRun) -> str:
-    said = "Each accuracy under attack is an **upper bound**: the attacks did not find more."
+    said = "Each accuracy under attack is an **upper bound**: stronger attacks may find more."
     if exported.verdict is None:
         said += " AutoAttack did not judge this model."
     elif exported.standard is None:
