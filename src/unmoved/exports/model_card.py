@@ -140,8 +140,8 @@ def _opening(exported: ExportedRun) -> str:
         f"logits of {len(exported.classes) or 'its'} classes, normalisation inside.",
         f"**{_by(exported.main)}: {100 * worst.accuracy:.1f} % of {worst.n} images "
         f"(95 % interval {100 * worst.low:.1f} to {100 * worst.high:.1f} %) are right while an attacker may move each "
-        f"by {exported.eps} in {exported.main.norm}**, {100 * exported.main.clean.accuracy:.1f} % without an attack. An "
-        "accuracy under attack is an upper bound.",
+        f"by {exported.eps} in {exported.main.norm}**, {100 * exported.main.clean.accuracy:.1f} % without an attack. "
+        "An accuracy under attack is an upper bound.",
     ]
     if doctor:
         lines.append(f"**The doctor: {text(doctor)}**")
