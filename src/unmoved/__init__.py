@@ -2,7 +2,6 @@
 
 from importlib import import_module as _import_module
 from typing import TYPE_CHECKING as _TYPE_CHECKING
-from typing import Any as _Any
 
 if _TYPE_CHECKING:
     from unmoved import (
@@ -29,6 +28,8 @@ if _TYPE_CHECKING:
     from unmoved.runs.folder import Run
     from unmoved.training.loop import train
     from unmoved.training.step import train_step
+
+    __version__: str
 
 __all__ = [
     "Attack",
@@ -79,8 +80,8 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> _Any:
-    """Loaded when first asked for: ``unmoved --help`` must not wait for torch."""
+def __getattr__(name: str) -> object:
+    """Load a public name when it is first asked for: ``unmoved --help`` must not wait for torch."""
     if name == "__version__":
         from importlib.metadata import version
 

@@ -240,7 +240,7 @@ def test_nan_in_a_later_epoch_keeps_the_epoch_before(tmp_path: Path, monkeypatch
         ("best.safetensors", b"torn", "evaluate", "not a whole safetensors file"),
         ("best.safetensors", b"\x80\x02cos\nsystem\n", "evaluate", "came a pickle"),
         ("evaluation/outcomes.csv", b"index,lab", "report", "the file is cut short"),
-        ("evaluation/outcomes.csv", b"index,label\n1,2\n", "report", "missing: "),
+        ("evaluation/outcomes.csv", b"index,label\n1,2\n", "report", "came none of "),
         ("evaluation/outcomes.csv", None, "report", "expected an evaluated run"),
         ("evaluation/evaluation.json", None, "report", "expected an evaluated run"),
         ("evaluation/evaluation.json", b'{"n":', "report", "not valid JSON"),

@@ -26,6 +26,7 @@ from unmoved.core.protocols import (
     couples_samples,
     draws_of,
     is_lockstep,
+    is_minimum_norm,
     kind_of,
     kinds_of,
 )
@@ -217,12 +218,15 @@ def declaring(**attributes: object) -> Any:
 
 def test_what_declares_nothing_is_taken_for_the_default() -> None:
     assert (kind_of(Shift()), draws_of(Shift()), is_lockstep(Shift())) == ("gradients", 1, False)
+    assert not is_minimum_norm(Shift())
     assert not couples_samples(lambda views: views.y)
 
 
 def test_a_strangers_part_declares_it_too() -> None:
-    attack = declaring(kind="queries", draws=5, lockstep=True)
+    attack = declaring(kind="queries", draws=5, lockstep=True, minimum_norm=True)
     assert (kind_of(attack), draws_of(attack), is_lockstep(attack)) == ("queries", 5, True)
+    assert is_minimum_norm(attack)
+    assert is_minimum_norm(attacks.Transfer(BALL, nn.Linear(1, 1), attack))
     term = type("Coupled", (), {"couples_samples": True, "__call__": lambda self, views: views.y})()
     assert couples_samples(term)
 
@@ -233,6 +237,7 @@ def test_a_strangers_part_declares_it_too() -> None:
         (kind_of, {"kind": "query"}, "Declaring.kind: unknown value 'query'; did you mean 'queries'"),
         (draws_of, {"draws": 0}, "Declaring.draws: expected a whole number >= 1, came 0"),
         (is_lockstep, {"lockstep": "no"}, "Declaring.lockstep: expected true or false, came 'no'"),
+        (is_minimum_norm, {"minimum_norm": 1}, "Declaring.minimum_norm: expected true or false, came 1"),
         (couples_samples, {"couples_samples": 1}, "Declaring.couples_samples: expected true or false, came 1"),
     ],
 )
@@ -258,6 +263,9 @@ def test_what_the_exported_attacks_declare() -> None:
     stopped = attacks.PGD(BALL, stop=attacks.Sensible(0.5))
     lockstep = [is_lockstep(attack) for attack in (attacks.PGD(BALL), attacks.IAAT(BALL), stopped, attacks.APGD(BALL))]
     assert lockstep == [True, True, False, False]
+    anywhere, inside = (attacks.FAB, attacks.FMN, attacks.DeepFool, attacks.HopSkipJump), (attacks.PGD, attacks.Square)
+    assert all(is_minimum_norm(make(BALL)) for make in anywhere)
+    assert not any(is_minimum_norm(make(BALL)) for make in inside)
 
 
 def test_an_ensemble_is_of_the_kinds_of_its_parts() -> None:

@@ -408,3 +408,20 @@ def test_the_judge_takes_as_many_draws_as_an_attack_declares(model: nn.Sequentia
     assert passes[0] == passes[1] + 4
     with pytest.raises(UnmovedError, match=r"Still\.draws: expected a whole number >= 1"):
         evaluate(model, TEST.take(20), {"still": type("Still", (Still,), {"draws": 0})()}, THREAT)
+
+
+def test_a_strangers_attack_that_declares_it_may_leave_the_ball_and_does_not_succeed_there(
+    model: nn.Sequential,
+) -> None:
+    class Inverted:
+        minimum_norm: object = True
+
+        def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
+            return 1 - batch.x
+
+    table = evaluate(model, TEST.take(20), {"a": Inverted()}, THREAT)
+    assert (table["adversarial_prediction"] != table["label"]).any()
+    assert not table["success"][table["clean_prediction"] == table["label"]].any()
+    for said, words in ((False, "left the threat model"), ("no", "Inverted.minimum_norm: expected true or false")):
+        with pytest.raises(UnmovedError, match=words):
+            evaluate(model, TEST.take(20), {"a": type("Inverted", (Inverted,), {"minimum_norm": said})()}, THREAT)

@@ -105,7 +105,7 @@ def test_no_file_and_no_table_are_told_apart(tmp_path: Path) -> None:
     with pytest.raises(UnmovedError, match="expected an outcomes table in CSV"):
         outcomes.read(tmp_path / "image.csv")
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(UnmovedError, match="missing: index, label"):
+    with pytest.raises(UnmovedError, match="came none of index, label"):
         outcomes.read(tmp_path / "other.csv")
 
 
@@ -147,8 +147,8 @@ def change(column: str, row: int, value: object) -> Callable[[pd.DataFrame], pd.
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda t: t.drop(columns="distance"), "missing: distance"),
-        (lambda t: t.iloc[:0], "at least one row"),
+        (lambda t: t.drop(columns="distance"), "came none of distance"),
+        (lambda t: t.iloc[:0], "came no row"),
         (change("label", 2, "cat"), "'label', row 3: expected an integer, came 'cat'"),
         (change("label", 2, 1.5), "expected an integer, came 1.5"),
         (change("eps", 0, math.nan), "'eps', row 1: expected a finite number"),

@@ -426,7 +426,7 @@ ROWS = ",".join(outcomes.COLUMNS) + "\n100,0,pgd,0.3,linf,0,1,0.15,True,pgd\n101
         ("0.3", "-0.3", "expected a finite number >= 0"),
         ("0.15", "-5", "expected a finite number >= 0"),
         ("index,", "index,index,", "came a column 'index'"),
-        ("index,", "", "missing: index"),
+        ("index,", "", "came none of index"),
         (",by\n", ",by" + ",x" * 10**6 + "\n", "came a column 'x'"),  # pandas takes minutes
         (",by\n", ",by," + "x" * 1000 + "\n", "came a first line of more than 1000 bytes"),
         (",by\n", ",by,a b\n", "came a column 'a b'"),

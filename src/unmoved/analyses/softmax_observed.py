@@ -158,7 +158,7 @@ def collect_batch(
     Args:
         model: images in [0, 1] -> logits; asked in evaluation mode and float32, left as it was found.
         batch: moved to the model's device.
-        attack: with a ball of ``threat``; one that may leave it (`MinimumNormAttack`) succeeds only within.
+        attack: with a ball of ``threat``; one that declares `minimum_norm` may leave it, and succeeds only within.
         threat: norm, eps and bounds.
         min_norm_attack: `FMN` in the same norm unless given.
 

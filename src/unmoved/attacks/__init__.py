@@ -1,4 +1,4 @@
-"""Attack models: each attack proposes one perturbed image per sample and changes nothing of the caller's."""
+"""Attack models: propose one perturbed image per sample, and leave the model and the random state as they were."""
 
 from unmoved.attacks.apgd import APGD
 from unmoved.attacks.cw import CW

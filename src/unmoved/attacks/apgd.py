@@ -1,21 +1,20 @@
-"""Auto-PGD: gradient ascent with momentum that halves its own step size, so that it has nothing to tune."""
+"""Attack by Auto-PGD: gradient ascent with momentum that halves its own step size, so that it has nothing to tune."""
 
 from __future__ import annotations
 
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from unmoved.attacks.apgd_steps import MomentumPace, SparsePace
-from unmoved.attacks.gradients import Best, attacking, broken, crossed, gradient_at, like, value_at
+from unmoved.attacks.gradients import Best, attacking, broken, crossed, gradient_at, value_at
 from unmoved.attacks.relu_backward import smoothed
 from unmoved.attacks.rounds import Retired, Round, compacts, in_rounds
 from unmoved.core import noise
-from unmoved.core.batch import Batch, Image
+from unmoved.core.batch import Batch, Image, per_image
 from unmoved.core.errors import UnmovedError, flag_field, keep_field, number_field, require_seed, whole_field
 from unmoved.core.precision import float32_only
 from unmoved.core.preconditions import require_loss
@@ -82,36 +81,34 @@ class APGD:
             raise UnmovedError(f"APGD.large_first: expected the norm l1, came {self.threat.norm}; leave it out")
 
     def __call__(self, model: nn.Module, batch: Batch) -> Image:
-        with attacking(model, batch, self.threat) as views, smoothed(self.smooth), self._own_randomness():
+        # A randomised model draws from the global generator, whose state is put back.
+        fork = torch.random.fork_rng(enabled=self.draws > 1)
+        with attacking(model, batch, self.threat) as views, smoothed(self.smooth), fork:
             if self.threat.radius == 0 or len(batch) == 0:
                 return views.x.clone()
             return in_rounds(
                 views, self.restarts, self.targets, self._start, self._climb, until_broken=self.until_broken
             )
 
-    def _own_randomness(self) -> Any:
-        """A randomised model draws from the global generator: its state is put back."""
-        return torch.random.fork_rng() if self.draws > 1 else nullcontext()
-
     def _start(self, batch: Batch, each: Round) -> Image:
-        """On the surface of the ball: noise divided by its own largest value (linf) or length (l2), or projected."""
+        """Draw on the surface of the ball: noise over its largest value (linf) or length (l2), or projected (l1)."""
         shape = tuple(batch.x.shape[1:])
         key = {"seed": self.seed, "step": batch.step, "stream": each.stream}
         if self.threat.norm == "linf":
             delta = noise.uniform(batch.index, shape, **key) * 2 - 1
-            delta = delta / like(delta)(delta.flatten(1).abs().amax(dim=1)).clamp_min(1e-12)
+            delta = delta / per_image(delta.flatten(1).abs().amax(dim=1), delta).clamp_min(1e-12)
         elif self.threat.norm == "l2":
             delta = self.threat.steepest(noise.normal(batch.index, shape, **key))
         else:
             ball, (low, high) = self._phases()[0][0], self.threat.bounds
             delta = (high - low) * noise.normal(batch.index, shape, **key)
             # Well outside the ball in nearly every direction, and in all after this, so that it is projected onto it.
-            delta = delta * like(delta)(4 * ball.radius / delta.flatten(1).abs().sum(dim=1)).clamp_min(1)
+            delta = delta * per_image(4 * ball.radius / delta.flatten(1).abs().sum(dim=1), delta).clamp_min(1)
             return ball.project(batch.x + delta.to(batch.x.dtype), batch.x)
         return self.threat.project(batch.x + self.threat.radius * delta.to(batch.x.dtype), batch.x)
 
     def _phases(self) -> list[tuple[ThreatModel, int]]:
-        """The balls and how many steps are taken in each; the last is the threat model's own."""
+        """Return the balls and the number of steps in each; the last is the threat model's own."""
         if not self.large_first:
             return [(self.threat, self.steps)]
         first = math.ceil(0.3 * self.steps)
@@ -120,9 +117,8 @@ class APGD:
 
     def _climb(self, base: Views, x_adv: Image, retired: Retired | None) -> Best:
         *larger, (threat, steps) = self._phases()
-        for ball, some in larger:
-            found = self._climb_in(ball, some, base, ball.project(x_adv, base.x), None)
-            x_adv = found.top
+        for ball, count in larger:
+            x_adv = self._climb_in(ball, count, base, ball.project(x_adv, base.x), None).pace.top
         return self._climb_in(threat, steps, base, threat.project(x_adv, base.x) if larger else x_adv, retired).best
 
     def _climb_in(self, threat: ThreatModel, steps: int, base: Views, x_adv: Image, retired: Retired | None) -> _Ascent:
@@ -140,10 +136,10 @@ class APGD:
 
 
 class _Ascent:
-    """The rows that are still climbed, and the best of all rows."""
+    """Climb from the first iterates, leaving out rows that are done; keep the best proposal of every row."""
 
     def __init__(self, attack: APGD, threat: ThreatModel, steps: int, base: Views, x_adv: Image) -> None:
-        self.attack, self.base, self.whole, self.steps = attack, base, base, steps
+        self.attack, self.base, self.all_rows, self.steps = attack, base, base, steps
         self.sure = torch.zeros_like(base.y, dtype=torch.bool)
         self.position = torch.arange(len(x_adv), device=x_adv.device)
         self.best = Best()
@@ -157,17 +153,11 @@ class _Ascent:
         else:
             self.pace = MomentumPace(*common, attack.compat)
 
-    @property
-    def top(self) -> Image:
-        """The point of highest loss of each row, broken or not."""
-        return self.pace.top
-
     def _offer(self, value: Tensor, logits: Tensor) -> None:
-        wrong = crossed(logits, self.base.y)
-        self.best.offer(self.x_adv, value, wrong, self.position)
+        self.best.offer(self.x_adv, value, crossed(logits, self.base.y), self.position)
 
     def step(self, step: int) -> None:
-        """One step; every iterate, the final one included, is offered to the best."""
+        """Take one step, and offer the iterate, the final one included, to the best."""
         self.x_adv = self.pace.move(self.x_adv, self.gradient, step)
         if step == self.steps - 1 and self.attack.draws == 1:
             value, logits = value_at(self.base, self.x_adv, self.attack.loss)
@@ -179,16 +169,16 @@ class _Ascent:
         self.x_adv, self.gradient = self.pace.observe(self.x_adv, value, self.gradient, step)
 
     def confirm(self) -> None:
-        """Under autocast: a success counts once float32 says so too. Not asked at each step: it waits for a device."""
+        """Under autocast, keep a success only where float32 confirms it; not at each step, since it waits for a GPU."""
         if not torch.is_autocast_enabled(self.x_adv.device.type) or self.best.x is None:
             return
         rows = torch.nonzero(self.best.wrong & ~self.sure).flatten()
         if len(rows):
-            self.best.wrong[rows] = broken(self.whole.model, self.best.x[rows], None, self.whole.y[rows])
+            self.best.wrong[rows] = broken(self.all_rows.model, self.best.x[rows], None, self.all_rows.y[rows])
             self.sure = self.best.wrong.clone()
 
     def drop(self, retired: Retired) -> None:
-        """Compute the rows that are done no more."""
+        """Leave the rows that are done out of further steps."""
         self.confirm()
         keep = ~retired(self.best.wrong[self.position], self.position)
         if not keep.all():

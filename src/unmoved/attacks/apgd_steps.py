@@ -5,18 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from unmoved.attacks.gradients import like
-from unmoved.core.batch import Image, PerSample
+from unmoved.core.batch import Image, PerSample, per_image
 from unmoved.core.threat import ThreatModel
 
 
 class _Pace:
-    """What both paces remember of each row: the point of highest loss, with its loss and gradient."""
+    """Remember the point of highest loss of each row, with its loss and gradient."""
 
     rows: tuple[str, ...] = ("x", "top", "top_value", "top_gradient", "step_size")
 
     def __init__(self, threat: ThreatModel, x: Image, x_adv: Image, value: PerSample, gradient: Tensor) -> None:
-        self.threat, self.x, self.like = threat, x, like(x)
+        self.threat, self.x = threat, x
         self.top, self.top_value, self.top_gradient = x_adv, value.clone(), gradient
 
     def take(self, keep: Tensor) -> None:
@@ -25,19 +24,19 @@ class _Pace:
 
     def note(self, x_adv: Image, value: PerSample, gradient: Tensor) -> None:
         """Remember the rows whose loss is a new best."""
-        higher = self.like(value > self.top_value)
+        higher = per_image(value > self.top_value, self.x)
         self.top_value = torch.maximum(self.top_value, value)
         self.top = torch.where(higher, x_adv, self.top)
         self.top_gradient = torch.where(higher, gradient, self.top_gradient)
 
     def back(self, which: Tensor, x_adv: Image, gradient: Tensor) -> tuple[Image, Tensor]:
-        """Iterate and gradient, at the best point where ``which`` (B,) says so."""
-        chosen = self.like(which)
+        """Return iterate and gradient; those of the best point where ``which`` (B,) is true."""
+        chosen = per_image(which, self.x)
         return torch.where(chosen, self.top, x_adv), torch.where(chosen, self.top_gradient, gradient)
 
 
 class MomentumPace(_Pace):
-    """Step sizes of linf and l2 (Croce and Hein 2020, sections 3.1 and 3.2)."""
+    """Choose steps and step sizes in linf and l2 (Croce and Hein 2020, sections 3.1 and 3.2)."""
 
     rows = (*_Pace.rows, "x_old", "last_value", "rises", "checked_value", "halved")
 
@@ -46,7 +45,7 @@ class MomentumPace(_Pace):
     ) -> None:
         super().__init__(threat, x, x_adv, value, gradient)
         self.x_old = x_adv
-        self.step_size = torch.full_like(self.like(value), 2 * threat.radius, dtype=x.dtype)
+        self.step_size = torch.full_like(per_image(value, self.x), 2 * threat.radius, dtype=x.dtype)
         self.last_value = torch.zeros_like(value) if compat else value
         self.rises = torch.zeros_like(value)
         self.checked_value, self.halved = value.clone(), torch.ones_like(value, dtype=torch.bool)
@@ -62,7 +61,7 @@ class MomentumPace(_Pace):
         return self.threat.project(mixed, self.x)
 
     def observe(self, x_adv: Image, value: PerSample, gradient: Tensor, step: int) -> tuple[Image, Tensor]:
-        """Where to go on from: the iterate, or after a halving the best point."""
+        """Return where to go on from: the iterate, or after a halving the best point."""
         self.rises = self.rises + (value > self.last_value)
         self.last_value = value
         self.note(x_adv, value, gradient)
@@ -71,7 +70,7 @@ class MomentumPace(_Pace):
         oscillates = self.rises <= 0.75 * self.interval
         stuck = ~self.halved & (self.checked_value >= self.top_value)
         self.halved = oscillates | stuck
-        self.step_size = torch.where(self.like(self.halved), self.step_size / 2, self.step_size)
+        self.step_size = torch.where(per_image(self.halved, self.x), self.step_size / 2, self.step_size)
         self.checked_value, self.rises = self.top_value.clone(), torch.zeros_like(value)
         self.interval = max(self.interval - self.shortening, self.shortest)
         self.next_check += self.interval
@@ -79,7 +78,7 @@ class MomentumPace(_Pace):
 
 
 class SparsePace(_Pace):
-    """Sparse steps of l1 (Croce and Hein 2021, section 4): how many pixels follows the best point's support.
+    """Choose sparse steps in l1, over as many pixels as the best point's support suggests (Croce and Hein 2021, 4).
 
     Pixels that stand at the edge of the box to which they would go are no part of either number: they neither use up
     length nor stand in the way of the next largest gradient. At first the step is as sparse as the support of a
@@ -93,7 +92,7 @@ class SparsePace(_Pace):
         self, threat: ThreatModel, x: Image, x_adv: Image, value: PerSample, gradient: Tensor, steps: int, given: bool
     ) -> None:
         super().__init__(threat, x, x_adv, value, gradient)
-        self.step_size = torch.full_like(self.like(value), threat.radius, dtype=x.dtype)
+        self.step_size = torch.full_like(per_image(value, self.x), threat.radius, dtype=x.dtype)
         self.features = x[0].numel()
         # What rounding may move a pixel by, or keep it from an edge.
         self.least = 8 * torch.finfo(x.dtype).eps * max(abs(edge) for edge in threat.bounds)
@@ -106,14 +105,14 @@ class SparsePace(_Pace):
         self.interval = max(int(0.04 * steps), 1)
 
     def _support(self, x_adv: Image) -> PerSample:
-        """How many pixels moved by more than rounding and stand at no edge; all of them where the ball has room."""
+        """Count the pixels that moved by more than rounding and stand at no edge; all where the ball has room."""
         (low, high), size = self.threat.bounds, (x_adv - self.x).abs()
         between = (size > self.least) & (x_adv > low + self.least) & (x_adv < high - self.least)
         is_full = size.flatten(1).sum(dim=1) > 0.99 * self.threat.radius
         return torch.where(is_full, between.flatten(1).sum(dim=1), self.features).to(self.x.dtype)
 
     def _whole(self, count: PerSample) -> Tensor:
-        """Rounded down to whole pixels, one at least (the authors round up, and stay at two where one is best)."""
+        """Round down to whole pixels, one at least (the authors round up, and stay at two where one is best)."""
         return count.long().clamp(1, self.features)
 
     def _sparser_than(self, support: PerSample) -> Tensor:
@@ -126,12 +125,12 @@ class SparsePace(_Pace):
         largest = (size * can_move).flatten(1).sort(dim=1, descending=True).values
         threshold = largest.gather(1, self.count[:, None] - 1)
         # What came to an edge is pushed on, lest it be drawn back with the others.
-        pushed = (size >= self.like(threshold)) & (size > 0)
-        count = self.like((pushed & can_move).flatten(1).sum(dim=1)).clamp_min(1)
+        pushed = (size >= per_image(threshold, self.x)) & (size > 0)
+        count = per_image((pushed & can_move).flatten(1).sum(dim=1), self.x).clamp_min(1)
         return self.threat.project(x_adv + self.step_size * (gradient.sign() * pushed) / count, self.x)
 
     def observe(self, x_adv: Image, value: PerSample, gradient: Tensor, step: int) -> tuple[Image, Tensor]:
-        """Where to go on from: the iterate, or where the best point became sparser, that point with the full step."""
+        """Return where to go on from: the iterate, or the best point, with the full step, where that became sparser."""
         self.note(x_adv, value, gradient)
         if (step + 1) % self.interval:
             return x_adv, gradient
@@ -140,5 +139,5 @@ class SparsePace(_Pace):
         self.count, self.support = self._sparser_than(support), support
         full = self.threat.radius
         shrunk = (self.step_size / self.SHRINK).clamp(full / self.LEAST, full)
-        self.step_size = torch.where(self.like(sparser), full, shrunk)
+        self.step_size = torch.where(per_image(sparser, self.x), full, shrunk)
         return self.back(sparser, x_adv, gradient)

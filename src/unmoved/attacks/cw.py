@@ -1,4 +1,4 @@
-"""The attack of Carlini and Wagner: distance and margin weighed against each other, the weight found by search."""
+"""Attack as Carlini and Wagner: weigh distance against margin, and search for the weight."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from unmoved.attacks.gradients import crossed, gradient_at, like, rounding
+from unmoved.attacks.gradients import crossed, gradient_at, rounding
 from unmoved.attacks.minimum_norm import MARGIN, Nearest, searching
-from unmoved.core.batch import Batch, Image, PerSample
+from unmoved.core.batch import Batch, Image, PerSample, per_image
 from unmoved.core.errors import UnmovedError, number_field, whole_field
 from unmoved.core.threat import ThreatModel, require_threat
 from unmoved.core.views import Views
@@ -84,7 +84,7 @@ class CW:
             const = torch.where(succeeded.isinf(), 10 * const, (failed + succeeded) / 2)
 
     def _descend(self, nearest: Nearest, const: PerSample) -> Tensor:
-        """Minimise the objective for these constants, offering each success; (n,) bool, which samples had one."""
+        """Minimise the objective for these constants, offer each success, and return which samples had one, (n,)."""
         views, position = nearest.views, torch.arange(len(const), device=const.device)
         success = torch.zeros_like(const, dtype=torch.bool)
         unit = (nearest.margin.abs() + self.confidence).to(const.dtype).clamp_min(torch.finfo(const.dtype).tiny)
@@ -119,13 +119,13 @@ class CW:
     def _objective(
         self, views: Views, x_adv: Image, const: PerSample, unit: PerSample
     ) -> tuple[PerSample, Tensor, Tensor]:
-        """Its value (n,), its gradient over the image, and which samples are misclassified with confidence (n,)."""
+        """Return the objective (n,), its gradient over the image, and who is misclassified with confidence (n,)."""
         margin, ascent, logits = gradient_at(views, x_adv, MARGIN)
         low, high = self.threat.bounds
         delta = (x_adv - views.x) / (high - low)
         short = (self.confidence + 2 * rounding(logits, views.y) - margin).to(delta.dtype) / unit
         objective = delta.flatten(1).square().sum(dim=1) + const * short.clamp_min(0)
-        gradient = 2 / (high - low) * delta - like(delta)(const / unit * (short > 0)) * ascent
+        gradient = 2 / (high - low) * delta - per_image(const / unit * (short > 0), delta) * ascent
         return objective, gradient, self._succeeds(views, logits)
 
     def _succeeds(self, views: Views, logits: Tensor) -> Tensor:
@@ -138,7 +138,7 @@ class CW:
         return torch.atanh(((x - low) / (high - low)).clamp(INSET, 1 - INSET) * 2 - 1)
 
     def _from_tanh_space(self, w: Tensor) -> tuple[Image, Tensor]:
-        """The images, and their slope over w."""
+        """Return the images, and their slope over w."""
         low, high = self.threat.bounds
         tanh = torch.tanh(w)
         return ((tanh + 1) / 2 * (high - low) + low).clamp(low, high), (1 - tanh.square()) * (high - low) / 2

@@ -1,4 +1,4 @@
-"""DeepFool: step after step to the nearest boundary of the linearised model."""
+"""Attack by DeepFool: step after step to the nearest boundary of the linearised model."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class DeepFool:
             nearest.offer(position, x_adv, crossed(views.at(x_adv).adv, views.y), views.x)
 
     def _linearised(self, views: Views, x_adv: Image, classes: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """The step to the nearest linear boundary, who is misclassified already (B,), and the candidates (B, k)."""
+        """Return the step to the nearest linear boundary, who is misclassified already (B,), the candidates (B, k)."""
         x = x_adv.detach().requires_grad_(True)
         z = views.at(x).adv
         if classes is None:

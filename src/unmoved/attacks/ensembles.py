@@ -1,4 +1,4 @@
-"""Ensembles: AutoAttack as its authors define it, and a cheap one of ours for every day."""
+"""Run several attacks in turn: AutoAttack as its authors define it, and a cheap ensemble of ours for every day."""
 
 from __future__ import annotations
 
@@ -75,13 +75,13 @@ class AutoAttack:
         }
 
     def notes(self, num_classes: int) -> list[str]:
-        said = []
+        sentences = []
         if num_classes < 10 and self.version == "standard" and not (self.threat.norm == "l1" and num_classes > 5):
-            said.append(f"{num_classes} classes leave {num_classes - 1} targets of the usual 9")
+            sentences.append(f"{num_classes} classes leave {num_classes - 1} targets of the usual 9")
         least = 4 if self.version == "standard" else 3
         if num_classes < least:
-            said.append(f"the DLR loss needs {least} classes: the margin of the logits takes its place")
-        return said
+            sentences.append(f"the DLR loss needs {least} classes: the margin of the logits takes its place")
+        return sentences
 
     def __call__(self, model: nn.Module, batch: Batch) -> Image:
         return in_turn(model, batch, self.threat, self.parts)
@@ -89,7 +89,7 @@ class AutoAttack:
 
 @dataclass(frozen=True)
 class Quick:
-    """A cheap ensemble for every day: what it leaves robust is an upper bound, never to be called AutoAttack.
+    """A cheap ensemble for every day; its robust accuracy is an upper bound, and not to be reported as AutoAttack's.
 
     APGD on cross-entropy; then a scout, a few steps of FAB, finds how far the boundary is, and only samples whose
     boundary lies within ``reach`` eps are worth the long attacks: targeted APGD and targeted FAB.
@@ -137,7 +137,7 @@ class Quick:
 
 @dataclass(frozen=True)
 class Near:
-    """Attacks in turn, on the samples alone whose boundary a scout finds near the ball.
+    """Run attacks in turn, on the samples alone whose boundary a scout finds near the ball.
 
     Args:
         threat: the ball.
@@ -156,11 +156,11 @@ class Near:
         x_adv = batch.x.detach().clone()
         if len(batch) == 0 or self.threat.radius == 0:
             return x_adv
-        found = self.scout(model, batch)
-        wrong, _ = _wrong(model, found, batch.y)
-        distance = self.threat.distance(found, batch.x)
+        proposal = self.scout(model, batch)
+        wrong, _ = _wrong(model, proposal, batch.y)
+        distance = self.threat.distance(proposal, batch.x)
         inside = wrong & (distance <= self.threat.radius + self.threat.tolerance)
-        x_adv[inside] = found[inside]
+        x_adv[inside] = proposal[inside]
         near = torch.nonzero(wrong & ~inside & (distance <= self.reach * self.threat.radius)).flatten()
         if len(near):
             parts = {str(number): attack for number, attack in enumerate(self.attacks)}
@@ -171,7 +171,7 @@ class Near:
 def in_turn(
     model: nn.Module, batch: Batch, threat: ThreatModel, parts_of: Callable[[int], Mapping[str, Attack]]
 ) -> Image:
-    """The proposals; the clean image where no part broke the sample, and where it is misclassified already.
+    """Run attacks in turn; return the clean image where none broke the sample or it is misclassified already.
 
     Every success is checked in float32, on the whole image in the ball, before the sample is left.
     """
@@ -192,7 +192,7 @@ def in_turn(
 
 
 def _wrong(model: nn.Module, x: Image, y: Tensor) -> tuple[Tensor, int]:
-    """(misclassified in float32 (B,), the number of classes)."""
+    """Return who is misclassified in float32, (B,), and the number of classes."""
     logits = eval_logits(model, x)
     require_labels(y, logits.shape[1])
     return logits.argmax(dim=1) != y, logits.shape[1]

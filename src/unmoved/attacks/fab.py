@@ -1,4 +1,4 @@
-"""Fast adaptive boundary attack: walks along the decision boundary, and is drawn to the clean image."""
+"""Attack by FAB: walk along the decision boundary, drawn towards the clean image."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from unmoved.attacks.gradients import Best, crossed, input_gradient, like, not_differentiable, rounding
+from unmoved.attacks.gradients import Best, crossed, input_gradient, not_differentiable, rounding
 from unmoved.attacks.hyperplanes import length, to_hyperplane, toward
 from unmoved.attacks.minimum_norm import clear, searching
 from unmoved.attacks.rounds import Retired, Round, compacts, in_rounds
 from unmoved.core import noise
-from unmoved.core.batch import Batch, Image, Label, Logits, PerSample
+from unmoved.core.batch import Batch, Image, Label, Logits, PerSample, per_image
 from unmoved.core.errors import flag_field, keep_field, number_field, require_seed, whole_field
 from unmoved.core.threat import ThreatModel, require_threat
 from unmoved.core.views import Views
@@ -87,25 +87,25 @@ class FAB:
             if len(right):
                 targets = self.targets if self.targeted else 0
                 few = views.take(right)
-                found = in_rounds(
+                nearest = in_rounds(
                     few, self.restarts, targets, self._start, self._search, until_broken=self.until_broken
                 )
-                x_adv[right] = clear(few, found, self.threat)
+                x_adv[right] = clear(few, nearest, self.threat)
             return x_adv
 
     def _start(self, batch: Batch, each: Round) -> Image:
-        """The clean image in a round's first restart, then a random point at distance eps / 2, clipped."""
+        """Return the clean image in a round's first restart, then a random point at distance eps / 2, clipped."""
         if each.restart == 0:
             return batch.x
         draw = noise.uniform if self.threat.norm == "linf" else noise.normal
         delta = draw(batch.index, tuple(batch.x.shape[1:]), seed=self.seed, step=batch.step, stream=each.stream)
         delta = delta * 2 - 1 if self.threat.norm == "linf" else delta
         size = length(delta.flatten(1), self.threat.norm).clamp_min(1e-12)
-        move = like(delta)(self.threat.radius / 2 / size) * delta
+        move = per_image(self.threat.radius / 2 / size, delta) * delta
         return (batch.x + move.to(batch.x.dtype)).clamp(*self.threat.bounds)
 
     def _search(self, base: Views, x_adv: Image, retired: Retired | None) -> Best:
-        """The nearest misclassified point of each row; a row is a sample with a target and a start."""
+        """Return the nearest misclassified point of each row; a row is a sample with a target and a start."""
         nearest, position = base.x.clone(), torch.arange(len(x_adv), device=x_adv.device)
         distance = torch.full((len(x_adv),), torch.inf, dtype=x_adv.dtype, device=x_adv.device)
         for step in range(self.steps):
@@ -116,8 +116,8 @@ class FAB:
             away = length(delta.flatten(1), self.threat.norm)
             better = wrong & (away < distance[position])
             distance[position] = torch.where(better, away, distance[position])
-            nearest[position] = torch.where(like(x_adv)(better), x_adv, nearest[position])
-            x_adv = x_adv - like(delta)((1 - self.beta) * back.to(delta.dtype)) * delta
+            nearest[position] = torch.where(per_image(better, x_adv), x_adv, nearest[position])
+            x_adv = x_adv - per_image((1 - self.beta) * back.to(delta.dtype), delta) * delta
             if retired is not None and compacts(x_adv.device, step):
                 keep = torch.nonzero(~retired(distance[position] <= self.threat.radius, position)).flatten()
                 if len(keep) == 0:
@@ -129,7 +129,7 @@ class FAB:
         return best
 
     def _plane(self, base: Views, x_adv: Image) -> tuple[PerSample, Tensor]:
-        """The linearised ``z_k - z_y`` at x': its value (B,) and its gradient (B, d), for the k of each row."""
+        """Linearise ``z_k - z_y`` at x': return its value (B,) and its gradient (B, d), for the k of each row."""
         x = x_adv.detach().requires_grad_(True)
         z = base.at(x).adv
         classes = base.target[:, None] if self.targeted else _wrong_classes(base.y, z.shape[1])
@@ -152,7 +152,7 @@ class FAB:
         return excess, normal
 
     def _step(self, x: Image, x_adv: Image, excess: PerSample, w: Tensor) -> Image:
-        """From x' to the plane and beyond it, drawn towards the point where it is nearest to x."""
+        """Step from x' to the plane and beyond it, drawn towards the point where it is nearest to x."""
         norm, bounds = self.threat.norm, self.threat.bounds
         here, home = x_adv.detach().flatten(1), x.flatten(1)
         d1 = to_hyperplane(here, w, excess, norm, bounds)
@@ -165,7 +165,7 @@ class FAB:
 
 
 def _sides(logits: Logits, y: Label) -> tuple[Tensor, Tensor]:
-    """Who is misclassified by more than rounding, and who is that or on the boundary: two (B,) bool.
+    """Return who is misclassified by more than rounding, and who is that or on the boundary: two (B,) bool.
 
     A point on the boundary goes back like one beyond it: there the way to the boundary is 0, so it would stay for good.
     """
@@ -174,5 +174,5 @@ def _sides(logits: Logits, y: Label) -> tuple[Tensor, Tensor]:
 
 
 def _wrong_classes(y: Label, num_classes: int) -> Tensor:
-    """(B, K - 1)."""
+    """Return the wrong classes of each sample, (B, K - 1)."""
     return (y[:, None] + torch.arange(1, num_classes, device=y.device)) % num_classes

@@ -1,4 +1,4 @@
-"""Fast minimum-norm attack: a ball that shrinks and grows until it touches the decision boundary."""
+"""Attack by FMN: shrink and grow a ball until it touches the decision boundary."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from unmoved.attacks.gradients import crossed, gradient_at, like, rounding
+from unmoved.attacks.gradients import crossed, gradient_at, rounding
 from unmoved.attacks.hyperplanes import dual_length, length
 from unmoved.attacks.minimum_norm import MARGIN, Nearest, searching
-from unmoved.core.batch import Batch, Image, PerSample
+from unmoved.core.batch import Batch, Image, PerSample, per_image
 from unmoved.core.errors import number_field, whole_field
 from unmoved.core.threat import ThreatModel, require_threat
 
 
 def annealed(start: float, stop: float, share: float) -> float:
-    """From ``start`` to ``stop`` along half a cosine, as ``share`` goes from 0 to 1."""
+    """Go from ``start`` to ``stop`` along half a cosine, as ``share`` goes from 0 to 1."""
     return stop + (start - stop) * (1 + math.cos(math.pi * share)) / 2
 
 
 @dataclass(frozen=True)
 class FMN:
-    """Fast minimum-norm attack (Pintor et al. 2021, algorithm 1): a ball that breathes until it touches the boundary.
+    """Fast minimum-norm attack (Pintor et al. 2021, algorithm 1): a ball shrinks and grows to the boundary.
 
     With the margin ``L = max_{j != y} z_j - z_y``, ``g = grad_x' L`` and ``s = |L| / ||g||_q``, 1/p + 1/q = 1, the
     distance to the boundary if the model were linear: where x' is right, ``eps <- (||x' - x||_p + s) (1 + gamma)``
@@ -70,11 +70,11 @@ class FMN:
         with searching(model, batch, self.threat) as views:
             nearest = Nearest(views, self.threat)
             if len(nearest.open):
-                self._breathe(nearest)
+                self._search(nearest)
             return nearest.cleared()
 
-    def _breathe(self, nearest: Nearest) -> None:
-        views, threat, broadcast = nearest.views, self.threat, like(nearest.x)
+    def _search(self, nearest: Nearest) -> None:
+        views, threat = nearest.views, self.threat
         x = x_adv = views.x
         low, high = threat.bounds
         largest = float(length(torch.full_like(x[:1], high - low).flatten(1), threat.norm))
@@ -84,13 +84,13 @@ class FMN:
             wrong, value = crossed(logits, views.y), value - 2 * rounding(logits, views.y)
             nearest.offer(nearest.open, x_adv, wrong, x)
             gamma = annealed(self.gamma, min(0.001, self.gamma), step / self.steps)
-            radius = self._breath(nearest, radius, gamma, wrong, value, gradient, x_adv).clamp_max(largest)
+            radius = self._next_radius(nearest, radius, gamma, wrong, value, gradient, x_adv).clamp_max(largest)
             alpha = annealed(self.step_size, self.step_size / 100, step / self.steps)
-            x_adv = self._moved(x_adv, gradient, broadcast(2 * alpha * radius), x, radius)
+            x_adv = self._moved(x_adv, gradient, per_image(2 * alpha * radius, x), x, radius)
         with torch.no_grad():
             nearest.offer(nearest.open, x_adv, crossed(views.at(x_adv).adv, views.y), x)
 
-    def _breath(
+    def _next_radius(
         self,
         nearest: Nearest,
         radius: PerSample,
@@ -100,7 +100,7 @@ class FMN:
         gradient: Tensor,
         x_adv: Image,
     ) -> PerSample:
-        """The radius that follows: out where the point is right, in where it is misclassified, (n,)."""
+        """Return the next radius (n,): larger where the point is right, smaller where it is misclassified."""
         away = length((x_adv - nearest.views.x).flatten(1), self.threat.norm)
         slope = dual_length(gradient.flatten(1), self.threat.norm).clamp_min(1e-30)
         to_boundary, top = value.abs().to(away.dtype) / slope, nearest.distance[nearest.open]
@@ -109,8 +109,8 @@ class FMN:
         return torch.where(wrong, torch.minimum(torch.minimum(radius * (1 - gamma), linear), top), out)
 
     def _moved(self, x_adv: Image, gradient: Tensor, size: Tensor, x: Image, radius: PerSample) -> Image:
-        """A step of length ``size``, projected; in l1 along the gradient, which the projection makes sparse."""
+        """Take a step of length ``size`` and project; in l1 along the gradient, which the projection makes sparse."""
         if self.threat.norm != "l1":
             return self.threat.ascend(x_adv, gradient, size, x, radius)
-        unit = gradient / like(x)(length(gradient.flatten(1), "l2").clamp_min(torch.finfo(x.dtype).tiny))
+        unit = gradient / per_image(length(gradient.flatten(1), "l2").clamp_min(torch.finfo(x.dtype).tiny), x)
         return self.threat.project(x_adv + size * unit, x, radius)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from unmoved.core import views as seen
-from unmoved.core.batch import Batch, Image, Label, Logits, PerSample
+from unmoved.core.batch import Batch, Image, Label, Logits, PerSample, per_image
 from unmoved.core.errors import UnmovedError
 from unmoved.core.model_errors import cause_in_graph
 from unmoved.core.precision import float32_only
@@ -26,7 +26,7 @@ MODES = ("eval", "train")
 
 @contextmanager
 def attacking(model: nn.Module, batch: Batch, threat: ThreatModel, mode: str = "eval") -> Iterator[Views]:
-    """The views of a batch with gradients on (also inside no_grad and inference_mode), the model in ``mode``.
+    """Yield the views of a batch with gradients on (also inside no_grad and inference_mode), the model in ``mode``.
 
     Raises:
         UnmovedError: as `require_attackable`; with the first logits, labels that they have no column for.
@@ -45,12 +45,12 @@ def require_attackable(model: object, batch: object, threat: ThreatModel) -> Non
 
 
 def _usable(tensor: Tensor) -> Tensor:
-    """Tensors made in inference mode cannot be saved for a backward pass; copies of them can."""
+    """Detach; copy what was made in inference mode, since that cannot be saved for a backward pass."""
     return tensor.clone() if tensor.is_inference() else tensor.detach()
 
 
 def gradient_at(base: Views, x_adv: Image, loss: Term, draws: int = 1) -> tuple[PerSample, Tensor, Logits]:
-    """Loss (B,), its gradient over the input (B, C, H, W) and the logits (B, K) at ``x_adv``.
+    """Compute the loss (B,), its gradient over the input (B, C, H, W) and the logits (B, K) at ``x_adv``.
 
     All three are means over ``draws`` passes of a randomised model (expectation over transformation, Athalye et al.
     2018). The loss is summed over the batch: a mean would push small gradients below what half precision holds.
@@ -76,7 +76,7 @@ def gradient_at(base: Views, x_adv: Image, loss: Term, draws: int = 1) -> tuple[
 
 
 def input_gradient(values: Tensor, x: Image, *, retain: bool = False) -> Tensor | None:
-    """The gradient of the sum of ``values`` over ``x``; None where there is none.
+    """Compute the gradient of the sum of ``values`` over ``x``; None where there is none.
 
     Args:
         retain: whether the graph is needed again.
@@ -98,7 +98,7 @@ def input_gradient(values: Tensor, x: Image, *, retain: bool = False) -> Tensor 
 
 
 def not_differentiable(model: nn.Module) -> UnmovedError:
-    """For attacks that need the gradient of the logits themselves."""
+    """Return the error of an attack that needs the gradient of the logits themselves."""
     return UnmovedError(
         f"model {type(model).__name__}: expected logits that are differentiable in the image, but their gradient does "
         f"not exist; use {_DIFFERENTIABLE}"
@@ -111,19 +111,19 @@ _DIFFERENTIABLE = (
 
 
 def value_at(base: Views, x_adv: Image, loss: Term) -> tuple[PerSample, Logits]:
-    """Loss (B,) and logits (B, K) at ``x_adv``, without a gradient."""
+    """Compute the loss (B,) and the logits (B, K) at ``x_adv``, without a gradient."""
     with torch.no_grad():
         views = base.at(x_adv)
         return values_of(loss, views, "attack loss"), views.adv
 
 
 def crossed(logits: Logits, y: Label) -> Tensor:
-    """(B,) bool: misclassified by more than what another batch size may round away."""
+    """Return who is misclassified by more than what another batch size may round away, (B,) bool."""
     return margin(logits, y) > rounding(logits, y)
 
 
 def rounding(logits: Logits, y: Label) -> PerSample:
-    """(B,) how far a margin may be off by another order of the same sums: by the size of its two logits.
+    """Bound what another order of the same sums may move a margin by, (B,): a share of its two logits' size.
 
     The others do not count: a class that is masked has a logit of -1e9 or of minus infinity.
     """
@@ -132,7 +132,7 @@ def rounding(logits: Logits, y: Label) -> PerSample:
 
 
 def broken(model: nn.Module, x_adv: Image, logits: Logits | None, y: Label) -> Tensor:
-    """Which proposals are misclassified, (B,) bool, as `crossed`; under autocast float32 has to confirm a success.
+    """Return which proposals are misclassified, (B,) bool, as `crossed`; under autocast float32 confirms a success.
 
     Without logits, the model is asked about every proposal.
     """
@@ -144,7 +144,7 @@ def broken(model: nn.Module, x_adv: Image, logits: Logits | None, y: Label) -> T
 
 
 class Best:
-    """The best proposal so far for each sample: misclassified ones first, then the highest loss.
+    """Keep the best proposal so far for each sample: misclassified ones first, then the highest loss.
 
     Its order makes success final: more steps or more restarts never turn a broken sample into a robust one.
     """
@@ -153,23 +153,18 @@ class Best:
         self.x: Image | None = None
 
     def offer(self, x_adv: Image, value: PerSample, wrong: Tensor, where: Tensor | None = None) -> None:
-        """``wrong`` (B,) says which proposals are misclassified, ``where`` whose they are (all, in order, if None)."""
+        """Keep the proposals that are better than those before.
+
+        Args:
+            x_adv, value, wrong: (n, ...) proposals, their losses, and which of them are misclassified.
+            where: (n,) the samples that they belong to; all, in order, if None.
+        """
         if self.x is None:
             self.x, self.value, self.wrong = x_adv.detach().clone(), value.clone(), wrong.clone()
             return
         where = torch.arange(len(self.x), device=self.x.device) if where is None else where
         held, loss, was_wrong = self.x[where], self.value[where], self.wrong[where]
         better = (wrong & ~was_wrong) | ((wrong == was_wrong) & (value > loss))
-        self.x[where] = torch.where(like(x_adv)(better), x_adv.detach(), held)
+        self.x[where] = torch.where(per_image(better, x_adv), x_adv.detach(), held)
         self.value[where] = torch.where(better, value, loss)
         self.wrong[where] = was_wrong | wrong
-
-
-class like:
-    """Shapes (B,) values so that they broadcast over images."""
-
-    def __init__(self, x: Tensor) -> None:
-        self.tail = [1] * (x.ndim - 1)
-
-    def __call__(self, per_sample: Tensor) -> Tensor:
-        return per_sample.reshape(-1, *self.tail)

@@ -1,4 +1,4 @@
-"""Attack a model of which only the predicted classes are seen: HopSkipJump."""
+"""Attack by HopSkipJump a model of which only the predicted classes are seen."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from unmoved.attacks.gradients import crossed, like
+from unmoved.attacks.gradients import crossed
 from unmoved.attacks.hyperplanes import length
 from unmoved.attacks.minimum_norm import Nearest, searching
 from unmoved.core import noise
-from unmoved.core.batch import Batch, Image
+from unmoved.core.batch import Batch, Image, per_image
 from unmoved.core.errors import UnmovedError, keep_field, require_seed, whole_field
 from unmoved.core.protocols import QUERIES
 from unmoved.core.threat import ThreatModel, require_threat
@@ -82,12 +82,12 @@ class HopSkipJump:
             return nearest.cleared(further_by=1e-4)
 
     def _search(self, nearest: Nearest) -> None:
-        """Every decision is counted; a sample that could not pay for a whole iteration is done."""
+        """Walk along the boundary, counting each decision; end a sample that has too few left for an iteration."""
         d = nearest.x[0].numel()
         bisections = min(max(math.ceil(math.log2(d) * (1.5 if self.threat.norm == "l2" else 2)), 10), 24)
         low, high = self.threat.bounds
-        x_adv, used, found = self._start(nearest.views, tries=min(self.starts, self.queries - 2 - bisections))
-        started = torch.nonzero(found).flatten()
+        x_adv, used, has_start = self._start(nearest.views, tries=min(self.starts, self.queries - 2 - bisections))
+        started = torch.nonzero(has_start).flatten()
         views, position, used = nearest.views.take(started), nearest.open[started], used[started] + bisections
         x_adv = self._to_boundary(views, x_adv[started], bisections)
         for t in itertools.count(1):
@@ -105,21 +105,21 @@ class HopSkipJump:
             used = used + count + asked + bisections
 
     def _start(self, views: Views, tries: int) -> tuple[Image, Tensor, Tensor]:
-        """Misclassified blends, the decisions asked for so far, one for the clean image, and who has a blend (n,)."""
-        x_adv, found = views.x.clone(), torch.zeros_like(views.y, dtype=torch.bool)
-        used, go = torch.ones_like(views.y), torch.arange(len(found), device=found.device)
+        """Return misclassified blends, the decisions asked for, one for the clean image, and who has a blend (n,)."""
+        x_adv, has_start = views.x.clone(), torch.zeros_like(views.y, dtype=torch.bool)
+        used, go = torch.ones_like(views.y), torch.arange(len(has_start), device=has_start.device)
         for attempt in range(tries):
             tried = self._blend(views.batch.take(go), attempt)
             wrong = _misclassified(views.take(go), tried)
             used[go] += 1
-            x_adv[go[wrong]], found[go[wrong]] = tried[wrong], True
+            x_adv[go[wrong]], has_start[go[wrong]] = tried[wrong], True
             go = go[~wrong]
             if len(go) == 0:
                 break
-        return x_adv, used, found
+        return x_adv, used, has_start
 
     def _blend(self, batch: Batch, attempt: int) -> Image:
-        """Noise in blocks of 1, 2, 4 and 8 pixels by turns: grey, then black and white, then half and half with x."""
+        """Draw noise in blocks of 1, 2, 4 or 8 pixels by turns: grey, black and white, or half and half with x."""
         kind, shape, block = attempt // 4 % 3, tuple(batch.x.shape[1:]), 2 ** (attempt % 4)
         coarse = (*shape[:-2], *(-(-side // block) for side in shape[-2:])) if len(shape) == 3 else shape
         draw = noise.uniform(batch.index, coarse, seed=self.seed, step=batch.step, stream=-1 - attempt)
@@ -130,14 +130,14 @@ class HopSkipJump:
         return (batch.x + (0.5 if kind == 2 else 1.0) * (noisy - batch.x)).clamp(low, high)
 
     def _to_boundary(self, views: Views, x_adv: Image, bisections: int) -> Image:
-        """The misclassified end of an interval that straddles the boundary between x and x_adv."""
+        """Bisect; return the misclassified end of an interval across the boundary between x and x_adv."""
         x, size = views.x, length((x_adv - views.x).flatten(1), self.threat.norm)
-        broadcast, (low, high) = like(x), self.threat.bounds
+        low, high = self.threat.bounds
 
         def at(share: Tensor) -> Image:
             if self.threat.norm == "l2":
-                return (x + broadcast(share) * (x_adv - x)).clamp(low, high)
-            ball = broadcast(share * size)
+                return (x + per_image(share, x) * (x_adv - x)).clamp(low, high)
+            ball = per_image(share * size, x)
             return torch.minimum(torch.maximum(x_adv, x - ball), x + ball).clamp(low, high)
 
         inner, outer = torch.zeros_like(size), torch.ones_like(size)
@@ -145,12 +145,12 @@ class HopSkipJump:
             middle = (inner + outer) / 2
             wrong = _misclassified(views, at(middle))
             inner, outer = torch.where(wrong, inner, middle), torch.where(wrong, middle, outer)
-        return torch.where(broadcast(outer < 1), at(outer), x_adv)
+        return torch.where(per_image(outer < 1, x), at(outer), x_adv)
 
     def _normal(self, views: Views, x_adv: Image, radius: Tensor, count: int, t: int) -> Tensor:
-        """The direction into the misclassified side, estimated from ``count`` decisions around each point."""
+        """Estimate the direction into the misclassified side from ``count`` decisions around each point."""
         low, high = self.threat.bounds
-        radii, shape, step = like(x_adv)(radius), tuple(x_adv.shape[1:]), views.batch.step
+        radii, shape, step = per_image(radius, x_adv), tuple(x_adv.shape[1:]), views.batch.step
         draw = noise.normal if self.threat.norm == "l2" else noise.uniform
         everyone = torch.arange(len(x_adv), device=x_adv.device)
         balance, directions, signed = torch.zeros_like(radius), torch.zeros_like(x_adv), torch.zeros_like(x_adv)
@@ -158,21 +158,21 @@ class HopSkipJump:
             streams = [t * STRIDE + b for b in part.tolist()]
             u = torch.cat([draw(views.index, shape, seed=self.seed, step=step, stream=s) for s in streams])
             u = (u if self.threat.norm == "l2" else 2 * u - 1).to(x_adv.dtype)
-            u = u / like(u)(length(u.flatten(1), "l2"))
+            u = u / per_image(length(u.flatten(1), "l2"), u)
             many = (len(streams), *[1] * len(shape))
             around = (x_adv.repeat(many) + radii.repeat(many) * u).clamp(low, high)
             u = (around - x_adv.repeat(many)) / radii.repeat(many)
             phi = _misclassified(views.take(everyone.repeat(len(streams))), around).to(x_adv.dtype) * 2 - 1
             balance += phi.reshape(len(streams), -1).sum(dim=0)
             directions += u.reshape(len(streams), *x_adv.shape).sum(dim=0)
-            signed += (like(u)(phi) * u).reshape(len(streams), *x_adv.shape).sum(dim=0)
-        mean = like(x_adv)(balance / count)
+            signed += (per_image(phi, u) * u).reshape(len(streams), *x_adv.shape).sum(dim=0)
+        mean = per_image(balance / count, x_adv)
         return torch.where(mean.abs() == 1, signed, signed - mean * directions)
 
     def _step(self, views: Views, x_adv: Image, normal: Tensor, size: Tensor) -> tuple[Image, Tensor]:
-        """The first misclassified point of steps that halve, and how many were tried (n,); x_adv where none is."""
+        """Halve a step until it ends misclassified; return that point, or x_adv, and the number of tries (n,)."""
         low, high = self.threat.bounds
-        move, moved = self.threat.step(x_adv, normal, like(x_adv)(size)), x_adv.clone()
+        move, moved = self.threat.step(x_adv, normal, per_image(size, x_adv)), x_adv.clone()
         asked, go = torch.zeros_like(views.y), torch.arange(len(x_adv), device=x_adv.device)
         for halving in range(HALVINGS):
             tried = (x_adv[go] + move[go] / 2**halving).clamp(low, high)
@@ -186,5 +186,5 @@ class HopSkipJump:
 
 
 def _misclassified(views: Views, x_adv: Image) -> Tensor:
-    """The decisions, (n,) bool: all that is ever asked of the model. One that rounding may turn is 'right'."""
+    """Ask the model for its decisions, (n,) bool, and nothing else; one that rounding may turn is 'right'."""
     return crossed(views.at(x_adv).adv, views.y)

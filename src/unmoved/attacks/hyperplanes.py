@@ -1,4 +1,4 @@
-"""The shortest way from a point of a box to a hyperplane, in linf, l2 or l1: one equation in one number per row."""
+"""Find the shortest way from a point of a box to a hyperplane, in linf, l2 or l1, exactly and for each row."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DUAL = {"linf": "l1", "l2": "l2", "l1": "linf"}
 def to_hyperplane(
     z: Tensor, w: Tensor, excess: PerSample, norm: str, bounds: tuple[float, float] = (0.0, 1.0)
 ) -> Tensor:
-    """The smallest step s that carries z onto a hyperplane within a box: min ||s|| s.t. <w, z + s> = b, z + s in it.
+    """Find the smallest step onto a hyperplane within a box: min ||s|| s.t. <w, z + s> = b, z + s in the box.
 
     Each entry goes towards the plane, by at most the room that the box leaves: by ``min(t, room_i)`` in linf and by
     ``min(t |w_i|, room_i)`` in l2, with t the root of ``sum_i |w_i| |s_i| = |<w, z> - b|``; l1 moves the entries of
@@ -57,7 +57,7 @@ def to_hyperplane(
 def toward(
     z: Tensor, w: Tensor, excess: PerSample, norm: str, bounds: tuple[float, float] = (0.0, 1.0)
 ) -> tuple[Tensor, PerSample]:
-    """The step of `to_hyperplane`, with the same arguments, and a length to compare planes by.
+    """Find the step of `to_hyperplane`, with the same arguments, and a length to compare planes by.
 
     Returns:
         (B, d): the step. (B,): its length; the largest finite number where it ends at a corner short of the plane, so
@@ -74,7 +74,7 @@ def toward(
 
 
 def length(v: Tensor, norm: str) -> PerSample:
-    """||v|| of each row, (B, d) -> (B,); ten times as fast as `torch.linalg.vector_norm` in linf on a CPU."""
+    """Compute ||v|| of each row, (B, d) -> (B,); in linf on a CPU ten times as fast as `torch.linalg.vector_norm`."""
     size = v.abs()
     if norm == "l1":
         return size.sum(dim=1)
@@ -82,16 +82,17 @@ def length(v: Tensor, norm: str) -> PerSample:
     if norm == "linf":
         return top
     top = torch.where(top > 0, top, 1.0)
-    return torch.linalg.vector_norm(size.div_(top[:, None]), dim=1) * top
+    norms: Tensor = torch.linalg.vector_norm(size.div_(top[:, None]), dim=1)
+    return norms * top
 
 
 def dual_length(w: Tensor, norm: str) -> PerSample:
-    """||w|| of each row in the dual norm, (B, d) -> (B,): a plane at excess e is |e| / dual_length away."""
+    """Compute ||w|| of each row in the dual norm, (B, d) -> (B,): a plane at excess e is |e| / dual_length away."""
     return length(w, DUAL[norm])
 
 
 def _root(slopes: Tensor, ends: Tensor, needed: PerSample) -> PerSample:
-    """The smallest t with ``sum_i slopes_i min(t, ends_i) = needed``, beyond all ends where there is none.
+    """Find the smallest t with ``sum_i slopes_i min(t, ends_i) = needed``, beyond all ends where there is none.
 
     Newton's method from the left: the sum is concave and piecewise linear, so no step goes too far, each one leaves
     a piece for good, and the one in the root's piece is exact.
@@ -110,7 +111,7 @@ def _root(slopes: Tensor, ends: Tensor, needed: PerSample) -> PerSample:
 
 
 def _largest_first(size: Tensor, room: Tensor, needed: PerSample) -> Tensor:
-    """The amounts a_i in [0, room_i] of smallest sum with ``sum_i size_i a_i = needed``: a fractional knapsack.
+    """Find the a_i in [0, room_i] of smallest sum with ``sum_i size_i a_i = needed``: a fractional knapsack.
 
     A quickselect of all rows at once. The entries larger than ``high`` do not suffice, those larger than ``low`` do;
     the next threshold is the mean size of the entries between, weighted by room, until they are all of one size.
@@ -123,14 +124,14 @@ def _largest_first(size: Tensor, room: Tensor, needed: PerSample) -> Tensor:
     searching = many > needed
     while searching.any():
         threshold = (many - few) / (many_room - few_room).clamp_min(tiny)
-        some_room = torch.gt(size, threshold[:, None], out=work).mul_(room).sum(dim=1)
-        some = work.mul_(size).sum(dim=1)
+        mid_room = torch.gt(size, threshold[:, None], out=work).mul_(room).sum(dim=1)
+        mid = work.mul_(size).sum(dim=1)
         # Both sums: next to large entries tiny ones change the room alone.
-        searching = searching & ((some > few) | (some_room > few_room)) & ((some < many) | (some_room < many_room))
-        up, down = searching & (some < needed), searching & (some >= needed)
+        searching = searching & ((mid > few) | (mid_room > few_room)) & ((mid < many) | (mid_room < many_room))
+        up, down = searching & (mid < needed), searching & (mid >= needed)
         low, high = torch.where(down, threshold, low), torch.where(up, threshold, high)
-        many, many_room = torch.where(down, some, many), torch.where(down, some_room, many_room)
-        few, few_room = torch.where(up, some, few), torch.where(up, some_room, few_room)
+        many, many_room = torch.where(down, mid, many), torch.where(down, mid_room, many_room)
+        few, few_room = torch.where(up, mid, few), torch.where(up, mid_room, few_room)
     share = ((needed - few) / (many - few).clamp_min(tiny)).clamp(0, 1)
     amount = torch.gt(size, low[:, None]).to(size.dtype).sub_(torch.gt(size, high[:, None], out=work))
     return amount.mul_(share[:, None]).add_(work).mul_(room)

@@ -1,4 +1,4 @@
-"""Instance-adaptive training: every sample has a radius of its own, which grows while the sample stays right."""
+"""Attack for instance-adaptive training: a radius for each sample, which grows while the sample stays right."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from unmoved.attacks.gradients import MODES, attacking, gradient_at, require_attackable
 from unmoved.core import collectives
-from unmoved.core.batch import Batch, Image
+from unmoved.core.batch import Batch, Image, per_image
 from unmoved.core.errors import require_choice, require_number, require_seed, require_whole
 from unmoved.core.preconditions import require_loss
 from unmoved.core.protocols import Term
@@ -76,14 +76,14 @@ class IAAT:
         )
 
     def radius(self, index: Tensor) -> Tensor:
-        """The remembered radii (B,); the threat's eps for samples not seen before."""
+        """Return the remembered radii (B,); the threat's eps for samples not seen before."""
         if not len(self._index):
             return torch.full(index.shape, self.threat.radius, device=index.device)
         place, is_known = self._places(index)
         return torch.where(is_known, self._radius[place], self.threat.radius)
 
     def _places(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Where these samples are in the memory, on their device, and which of them are there at all."""
+        """Return where these samples are in the memory, on their device, and which of them are there at all."""
         self._index, self._radius = self._index.to(index.device), self._radius.to(index.device)
         place = torch.searchsorted(self._index, index).clamp_max(len(self._index) - 1)
         return place, self._index[place] == index
@@ -116,11 +116,11 @@ class IAAT:
         new = torch.where(right_further, tried, torch.where(right_old, old, old - self.gamma))
         new = (new * right).clamp_min(0)
         # A sample may be another process's in the next epoch: all of them remember all radii.
-        kept = (self.momentum * old + (1 - self.momentum) * new).to(old.dtype)
-        self._remember(collectives.gathered(batch.index), collectives.gathered(kept))
+        radius = (self.momentum * old + (1 - self.momentum) * new).to(old.dtype)
+        self._remember(collectives.gathered(batch.index), collectives.gathered(radius))
 
     def _attack(self, model: nn.Module, batch: Batch, radius: Tensor) -> Image:
-        step = (2 * radius / self.steps).clamp_min(self.step_size).reshape(-1, *[1] * (batch.x.ndim - 1))
+        step = per_image((2 * radius / self.steps).clamp_min(self.step_size), batch.x)
         with attacking(model, batch, self.threat, self.mode) as views:
             x_adv = self.threat.start(views.batch, seed=self.seed, radius=radius)
             for _ in range(self.steps):

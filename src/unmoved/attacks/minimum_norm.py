@@ -9,9 +9,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from unmoved.attacks.gradients import attacking, crossed, like
+from unmoved.attacks.gradients import attacking, crossed
 from unmoved.attacks.hyperplanes import length
-from unmoved.core.batch import Batch, Image
+from unmoved.core.batch import Batch, Image, per_image
 from unmoved.core.precision import float32_only
 from unmoved.core.threat import ThreatModel
 from unmoved.core.views import Views
@@ -24,13 +24,13 @@ CLEAR = 64
 
 @contextmanager
 def searching(model: nn.Module, batch: Batch, threat: ThreatModel) -> Iterator[Views]:
-    """`attacking` in evaluation mode and outside autocast: a boundary found in bf16 is not the one that is judged."""
+    """Apply `attacking` in evaluation mode, outside autocast: a boundary found in bf16 is not the one judged."""
     with attacking(model, batch, threat) as views, float32_only(views.x.device):
         yield views
 
 
 def clear(views: Views, x_adv: Image, threat: ThreatModel, further_by: float = 0.0) -> Image:
-    """The proposals, a little further from the clean images where they are misclassified there too.
+    """Move proposals a little further from the clean images where they are misclassified there too.
 
     A point at the boundary is misclassified in one batch size or precision and right in another, and where both logits
     are about zero their size does not tell. Hence a way outwards, of a share ``further_by`` of the distance and at
@@ -45,14 +45,14 @@ def clear(views: Views, x_adv: Image, threat: ThreatModel, further_by: float = 0
     reach = away + (further_by * away).clamp_min(ulps)
     reach = torch.where(away <= threat.radius, reach.clamp_max(threat.radius), reach)
     stretch = torch.where(away > 0, reach / away.clamp_min(torch.finfo(x.dtype).tiny), 1.0)
-    further = (x + like(x)(stretch) * (x_adv - x)).clamp(low, high)
+    further = (x + per_image(stretch, x) * (x_adv - x)).clamp(low, high)
     with torch.no_grad():
         is_clear = crossed(views.at(further).adv, views.y)
-    return torch.where(like(x)(is_clear), further, x_adv)
+    return torch.where(per_image(is_clear, x), further, x_adv)
 
 
 class Nearest:
-    """The nearest misclassified point found so far for each sample; the clean image where there is none.
+    """Keep the nearest misclassified point found so far for each sample; the clean image where there is none.
 
     Attributes:
         x: (B, C, H, W) those points.
@@ -74,11 +74,11 @@ class Nearest:
         self.margin = margin(logits, views.y)[self.open]
 
     def cleared(self, further_by: float = 0.0) -> Image:
-        """`x`, clear of the boundary by more than rounding; see `clear`."""
-        found = torch.nonzero(self.distance[self.open].isfinite()).flatten()
-        if len(found):
-            rows = self.open[found]
-            self.x[rows] = clear(self.views.take(found), self.x[rows], self.threat, further_by)
+        """Return `x`, clear of the boundary by more than rounding; see `clear`."""
+        broken = torch.nonzero(self.distance[self.open].isfinite()).flatten()
+        if len(broken):
+            rows = self.open[broken]
+            self.x[rows] = clear(self.views.take(broken), self.x[rows], self.threat, further_by)
         return self.x
 
     def offer(self, position: Tensor, x_adv: Image, wrong: Tensor, x: Image) -> None:
@@ -90,4 +90,4 @@ class Nearest:
         away = length((x_adv - x).flatten(1), self.norm)
         better = wrong & (away < self.distance[position])
         self.distance[position] = torch.where(better, away, self.distance[position])
-        self.x[position] = torch.where(like(x)(better), x_adv, self.x[position])
+        self.x[position] = torch.where(per_image(better, x), x_adv, self.x[position])

@@ -1,9 +1,8 @@
-"""Projected gradient ascent on any term, with any start and any stopping rule."""
+"""Attack by projected gradient ascent on any term, with any start and any stopping rule."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -82,7 +81,7 @@ class PGD:
 
     @property
     def lockstep(self) -> bool:
-        """Whether no sample stops before the others."""
+        """Return whether no sample stops before the others."""
         return self.stop is None
 
     def __call__(self, model: nn.Module, batch: Batch) -> Image:
@@ -132,11 +131,11 @@ class PGD:
         return self.threat.ascend(x_adv, gradient, step_size, x)
 
     def _climb_until(self, stop: StoppingRule, base: Views, restart: int) -> Image:
-        """The same ascent over the samples that have not stopped; stopped ones are not computed again."""
+        """Climb over the samples that have not stopped; stopped ones are not computed again."""
         x_adv = before = self._start(base.batch, restart)
         rest = x_adv.detach().clone()
         position = torch.arange(len(rest), device=rest.device)
-        memory: Any = None
+        memory: Tensor | None = None
         for step in range(self.steps + 1):
             loss = stop.opening if step == 0 and stop.opening is not None else self.loss
             if step < self.steps:

@@ -1,12 +1,13 @@
-"""Gradients through dead ReLUs: softplus' derivative in place of ReLU's, on the way back alone."""
+"""Replace ReLU's derivative by softplus' on the backward pass alone, so that dead units pass gradients on."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -16,8 +17,8 @@ _LINEAR = 40.0  # alpha z from which on the sigmoid is 1, in float64 too
 _RELUS = frozenset({F.relu, torch.relu, Tensor.relu})
 
 
-def smoothed(alpha: float) -> AbstractContextManager[Any]:
-    """A context in which each ReLU keeps its values and passes gradients on as a parametric softplus would.
+def smoothed(alpha: float) -> AbstractContextManager[object]:
+    """Return a context in which each ReLU keeps its values and passes gradients on as a parametric softplus would.
 
     ``forward: max(z, 0)``; ``backward: g sigmoid(alpha z)``, the derivative of ``log(1 + exp(alpha z)) / alpha``
     (Xie et al. 2020, Smooth Adversarial Training, section 3, with alpha = 10; an instance of Athalye et al. 2018's
@@ -37,15 +38,19 @@ def smoothed(alpha: float) -> AbstractContextManager[Any]:
     return _Softplus(alpha) if alpha else nullcontext()
 
 
+class _Context(BackwardCFunction):
+    alpha: float
+
+
 class _Backward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, z: Tensor, alpha: float) -> Tensor:
+    def forward(ctx: _Context, z: Tensor, alpha: float) -> Tensor:
         ctx.save_for_backward(z)
         ctx.alpha = alpha
         return z.clamp_min(0)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: _Context, *gradients: Tensor) -> tuple[Tensor, None]:
         (z,) = ctx.saved_tensors
         return torch.ops.aten.softplus_backward(gradients[0], z, ctx.alpha, _LINEAR), None
 
@@ -55,7 +60,15 @@ class _Softplus(TorchFunctionMode):
         super().__init__()
         self.alpha = alpha
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: Sequence[type],
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        kwargs = kwargs or {}
         if func in _RELUS and torch.is_grad_enabled():
-            return _Backward.apply(args[0] if args else kwargs["input"], self.alpha)
-        return func(*args, **(kwargs or {}))
+            apply: Callable[..., Tensor] = _Backward.apply  # torch gives it no types
+            return apply(args[0] if args else kwargs["input"], self.alpha)
+        return func(*args, **kwargs)

@@ -18,7 +18,7 @@ COMPACT_EVERY = 10  # steps between compactions on a device, where each one wait
 
 
 def compacts(device: torch.device, step: int) -> bool:
-    """Whether rows that are done are left out after this step."""
+    """Return whether rows that are done are left out after this step."""
     return device.type == "cpu" or step % COMPACT_EVERY == COMPACT_EVERY - 1
 
 
@@ -31,18 +31,18 @@ class Round:
 
     @property
     def stream(self) -> int:
-        """Separates the noise of rounds; that of a first untargeted restart is stream 0."""
+        """Return the stream of noise of this round; that of a first untargeted restart is 0."""
         return self.restart + (0 if self.rank is None else 1000 * (self.rank + 1))
 
 
 def rounds_of(restarts: int, targets: int, num_classes: int) -> list[Round]:
-    """Targets in the order of their clean logits, each with all its restarts; 0 targets aim at none."""
+    """List targets in the order of their clean logits, each with all its restarts; 0 targets aim at none."""
     ranks: Sequence[int | None] = range(min(targets, num_classes - 1)) if targets else [None]
     return [Round(restart, rank) for rank in ranks for restart in range(restarts)]
 
 
 class Retired:
-    """Which rows are done: broken ones, and later rounds at a sample that an earlier round broke.
+    """Keep track of the rows that are done: broken ones, and later rounds at a sample that an earlier round broke.
 
     Earlier rounds go on, so that what is returned does not depend on how many rounds shared a pass.
     """
@@ -52,7 +52,7 @@ class Retired:
         self.first = torch.full((int(owner.max()) + 1,), len(owner), device=owner.device)
 
     def __call__(self, wrong: Tensor, position: Tensor) -> Tensor:
-        """A mask over the rows at ``position``: those that need no further step."""
+        """Return a mask over the rows at ``position``: those that need no further step."""
         owner = self.owner[position]
         reached = torch.where(wrong, position, len(self.owner))
         self.first = self.first.scatter_reduce(0, owner, reached, "amin")
@@ -64,7 +64,7 @@ Climb = Callable[[Views, Image, Retired | None], Best]
 
 
 def in_rounds(base: Views, restarts: int, targets: int, start: Start, climb: Climb, *, until_broken: bool) -> Image:
-    """The best proposal for each sample over all rounds.
+    """Run all rounds; return the best proposal for each sample.
 
     Args:
         base: the views of the batch.
@@ -87,13 +87,13 @@ def in_rounds(base: Views, restarts: int, targets: int, start: Start, climb: Cli
         if order is not None:
             rows = rows.aim(torch.cat([order[left, each.rank] for each in now]))
         owner = torch.arange(len(left), device=left.device).repeat(len(now))
-        found = climb(rows, x_start, Retired(owner) if until_broken else None)
+        climbed = climb(rows, x_start, Retired(owner) if until_broken else None)
         for k in range(len(now)):
             part = slice(k * len(left), (k + 1) * len(left))
-            if found.x is not None:
+            if climbed.x is not None:
                 # Of two rounds that broke a sample the first is kept, as if the second had never been run.
-                settled = found.wrong[part] & until_broken
-                best.offer(found.x[part], found.value[part].masked_fill(settled, 0.0), found.wrong[part], left)
+                settled = climbed.wrong[part] & until_broken
+                best.offer(climbed.x[part], climbed.value[part].masked_fill(settled, 0.0), climbed.wrong[part], left)
         if until_broken:
             left = left[~best.wrong[left]]
     return best.x if best.x is not None else base.x

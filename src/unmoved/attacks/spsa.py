@@ -1,4 +1,4 @@
-"""Ascent without gradients: simultaneous perturbation estimates them from values of the loss alone."""
+"""Attack by SPSA: estimate gradients from values of the loss alone, by simultaneous perturbation."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from unmoved.attacks.gradients import Best, attacking, broken, like, value_at
+from unmoved.attacks.gradients import Best, attacking, broken, value_at
 from unmoved.core import noise
-from unmoved.core.batch import Batch, Image
+from unmoved.core.batch import Batch, Image, per_image
 from unmoved.core.errors import keep_field, number_field, require_seed, whole_field
 from unmoved.core.preconditions import require_loss
 from unmoved.core.protocols import QUERIES, Term
@@ -94,7 +94,7 @@ class SPSA:
             gradient = self._estimate(views, x_adv, step)
             # In units of the first estimate, or Adam's 1e-8 and the squares would know the scale of the logits.
             unit = torch.where(unit > 0, unit, gradient.flatten(1).abs().amax(dim=1))
-            gradient = gradient / like(x_adv)(torch.where(unit > 0, unit, 1.0))
+            gradient = gradient / per_image(torch.where(unit > 0, unit, 1.0), x_adv)
             mean = 0.9 * mean + 0.1 * gradient
             square = 0.999 * square + 0.001 * gradient.square()
             if self.threat.norm == "linf":
@@ -106,7 +106,7 @@ class SPSA:
         return best.x if best.x is not None else views.x
 
     def _estimate(self, views: Views, x_adv: Image, step: int) -> Tensor:
-        """The gradient, from ``samples`` pairs of values at opposite points, (n, C, H, W)."""
+        """Estimate the gradient from ``samples`` pairs of values at opposite points, (n, C, H, W)."""
         low, high = self.threat.bounds
         delta = 0.01 * (high - low) if self.delta is None else self.delta
         total = torch.zeros_like(x_adv)
@@ -117,7 +117,7 @@ class SPSA:
             key = {"seed": self.seed, "step": views.batch.step, "stream": step * draws + draw}
             bits = (noise.uniform(views.index, tuple(x_adv.shape[1:]), **key) * 2**SIGNS).long()
             for ahead in torch.arange(min(SIGNS, self.samples - draw * SIGNS)).split(together):
-                k = like(bits[None])(ahead.to(bits.device))
+                k = per_image(ahead.to(bits.device), bits[None])
                 v = (((bits >> k) & 1) * 2 - 1).to(x_adv.dtype)  # (m, n, C, H, W)
                 points = torch.stack([x_adv + delta * v, x_adv - delta * v]).flatten(0, 2)
                 value, _ = value_at(views.take(owner.repeat(2 * len(v))), points, self.loss)

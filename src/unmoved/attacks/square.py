@@ -1,4 +1,4 @@
-"""Random search over square windows: needs the logits alone, so that no masked gradient stops it."""
+"""Attack by random search over square windows, which needs the logits alone and no gradient."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class Square:
             return best.x if best.x is not None else batch.x
 
     def _search(self, base: Views, restart: int) -> tuple[Image, PerSample, Tensor]:
-        """The best images (B, C, H, W), their losses (B,) and which are misclassified (B,)."""
+        """Return the best images (B, C, H, W), their losses (B,) and which are misclassified (B,)."""
         start, kind = (stripes, Flips) if self.threat.norm == "linf" else (mosaic, Tiles)
         stream = restart << 32
         x_best = start(self.threat, base.batch, self.seed, stream)
@@ -109,7 +109,7 @@ class Square:
     def _block(
         self, base: Views, propose: Flips | Tiles, length: int, x_best: Image, value: PerSample
     ) -> tuple[Image, PerSample, Tensor]:
-        """Some iterations over samples that are not misclassified; ``x_best`` and ``value`` are written to."""
+        """Iterate over samples that are not misclassified; ``x_best`` and ``value`` are written to."""
         wrong, layout = torch.zeros_like(value, dtype=torch.bool), _layout(base.model)
         for turn in range(length):
             rows, x_new = propose(x_best, turn, ~wrong)
@@ -120,14 +120,14 @@ class Square:
             new, logits = value_at(part, x_new, self.loss)
             lost = broken(base.model, x_new, logits, part.y)
             old = value.index_select(0, rows)
-            kept = torch.nonzero(lost | (new - old > 32 * torch.finfo(new.dtype).eps * old.abs())).flatten()
-            where = rows.index_select(0, kept)
-            for held, found in ((x_best, x_new), (value, new), (wrong, lost)):
-                held.index_copy_(0, where, found.index_select(0, kept))
+            better = torch.nonzero(lost | (new - old > 32 * torch.finfo(new.dtype).eps * old.abs())).flatten()
+            where = rows.index_select(0, better)
+            for best, proposed in ((x_best, x_new), (value, new), (wrong, lost)):
+                best.index_copy_(0, where, proposed.index_select(0, better))
         return x_best, value, wrong
 
     def _blocks(self, height: int, width: int) -> Iterator[tuple[int, int, int]]:
-        """(first iteration, number of iterations, side of the window), the side constant within a block."""
+        """Yield (first iteration, number of iterations, side of the window) of blocks, the side constant in each."""
         for halvings, stretch in itertools.groupby(range(self.queries - 1), self._halvings):
             side = round(math.sqrt(self.p / 2**halvings * height * width))
             # A tile has two halves and a middle.
@@ -143,7 +143,7 @@ class Square:
 
 
 def _layout(model: nn.Module) -> torch.memory_format:
-    """That of the model's convolutions: images that come in it need not be turned around by the first of them."""
+    """Return the memory format of the model's convolutions, so that the first of them need not convert the images."""
     turned = torch.channels_last
     kernels = (p for p in model.parameters() if p.ndim == 4 and not p.is_contiguous())
     return turned if any(p.is_contiguous(memory_format=turned) for p in kernels) else torch.contiguous_format

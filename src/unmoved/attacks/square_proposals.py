@@ -14,7 +14,7 @@ from unmoved.core.threat import ThreatModel
 
 @dataclass(frozen=True)
 class Draws:
-    """Keys of the random numbers of some iterations, for each sample its own.
+    """Draw the random numbers of a block of iterations, for each sample its own.
 
     Attributes:
         side: of the windows.
@@ -28,7 +28,7 @@ class Draws:
     stream: int
 
     def uniform(self, batch: Batch, count: int) -> Tensor:
-        """(length, B, count) float64 in [0, 1): the first iterations' numbers do not depend on the length."""
+        """Draw (length, B, count) float64 in [0, 1); the first iterations' numbers do not depend on the length."""
         shape = (self.length, count)
         draw = noise.uniform(batch.index, shape, seed=self.seed, step=batch.step, stream=self.stream)
         # float64: in float32 the product with a count of places may round up to the count itself.
@@ -36,7 +36,7 @@ class Draws:
 
 
 class Flips:
-    """linf: each pixel is at an edge of the ball or of the box; a window goes to one edge, by a sign per channel."""
+    """Propose in linf: each pixel is at an edge of ball or box, and a window goes to one edge, by channel."""
 
     def __init__(self, threat: ThreatModel, batch: Batch, draws: Draws) -> None:
         draw = draws.uniform(batch, 2 + batch.x.shape[1])
@@ -46,7 +46,7 @@ class Flips:
         self.shift = (draw[..., 2:] < 0.5).long().repeat_interleave(draws.side**2, dim=2) * batch.x[0].numel()
 
     def __call__(self, x_best: Image, turn: int, undecided: Tensor) -> tuple[Tensor, Image]:
-        """The proposals that are not ``x_best`` itself: their positions (n,) and images (n, C, H, W)."""
+        """Return the proposals that are not ``x_best`` itself: their positions (n,) and images (n, C, H, W)."""
         pixels = self.corner[turn] + self.inside
         edge = self.edges.gather(1, pixels + self.shift[turn])
         differs = (edge != x_best.flatten(1).gather(1, pixels)).view(torch.uint8).amax(1).bool()
@@ -57,7 +57,7 @@ class Flips:
 
 
 def stripes(threat: ThreatModel, batch: Batch, seed: int, stream: int) -> Image:
-    """The start in linf: a sign for each column and channel, (B, C, H, W)."""
+    """Draw the start in linf: a sign for each column and channel, (B, C, H, W)."""
     _, channels, _, width = batch.x.shape
     draw = noise.uniform(batch.index, (channels, 1, width), seed=seed, step=batch.step, stream=stream)
     low, high = _edges(threat, batch.x)
@@ -65,7 +65,7 @@ def stripes(threat: ThreatModel, batch: Batch, seed: int, stream: int) -> Image:
 
 
 class Tiles:
-    """l2 and l1: the mass of two windows goes into the first, on top of a new tile; all is scaled back to the ball."""
+    """Propose in l2 and l1: put the mass of two windows into the first, on a new tile, and scale back to the ball."""
 
     def __init__(self, threat: ThreatModel, batch: Batch, draws: Draws) -> None:
         self.threat, self.x, self.order = threat, batch.x, _order(threat)
@@ -76,7 +76,7 @@ class Tiles:
         self.tile = tile[:, :, None] * ((draw[..., 5:] < 0.5).to(batch.x.dtype) * 2 - 1)[..., None]
 
     def __call__(self, x_best: Image, turn: int, undecided: Tensor) -> tuple[Tensor, Image]:
-        """The proposals of an iteration: their positions (n,) and images (n, C, H, W)."""
+        """Return the proposals of an iteration: their positions (n,) and images (n, C, H, W)."""
         eps, (count, channels) = self.threat.radius, x_best.shape[:2]
         delta = (x_best - self.x).flatten(1)
         whole = self._length(delta)
@@ -99,11 +99,12 @@ class Tiles:
         return rows, x_new if len(rows) == count else x_new.index_select(0, rows)
 
     def _length(self, v: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(v, ord=self.order, dim=-1, keepdim=True)
+        norms: Tensor = torch.linalg.vector_norm(v, ord=self.order, dim=-1, keepdim=True)
+        return norms
 
 
 def mosaic(threat: ThreatModel, batch: Batch, seed: int, stream: int) -> Image:
-    """The start in l2 and l1: five or more tiles a side, each with its own direction and sign, (B, C, H, W).
+    """Draw the start in l2 and l1: five or more tiles a side, each with its direction and sign, (B, C, H, W).
 
     In l1, where it is projected, each tile's norm is the width of the bounds.
     """
@@ -123,7 +124,7 @@ def mosaic(threat: ThreatModel, batch: Batch, seed: int, stream: int) -> Image:
 
 
 def _fill(threat: ThreatModel, x: Image, delta: Tensor) -> Image:
-    """l2: scaled to length eps, then clipped. l1: the nearest point of the ball."""
+    """Scale to length eps and clip (l2), or return the nearest point of the ball (l1)."""
     if threat.norm == "l1":
         return threat.project(x + delta, x)
     length = torch.linalg.vector_norm(delta, dim=(1, 2, 3), keepdim=True)
@@ -131,7 +132,7 @@ def _fill(threat: ThreatModel, x: Image, delta: Tensor) -> Image:
 
 
 def _both_ways(side: int, order: float) -> Tensor:
-    """(2, side, side) float64: a tile of norm 1, an upper hump and a lower one of the other sign, and on its side."""
+    """Make a tile of norm 1, a hump over one of the other sign, and the same on its side, (2, side, side) float64."""
     half = side // 2
     tile = torch.cat([_hump(half, side, order), -_hump(side - half, side, order)])
     tile = tile / torch.linalg.vector_norm(tile, ord=order)
@@ -139,14 +140,15 @@ def _both_ways(side: int, order: float) -> Tensor:
 
 
 def _hump(height: int, width: int, order: float) -> Tensor:
-    """``sum_{k >= r} (k + 1)^-q`` at Chebyshev distance r from the middle, q = 2 in l2 and 4 in l1, of norm 1."""
+    """Make ``sum_{k >= r} (k + 1)^-q``, r the Chebyshev distance from the middle, q = 2 (l2) or 4 (l1), of norm 1."""
     if height == 0:
         return torch.zeros(0, width, dtype=torch.float64)
     steps = torch.arange(1, max(height, width) // 2 + 2, dtype=torch.float64) ** (-2.0 if order == 2 else -4.0)
     tail = steps.flip(0).cumsum(0).flip(0)
     down, across = torch.arange(height) - height // 2, torch.arange(width) - width // 2
     hump = tail[torch.maximum(down.abs()[:, None], across.abs())]
-    return hump / torch.linalg.vector_norm(hump, ord=order)
+    norm: Tensor = torch.linalg.vector_norm(hump, ord=order)
+    return hump / norm
 
 
 def _order(threat: ThreatModel) -> float:
@@ -158,7 +160,7 @@ def _edges(threat: ThreatModel, x: Image) -> tuple[Image, Image]:
 
 
 def _window(down: Tensor, across: Tensor, x: Image, side: int) -> tuple[Tensor, Tensor]:
-    """Windows among all that fit, as pixels of the flattened image: corner (length, B, 1) + inside (C side side)."""
+    """Place windows, as pixels of the flattened image: corner (length, B, 1) + inside (C side side)."""
     channels, height, width = x.shape[1:]
     corner = (down * (height - side + 1)).long() * width + (across * (width - side + 1)).long()
     along = torch.arange(side, device=x.device)

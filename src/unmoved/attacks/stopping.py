@@ -1,10 +1,10 @@
-"""Decide when PGD has gone far enough with a sample: stopping rules."""
+"""Define stopping rules: when PGD has gone far enough with a sample."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,29 +16,31 @@ from unmoved.terms import CE
 
 
 class StoppingRule(Protocol):
-    """Says which samples stop; they are frozen for good, not computed again, and stay in the training loss."""
+    """Say which samples stop; they are frozen for good, not computed again, and stay in the training loss."""
 
     @property
     def undo(self) -> bool:
-        """Whether the step that made a sample stop is taken back; the last point is then judged as well."""
+        """Return whether the step that made a sample stop is taken back; the last point is then judged as well."""
         ...
 
     @property
     def inert(self) -> bool:
-        """Whether the rule lets nothing move at all: the attack then returns the clean image."""
+        """Return whether the rule lets nothing move at all: the attack then returns the clean image."""
         ...
 
     @property
     def opening(self) -> Term | None:
-        """The loss of the start and of the first step, where it is not the attack's own."""
+        """Return the loss of the start and of the first step, where it is not the attack's own."""
         ...
 
     @property
     def jitter(self) -> float:
-        """Standard deviation of the noise added to each step."""
+        """Return the standard deviation of the noise added to each step."""
         ...
 
-    def __call__(self, logits: Logits, y: Label, value: PerSample, step: int, memory: Any) -> tuple[Tensor, Any]:
+    def __call__(
+        self, logits: Logits, y: Label, value: PerSample, step: int, memory: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         """Judge the points before step number ``step``.
 
         Args:
@@ -88,7 +90,9 @@ class Sensible:
     def opening(self) -> Term:
         return CE("adv")
 
-    def __call__(self, logits: Logits, y: Label, value: PerSample, step: int, memory: Any) -> tuple[Tensor, Any]:
+    def __call__(
+        self, logits: Logits, y: Label, value: PerSample, step: int, memory: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         beyond = value > -math.log(self.c)
         if step == 0:
             return beyond | (logits.argmax(dim=1) != y), None
@@ -125,7 +129,9 @@ class Friendly:
     def jitter(self) -> float:
         return self.omega
 
-    def __call__(self, logits: Logits, y: Label, value: PerSample, step: int, memory: Any) -> tuple[Tensor, Any]:
+    def __call__(
+        self, logits: Logits, y: Label, value: PerSample, step: int, memory: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         left = torch.full_like(y, self.tau) if memory is None else memory
         wrong = logits.argmax(dim=1) != y
         return wrong & (left == 0), left - (wrong & (left > 0)).long()

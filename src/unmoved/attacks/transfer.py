@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -15,8 +13,8 @@ from unmoved.attacks.pgd import PGD
 from unmoved.core.batch import Batch, Image
 from unmoved.core.errors import UnmovedError
 from unmoved.core.preconditions import require_callable
-from unmoved.core.protocols import TRANSFER, Attack, MinimumNormAttack
-from unmoved.core.threat import ThreatModel, require_threat
+from unmoved.core.protocols import TRANSFER, Attack, is_minimum_norm
+from unmoved.core.threat import ThreatModel, require_threat, with_threat
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ class Transfer:
             raise UnmovedError(f"Transfer.source: expected an nn.Module, came {type(self.source).__name__}")
 
     def __repr__(self) -> str:
-        """Names the source by its weights, so that a verdict on record is not taken for that of another source."""
+        """Name the source by its weights, so that a verdict on record is not taken for that of another source."""
         digest = hashlib.sha256()
         for name, tensor in self.source.state_dict().items():
             digest.update(name.encode())
@@ -58,8 +56,8 @@ class Transfer:
 
     @property
     def minimum_norm(self) -> bool:
-        """Whether it may leave the ball: as the attack that it runs."""
-        return isinstance(self.attack, MinimumNormAttack) and self.attack.minimum_norm
+        """Return whether it may leave the ball: as the attack that it runs."""
+        return self.attack is not None and is_minimum_norm(self.attack)
 
     def __call__(self, model: nn.Module, batch: Batch) -> Image:
         require_attackable(model, batch, self.threat)
@@ -69,12 +67,5 @@ class Transfer:
                     f"Transfer.source: expected a model on {batch.x.device}, where the images are, came one on "
                     f'{tensor.device}; move it with source.to("{batch.x.device}")'
                 )
-        return self._attack()(self.source, batch)
-
-    def _attack(self) -> Attack:
-        if self.attack is None:
-            return PGD(self.threat, steps=50, keep="best")
-        attack: Any = self.attack
-        if dataclasses.is_dataclass(attack) and any(part.name == "threat" for part in dataclasses.fields(attack)):
-            attack = dataclasses.replace(attack, threat=self.threat)  # type: ignore[type-var]
-        return attack
+        attack = self.attack or PGD(self.threat, steps=50, keep="best")
+        return (with_threat(attack, self.threat) or attack)(self.source, batch)

@@ -26,6 +26,11 @@ PerSample: TypeAlias = Tensor
 Table: TypeAlias = "pd.DataFrame"
 
 
+def per_image(values: PerSample, x: Image) -> Tensor:
+    """Reshape values (B,) so that they broadcast over the images ``x`` (B, ...)."""
+    return values.reshape(-1, *[1] * (x.ndim - 1))
+
+
 @dataclass(frozen=True, eq=False)
 class Batch:
     """Images with labels and identities.

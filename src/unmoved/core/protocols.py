@@ -58,7 +58,7 @@ class Ensemble(Protocol):
 class AttackDeclarations(Protocol):
     """What an attack may say of itself in attributes; where one is missing, the value given here holds.
 
-    Each is read by one function: `kind_of`, `draws_of`, `is_lockstep`.
+    Each is read by one function: `kind_of`, `draws_of`, `is_lockstep`, `is_minimum_norm`.
 
     Attributes:
         kind: what it asks of the model: ``"gradients"`` (default), ``"fixed-step gradients"`` (as PGD, whose steps
@@ -67,11 +67,14 @@ class AttackDeclarations(Protocol):
         draws: forward passes whose mean logits decide its success; 1 (default) unless it attacks a randomised model.
         lockstep: whether each call makes as many passes whatever its samples are, so that processes with shares of one
             batch meet in every pass; False (default) where samples that are done are left out.
+        minimum_norm: whether it seeks the nearest misclassified image and may leave the ball, which is then no success;
+            False (default) where every proposal lies in the ball.
     """
 
     kind: str
     draws: int
     lockstep: bool
+    minimum_norm: bool
 
 
 @runtime_checkable
@@ -182,6 +185,15 @@ def is_lockstep(attack: Attack) -> bool:
         UnmovedError: it declares neither True nor False.
     """
     return require_flag(f"{_name(attack)}.lockstep", getattr(attack, "lockstep", False))
+
+
+def is_minimum_norm(attack: Attack) -> bool:
+    """Return whether an attack declares that it may leave the ball.
+
+    Raises:
+        UnmovedError: it declares neither True nor False.
+    """
+    return require_flag(f"{_name(attack)}.minimum_norm", getattr(attack, "minimum_norm", False))
 
 
 def couples_samples(term: Term) -> bool:

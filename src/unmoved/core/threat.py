@@ -5,18 +5,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from unmoved.core import noise
-from unmoved.core.batch import Batch, Image, PerSample
+from unmoved.core.batch import Batch, Image, PerSample, per_image
 from unmoved.core.errors import UnmovedError, require_choice, require_number
 from unmoved.core.phases import Ramp, number, ramp_field
 
+Part = TypeVar("Part")
 NORMS = ("linf", "l2", "l1")
 _ORDER = {"linf": math.inf, "l2": 2.0, "l1": 1.0}
 NEWTON_STEPS = 8
@@ -26,8 +29,7 @@ BEYOND = 100.0
 
 def _flat_norm(v: Tensor, order: float = 2.0) -> Tensor:
     """Compute the norm of each sample, (B, 1, 1, 1)."""
-    norms: Tensor = torch.linalg.vector_norm(v.flatten(1), ord=order, dim=1)
-    return norms.reshape(-1, *[1] * (v.ndim - 1))
+    return per_image(torch.linalg.vector_norm(v.flatten(1), ord=order, dim=1), v)
 
 
 def _soft_threshold(size: Tensor, room: Tensor, eps: float | Tensor) -> Tensor:
@@ -68,6 +70,14 @@ def bounds_of(attack: object) -> tuple[float, float] | None:
     """Return the smallest and largest pixel value that an attack was made for; None if it does not say."""
     threat = getattr(attack, "threat", None)
     return threat.bounds if isinstance(threat, ThreatModel) else None
+
+
+def with_threat(attack: Part, threat: ThreatModel) -> Part | None:
+    """Return a dataclass attack with another threat model; None where it has no field ``threat``."""
+    if not dataclasses.is_dataclass(attack) or isinstance(attack, type):
+        return None
+    has_field = any(field.name == "threat" for field in dataclasses.fields(attack))
+    return dataclasses.replace(attack, threat=threat) if has_field else None
 
 
 def _bounds(bounds: object) -> tuple[float, float]:
@@ -173,7 +183,7 @@ class ThreatModel:
 
     def _radii(self, radius: PerSample | None, x: Image) -> float | Tensor:
         """Return eps, or a radius per sample, shaped to broadcast over images."""
-        return self.radius if radius is None else radius.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+        return self.radius if radius is None else per_image(radius.to(x.dtype), x)
 
     def steepest(self, gradient: Tensor) -> Tensor:
         """Return the unit step that raises the loss most to first order.
@@ -188,7 +198,7 @@ class ThreatModel:
             top = flat.abs().argmax(1, keepdim=True)  # the first of equals, as torch documents
             return torch.zeros_like(flat).scatter(1, top, flat.gather(1, top).sign()).reshape(gradient.shape)
         # Scaled first: the squares of a confident model's gradient (a margin of 60 makes 1e-26) vanish in float32.
-        largest = gradient.flatten(1).abs().amax(1).reshape(-1, *[1] * (gradient.ndim - 1))
+        largest = per_image(gradient.flatten(1).abs().amax(1), gradient)
         scaled = gradient / torch.where(largest > 0, largest, 1.0)
         return scaled / torch.where(largest > 0, _flat_norm(scaled), 1.0)
 
@@ -245,7 +255,7 @@ class ThreatModel:
         room = torch.where(delta > 0, high - x, x - low).clamp_min(0).flatten(1)
         goal = torch.as_tensor(eps, dtype=x.dtype, device=x.device).reshape(-1, 1).expand(len(x), 1)
         t = _stretch(delta.flatten(1).abs(), room, goal, start=1.0).clamp_max(1.0)
-        return t.reshape(-1, *[1] * (x.ndim - 1))
+        return per_image(t, x)
 
     def _into_l1(self, x: Image, delta: Tensor, eps: float | Tensor) -> Image:
         """``x + d``, d minimising ``||d - delta||_2`` over ``||d||_1 <= eps`` and valid images."""

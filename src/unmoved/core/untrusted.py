@@ -15,7 +15,9 @@ import re
 import stat
 import tomllib
 import zipfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
 from typing import IO, BinaryIO, TypeAlias
 
@@ -43,7 +45,7 @@ _READING = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_BINARY", "O_CL
 _KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
 
 
-def regular(path: Path) -> BinaryIO:
+def regular(path: Path) -> BufferedReader:
     """Open a regular file, or a link to one, for reading.
 
     Raises:
@@ -83,7 +85,7 @@ def digest(path: Path) -> str:
         FileNotFoundError, UnmovedError: as `regular`.
     """
     with regular(path) as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]  # a buffered reader is one
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def content(path: Path, most: int) -> bytes:
@@ -200,18 +202,10 @@ def npz(path: Path, wanted: Collection[str] | None = None) -> dict[str, np.ndarr
             raise UnmovedError(
                 f"{path}: expected an .npz file, came something else; save with numpy.savez(file, x=..., y=...)"
             )
-        try:
+        with damage_explained(path, ".npz file", "save or copy it again"):
             _require_no_bomb(path, stream, wanted)
             with np.load(stream, allow_pickle=False) as stored:
                 return {key: stored[key] for key in stored.files if wanted is None or key in wanted}
-        except UnmovedError:
-            raise
-        except Exception as error:  # bytes of strangers: zipfile, zlib and numpy's readers have errors of their own
-            if is_want_of_memory(error):
-                raise UnmovedError(f"{path}: cannot be read at the moment (out of memory)") from error
-            raise UnmovedError(
-                f"{path}: expected a readable .npz file, came {brief(error)}; save or copy it again"
-            ) from error
 
 
 def _require_no_bomb(path: Path, stream: BinaryIO, wanted: Collection[str] | None) -> None:
@@ -269,6 +263,24 @@ def array_header(where: str, unpacked: IO[bytes], size: int) -> tuple[tuple[int,
 def most_unpacked(packed: int) -> int:
     """Return how many bytes a compressed file of ``packed`` bytes may hold before it is taken for a bomb."""
     return max(ROOM, GROWTH * packed)
+
+
+@contextmanager
+def damage_explained(path: Path, kind: str, mend: str = "copy or download it again") -> Iterator[None]:
+    """Make every error of a library that reads a file an `UnmovedError`: each library has errors of its own.
+
+    Args:
+        kind: what the file should be, such as ``"tar archive"``.
+        mend: what to do about it.
+    """
+    try:
+        yield
+    except UnmovedError:
+        raise
+    except Exception as error:
+        if is_want_of_memory(error):
+            raise UnmovedError(f"{path}: cannot be read at the moment (out of memory)") from error
+        raise UnmovedError(f"{path}: expected a readable {kind}, came {brief(error)}; {mend}") from error
 
 
 def brief(error: Exception) -> str:

@@ -29,7 +29,7 @@ def arrays(
     seed: int = 0,
     lazily: bool = False,
 ) -> DataSet:
-    """The arrays x_train, y_train, x_test, y_test of an .npz file, or x and y, split by the seed.
+    """Load the arrays x_train, y_train, x_test, y_test of an .npz file, or x and y, split by the seed.
 
     Args:
         path: made with ``numpy.savez``; images uint8 or float in [0, 1], labels integers, optionally ``classes``, the
@@ -64,8 +64,7 @@ def arrays(
             f"{file}: expected arrays {', '.join(SPLIT)}, or x and y, came {', '.join(sorted(there)) or 'none'}; "
             "save with numpy.savez(file, x_train=..., ...)"
         )
-    found = DataSet.of(train, held, file.stem)
-    return found if lazily else found.read()
+    return DataSet.of(train, held, file.stem, lazily=lazily)
 
 
 class _Source:

@@ -22,7 +22,7 @@ CROP, FLIP = 0xC409, 0xF119
 
 
 class Augmentation(Protocol):
-    """Moves each image of a batch within what its label allows. Pure."""
+    """Move each image of a batch within what its label allows. Pure."""
 
     def __call__(self, batch: Batch, seed: int) -> Batch: ...
 
@@ -80,7 +80,7 @@ class Flip:
 
 @dataclass(frozen=True, init=False, repr=False)
 class Chain:
-    """One augmentation after another, each with noise of its own; ``Chain()`` changes nothing.
+    """Apply one augmentation after another, each with its own noise; ``Chain()`` changes nothing.
 
     Chains of chains are flat: ``Chain(Chain(a, b), c) == Chain(a, b, c)``.
     """
@@ -111,7 +111,7 @@ _NAMED: dict[str, Callable[[], Augmentation]] = {
 
 
 def augmentation(name: str) -> Augmentation:
-    """The augmentation that recipes call ``name``: none, crop, flip or crop-flip.
+    """Return the augmentation that recipes call ``name``: none, crop, flip or crop-flip.
 
     Raises:
         UnmovedError: an unknown name.

@@ -29,7 +29,7 @@ Read = Callable[[tuple[str, ...]], Iterator[tuple[str, bytes]]]  # names of file
 
 
 def cifar10(path: str | os.PathLike[str], *, lazily: bool = False) -> DataSet:
-    """CIFAR-10 from the official binary or Python version.
+    """Load CIFAR-10 from the official binary or Python version.
 
     Args:
         path: the unpacked folder, the .tar.gz, or a folder that holds one of them under its official name.
@@ -40,11 +40,11 @@ def cifar10(path: str | os.PathLike[str], *, lazily: bool = False) -> DataSet:
     """
     root = require_path("cifar10.path", path)
     if root.is_dir():
-        for found in (root, *(root / name for name in INSIDE)):
-            if found.is_dir() and (names := _batches([file.name for file in found.iterdir() if file.is_file()])):
-                return _data_set(names, partial(_from_folder, found), str(found), lazily)
-            if found.is_file():
-                return cifar10(found, lazily=lazily)
+        for inside in (root, *(root / name for name in INSIDE)):
+            if inside.is_dir() and (names := _batches([file.name for file in inside.iterdir() if file.is_file()])):
+                return _data_set(names, partial(_from_folder, inside), str(inside), lazily)
+            if inside.is_file():
+                return cifar10(inside, lazily=lazily)
     elif is_archive(root):
         with opened(root) as archive:
             full = {PurePosixPath(name).name: name for name in archive.files}
@@ -60,11 +60,10 @@ def cifar10(path: str | os.PathLike[str], *, lazily: bool = False) -> DataSet:
 
 def _data_set(names: tuple[str, ...], read: Read, where: str, lazily: bool) -> DataSet:
     train, test = (
-        Unread(torch.arange(RECORDS * len(some)), CLASSES, SHAPE, partial(_load, some, read, where), where)
-        for some in (names[: len(TRAIN)], names[len(TRAIN) :])
+        Unread(torch.arange(RECORDS * len(files)), CLASSES, SHAPE, partial(_load, files, read, where), where)
+        for files in (names[: len(TRAIN)], names[len(TRAIN) :])
     )
-    found = DataSet.of(train, test, "cifar10")
-    return found if lazily else found.read()
+    return DataSet.of(train, test, "cifar10", lazily=lazily)
 
 
 def _load(names: tuple[str, ...], read: Read, where: str) -> ArraySplit:

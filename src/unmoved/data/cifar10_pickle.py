@@ -11,7 +11,6 @@ import pickle
 import pickletools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -22,20 +21,22 @@ from unmoved.core.untrusted import brief
 class StoredType:
     """Record what a pickle says of an array's element type."""
 
-    def __init__(self, code: Any = None, *_: Any) -> None:
+    def __init__(self, code: object = None, *_: object) -> None:
         self.code = code.decode("latin1") if isinstance(code, bytes) else code
 
-    def __setstate__(self, _: Any) -> None:
+    def __setstate__(self, _: object) -> None:
         """Ignore byte order and alignment, which mean nothing for bytes."""
 
 
 class StoredArray:
     """Record what a pickle says of an array; `as_bytes` checks it."""
 
-    def __init__(self, shape: Any = None, kind: Any = None, data: Any = None, column_major: Any = False) -> None:
+    def __init__(
+        self, shape: object = None, kind: object = None, data: object = None, column_major: object = False
+    ) -> None:
         self.shape, self.kind, self.data, self.column_major = shape, kind, data, column_major
 
-    def __setstate__(self, state: Any) -> None:
+    def __setstate__(self, state: tuple[object, ...]) -> None:
         _, self.shape, self.kind, self.column_major, self.data = state
 
     def as_bytes(self, name: str) -> np.ndarray:
@@ -47,8 +48,8 @@ class StoredArray:
         data = self.data.encode("latin1") if isinstance(self.data, str) else self.data
         sizes = self.shape if isinstance(self.shape, tuple) else ()
         code = self.kind.code if isinstance(self.kind, StoredType) else None
-        whole = bool(sizes) and all(type(size) is int and size >= 0 for size in sizes)
-        if code not in ("u1", "|u1") or not whole or not isinstance(data, bytes | bytearray):
+        is_shape = bool(sizes) and all(type(size) is int and size >= 0 for size in sizes)
+        if code not in ("u1", "|u1") or not is_shape or not isinstance(data, bytes | bytearray):
             came = code if isinstance(code, str) else "another type"
             raise UnmovedError(f"{name}: expected an array of unsigned bytes, came {came}")
         if len(data) != math.prod(sizes):
@@ -60,26 +61,26 @@ class StoredArray:
 class _StandIn:
     """Stand for a global: a name that may be called, if at all, and that no pickle can change."""
 
-    call: Callable[..., Any] | None
+    call: Callable[..., object] | None
 
-    def __call__(self, *arguments: Any) -> Any:
+    def __call__(self, *arguments: object) -> object:
         if self.call is None:
             raise pickle.UnpicklingError("it calls what is only a name")
         return self.call(*arguments)
 
-    def __setstate__(self, _: Any) -> None:
+    def __setstate__(self, _: object) -> None:
         raise pickle.UnpicklingError("it changes a global")
 
 
-def _reconstruct(*_: Any) -> StoredArray:
+def _reconstruct(*_: object) -> StoredArray:
     return StoredArray()
 
 
-def _frombuffer(data: Any, kind: Any, shape: Any, order: Any) -> StoredArray:
+def _frombuffer(data: object, kind: object, shape: object, order: object) -> StoredArray:
     return StoredArray(shape, kind, bytes(data) if isinstance(data, bytes | bytearray) else None, order == "F")
 
 
-def _encode(text: Any, _: Any = None) -> bytes:
+def _encode(text: object, _: object = None) -> bytes:
     """Stand for ``_codecs.encode``, with which Python 3 writes bytes into old pickles."""
     if not isinstance(text, str):
         raise pickle.UnpicklingError("it encodes what is no text")
@@ -119,7 +120,7 @@ def _check_opcodes(data: bytes) -> None:
     A few bytes may also describe what is endless to look at: tuples of tuples as a dictionary's key, each repeated
     twice, take time without end to hash; deep ones end the process; a long text may be copied again and again.
     """
-    kept: dict[Any, bool] = {}  # whether what stands under this number may be repeated
+    may_repeat: dict[int, bool] = {}  # whether what stands under this number may be repeated
     small, tuples = False, 0
     for number, (opcode, argument, _) in enumerate(pickletools.genops(data)):
         name = opcode.name
@@ -131,9 +132,9 @@ def _check_opcodes(data: bytes) -> None:
         if name == "LONG_BINPUT" and int(argument or 0) > len(data):
             raise pickle.UnpicklingError(f"it remembers {argument} things")
         if name in _KEEP:
-            kept[len(kept) if name == "MEMOIZE" else argument] = small
+            may_repeat[len(may_repeat) if name == "MEMOIZE" else int(argument or 0)] = small
         elif name in _RECALL:
-            if not kept.get(argument, True):
+            if not may_repeat.get(int(argument or 0), True):
                 raise pickle.UnpicklingError("it repeats a tuple or a long text")
             small = True
         elif name not in ("PROTO", "FRAME"):
@@ -142,13 +143,13 @@ def _check_opcodes(data: bytes) -> None:
 
 
 class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
+    def find_class(self, module: str, name: str) -> _StandIn:
         if (module, name) not in _STAND_INS:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}")
         return _STAND_INS[module, name]
 
 
-def loads(data: bytes, name: str) -> Any:
+def loads(data: bytes, name: str) -> object:
     """Load what a pickle describes, with every array as a `StoredArray`; texts of Python 2 come as bytes.
 
     Raises:

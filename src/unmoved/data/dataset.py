@@ -1,4 +1,4 @@
-"""Hold the training and the test part of a data set; the images of a part are read when they are first asked for."""
+"""Hold the training and the test part of a data set, and read the images of a part when they are first asked for."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Unread:
 
 
 class DataSet:
-    """What a source gives: a training and a test split of the same classes and image shape.
+    """Hold a training and a test split of the same classes and image shape, as every source returns them.
 
     A part that comes unread is read when it is asked for, and again where nobody has held on to it.
 
@@ -113,6 +113,14 @@ class DataSet:
         return held
 
     @staticmethod
-    def of(train: ArraySplit | Unread, test: ArraySplit | Unread, name: str, skipped: tuple[str, ...] = ()) -> DataSet:
-        """Make a data set of two parts, renamed ``name/train`` and ``name/test``."""
-        return DataSet(replace(train, name=f"{name}/train"), replace(test, name=f"{name}/test"), name, skipped)
+    def of(
+        train: ArraySplit | Unread,
+        test: ArraySplit | Unread,
+        name: str,
+        skipped: tuple[str, ...] = (),
+        *,
+        lazily: bool = True,
+    ) -> DataSet:
+        """Make a data set of two parts, renamed ``name/train`` and ``name/test``; read them now unless ``lazily``."""
+        made = DataSet(replace(train, name=f"{name}/train"), replace(test, name=f"{name}/test"), name, skipped)
+        return made if lazily else made.read()

@@ -65,7 +65,7 @@ class Pixels:
 
 def _lies_on_its_side(image: Image.Image) -> bool:
     try:
-        return image.getexif().get(ORIENTATION, 1) != 1
+        return bool(image.getexif().get(ORIENTATION, 1) != 1)
     except Exception:  # metadata may be broken in as many ways as pixels; the image is none the worse for it
         return False
 

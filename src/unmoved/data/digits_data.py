@@ -7,7 +7,7 @@ from unmoved.data.split import ArraySplit
 
 
 def digits(*, test: float = 0.25, seed: int = 0) -> DataSet:
-    """The 1797 handwritten digits of scikit-learn, (1, 8, 8), pixels k/16 kept exact as float32.
+    """Load the 1797 handwritten digits of scikit-learn, (1, 8, 8), pixels k/16 kept exact as float32.
 
     Args:
         test: share in (0, 1) or number of the samples that are held out for testing.
@@ -20,5 +20,5 @@ def digits(*, test: float = 0.25, seed: int = 0) -> DataSet:
 
     source = load_digits()
     names = tuple(str(name) for name in source.target_names)
-    whole = ArraySplit.of(source.images / 16, source.target, classes=names, name="digits")
-    return DataSet.of(*whole.hold_out(test, seed), name="digits")
+    samples = ArraySplit.of(source.images / 16, source.target, classes=names, name="digits")
+    return DataSet.of(*samples.hold_out(test, seed), name="digits")

@@ -35,7 +35,7 @@ def folder(
     progress: Progress | None = None,
     lazily: bool = False,
 ) -> DataSet:
-    """Images in one sub-folder per class, ``path/train/<class>`` and ``path/test/<class>``, or ``path/<class>``.
+    """Load images from sub-folders, ``path/train/<class>`` and ``path/test/<class>``, or ``path/<class>``.
 
     Classes and files are taken in the order of their names. Hidden files and files beside the class folders are left
     alone; every other file must be an image that Pillow reads (EPS, which runs a program, is refused). Images are
@@ -72,8 +72,8 @@ def folder(
     if decoded is None:
         decoded = decode()
         decoded = (slot.load() if slot and lazily else None) or decoded
-    found = _data_set(decoded, name, test, seed, decode)
-    return found if lazily else found.read()
+    data = _data_set(decoded, name, test, seed, decode)
+    return data if lazily else data.read()
 
 
 def _decoded(source: Tree, pixels: Pixels, skip_corrupt: bool, progress: Progress | None) -> Decoded:

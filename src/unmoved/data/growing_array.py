@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -13,13 +13,14 @@ from torch import Tensor
 from unmoved.core.errors import UnmovedError, require_choice
 from unmoved.core.preconditions import require_images
 
+Array: TypeAlias = "Tensor | np.ndarray"
 CHANNELS = (1, 2, 3, 4)
 LAYOUTS = ("NCHW", "NHWC")
 PIECE = 2**22  # bytes that are under way at a time
 
 
 class Filling:
-    """Room for ``count`` images; uint8 as long as every pixel is k/255, float32 from the first that is not.
+    """Hold ``count`` images; as uint8 while every pixel is k/255, as float32 from the first that is not.
 
     Args:
         what: how messages name these images.
@@ -88,14 +89,14 @@ class Filling:
         return self._images
 
 
-def pieces(values: Any) -> Iterator[Tensor]:
+def pieces(values: Array) -> Iterator[Tensor]:
     """Iterate over a numeric numpy array or a tensor, a few megabytes at a time, as tensors."""
     step = max(1, PIECE // max(1, values[:1].nbytes))
     for start in range(0, len(values), step):
         yield as_own(values[start : start + step])
 
 
-def as_own(values: Any) -> Tensor:
+def as_own(values: Array) -> Tensor:
     """Convert to a tensor; a numpy array is copied, in this machine's byte order."""
     if isinstance(values, Tensor):
         return values.detach()

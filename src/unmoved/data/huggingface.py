@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from types import ModuleType
+from typing import Protocol, overload
 
 import numpy as np
 import torch
@@ -18,6 +20,24 @@ from unmoved.data.split import ArraySplit
 from unmoved.data.validation import as_classes, as_labels, numbered
 
 
+class _Table(Protocol):
+    """What is used of a split of the library: a table of columns and rows."""
+
+    @property
+    def column_names(self) -> Sequence[str]: ...
+
+    @property
+    def features(self) -> Mapping[str, object]: ...
+
+    def __len__(self) -> int: ...
+
+    @overload
+    def __getitem__(self, key: int) -> Mapping[str, object]: ...
+
+    @overload
+    def __getitem__(self, key: str) -> Sequence[object]: ...
+
+
 def hf(
     name: str,
     *,
@@ -29,7 +49,7 @@ def hf(
     grey: bool = False,
     lazily: bool = False,
 ) -> DataSet:
-    """Images and labels of two splits of ``datasets.load_dataset(name)``.
+    """Load images and labels of two splits of ``datasets.load_dataset(name)``.
 
     Args:
         image: the column of images; the only one that holds images unless given.
@@ -52,25 +72,25 @@ def hf(
         ) from error
     tables = {part: _table(library, name, part) for part in (train, test)}
     images = {part: _Images(table, image, pixels, f"{name}/{part}") for part, table in tables.items()}
-    labels, classes = _labels(
-        {part: _column(table, label, name) for part, table in tables.items()}, label, tables[train]
-    )
+    for table in tables.values():
+        _require_column(table, label, name)
+    labels, classes = _labels({part: list(table[label]) for part, table in tables.items()}, label, tables[train])
     parts = []
     for part, values in labels.items():
         y = as_labels(f"{name}/{part} labels", values, len(tables[part]))
-        known = as_classes(f"{name}/{part} classes", classes, int(y.max()))
-        parts.append(Unread(torch.arange(len(y)), known, images[part].shape, partial(_load, images[part], y, known)))
-    found = DataSet.of(parts[0], parts[1], name)
-    return found if lazily else found.read()
+        names = as_classes(f"{name}/{part} classes", classes, int(y.max()))
+        parts.append(Unread(torch.arange(len(y)), names, images[part].shape, partial(_load, images[part], y, names)))
+    return DataSet.of(parts[0], parts[1], name, lazily=lazily)
 
 
 def _load(images: _Images, y: Tensor, classes: tuple[str, ...]) -> ArraySplit:
     return ArraySplit(torch.from_numpy(images.decoded()), y, torch.arange(len(y)), classes, images.where)
 
 
-def _table(library: Any, name: str, part: str) -> Any:
+def _table(library: ModuleType, name: str, part: str) -> _Table:
     try:
-        return library.load_dataset(name, split=part)
+        table: _Table = library.load_dataset(name, split=part)
+        return table
     except Exception as error:  # network, hub, parquet and builder errors have no common ancestor
         raise UnmovedError(
             f"hf: expected the split {part!r} of the data set {name!r}, came {type(error).__name__}: {error}; "
@@ -78,27 +98,25 @@ def _table(library: Any, name: str, part: str) -> Any:
         ) from error
 
 
-def _column(table: Any, column: str, name: str) -> list[Any]:
+def _require_column(table: _Table, column: str, where: str) -> None:
     if column not in table.column_names:
-        raise UnmovedError(f"hf: expected a column {column!r} in {name}, came {', '.join(table.column_names)}")
-    return list(table[column])
+        raise UnmovedError(f"hf: expected a column {column!r} in {where}, came {', '.join(table.column_names)}")
 
 
 class _Images:
     """Read a column of images; one of them is decoded to see what they are."""
 
-    def __init__(self, table: Any, column: str | None, pixels: Pixels, where: str) -> None:
+    def __init__(self, table: _Table, column: str | None, pixels: Pixels, where: str) -> None:
         if not len(table):
             raise UnmovedError(f"hf: expected images in {where}, came an empty split")
         if column is None:
-            found = [key for key, value in table[0].items() if isinstance(value, Image.Image)]
-            if len(found) != 1:
+            columns = [key for key, value in table[0].items() if isinstance(value, Image.Image)]
+            if len(columns) != 1:
                 raise UnmovedError(
-                    f"hf: expected one column of images in {where}, came {found or 'none'}; say image = ..."
+                    f"hf: expected one column of images in {where}, came {columns or 'none'}; say image = ..."
                 )
-            column = found[0]
-        if column not in table.column_names:
-            raise UnmovedError(f"hf: expected a column {column!r} in {where}, came {', '.join(table.column_names)}")
+            column = columns[0]
+        _require_column(table, column, where)
         self._table, self._column, self._pixels, self.where = table, column, pixels, where
         with pillow_warnings():
             c, h, w = self._decode(0).shape
@@ -122,7 +140,7 @@ class _Images:
         return _pixels(self._table, row, self._column, self._pixels, self.where)
 
 
-def _pixels(table: Any, row: int, column: str, pixels: Pixels, where: str) -> np.ndarray:
+def _pixels(table: _Table, row: int, column: str, pixels: Pixels, where: str) -> np.ndarray:
     try:
         image = table[row][column]  # the library decodes here
         if not isinstance(image, Image.Image):
@@ -132,15 +150,19 @@ def _pixels(table: Any, row: int, column: str, pixels: Pixels, where: str) -> np
         raise UnmovedError(f"hf: {where}, row {row}: {error}") from error
 
 
-def _labels(columns: dict[str, list[Any]], label: str, table: Any) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+def _labels(
+    columns: dict[str, list[object]], label: str, table: _Table
+) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
     """Convert labels to whole numbers, with the names of the classes of both splits."""
     values = [value for column in columns.values() for value in column]
-    names = getattr(table.features[label], "names", None)  # the library's ClassLabel has them, other features do not
+    texts = sorted({value for value in values if isinstance(value, str)})
+    numbers = [value for value in values if isinstance(value, int) and not isinstance(value, bool)]
     if all(isinstance(value, str) for value in values):
-        names = sorted(set(values))
-        columns = {part: [names.index(value) for value in column] for part, column in columns.items()}
-    elif not all(isinstance(value, int) and not isinstance(value, bool) for value in values):
+        place = {text: number for number, text in enumerate(texts)}
+        return {p: np.array([place[str(v)] for v in column]) for p, column in columns.items()}, tuple(texts)
+    if len(numbers) < len(values):
         raise UnmovedError(f"hf: expected whole numbers or texts in the column {label!r}, came something else")
-    elif names is None:
-        names = numbered(f"hf: the column {label!r}", max(values, default=0))
+    names = getattr(table.features[label], "names", None)  # the library's ClassLabel has them, other features do not
+    if names is None:
+        names = numbered(f"hf: the column {label!r}", max(numbers, default=0))
     return {part: np.array(column, dtype=np.int64) for part, column in columns.items()}, tuple(names)

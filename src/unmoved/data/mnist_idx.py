@@ -6,17 +6,16 @@ import gzip
 import math
 import os
 import struct
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedIOBase
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from unmoved.core.errors import UnmovedError
-from unmoved.core.untrusted import most_unpacked, regular
+from unmoved.core.untrusted import damage_explained, most_unpacked, regular
 from unmoved.data.dataset import DataSet, Unread
 from unmoved.data.growing_array import PIECE
 from unmoved.data.split import ArraySplit
@@ -28,7 +27,7 @@ DIGITS = tuple("0123456789")
 
 
 def mnist(path: str | os.PathLike[str], *, lazily: bool = False) -> DataSet:
-    """MNIST, or a data set packed like it, from a folder with its four IDX files, gzipped or not.
+    """Load MNIST, or a data set packed like it, from a folder with its four IDX files, gzipped or not.
 
     Args:
         path: the folder, or the root that torchvision fills (``path/MNIST/raw``).
@@ -39,8 +38,7 @@ def mnist(path: str | os.PathLike[str], *, lazily: bool = False) -> DataSet:
     """
     root = require_path("mnist.path", path)
     folders = [root, root / "MNIST" / "raw", root / "raw"]
-    found = DataSet.of(_unread(folders, "train"), _unread(folders, "t10k"), "mnist")
-    return found if lazily else found.read()
+    return DataSet.of(_unread(folders, "train"), _unread(folders, "t10k"), "mnist", lazily=lazily)
 
 
 def _unread(folders: list[Path], part: str) -> Unread:
@@ -97,24 +95,19 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[Any, int]]:
+def _opened(path: Path) -> Iterator[tuple[BufferedIOBase, int]]:
     """Open the file, unpacked if it is gzipped, and return how many bytes it may announce."""
-    try:
-        with regular(path) as raw:
-            zipped = raw.read(2) == b"\x1f\x8b"
-            raw.seek(0)
-            if not zipped:
-                yield raw, LARGEST
-            else:
-                with gzip.GzipFile(fileobj=raw) as stream:
-                    yield stream, min(LARGEST, most_unpacked(path.stat().st_size))
-    except (OSError, EOFError, zlib.error, MemoryError) as error:
-        raise UnmovedError(
-            f"{path}: expected a readable IDX file, came {type(error).__name__}: {error}; copy or download it again"
-        ) from error
+    with damage_explained(path, "IDX file"), regular(path) as raw:
+        zipped = raw.read(2) == b"\x1f\x8b"
+        raw.seek(0)
+        if not zipped:
+            yield raw, LARGEST
+        else:
+            with gzip.GzipFile(fileobj=raw) as stream:
+                yield stream, min(LARGEST, most_unpacked(path.stat().st_size))
 
 
-def _shape(stream: Any, path: Path, dimensions: int, most: int) -> tuple[int, ...]:
+def _shape(stream: BufferedIOBase, path: Path, dimensions: int, most: int) -> tuple[int, ...]:
     magic, expected = stream.read(4), bytes([0, 0, UINT8, dimensions])
     if magic != expected:
         raise UnmovedError(

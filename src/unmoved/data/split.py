@@ -6,13 +6,13 @@ import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from unmoved.core.batch import Batch, Image, Index, Label
 from unmoved.core.errors import UnmovedError, require_whole
+from unmoved.data.growing_array import Array
 from unmoved.data.validation import as_classes, as_images, as_labels, held_out, seeded
 
 MOVED = 4096  # images that are copied at a time
@@ -20,7 +20,7 @@ MOVED = 4096  # images that are copied at a time
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ArraySplit:
-    """A part of a data set as tensors; `of` makes one from a user's arrays and checks every value.
+    """Hold a part of a data set as tensors; `of` makes one from a user's arrays and checks every value.
 
     Attributes:
         images: (N, C, H, W) uint8, pixel = value / 255; or float32 in [0, 1], where 255 levels would not be exact.
@@ -54,11 +54,11 @@ class ArraySplit:
 
     @staticmethod
     def of(
-        images: Any,
-        labels: Any,
+        images: Array,
+        labels: Array,
         *,
         classes: Sequence[str] | None = None,
-        index: Any = None,
+        index: Array | None = None,
         name: str = "data",
         layout: str | None = None,
     ) -> ArraySplit:
@@ -200,11 +200,11 @@ class Selection:
 
     @cached_property
     def digest(self) -> str:
-        """As `ArraySplit.digest`, and the same as that of a copy."""
+        """Compute the digest as `ArraySplit.digest` does: it is the same as that of a copy."""
         return _digest(self, (self.whole.images[rows] for rows in self.rows.split(MOVED)))
 
     def batches(self, size: int, *, shuffle: int | None = None) -> Iterator[Batch]:
-        """The batches of `ArraySplit.batches`."""
+        """Iterate over batches as `ArraySplit.batches` does."""
         size = require_whole("batch size", size, at_least=1)
         order = None if shuffle is None else torch.randperm(len(self), generator=seeded(shuffle))
         rows = self.rows if order is None else self.rows[order.to(self.rows.device)]
@@ -215,7 +215,7 @@ class Selection:
         return replace(self.whole.select(self.rows[positions.to(self.rows.device)]), name=self.name)
 
     def take(self, n: int, seed: int | None = None) -> ArraySplit:
-        """As `ArraySplit.take`."""
+        """Return samples as `ArraySplit.take` does."""
         return self.select(drawn(self, n, seed))
 
     def to(self, device: torch.device | str) -> Selection | ArraySplit:
@@ -243,11 +243,11 @@ def positions_of_part(total: int, number: int, of: int, permutation: int) -> Ten
 
 
 def _digest(split: ArraySplit | Selection, images: Iterable[Tensor]) -> str:
-    told = hashlib.sha256(repr((len(split), split.shape, split.classes)).encode())
+    digest = hashlib.sha256(repr((len(split), split.shape, split.classes)).encode())
     for tensor in (*images, split.labels, split.index):
-        told.update(str(tensor.dtype).encode())
-        told.update(tensor.cpu().contiguous().numpy().data)
-    return told.hexdigest()
+        digest.update(str(tensor.dtype).encode())
+        digest.update(tensor.cpu().contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def _as_floats(images: Tensor) -> Image:

@@ -8,13 +8,12 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from unmoved.core.errors import UnmovedError
-from unmoved.core.untrusted import array_header, brief, npz, regular
+from unmoved.core.untrusted import array_header, damage_explained, npz, regular
 from unmoved.data.growing_array import PIECE, Filling, as_own, pieces
 
 
@@ -30,7 +29,7 @@ class Stored:
     path: Path
     member: str
     shape: tuple[int, ...]
-    dtype: np.dtype[Any]
+    dtype: np.dtype[np.generic]
 
     def pieces(self) -> Iterator[Tensor]:
         """Iterate over all rows, a few megabytes at a time; an array in Fortran order is read as a whole first.
@@ -88,12 +87,6 @@ def stored(path: Path, keys: Collection[str]) -> dict[str, Stored]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
-    try:
-        with regular(path) as raw, zipfile.ZipFile(raw) as archive:
-            yield archive
-    except UnmovedError:
-        raise
-    except Exception as error:  # bytes of strangers: zipfile, zlib and numpy's header reader have errors of their own
-        raise UnmovedError(
-            f"{path}: expected a readable .npz file, came {brief(error)}; save or copy it again"
-        ) from error
+    explained = damage_explained(path, ".npz file", "save or copy it again")
+    with explained, regular(path) as raw, zipfile.ZipFile(raw) as archive:
+        yield archive

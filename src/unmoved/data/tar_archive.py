@@ -8,18 +8,18 @@ import lzma
 import tarfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from io import BufferedIOBase, BufferedReader
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
 
 from unmoved.core.errors import UnmovedError
-from unmoved.core.untrusted import brief, most_unpacked, regular
+from unmoved.core.untrusted import damage_explained, most_unpacked, regular
 from unmoved.data.validation import LARGEST, require_file
 
-SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2", ".tbz2")
+KIND, SUFFIXES = "tar archive", (".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2", ".tbz2")
 MOST_MEMBERS = 2_000_000
 LONGEST, DEEPEST = 4096, 64  # a name's characters and folders
 HEADER = 2**16  # bytes of a header that extends another one; tarfile reads it whole, whatever size it claims
-_UNPACK: dict[bytes, Callable[[IO[bytes]], Any]] = {
+_UNPACK: dict[bytes, Callable[[BufferedReader], BufferedIOBase]] = {
     b"\x1f\x8b": lambda raw: gzip.GzipFile(fileobj=raw),
     b"BZh": bz2.BZ2File,
     b"\xfd7zXZ": lzma.LZMAFile,
@@ -56,7 +56,7 @@ class Archive:
         self._members: dict[str, tarfile.TarInfo] = {}
         self.files: dict[str, int] = {}
         self.folders: set[str] = set()
-        with _damage_named(path):
+        with damage_explained(path, KIND):
             for number, member in enumerate(tar):
                 if number == MOST_MEMBERS:
                     raise self._unexpected(f"at most {MOST_MEMBERS} members", "more; it may be a decompression bomb")
@@ -93,7 +93,7 @@ class Archive:
             self.files[name] = member.size
 
     def _require_end(self) -> None:
-        """Blocks of zeros end an archive; tarfile takes a damaged header in its middle for the end, silently."""
+        """Check that blocks of zeros end it: tarfile takes a damaged header in its middle for the end, silently."""
         stream = self._tar.fileobj
         members = self._tar.getmembers()
         if stream is None or not members:
@@ -112,7 +112,7 @@ class Archive:
     def read(self, name: str) -> bytes:
         """Read the bytes of one file; do so in the archive's order: a compressed archive cannot jump back cheaply."""
         member = self._members[name]
-        with _damage_named(self._path):
+        with damage_explained(self._path, KIND):
             stream = self._tar.extractfile(member)
             data = stream.read() if stream is not None else b""
             if len(data) != member.size:
@@ -125,19 +125,19 @@ def opened(path: Path) -> Iterator[Archive]:
     """Open the archive while the block lasts."""
     require_file("archive", path)
     with ExitStack() as files:
-        with _damage_named(path):
+        with damage_explained(path, KIND):
             raw = files.enter_context(regular(path))
             start = raw.read(5)
             raw.seek(0)
             unpack = next((unpack for magic, unpack in _UNPACK.items() if start.startswith(magic)), None)
-            unpacked = raw if unpack is None else files.enter_context(unpack(raw))
+            unpacked: BufferedIOBase = raw if unpack is None else files.enter_context(unpack(raw))
             stream = _Bounded(unpacked, most_unpacked(path.stat().st_size))
             tar = files.enter_context(tarfile.open(fileobj=stream, mode="r:", tarinfo=_Member))  # type: ignore[call-overload]
         yield Archive(tar, path)
 
 
 class _Member(tarfile.TarInfo):
-    """A header that claims no more than a header may."""
+    """Read a header, and refuse one that claims more than a header may."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Member:
@@ -148,9 +148,9 @@ class _Member(tarfile.TarInfo):
 
 
 class _Bounded:
-    """A stream that ends in an error where a bomb goes on."""
+    """Read a stream, and end in an error where a bomb goes on."""
 
-    def __init__(self, stream: IO[bytes], most: int) -> None:
+    def __init__(self, stream: BufferedIOBase, most: int) -> None:
         self._stream, self._most = stream, most
         self.tell = stream.tell
 
@@ -164,15 +164,3 @@ class _Bounded:
         if position > self._most:
             raise ValueError(f"more than {self._most} bytes, which may be a decompression bomb")
         return self._stream.seek(position)
-
-
-@contextmanager
-def _damage_named(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except UnmovedError:
-        raise
-    except Exception as error:  # bytes of strangers: tarfile, gzip, bz2, lzma and zlib each have errors of their own
-        raise UnmovedError(
-            f"{path}: expected a readable tar archive, came {brief(error)}; copy or download it again"
-        ) from error

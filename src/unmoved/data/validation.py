@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from unmoved.core.errors import UnmovedError, require_number, require_seed, require_whole
 from unmoved.core.preconditions import require_labels
 from unmoved.core.untrusted import readable
-from unmoved.data.growing_array import Filling, as_own, pieces
+from unmoved.data.growing_array import Array, Filling, as_own, pieces
 
 MOST_CLASSES = 1_000_000  # a larger label is no label, and its names alone would fill the memory
 LARGEST = 512 * 2**20  # bytes of one image or batch; a file that claims more is an attack on the memory
@@ -67,14 +66,14 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(require_seed("seed", seed))
 
 
-def as_tensor(what: str, values: Any) -> Tensor:
+def as_tensor(what: str, values: Array) -> Tensor:
     """Copy a tensor or a numeric numpy array to a tensor."""
     _require_array(what, values)
     owned = as_own(values)
     return owned.clone(memory_format=torch.contiguous_format) if isinstance(values, Tensor) else owned
 
 
-def as_images(what: str, values: Any, layout: str | None = None) -> Tensor:
+def as_images(what: str, values: Array, layout: str | None = None) -> Tensor:
     """Copy images to (N, C, H, W), uint8 if the pixels are k/255, otherwise float32 in [0, 1].
 
     Args:
@@ -89,7 +88,7 @@ def as_images(what: str, values: Any, layout: str | None = None) -> Tensor:
     return room.images
 
 
-def _require_array(what: str, values: Any) -> None:
+def _require_array(what: str, values: object) -> None:
     if isinstance(values, Tensor):
         return
     if not isinstance(values, np.ndarray):
@@ -98,7 +97,7 @@ def _require_array(what: str, values: Any) -> None:
         raise UnmovedError(f"{what}: expected numbers, came a numpy array of {values.dtype}")
 
 
-def as_labels(what: str, values: Any, count: int) -> Tensor:
+def as_labels(what: str, values: Array, count: int) -> Tensor:
     """Convert labels to (N,) int64, none negative, as many as there are images."""
     labels = as_tensor(what, values)
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:

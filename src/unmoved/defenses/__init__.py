@@ -1,4 +1,4 @@
-"""At which weights the gradient is taken, and the step: a defense owns zero_grad, every backward and the step."""
+"""Choose at which weights the gradient is taken: a defense owns zero_grad, every backward and the step."""
 
 from unmoved.defenses.apd import APD
 from unmoved.defenses.asam import ASAM

@@ -1,4 +1,4 @@
-"""Adversarial parameter defense: the mean risk over several adversarial corruptions of the weights."""
+"""Defend by APD: take the mean risk over several adversarial corruptions of the weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adaptive SAM: sharpness measured in units of each weight."""
+"""Defend by adaptive SAM: measure sharpness in units of each weight."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adversarial weight perturbation: gradient and step are taken at adversarially moved weights, then moved back."""
+"""Defend by AWP: take gradient and step at adversarially moved weights, then move back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ordinary step: the gradient is taken where the weights are."""
+"""Take the ordinary optimizer step, at the weights as they are."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sharpness-aware minimisation: the gradient is taken at the worst near-by weights, the step at the weights."""
+"""Defend by SAM: take the gradient at the worst weights nearby, and the step at the weights."""
 
 from __future__ import annotations
 

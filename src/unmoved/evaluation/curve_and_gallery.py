@@ -13,7 +13,7 @@ from torch import nn
 
 from unmoved.core.errors import UnmovedError, require_whole
 from unmoved.core.protocols import Attack, Split
-from unmoved.core.threat import ThreatModel
+from unmoved.core.threat import ThreatModel, with_threat
 from unmoved.evaluation import judge
 
 CURVE_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
@@ -36,13 +36,12 @@ def curve(
     Raises:
         UnmovedError: an attack that is no dataclass with a ``threat`` field.
     """
-    fields: set[str] = {f.name for f in dataclasses.fields(attack)} if dataclasses.is_dataclass(attack) else set()
-    if "threat" not in fields:
-        raise UnmovedError(f"curve: expected an attack with a threat field, came {attack!r}")
     tables = []
     for done, radius in enumerate(eps):
         ball = dataclasses.replace(threat, eps=radius)
-        ours = dataclasses.replace(attack, threat=ball)  # type: ignore[type-var]
+        ours = with_threat(attack, ball)
+        if ours is None:
+            raise UnmovedError(f"curve: expected an attack with a threat field, came {attack!r}")
         tables.append(judge.evaluate(model, split, {name: ours}, ball, batch_size=batch_size, workers=workers))
         if progress is not None:
             progress(done + 1, len(eps))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Self
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, model_validator
 
 from unmoved.core import untrusted
 from unmoved.core.errors import UnmovedError
@@ -14,6 +16,28 @@ from unmoved.core.files import append, write_atomic
 
 MOST_JOURNAL = 2**28  # bytes: five million answers
 Answers = tuple[np.ndarray, np.ndarray, np.ndarray]
+_Whole = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class _Entry(BaseModel):
+    """One line of the file: what one part of an attack achieved on a chunk of samples."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    attack: str
+    part: str
+    position: list[_Whole]
+    prediction: list[_Whole]
+    distance: list[NonNegativeFloat]
+
+    @model_validator(mode="after")
+    def _is_one_answer_a_sample(self) -> Self:
+        if not len(set(self.position)) == len(self.position) == len(self.prediction) == len(self.distance):
+            raise ValueError("expected as many predictions and distances as positions, which differ")
+        return self
+
+    def answers(self) -> Answers:
+        return np.array(self.position, np.int64), np.array(self.prediction, np.int64), np.array(self.distance)
 
 
 class Journal:
@@ -27,7 +51,7 @@ class Journal:
         UnmovedError: a file that cannot be read or written.
     """
 
-    def __init__(self, path: Path, question: dict[str, Any]) -> None:
+    def __init__(self, path: Path, question: Mapping[str, object]) -> None:
         self.path = path
         self._head = json.dumps({"question": question}, sort_keys=True)
         self._answers: dict[tuple[str, str], list[Answers]] = {}
@@ -43,26 +67,22 @@ class Journal:
         if lines[0] != self._head:
             self.path.unlink(missing_ok=True)
             return
-        whole = [self._head]
+        good = [self._head]
         for line in lines[1:-1]:  # what follows the last line end was torn by the interruption
             try:
-                entry = json.loads(line)
-                answers = _answers(entry)
-                key = (str(entry["attack"]), str(entry["part"]))
-            except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+                entry = _Entry.model_validate_json(line)
+            except ValueError:
                 break  # a bad line: it and what follows are computed again
-            self._answers.setdefault(key, []).append(answers)
-            whole.append(line)
-        if whole != lines[:-1] or lines[-1]:
-            write_atomic(self.path, ("\n".join(whole) + "\n").encode())
+            self._answers.setdefault((entry.attack, entry.part), []).append(entry.answers())
+            good.append(line)
+        if good != lines[:-1] or lines[-1]:
+            write_atomic(self.path, ("\n".join(good) + "\n").encode())
 
     def read(self, attack: str, part: str) -> Answers:
         """Return (positions, predictions, distances) of the samples that this part of this attack was run on."""
-        found = self._answers.get((attack, part), [])
-        empty = np.zeros(0, dtype=np.int64)
-        if not found:
-            return empty, empty, np.zeros(0)
-        position, prediction, distance = (np.concatenate(column) for column in zip(*found, strict=True))
+        empty = np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0)
+        chunks = self._answers.get((attack, part), [empty])
+        position, prediction, distance = (np.concatenate(column) for column in zip(*chunks, strict=True))
         return position, prediction, distance
 
     def add(self, attack: str, part: str, position: np.ndarray, prediction: np.ndarray, distance: np.ndarray) -> None:
@@ -82,17 +102,3 @@ class Journal:
     def close(self) -> None:
         """Remove the journal once the evaluation is saved."""
         self.path.unlink(missing_ok=True)
-
-
-def _answers(entry: dict[str, Any]) -> Answers:
-    """Parse a line to (positions, predictions, distances); ValueError if `Journal.add` did not write it."""
-    names = ("position", "prediction", "distance")
-    position, prediction, distance = (np.array(entry[name]) for name in names)
-    whole = position.dtype == prediction.dtype == np.int64 and distance.dtype == np.float64
-    if not whole or not position.shape == prediction.shape == distance.shape == (len(position),):
-        raise ValueError("expected as many positions, predictions and distances")
-    if len(set(position.tolist())) < len(position) or min(position.min(), prediction.min()) < 0:
-        raise ValueError("expected different positions, and predictions of 0 or more")
-    if not (np.isfinite(distance) & (distance >= 0)).all():
-        raise ValueError("expected distances of 0 or more")
-    return position, prediction, distance

@@ -16,7 +16,7 @@ from unmoved.core.errors import UnmovedError, require_whole
 from unmoved.core.passes import one_pass, require_distinct
 from unmoved.core.precision import autocast
 from unmoved.core.preconditions import require_attack, require_images, require_labels, require_model, require_split
-from unmoved.core.protocols import Attack, Ensemble, MinimumNormAttack, Split, draws_of, kind_of, parts_of
+from unmoved.core.protocols import Attack, Ensemble, Split, draws_of, is_minimum_norm, kind_of, parts_of
 from unmoved.core.threat import ThreatModel, require_threat
 from unmoved.core.views import eval_logits
 from unmoved.evaluation.journal import Journal
@@ -68,7 +68,10 @@ def evaluate(
             images or labels out of range; one identity for two samples; logits that are not finite; a proposal outside
             the threat model.
     """
-    _require_question(model, split, attacks, threat)
+    require_model(model, ORDER)
+    require_split(split, ORDER)
+    _require_attacks(attacks)
+    require_threat("threat", threat)
     batch_size = require_whole("batch_size", batch_size, at_least=1)
     workers = require_whole("workers", workers, at_least=0)
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
@@ -80,17 +83,9 @@ def evaluate(
     return pd.concat(tables, ignore_index=True).sort_values(["attack", "index"], kind="stable", ignore_index=True)
 
 
-def _require_question(model: nn.Module, split: Split, attacks: Mapping[str, Attack], threat: ThreatModel) -> None:
-    """Raise `UnmovedError` unless these are a model, a split, attacks by name and a threat model."""
-    require_model(model, ORDER)
-    require_split(split, ORDER)
-    _require_attacks(attacks)
-    require_threat("threat", threat)
-
-
 @dataclasses.dataclass
 class _Evaluation:
-    """Attacks on one model and its data; the fields are the arguments of `evaluate`, and the threads."""
+    """Run attacks on one model and its data; the fields are the arguments of `evaluate`, and the threads."""
 
     model: nn.Module
     split: Split
@@ -158,6 +153,7 @@ def _require_attacks(attacks: Mapping[str, Attack]) -> None:
         require_attack(f"attack {name!r}", attack)
         kind_of(attack)
         draws_of(attack)
+        is_minimum_norm(attack)
 
 
 class _Clean:
@@ -196,10 +192,13 @@ class _Sheet:
     @property
     def waiting(self) -> np.ndarray:
         """Return a mask of the samples that the current part is still to be run on."""
-        return self.open & ~self._asked
+        mask: np.ndarray = self.open & ~self._asked
+        return mask
 
     def success(self, prediction: np.ndarray, label: np.ndarray, distance: np.ndarray) -> np.ndarray:
-        return (prediction != label) & (distance <= self.threat.radius + self.threat.tolerance)
+        """Return which proposals are misclassified and lie within the ball, up to rounding."""
+        is_success: np.ndarray = (prediction != label) & (distance <= self.threat.radius + self.threat.tolerance)
+        return is_success
 
     def awaited(
         self, position: np.ndarray, prediction: np.ndarray, distance: np.ndarray
@@ -213,8 +212,8 @@ class _Sheet:
         self._asked[position] = True
         won = self.success(prediction, self.clean.label[position], distance)
         # An ensemble that fails proposes the clean image; an attack alone is shown with what it proposed.
-        said = won if self.cumulative else np.ones_like(won)
-        self.prediction[position[said]], self.distance[position[said]] = prediction[said], distance[said]
+        shown = won if self.cumulative else np.ones_like(won)
+        self.prediction[position[shown]], self.distance[position[shown]] = prediction[shown], distance[shown]
         self.by[position[won]] = part
         self.open[position[won]] = False
 
@@ -253,8 +252,8 @@ def _chunks(model: nn.Module, split: Split, mask: np.ndarray, size: int, threat:
         read += len(batch)
         if len(few):
             held.append(batch.take(few))
-        whole = read == len(mask)
-        while held and (sum(map(len, held)) >= size or whole):
+        is_last = read == len(mask)
+        while held and (sum(map(len, held)) >= size or is_last):
             joined = _join(held)
             rest = torch.arange(len(joined), device=joined.y.device)
             yield where[yielded : yielded + size], joined.take(rest[:size])
@@ -286,8 +285,7 @@ def propose(
     if proposal.dtype != batch.x.dtype:
         raise UnmovedError(f"attack {name!r}: expected images of {batch.x.dtype}, came {proposal.dtype}")
     # A minimum-norm attack may leave the ball, which is then no success; nobody may leave the valid images.
-    leaves = isinstance(attack, MinimumNormAttack) and attack.minimum_norm
-    (_whole_box(threat, batch) if leaves else threat).check(proposal, batch.x, name)
+    (_whole_box(threat, batch) if is_minimum_norm(attack) else threat).check(proposal, batch.x, name)
     return proposal.detach()
 
 
@@ -319,6 +317,7 @@ def predicted(model: nn.Module, x: Image, y: Label, draws: int = 1) -> tuple[Lab
 
 
 def checked_batches(model: nn.Module, split: Split, size: int, threat: ThreatModel) -> Iterator[Batch]:
+    """Iterate over a split in batches on the model's device, with images and labels checked."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     for batch in one_pass(split, size):
         require_images(batch.x, threat.bounds)

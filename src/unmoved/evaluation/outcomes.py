@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from unmoved.core import untrusted
-from unmoved.core.errors import UnmovedError
+from unmoved.core.errors import UnmovedError, require_columns
 from unmoved.core.files import write_atomic
 
 CLEAN, WORST = "clean", "worst case"
@@ -37,8 +37,8 @@ class Column(NamedTuple):
     """
 
     name: str
-    dtype: Any
-    older: Callable[[pd.DataFrame], Any] | None = None
+    dtype: type
+    older: Callable[[pd.DataFrame], np.ndarray | pd.Series] | None = None
 
 
 def _broken_by(table: pd.DataFrame) -> np.ndarray:
@@ -60,8 +60,9 @@ COLUMN_LIST = (
     Column("success", np.bool_),
     Column("by", object, older=_broken_by),
 )
-TYPES: dict[str, Any] = {column.name: column.dtype for column in COLUMN_LIST}
+TYPES = {column.name: column.dtype for column in COLUMN_LIST}
 COLUMNS = tuple(TYPES)
+_REQUIRED = tuple(column.name for column in COLUMN_LIST if column.older is None)
 EXPECTED = {np.int64: "an integer", object: "a name", np.float64: "a finite number >= 0", np.bool_: "True or False"}
 EXACT = 2**53  # up to here whole numbers survive a float, in which pandas may hold them
 MOST_TABLE = 2**28  # bytes: four million rows
@@ -90,20 +91,20 @@ def read(path: Path) -> pd.DataFrame:
     """
     mend = "evaluate the run again to write it anew"
     try:
-        whole = untrusted.content(path, MOST_TABLE)
-        if not whole.endswith(b"\n"):
+        data = untrusted.content(path, MOST_TABLE)
+        if not data.endswith(b"\n"):
             raise UnmovedError(f"{path}: expected a line end after the last row, the file is cut short; {mend}")
         # A look at the first line alone: pandas takes minutes over a header of a million columns.
-        header = whole[:MOST_HEADER].split(b"\n", 1)[0].rstrip(b"\r").decode().split(",")
-        _require_columns(header, str(path))
+        header = data[:MOST_HEADER].split(b"\n", 1)[0].rstrip(b"\r").decode().split(",")
+        require_columns(pd.DataFrame(columns=header), _REQUIRED, str(path), may_be_empty=True)
         odd = [name for name in header if not name.isidentifier() or header.count(name) > 1]
-        if odd or b"\n" not in whole[:MOST_HEADER]:
+        if odd or b"\n" not in data[:MOST_HEADER]:
             came = f"came a column {odd[0]!r:.80}" if odd else f"came a first line of more than {MOST_HEADER} bytes"
             raise UnmovedError(f"{path}: expected columns of different names in letters, digits and _, {came}; {mend}")
-        longest = int(np.diff(np.flatnonzero(np.frombuffer(whole, np.uint8) == ord("\n")), prepend=-1).max())
+        longest = int(np.diff(np.flatnonzero(np.frombuffer(data, np.uint8) == ord("\n")), prepend=-1).max())
         if longest > MOST_LINE:  # a row of a million values takes pandas minutes, too
             raise UnmovedError(f"{path}: expected lines of at most {MOST_LINE} bytes, came one of {longest}; {mend}")
-        table = pd.read_csv(io.BytesIO(whole), dtype=str, keep_default_na=False)
+        table = pd.read_csv(io.BytesIO(data), dtype=str, keep_default_na=False)
         if not isinstance(table.index, pd.RangeIndex):  # pandas takes what is too much in every row for their names
             raise UnmovedError(f"{path}: expected {len(header)} values in a row, came more; {mend}")
     except FileNotFoundError:
@@ -124,12 +125,10 @@ def checked(table: pd.DataFrame, source: str = "outcomes") -> pd.DataFrame:
         UnmovedError: a missing column, a wrong type, no row; a sample twice under one attack and eps, or missing there;
             a sample with two labels or two clean predictions; several norms; a success that the other columns deny.
     """
-    _require_columns(table.columns, source)
-    if table.empty:
-        raise UnmovedError(f"{source}: expected at least one row, came none; evaluate on at least one sample")
-    known = {name: _typed(table[name], dtype, source) for name, dtype in TYPES.items() if name in table.columns}
+    require_columns(table, _REQUIRED, source)
+    typed = {name: _typed(table[name], dtype, source) for name, dtype in TYPES.items() if name in table.columns}
     others = {name: table[name] for name in table.columns if name not in TYPES and str(name).isidentifier()}
-    table = completed(pd.DataFrame(known | others))
+    table = completed(pd.DataFrame(typed | others))
     reserved = {CLEAN, WORST} & set(table["attack"])
     if reserved:
         raise UnmovedError(f"{source}: attack name {min(reserved)!r} is a measure's name; call the attack otherwise")
@@ -165,13 +164,8 @@ def completed(table: pd.DataFrame) -> pd.DataFrame:
     return table[[*COLUMNS, *(name for name in table.columns if name not in TYPES)]]
 
 
-def _require_columns(names: Iterable[Any], source: str) -> None:
-    missing = [column.name for column in COLUMN_LIST if column.older is None and column.name not in list(names)]
-    if missing:
-        raise UnmovedError(f"{source}: expected columns {', '.join(COLUMNS)}; missing: {', '.join(missing)}")
-
-
-def _typed(column: pd.Series, dtype: Any, source: str) -> pd.Series:
+def _typed(column: pd.Series, dtype: type, source: str) -> pd.Series:
+    """Convert a column to its type, and raise `UnmovedError` at the first value that is none."""
     if dtype is object:
         typed, good = column, column.map(lambda value: isinstance(value, str) and value != "").to_numpy(bool)
     elif dtype is np.bool_:
@@ -195,6 +189,7 @@ def _typed(column: pd.Series, dtype: Any, source: str) -> pd.Series:
 
 
 def _require_same_samples(table: pd.DataFrame, source: str) -> None:
+    """Raise `UnmovedError` unless each attack has each sample once, with one label and one clean prediction."""
     keys = ["attack", "eps"]
     twice = table.duplicated([*keys, "index"])
     if twice.any():
@@ -266,7 +261,9 @@ def _counted(keys: dict[str, object], right: pd.Series) -> dict[str, object]:
 
 
 def summary(table: pd.DataFrame, *, is_checked: bool = False) -> pd.DataFrame:
-    """Rows "clean", each attack, "worst case"; columns measure, eps, correct, n, accuracy, low, high (95 % Wilson).
+    """Summarise in rows "clean", each attack, "worst case"; columns measure, eps, correct, n, accuracy, low, high.
+
+    ``low`` and ``high`` are the ends of a 95 % Wilson interval.
 
     Raises:
         UnmovedError: see `by_sample`.

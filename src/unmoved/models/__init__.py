@@ -1,4 +1,4 @@
-"""Models: ``nn.Module`` from images in [0, 1], (B, C, H, W), to logits (B, K), normalisation inside.
+"""Make models: ``nn.Module`` from images in [0, 1], (B, C, H, W), to logits (B, K), normalisation inside.
 
 ``__all__`` are the factories, which are the names that a recipe may use: ``name(shape, num_classes, **settings)``.
 """

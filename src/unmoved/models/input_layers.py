@@ -13,7 +13,7 @@ from unmoved.core.errors import UnmovedError, require_number, require_whole
 
 
 class Images(nn.Module):
-    """Hands images on unchanged.
+    """Check the shape and type of images, and hand them on unchanged.
 
     Raises:
         UnmovedError: the input is not (B, *shape) of a floating type.
@@ -76,12 +76,12 @@ class Normalize(nn.Module):
 
 
 def normalized(model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> nn.Sequential:
-    """Your own model, made to take [0, 1] images: `Normalize`, then ``model``; raises as `Normalize`."""
+    """Make a model take images in [0, 1]: `Normalize`, then ``model``; raise as `Normalize`."""
     return nn.Sequential(OrderedDict(normalize=Normalize(mean, std), model=model))
 
 
 def require_sizes(shape: Sequence[int], num_classes: int) -> tuple[tuple[int, int, int], int]:
-    """(channels, height, width) and the number of classes as plain ints.
+    """Return (channels, height, width) and the number of classes as plain ints.
 
     Raises:
         UnmovedError: a shape that is not (C, H, W), or fewer than two classes.
@@ -98,7 +98,7 @@ def require_sizes(shape: Sequence[int], num_classes: int) -> tuple[tuple[int, in
 def entrance(
     shape: Sequence[int], num_classes: int, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> dict[str, nn.Module]:
-    """The first layers of a model: the check of its input and, where mean and std are given, their normalisation.
+    """Make the first layers of a model: the check of its input and, where mean and std are given, `Normalize`.
 
     Raises:
         UnmovedError: a shape that is not (C, H, W), fewer than two classes, or mean and std that do not fit.

@@ -20,7 +20,7 @@ def linear(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> nn.Sequential:
-    """Softmax regression: ``W x + b`` on the flattened image, (B, C, H, W) to (B, K); raises as `entrance`."""
+    """Make a softmax regression, ``W x + b`` of the flattened image, (B, C, H, W) to (B, K); raise as `entrance`."""
     shape, num_classes = require_sizes(shape, num_classes)
     first = entrance(shape, num_classes, mean, std)
     return nn.Sequential(OrderedDict(first, flatten=nn.Flatten(), linear=nn.Linear(math.prod(shape), num_classes)))
@@ -34,7 +34,7 @@ def mlp(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> nn.Sequential:
-    """A perceptron with ReLU after each hidden layer, (B, C, H, W) to (B, K).
+    """Make a perceptron with ReLU after each hidden layer, (B, C, H, W) to (B, K).
 
     Args:
         hidden: the width of each hidden layer; ``()`` is a linear model.

@@ -1,4 +1,4 @@
-"""Residual networks with pre-activation: PreActResNet-18 and WideResNet, both from one block."""
+"""Make residual networks with pre-activation, PreActResNet-18 and WideResNet, from one block."""
 
 from __future__ import annotations
 
@@ -32,11 +32,12 @@ class PreActBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out = self.relu(self.bn1(x))
         side = x if self.shortcut is None else self.shortcut(out)
-        return self.conv2(self.drop(self.relu(self.bn2(self.conv1(out))))) + side
+        change: Tensor = self.conv2(self.drop(self.relu(self.bn2(self.conv1(out)))))
+        return change + side
 
 
 class GlobalMean(nn.Module):
-    """The mean over height and width, (B, C, H, W) to (B, C).
+    """Average over height and width, (B, C, H, W) to (B, C).
 
     Not AdaptiveAvgPool2d, whose gradient on CUDA is not deterministic.
     """
@@ -46,7 +47,7 @@ class GlobalMean(nn.Module):
 
 
 def _stages(stem: int, widths: Iterable[int], blocks: int, dropout: float = 0.0) -> dict[str, nn.Module]:
-    """``stage1``, ``stage2``, ...: each of ``blocks`` blocks; each but the first halves height and width."""
+    """Make ``stage1``, ``stage2``, ... of ``blocks`` blocks each; each but the first halves height and width."""
     stages: dict[str, nn.Module] = {}
     before = stem
     for k, width in enumerate(widths, start=1):
@@ -66,7 +67,7 @@ def preact_resnet18(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> nn.Sequential:
-    """Pre-activation ResNet-18 with a 3x3 stem, for small images of any size: (B, C, H, W) to (B, K).
+    """Make a pre-activation ResNet-18 with a 3x3 stem, for small images of any size: (B, C, H, W) to (B, K).
 
     He et al., "Identity Mappings in Deep Residual Networks" (ECCV 2016), in the form of the robust-overfitting and
     AWP papers: four stages of two blocks with w, 2w, 4w, 8w channels and strides 1, 2, 2, 2, then a last BN and ReLU.
@@ -99,7 +100,7 @@ def wide_resnet(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> nn.Sequential:
-    """WideResNet-depth-width, WRN-34-10 unless told: (B, C, H, W) to (B, K).
+    """Make a WideResNet-depth-width, by default WRN-34-10: (B, C, H, W) to (B, K).
 
     Zagoruyko and Komodakis, "Wide Residual Networks" (BMVC 2016), with the initialisation of the TRADES code (He
     normal by fan-out, zero bias in the last layer) and 46,160,474 parameters for 10 classes on colour images.

@@ -1,4 +1,4 @@
-"""Models of the timm library, through the ``timm`` extra."""
+"""Make models of the timm library, which the ``timm`` extra installs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import nn
@@ -20,7 +19,7 @@ _WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 def _library() -> ModuleType:
     try:
-        import timm as library
+        import timm as module
     except ModuleNotFoundError as error:
         raise UnmovedError(f"model timm: expected {error.name} to be installed; pip install 'unmoved[timm]'") from error
     except Exception as error:  # a torchvision that was built for another torch raises RuntimeError here
@@ -28,6 +27,7 @@ def _library() -> ModuleType:
             f"model timm: the timm library does not import ({error}); "
             f"install the torchvision that belongs to torch {torch.__version__}"
         ) from error
+    library: ModuleType = module
     return library
 
 
@@ -37,11 +37,11 @@ def timm(
     *,
     model: str,
     pretrained: bool = False,
-    options: Mapping[str, Any] | None = None,
+    options: Mapping[str, object] | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> nn.Sequential:
-    """A model of the timm library by its name there, with our input check and normalisation before it.
+    """Make a model of the timm library by its name there, with our input check and normalisation before it.
 
     Args:
         model: timm's name, such as ``"resnet18"``, or ``"hf-hub:owner/name"``.
@@ -74,13 +74,13 @@ def timm(
 
 @contextmanager
 def _no_pickles() -> Iterator[None]:
-    """Weights are read as weights alone: some versions of timm unpickle files that a recipe's options name."""
+    """Read weights as weights alone: some versions of timm unpickle files that a recipe's options name."""
     with variable(_WEIGHTS_ONLY, "1"):  # torch.load obeys it whatever its caller says
         yield
 
 
 def _try_out(net: nn.Module, shape: Sequence[int], name: str) -> None:
-    """One image through the new model, so that a wrong image size is known now and not in the first batch."""
+    """Pass one image through the new model, so that a wrong image size is known now and not in the first batch."""
     net.eval()
     try:
         with torch.no_grad():

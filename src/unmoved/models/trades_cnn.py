@@ -1,4 +1,4 @@
-"""The small convolutional network of the MNIST experiments of TRADES."""
+"""Make the small convolutional network of the MNIST experiments of TRADES."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU, "softplus": nn.Softplus}
 
 
 def _side(size: int, padding: int) -> int:
-    """The height or width that is left after the features: twice, two 3x3 convolutions and a halving."""
+    """Return the height or width that is left after the features: twice, two 3x3 convolutions and a halving."""
     for _ in range(2):
         size = (size - 4 + 4 * padding) // 2
     return size
 
 
 def _pixels_left(height: int, breadth: int, padding: int) -> int:
-    """The pixels of a channel that are left after the features; raise `UnmovedError` where there are none."""
+    """Return how many pixels of a channel are left after the features; raise `UnmovedError` where there are none."""
     sides = _side(height, padding), _side(breadth, padding)
     if min(sides) < 1:
         smallest = next(n for n in range(1, 17) if _side(n, padding) >= 1)
@@ -58,7 +58,7 @@ def small_cnn(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> nn.Sequential:
-    """SmallCNN: 3x3 convolutions w-w-pool-2w-2w-pool, then fully connected 200-200-K; (B, C, H, W) to (B, K).
+    """Make a SmallCNN: 3x3 convolutions w-w-pool-2w-2w-pool, then 200-200-K fully connected; (B, C, H, W) to (B, K).
 
     Zhang et al., "Theoretically Principled Trade-off between Robustness and Accuracy" (ICML 2019), with the
     initialisation of the authors' code: He normal in the convolutions, and weight and bias of the last layer zero.

@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -33,7 +32,7 @@ class DamagedFile(UnmovedError):
     """Report a weights file that is not what was saved: cut short, or with bits flipped."""
 
 
-def save_weights(model: nn.Module, path: str | os.PathLike[str], state: Mapping[str, Any] | None = None) -> None:
+def save_weights(model: nn.Module, path: str | os.PathLike[str], state: Mapping[str, object] | None = None) -> None:
     """Write parameters and buffers to a safetensors file; equal weights give equal files, byte for byte.
 
     Tensors are stored under all their names, contiguous, whatever their memory format; beside them only a checksum.
@@ -49,22 +48,24 @@ def save_weights(model: nn.Module, path: str | os.PathLike[str], state: Mapping[
     save_tensors({bare: state[own] for bare, own in _bare_names(model, state).items()}, path)
 
 
-def require_savable(state: Mapping[str, Any]) -> None:
-    """Raise `UnmovedError` where what ``state_dict`` of a model returned is not dense tensors alone."""
+def require_savable(state: Mapping[str, object]) -> dict[str, Tensor]:
+    """Return what ``state_dict`` of a model returned; raise `UnmovedError` where that is not dense tensors alone."""
+    tensors = {}
     for name, value in state.items():
         if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
             kind = f"{value.layout} on {value.device}" if isinstance(value, Tensor) else type(value).__name__
             raise UnmovedError(f"weights {name!r}: expected a dense tensor with data, came {kind}; it cannot be saved")
+        tensors[name] = value
+    return tensors
 
 
-def save_tensors(state: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+def save_tensors(state: Mapping[str, object], path: str | os.PathLike[str]) -> None:
     """Write what a model's ``state_dict`` returned, as `save_weights` does."""
     path = Path(path)
     if path.suffix != ".safetensors":
         raise UnmovedError(f"{path}: expected a file name that ends in .safetensors")
-    require_savable(state)
-    tensors, memory = {}, set[int]()
-    for name, value in state.items():
+    tensors, memory = require_savable(state), set[int]()
+    for name, value in tensors.items():
         value = value.detach().cpu()
         # Tied and channels_last tensors: safetensors refuses shared memory and gaps, so these get their own copy.
         place = value.untyped_storage().data_ptr()
@@ -132,7 +133,7 @@ def _bare_names(model: nn.Module, state: Iterable[str]) -> dict[str, str]:
     return names
 
 
-def _without_prefix(tensors: dict[str, Tensor], own: Mapping[str, Any]) -> dict[str, Tensor]:
+def _without_prefix(tensors: dict[str, Tensor], own: Mapping[str, object]) -> dict[str, Tensor]:
     """Rename tensors to the model's names if the file has a wrapper's; leave them if that does not fit."""
     for dropped in ({_COMPILED}, {_COMPILED, "module"}):
         kept = {name: v for name, v in tensors.items() if name in own or name != _COUNTED or "module" not in dropped}

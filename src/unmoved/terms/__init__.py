@@ -1,4 +1,4 @@
-"""What is maximised and minimised: each term gives one number per sample, larger is worse for the defender."""
+"""Compute what is maximised and minimised: one number per sample; larger is worse for the defender."""
 
 from unmoved.terms.cross_entropy import CE
 from unmoved.terms.global_probability import GlobalProbability

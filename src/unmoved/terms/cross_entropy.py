@@ -1,4 +1,4 @@
-"""Cross-entropy: the term of Madry's adversarial training and of ordinary training."""
+"""Compute cross-entropy, the term of Madry's adversarial training and of ordinary training."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
-"""ProbsCut's global constraint: every sample of a class is drawn to one probability that the class shares."""
+"""Compute ProbsCut's global constraint, which draws every sample of a class to one probability."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -81,7 +80,7 @@ class GlobalProbability(StatefulTerm):
 
     @property
     def q(self) -> Tensor:
-        """The expected probability of each class, (K,)."""
+        """Return the expected probability of each class, (K,)."""
         return torch.sigmoid(self.theta)
 
     def forward(self, views: Views) -> PerSample:
@@ -120,17 +119,17 @@ class GlobalProbability(StatefulTerm):
                 self.seen[row] += collectives.summed(self._by_class(p, views, powers=3))
 
     def _by_class(self, s: PerSample, views: Views, powers: int) -> Tensor:
-        """Sums of 1, s, s^2, ... over this process's samples of each class, (powers, K) float64."""
+        """Sum 1, s, s^2, ... over this process's samples of each class, (powers, K) float64."""
         y, p = collectives.own(views.y), collectives.own(s).double()
         sums = p.new_zeros(powers, self.num_classes)
         return sums.index_add_(1, y, torch.stack([p**power for power in range(powers)]))
 
-    def report(self) -> dict[str, Any]:
-        """q, and per class the mean and variance of p_y since the last report, clean and adversarial.
+    def report(self) -> dict[str, list[float | None]]:
+        """Return q, and per class the mean and variance of p_y since the last report, clean and adversarial.
 
-        Of a class without a sample both are None, which JSON has and NaN it has not.
+        Of a class without a sample both are None, since JSON has no NaN.
         """
-        facts: dict[str, Any] = {"q": self.q.tolist()}
+        facts: dict[str, list[float | None]] = {"q": self.q.tolist()}
         for row, name in enumerate(("clean", "adv")):
             count, total, square = self.seen[row]
             if count.any():
@@ -142,5 +141,5 @@ class GlobalProbability(StatefulTerm):
 
 
 def _numbers(values: Tensor) -> list[float | None]:
-    """The values as Python's numbers, None in the place of 0 / 0."""
+    """Convert to Python's numbers, None in the place of 0 / 0."""
     return [None if math.isnan(value) else value for value in values.tolist()]

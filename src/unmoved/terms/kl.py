@@ -1,4 +1,4 @@
-"""The divergence between what the model says of the clean and of the adversarial image, and TRADES made of it."""
+"""Compute the divergence between the predictions for the clean and the adversarial image; make TRADES of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Margins between the true class and the best wrong one: in logits, and rescaled so that no scaling hides them."""
+"""Compute margins between the true class and the best wrong one, in logits and invariant to their scale."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from unmoved.terms.cross_entropy import VIEWS
 
 
 def best_wrong(values: Tensor, y: Label) -> PerSample:
-    """``max_{j != y} values_j``, (B,)."""
+    """Return ``max_{j != y} values_j``, (B,)."""
     is_true = torch.zeros_like(values, dtype=torch.bool).scatter_(1, y[:, None], True)
     return values.masked_fill(is_true, -torch.inf).max(dim=1).values
 
 
 def margin(logits: Logits, y: Label) -> PerSample:
-    """``max_{j != y} z_j - z_y``, positive where the sample is misclassified, (B,)."""
+    """Return ``max_{j != y} z_j - z_y``, positive where the sample is misclassified, (B,)."""
     return best_wrong(logits, y) - logits.gather(1, y[:, None]).squeeze(1)
 
 

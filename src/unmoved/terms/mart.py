@@ -1,4 +1,4 @@
-"""MART: a boosted cross-entropy, and a divergence that counts more where the clean image is misclassified."""
+"""Compute MART's terms: a boosted cross-entropy, and a divergence weighted by misclassification."""
 
 from __future__ import annotations
 

@@ -1,17 +1,16 @@
-"""A weighted sum of terms, which is a term."""
+"""Add terms with weights; the sum is a term."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
 from unmoved.core.batch import PerSample
 from unmoved.core.errors import UnmovedError
-from unmoved.core.phases import Ramp, require_ramp
+from unmoved.core.phases import Ramp, number, require_ramp
 from unmoved.core.preconditions import require_term, values_of
 from unmoved.core.protocols import StatefulTerm, Term, couples_samples
 from unmoved.core.views import Views
@@ -42,35 +41,35 @@ class Sum:
                 flat.append((weight, term))
         object.__setattr__(self, "terms", tuple(flat))
 
-    def __replace__(self, **changes: Any) -> Sum:
-        return Sum(*changes.get("terms", self.terms))
+    def __replace__(self, *, terms: tuple[tuple[float | Ramp, Term], ...]) -> Sum:
+        return Sum(*terms)
 
     def __repr__(self) -> str:
         return f"Sum({', '.join(f'({weight!r}, {term!r})' for weight, term in self.terms)})"
 
     @property
     def couples_samples(self) -> bool:
-        """Whether one of the terms does."""
+        """Return whether one of the terms does."""
         return any(couples_samples(term) for _, term in self.terms)
 
     def parts(self, views: Views) -> dict[str, PerSample]:
-        """Each term's own value (B,), unweighted, under its name; terms of weight zero are left out."""
+        """Compute each term's value (B,), unweighted, under its name; terms of weight zero are left out."""
         return {name: values_of(term, views, "term") for name, (weight, term) in self.named().items() if weight != 0}
 
     def combine(self, parts: dict[str, PerSample]) -> PerSample:
-        """The weighted sum of what `parts` returned."""
+        """Return the weighted sum of what `parts` returned."""
         total: Tensor | None = None
         for name, (weight, _) in self.named().items():
             if name in parts:
-                part = parts[name] if weight == 1 else parts[name] * weight
+                part = parts[name] if weight == 1 else parts[name] * number(f"weight of {name}", weight)
                 total = part if total is None else total + part
         if total is None:
             raise UnmovedError(f"every weight of {self!r} is zero: nothing is left to compute")
         return total
 
-    def named(self) -> dict[str, tuple[Any, Term]]:
-        """The pairs under unique names: the class's name, numbered from the second on (``ce``, ``ce_2``)."""
-        names: dict[str, tuple[Any, Term]] = {}
+    def named(self) -> dict[str, tuple[float | Ramp, Term]]:
+        """Return the pairs under unique names: the class's, numbered from the second on (``ce``, ``ce_2``)."""
+        names: dict[str, tuple[float | Ramp, Term]] = {}
         for weight, term in self.terms:
             base = snake_case(type(term).__name__)
             count = 1 + sum(re.fullmatch(rf"{base}(_\d+)?", name) is not None for name in names)
@@ -82,12 +81,12 @@ class Sum:
 
 
 def as_sum(term: Term) -> Sum:
-    """Any term as a `Sum`."""
+    """Return a term as a `Sum`."""
     return term if isinstance(term, Sum) else Sum((1.0, term))
 
 
 def stateful(term: Term | None) -> Iterator[StatefulTerm]:
-    """The terms inside that learn or remember."""
+    """Iterate over the terms inside that learn or remember."""
     if isinstance(term, StatefulTerm):
         yield term
     elif isinstance(term, Sum):
@@ -96,5 +95,5 @@ def stateful(term: Term | None) -> Iterator[StatefulTerm]:
 
 
 def snake_case(name: str) -> str:
-    """``BoostedCE`` -> ``boosted_ce``: the name of a class as recipes and logs write it."""
+    """Write the name of a class as recipes and logs do: ``BoostedCE`` becomes ``boosted_ce``."""
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()

@@ -1,4 +1,4 @@
-"""Losses on the distribution over the wrong classes: DRSL, its sibling PRSL, and the neighbours they stand beside."""
+"""Compute losses on the distribution over the wrong classes: DRSL, PRSL and related ones."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from unmoved.terms.masked import expectation, ruled_out
 
 
 def wrong_logits(logits: Logits, y: Label, name: str) -> Tensor:
-    """The logits of the wrong classes, (B, K-1), in their order.
+    """Return the logits of the wrong classes, (B, K-1), in their order.
 
     Raises:
         UnmovedError: fewer than three classes, where there is no distribution over the wrong ones.
@@ -115,7 +115,8 @@ class LogitSqueeze:
 
     def __call__(self, views: Views) -> PerSample:
         z = views.logits(self.view)
-        return torch.linalg.vector_norm(z.masked_fill(ruled_out(z), 0.0), dim=1)
+        length: Tensor = torch.linalg.vector_norm(z.masked_fill(ruled_out(z), 0.0), dim=1)
+        return length
 
 
 @dataclass(frozen=True)
@@ -170,5 +171,5 @@ def _negative_entropy(logits: Logits) -> PerSample:
 
 
 def _classes(logits: Logits) -> PerSample:
-    """K, without the classes that are ruled out for the sample, (B,)."""
+    """Count the classes that are not ruled out for the sample, (B,)."""
     return (~ruled_out(logits)).sum(dim=1).to(logits.dtype)

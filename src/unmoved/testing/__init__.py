@@ -1,10 +1,10 @@
-"""Check that a term, attack or defense keeps its contract: the exam that ours sit and that yours may sit too.
+"""Check that a term, attack or defense keeps its contract, whether it is one of ours or your own.
 
     from unmoved.testing import check_term
     check_term(my_lab.Entropy())
 
     from unmoved.testing import default_case, without_case
-    without_case(my_lab.terms, [my_lab.terms.Entropy(floor=2.0)])      # exports that are in no case yet, by name
+    without_case(my_lab.terms, [my_lab.terms.Entropy(floor=2.0)])      # exports without a case yet, by name
     default_case(my_lab.terms.Other, num_classes=5)                    # one made from its constructor
 
 Each check raises `ExamFailed` with the property that does not hold; returning means that all do.

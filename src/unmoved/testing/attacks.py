@@ -11,15 +11,7 @@ import torch
 from torch import nn
 
 from unmoved.core.batch import Batch
-from unmoved.core.protocols import (
-    FIXED_STEP,
-    GRADIENTS,
-    Attack,
-    MinimumNormAttack,
-    draws_of,
-    is_lockstep,
-    kind_of,
-)
+from unmoved.core.protocols import FIXED_STEP, GRADIENTS, Attack, draws_of, is_lockstep, is_minimum_norm, kind_of
 from unmoved.core.threat import ThreatModel
 from unmoved.testing.fixtures import Failing, Planned, network, require, same_random_state, small_batch, untouched
 
@@ -33,17 +25,17 @@ def check_attack(
     minimum_norm: bool | None = None,
     reach: float = 0.05,
 ) -> None:
-    """An attack stays in the ball, leaves the caller as it was, and beats the linear model as theory says.
+    """Check that an attack stays in the ball, changes nothing of the caller's, and beats a linear model as it must.
 
     Args:
         make: threat model -> the attack.
         norm: of the threat model.
-        maximises: whether the attack seeks the largest loss; if not (early stopping), no optimum is due. ``None``:
-            whether it declares that it uses gradients.
+        maximises: whether the attack seeks the largest loss; if not (early stopping), no optimum is asked for.
+            ``None``: whether it declares that it uses gradients.
         batch_statistics: whether it attacks the model in training mode, so that samples depend on each other by
             design; the laws of order and batch size are then skipped. ``None``: whether its ``mode`` is "train".
         minimum_norm: whether it seeks the nearest misclassified image, inside the ball or not: the optimum is then the
-            distance to the boundary rather than the reach of the ball. ``None`` is what the attack declares.
+            distance to the boundary rather than the edge of the ball. ``None`` is what the attack declares.
         reach: how far short of the optimum it may fall, as a share.
 
     Raises:
@@ -52,10 +44,10 @@ def check_attack(
     threat = ThreatModel(norm, 0.08 if norm == "linf" else 0.5)
     attack, model, batch = make(threat), network(), small_batch()
     name = repr(attack)
-    declared = _declared(attack)
-    maximises = declared["maximises"] if maximises is None else maximises
-    batch_statistics = declared["batch_statistics"] if batch_statistics is None else batch_statistics
-    minimum_norm = declared["minimum_norm"] if minimum_norm is None else minimum_norm
+    draws_of(attack), is_lockstep(attack)  # what it declares wrongly is refused
+    maximises = kind_of(attack) in (GRADIENTS, FIXED_STEP) if maximises is None else maximises
+    batch_statistics = getattr(attack, "mode", "eval") == "train" if batch_statistics is None else batch_statistics
+    minimum_norm = is_minimum_norm(attack) if minimum_norm is None else minimum_norm
     model[1].eval()  # one frozen BatchNorm inside a training model: modes are restored one by one
     next(model.parameters()).grad = torch.ones_like(next(model.parameters()))
     with untouched(model), same_random_state():
@@ -85,28 +77,18 @@ def check_attack(
         _check_linear_optimum(attack, threat, name, reach)
 
 
-def _declared(attack: Attack) -> dict[str, bool]:
-    """Return what an attack says of itself; what it says wrongly is refused."""
-    draws_of(attack), is_lockstep(attack)
-    return {
-        "maximises": kind_of(attack) in (GRADIENTS, FIXED_STEP),
-        "batch_statistics": getattr(attack, "mode", "eval") == "train",
-        "minimum_norm": isinstance(attack, MinimumNormAttack) and attack.minimum_norm,
-    }
-
-
 def _check_batch_laws(attack: Attack, model: nn.Module, batch: Batch, name: str) -> None:
-    """In float64, where rounding does not decide a sign, a sample's fate is its own."""
+    """Check, in float64 where rounding decides no sign, that a result depends on its own sample alone."""
     exact, wide = copy.deepcopy(model).double(), dataclasses.replace(batch, x=batch.x.double())
-    whole = attack(exact, wide)
+    together = attack(exact, wide)
     order = torch.arange(len(wide) - 1, -1, -1)
-    require(torch.allclose(attack(exact, wide.take(order)), whole[order]), f"{name}: depends on the batch's order")
+    require(torch.allclose(attack(exact, wide.take(order)), together[order]), f"{name}: depends on the batch's order")
     alone = torch.cat([attack(exact, wide.take(torch.tensor([k]))) for k in range(len(wide))])
-    require(torch.allclose(alone, whole), f"{name}: depends on the other samples of the batch")
+    require(torch.allclose(alone, together), f"{name}: depends on the other samples of the batch")
 
 
 def _linear() -> tuple[nn.Module, torch.Tensor, Batch]:
-    """Two linear logits with score ``w x``, and images far from the box of valid ones, so that only the ball binds."""
+    """Make two linear logits with score ``w x``, and images far from the edges of the box: only the ball binds."""
     draw = torch.Generator().manual_seed(3)
     weight = torch.randn(16, generator=draw, dtype=torch.float64)
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, 2, bias=False)).double()
@@ -121,7 +103,7 @@ def _dual(weight: torch.Tensor, norm: str) -> float:
 
 
 def _check_nearest(attack: Attack, norm: str, name: str, short: float) -> None:
-    """The boundary of a linear model lies at ``margin / ||w||_dual``."""
+    """Compare with the distance of a linear model's boundary, ``margin / ||w||_dual``."""
     model, weight, batch = _linear()
     x_adv = attack(model, batch)
     nearest = (batch.x.flatten(1) @ weight).abs() / _dual(weight, norm)
@@ -133,7 +115,7 @@ def _check_nearest(attack: Attack, norm: str, name: str, short: float) -> None:
 
 
 def _check_linear_optimum(attack: Attack, threat: ThreatModel, name: str, short: float) -> None:
-    """On two linear logits the smallest reachable margin is ``margin - eps ||w||_dual``: Goodfellow et al. 2015."""
+    """Compare with the smallest margin of two linear logits, ``margin - eps ||w||_dual`` (Goodfellow et al. 2015)."""
     model, weight, batch = _linear()
     score, y = batch.x.flatten(1) @ weight, batch.y
     reach = threat.radius * _dual(weight, threat.norm)

@@ -1,11 +1,11 @@
-"""Cases for the exam that are made from constructors, so that a new term, attack or defense is examined unlisted."""
+"""Make terms, attacks and defenses from their constructors, so that a new one is checked without being listed."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from types import ModuleType
-from typing import Any
+from typing import TypeVar
 
 from torch import Tensor, nn
 
@@ -13,11 +13,12 @@ from unmoved.core.errors import UnmovedError
 from unmoved.core.threat import ThreatModel
 from unmoved.testing.fixtures import ExamFailed
 
-Make = Callable[..., Any]
+Made = TypeVar("Made")
+Make = Callable[..., object]
 BALLS = (ThreatModel("linf", 0.1), ThreatModel("l2", 0.5), ThreatModel("l1", 1.0))
 
 
-def default_case(make: Make, **given: Any) -> Any:
+def default_case(make: Callable[..., Made], **given: object) -> Made:
     """Call a constructor with those of its required arguments that are given; everything else is its default.
 
     Raises:
@@ -46,7 +47,7 @@ def balls_of(make: Make) -> list[ThreatModel]:
     return taken
 
 
-def without_case(namespace: ModuleType, cases: Iterable[Any], **given: Any) -> dict[str, Make]:
+def without_case(namespace: ModuleType, cases: Iterable[object], **given: object) -> dict[str, Make]:
     """Return the exports of a namespace, by name, that no case is or consists of; protocols are left out.
 
     Args:
@@ -68,13 +69,13 @@ def _required(make: Make) -> list[str]:
     return [p.name for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
 
 
-def _is_among(make: Make, parts: list[Any], given: dict[str, Any]) -> bool:
+def _is_among(make: Make, parts: list[object], given: dict[str, object]) -> bool:
     if isinstance(make, type):
         return any(type(part) is make for part in parts)
     return not missing(make, given) and default_case(make, **given) in parts
 
 
-def _parts_of(value: Any) -> Iterator[Any]:
+def _parts_of(value: object) -> Iterator[object]:
     """Yield a value and the values in its fields, but nothing of a network's inside."""
     if isinstance(value, tuple | list):
         for part in value:

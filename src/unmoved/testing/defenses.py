@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from unmoved.testing.fixtures import Planned, network, require, small_batch
 
 
 def check_defense(defense: ParameterDefense, *, zero: ParameterDefense | None = None) -> None:
-    """A defense moves what the optimizer owns, once, and leaves nothing else changed.
+    """Check that a defense moves what the optimizer owns, once, and leaves nothing else changed.
 
     Args:
         defense: the defense.
@@ -56,14 +55,13 @@ def _plain(model: nn.Module, optimizer: Optimizer, backward: Callable[[], Tensor
 
 
 class _Setting:
-    """A small training problem: a network with BatchNorm, a learned extra parameter, a clean and a noisy view."""
+    """Set up a small training problem: a network with BatchNorm, a learned parameter, a clean and a noisy view."""
 
     def __init__(self, lr: float = 0.1) -> None:
         self.model = network().train()
         self.extra = nn.Parameter(torch.tensor(0.5))
-        groups: list[dict[str, Any]] = [{"params": list(self.model.parameters())}]
-        groups.append({"params": [self.extra], "weight_decay": 0.0})
-        self.optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9, weight_decay=1e-3)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=lr, momentum=0.9, weight_decay=1e-3)
+        self.optimizer.add_param_group({"params": [self.extra], "weight_decay": 0.0})
         self.batch = small_batch()
         self.views = 2
 
@@ -103,7 +101,7 @@ def _losses(defense: ParameterDefense, count: int) -> list[float]:
 
 
 def _check_restored(defense: ParameterDefense, fails_at: int, name: str) -> None:
-    """An exception in any pass leaves the weights as they were, and the modes too."""
+    """Check that an exception in a pass leaves the weights as they were, and the modes too."""
     setting, calls = _Setting(), 0
     before = setting.state()
 

@@ -1,10 +1,9 @@
-"""Make the models for the checks of terms, attacks and defenses, and watch that nothing else changes."""
+"""Make small models and batches for the checks, and watch that a part under test changes nothing else."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +12,7 @@ from unmoved.core.batch import Batch
 
 
 class ExamFailed(AssertionError):
-    """A property that the contract asks for does not hold."""
+    """Report a property that the contract asks for and that does not hold."""
 
 
 def require(holds: bool | Tensor, property_: str) -> None:
@@ -23,7 +22,7 @@ def require(holds: bool | Tensor, property_: str) -> None:
 
 
 def network() -> nn.Sequential:
-    """A small network with two BatchNorms and a (null) dropout, in training mode, the same at each call."""
+    """Make a small network with two BatchNorms and a dropout of 0, in training mode, the same at each call."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         first = [nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU()]
@@ -33,13 +32,14 @@ def network() -> nn.Sequential:
 
 
 def small_batch() -> Batch:
+    """Make eight random images of 5 classes, with identities and a step of their own."""
     draw = torch.Generator().manual_seed(2)
     x = torch.rand(8, 1, 8, 8, generator=draw)
     return Batch(x, torch.randint(5, (8,), generator=draw), index=torch.arange(100, 108), step=7)
 
 
 class Planned(Exception):
-    """Raised on purpose."""
+    """Report nothing: it is raised on purpose."""
 
 
 class Failing(nn.Module):
@@ -53,28 +53,27 @@ class Failing(nn.Module):
         self.left -= 1
         if self.left == 0:
             raise Planned
-        return self.inner(x)
+        logits: Tensor = self.inner(x)
+        return logits
 
 
 @contextmanager
 def untouched(subject: object) -> Iterator[None]:
-    """Parameters, buffers, gradients, requires_grad and modes of a module are the same after the block."""
+    """Check that parameters, buffers, gradients, requires_grad and modes of a module are the same after the block."""
     if not isinstance(subject, nn.Module):
         yield
         return
-    before = _fingerprint(subject)
+    before = _state(subject)
     yield
-    after = _fingerprint(subject)
+    after = _state(subject)
     for key, old in before.items():
         new = after[key]
-        same = (
-            torch.equal(old, new) if isinstance(old, Tensor) and isinstance(new, Tensor) else old is new or old == new
-        )
+        same = torch.equal(old, new) if isinstance(old, Tensor) and isinstance(new, Tensor) else old is new
         require(same, f"{type(subject).__name__}: {key} changed")
 
 
-def _fingerprint(module: nn.Module) -> dict[str, Any]:
-    facts: dict[str, Any] = {f"state {key}": value.clone() for key, value in module.state_dict().items()}
+def _state(module: nn.Module) -> dict[str, Tensor | bool | None]:
+    facts: dict[str, Tensor | bool | None] = {f"state {key}": v.clone() for key, v in module.state_dict().items()}
     for name, p in module.named_parameters():
         facts[f"gradient of {name}"] = None if p.grad is None else p.grad.clone()
         facts[f"requires_grad of {name}"] = p.requires_grad
@@ -87,6 +86,7 @@ def _fingerprint(module: nn.Module) -> dict[str, Any]:
 
 @contextmanager
 def same_random_state() -> Iterator[None]:
+    """Check that the global random state is the same after the block."""
     before = torch.random.get_rng_state()
     yield
     require(torch.equal(before, torch.random.get_rng_state()), "the global random state changed")

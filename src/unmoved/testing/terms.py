@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from unmoved.testing.fixtures import require, same_random_state, untouched
 
 
 def check_term(term: Term, *, num_classes: int = 5, couples_samples: bool | None = None) -> None:
-    """A term is pure and gives one finite, differentiable number per sample, whatever the logits.
+    """Check that a term is pure and gives one finite, differentiable number per sample, whatever the logits.
 
     Args:
         term: the term; a `StatefulTerm` must not change in ``forward``.
@@ -32,20 +31,20 @@ def check_term(term: Term, *, num_classes: int = 5, couples_samples: bool | None
     if isinstance(term, StatefulTerm):
         term = copy.deepcopy(term).double()
 
-    def value(which: Any = slice(None), dtype: torch.dtype = torch.float64, scale: float = 1.0) -> Tensor:
-        return term(Views.of(y=y[which], clean=(clean[which] * scale).to(dtype), adv=(adv[which] * scale).to(dtype)))
+    def value(which: Tensor | slice = slice(None), dtype: torch.dtype = torch.float64) -> Tensor:
+        return term(Views.of(y=y[which], clean=clean[which].to(dtype), adv=adv[which].to(dtype)))
 
     with untouched(term), same_random_state():
-        whole = value()
-    require(whole.shape == (12,), f"{term!r}: expected one value per sample (12,), came {tuple(whole.shape)}")
-    require(whole.is_floating_point() and torch.isfinite(whole).all(), f"{term!r}: values are not finite floats")
-    require(torch.equal(whole, value()), f"{term!r}: two calls on the same views differ")
+        values = value()
+    require(values.shape == (12,), f"{term!r}: expected one value per sample (12,), came {tuple(values.shape)}")
+    require(values.is_floating_point() and torch.isfinite(values).all(), f"{term!r}: values are not finite floats")
+    require(torch.equal(values, value()), f"{term!r}: two calls on the same views differ")
     if not (protocols.couples_samples(term) if couples_samples is None else couples_samples):
         order = torch.randperm(12, generator=draw)
-        require(torch.allclose(value(order), whole[order]), f"{term!r}: permuting the batch changes the values")
-        require(torch.allclose(value(slice(0, 1)), whole[:1]), f"{term!r}: a batch of one sample gives another value")
+        require(torch.allclose(value(order), values[order]), f"{term!r}: permuting the batch changes the values")
+        require(torch.allclose(value(slice(0, 1)), values[:1]), f"{term!r}: a batch of one sample gives another value")
     require(
-        torch.allclose(value(dtype=torch.float32).double(), whole, rtol=1e-3, atol=1e-3),
+        torch.allclose(value(dtype=torch.float32).double(), values, rtol=1e-3, atol=1e-3),
         f"{term!r}: float32 and float64 disagree",
     )
     for scale in (0.0, 1e4):

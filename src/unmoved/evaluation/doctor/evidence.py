@@ -12,7 +12,7 @@ from unmoved.attacks import APGD, PGD
 from unmoved.attacks.gradients import attacking, input_gradient
 from unmoved.attacks.square import Square
 from unmoved.attacks.transfer import Transfer
-from unmoved.core.batch import Batch, Image, Logits, PerSample
+from unmoved.core.batch import Batch, Image, Logits, PerSample, per_image
 from unmoved.core.protocols import Attack, Term
 from unmoved.core.threat import ThreatModel
 from unmoved.core.views import eval_logits
@@ -128,7 +128,7 @@ class Evidence:
             return nothing(batch)
         x_adv = attack(self.model, batch)
         finite = x_adv.isfinite().flatten(1).all(dim=1)
-        x_adv = torch.where(finite.reshape(-1, *[1] * (x_adv.ndim - 1)), x_adv, batch.x)
+        x_adv = torch.where(per_image(finite, x_adv), x_adv, batch.x)
         logits = eval_logits(self.model, x_adv, draws=DRAWS if self.is_random else 1)
         # The argmax of NaN is an accident, not a success.
         return AttackResult(batch, x_adv, (logits.argmax(dim=1) != batch.y) & logits.isfinite().all(dim=1))
