@@ -88,7 +88,8 @@ class CW:
         views, position = nearest.views, torch.arange(len(const), device=const.device)
         success = torch.zeros_like(const, dtype=torch.bool)
         unit = (nearest.margin.abs() + self.confidence).to(const.dtype).clamp_min(torch.finfo(const.dtype).tiny)
-        w = self._to_tanh_space(views.x)
+        low, high = self.threat.bounds
+        w = torch.atanh(((views.x - low) / (high - low)).clamp(INSET, 1 - INSET) * 2 - 1)
         mean, square = torch.zeros_like(w), torch.zeros_like(w)
         checked = torch.full_like(const, math.inf)
         interval = max(self.steps // 10, 1)
@@ -132,10 +133,6 @@ class CW:
         if self.confidence == 0:
             return crossed(logits, views.y)
         return crossed(logits, views.y) & (MARGIN(views.of(y=views.y, adv=logits)) >= self.confidence)
-
-    def _to_tanh_space(self, x: Image) -> Tensor:
-        low, high = self.threat.bounds
-        return torch.atanh(((x - low) / (high - low)).clamp(INSET, 1 - INSET) * 2 - 1)
 
     def _from_tanh_space(self, w: Tensor) -> tuple[Image, Tensor]:
         """Return the images, and their slope over w."""

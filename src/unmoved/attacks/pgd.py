@@ -101,9 +101,8 @@ class PGD:
             return self.threat.start(batch, seed=self.seed, stream=restart)
         if self.start == "none":
             return batch.x
-        draw = noise.normal(batch.index, tuple(batch.x.shape[1:]), seed=self.seed, step=batch.step, stream=restart)
         low, high = self.threat.bounds
-        return self.threat.project(batch.x + GAUSSIAN_START * (high - low) * draw.to(batch.x.dtype), batch.x)
+        return self._noisy(batch.x, batch, GAUSSIAN_START * (high - low), restart)
 
     def _climb(self, base: Views, restart: int) -> Image:
         if self.stop is not None:
@@ -124,9 +123,7 @@ class PGD:
         best.offer(x_adv, value, broken(base.model, x_adv, logits, base.y))
 
     def _step(self, x_adv: Image, gradient: Tensor, x: Image) -> Image:
-        # A single step from the image in l2: what a longer one would be drawn back to is not the best point of the box.
-        is_single = self.threat.norm == "l2" and self.steps == 1 and self.start == "none"
-        madry = (1.0 if is_single else 2.5) * self.threat.radius / self.steps
+        madry = 2.5 * self.threat.radius / self.steps
         step_size = madry if self.step_size is None else number("PGD.step_size", self.step_size)
         return self.threat.ascend(x_adv, gradient, step_size, x)
 
@@ -157,13 +154,13 @@ class PGD:
             before = x_adv
             x_adv = self._step(x_adv, gradient, base.x)
             if stop.jitter:
-                x_adv = self._jitter(x_adv, base.batch, stop.jitter, restart * self.steps + step)
+                x_adv = self._noisy(x_adv, base.batch, stop.jitter, -1 - (restart * self.steps + step))
         rest[position] = x_adv.detach()
         return rest
 
-    def _jitter(self, x_adv: Image, batch: Batch, size: float, stream: int) -> Image:
-        key = {"seed": self.seed, "step": batch.step, "stream": -1 - stream}
-        draw = noise.normal(batch.index, tuple(x_adv.shape[1:]), **key)
+    def _noisy(self, x_adv: Image, batch: Batch, size: float, stream: int) -> Image:
+        """Add Gaussian noise of this standard deviation, and project."""
+        draw = noise.normal(batch.index, tuple(x_adv.shape[1:]), seed=self.seed, step=batch.step, stream=stream)
         return self.threat.project(x_adv + size * draw.to(x_adv.dtype), batch.x)
 
 

@@ -21,22 +21,18 @@ class StoppingRule(Protocol):
     @property
     def undo(self) -> bool:
         """Return whether the step that made a sample stop is taken back; the last point is then judged as well."""
-        ...
 
     @property
     def inert(self) -> bool:
         """Return whether the rule lets nothing move at all: the attack then returns the clean image."""
-        ...
 
     @property
     def opening(self) -> Term | None:
         """Return the loss of the start and of the first step, where it is not the attack's own."""
-        ...
 
     @property
     def jitter(self) -> float:
         """Return the standard deviation of the noise added to each step."""
-        ...
 
     def __call__(
         self, logits: Logits, y: Label, value: PerSample, step: int, memory: Tensor | None
@@ -53,7 +49,6 @@ class StoppingRule(Protocol):
         Returns:
             (B,) bool, True where the sample stops now; and the memory for the next call.
         """
-        ...
 
 
 @dataclass(frozen=True)

@@ -230,9 +230,15 @@ class ThreatModel:
     def ascend(
         self, x_adv: Image, gradient: Tensor, length: float | Tensor, x: Image, radius: PerSample | None = None
     ) -> Image:
-        """Return ``project(x_adv + step)``; in l1 the length is at most the radius: one such step fills the ball."""
-        if self.norm == "l1":
-            length = torch.minimum(*(torch.as_tensor(size).to(x) for size in (length, self._radii(radius, x))))
+        """Return ``project(x_adv + step)``, the step no longer than it need be.
+
+        l1: at most the radius, since one such step fills the ball. l2: at most the radius and twice ``||x_adv - x||``:
+        one step from ``x`` itself then ends where the linearised loss is highest in the ball cut by the box, while what
+        a longer one is drawn back to is not that point; from elsewhere Madry's and Auto-PGD's steps are shorter.
+        """
+        if self.norm != "linf":
+            most = self._radii(radius, x) + (0.0 if self.norm == "l1" else 2 * _flat_norm(x_adv - x))
+            length = torch.minimum(*(torch.as_tensor(size).to(x) for size in (length, most)))
         return self.project(x_adv + self.step(x_adv, gradient, length), x, radius)
 
     def project(self, x_adv: Image, x: Image, radius: PerSample | None = None) -> Image:

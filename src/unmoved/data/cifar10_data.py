@@ -130,7 +130,7 @@ def _pickled(data: bytes, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Decode a pickled dictionary with ``data`` (10000, 3072) uint8 and ``labels``, a list of numbers."""
     content = loads(data, name)
     items = content.items() if isinstance(content, dict) else ()
-    fields = {_text(key): value for key, value in items if isinstance(key, str | bytes)}
+    fields = {k.decode("latin1") if isinstance(k, bytes) else k: v for k, v in items if isinstance(k, str | bytes)}
     pixels, labels = fields.get("data"), fields.get("labels")
     if not isinstance(pixels, StoredArray) or not isinstance(labels, list):
         raise UnmovedError(
@@ -143,10 +143,6 @@ def _pickled(data: bytes, name: str) -> tuple[np.ndarray, np.ndarray]:
     if images.shape != (RECORDS, PIXELS):
         raise UnmovedError(f"{name}: expected images ({RECORDS}, {PIXELS}), came {images.shape}; download it again")
     return _checked(images, np.array(labels, dtype=np.int64), name)
-
-
-def _text(key: str | bytes) -> str:
-    return key.decode("latin1") if isinstance(key, bytes) else key
 
 
 def _checked(images: np.ndarray, labels: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:

@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
@@ -18,12 +17,6 @@ from unmoved.core.untrusted import npz
 from unmoved.data.stored_arrays import Stored, stored
 
 FORMAT = "1"  # raise it when decoding changes its results
-
-
-class Stamped(Protocol):
-    """Define the protocol of what can tell cheaply whether it may have changed."""
-
-    def stamps(self) -> list[str]: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,13 +46,13 @@ class Slot:
     stamp: str
 
     @staticmethod
-    def of(cache: bool | str | os.PathLike[str], path: Path, settings: str, source: Stamped) -> Slot | None:
+    def of(cache: bool | str | os.PathLike[str], path: Path, settings: str, stamps: Iterable[str]) -> Slot | None:
         """Return the slot of a folder or archive, or None without a cache.
 
         Args:
             cache: True for the user's cache folder (``$UNMOVED_CACHE``, else ``$XDG_CACHE_HOME/unmoved``, else
                 ``~/.cache/unmoved``), or a folder.
-            source: gives every file with its size and time.
+            stamps: every file with its size and time.
         """
         if not isinstance(cache, bool | str | os.PathLike):
             raise UnmovedError(f"cache: expected true, false or a folder, came {cache!r}")
@@ -67,7 +60,7 @@ class Slot:
             return None
         folder = _user_folder() if isinstance(cache, bool) else Path(cache).expanduser()
         key = _digest([FORMAT, str(path.absolute()), settings])
-        return Slot(folder / f"{path.name}-{key[:16]}.npz", _digest([key, *source.stamps()]))
+        return Slot(folder / f"{path.name}-{key[:16]}.npz", _digest([key, *stamps]))
 
     def load(self) -> Decoded | None:
         """Load the cached folder if its stamp fits; whether its images are whole is seen when they are read."""

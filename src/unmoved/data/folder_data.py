@@ -17,7 +17,7 @@ from unmoved.data.dataset import DataSet, Unread
 from unmoved.data.decode import Pixels
 from unmoved.data.decode_all import Progress, decode_all
 from unmoved.data.decoded_cache import Decoded, Slot
-from unmoved.data.folder_sources import Tree, tree
+from unmoved.data.folder_sources import Folder, Tar, tree
 from unmoved.data.growing_array import PIECE, Filling
 from unmoved.data.split import ArraySplit, stratified
 from unmoved.data.validation import held_out, require_path
@@ -59,7 +59,7 @@ def folder(
     root, pixels = require_path("folder.path", path), Pixels.of(size, grey)
     skip_corrupt = require_flag("folder.skip_corrupt", skip_corrupt)
     source = tree(root)
-    slot = Slot.of(cache, root, repr((pixels, skip_corrupt, PIL.__version__)), source)
+    slot = Slot.of(cache, root, repr((pixels, skip_corrupt, PIL.__version__)), source.stamps())
     name = tar_archive.stem(root.absolute())
 
     def decode() -> Decoded:
@@ -76,7 +76,7 @@ def folder(
     return data if lazily else data.read()
 
 
-def _decoded(source: Tree, pixels: Pixels, skip_corrupt: bool, progress: Progress | None) -> Decoded:
+def _decoded(source: Folder | Tar, pixels: Pixels, skip_corrupt: bool, progress: Progress | None) -> Decoded:
     with source.listed() as (layout, items):
         images, kept, skipped = decode_all(
             items, len(layout.files), pixels, skip_corrupt=skip_corrupt, progress=progress

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from unmoved.core.errors import UnmovedError
 from unmoved.data import tar_archive
@@ -18,16 +17,8 @@ MOST_FOLDERS = 100_000  # links may go round in circles, and more than one way
 DEPTH = 4  # folder levels that are looked into: one more than any layout has, to be able to say so
 
 
-class Tree(Protocol):
-    """Define a tree of named images; ``stamps`` tells cheaply whether they may have changed."""
-
-    def stamps(self) -> list[str]: ...
-
-    def listed(self) -> AbstractContextManager[tuple[Layout, Iterator[Item]]]: ...
-
-
-def tree(root: Path) -> Tree:
-    """Open the tree at a path.
+def tree(root: Path) -> Folder | Tar:
+    """Open the tree of named images at a path; its ``stamps`` show cheaply whether they may have changed.
 
     Raises:
         UnmovedError: neither a folder nor a tar archive.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import pandas as pd
@@ -125,8 +125,11 @@ class _Evaluation:
         size = max(1, min(self.batch_size, -(-met // self.pool.count)))
         chunks = _chunks(self.model, self.split, sheet.waiting, size, self.threat)
 
-        def ask(copied: nn.Module, chunk: _Chunk) -> _Answer:
-            return _answer(copied, attack, chunk[1], self.threat, part, self.precision)
+        def ask(model: nn.Module, chunk: _Chunk) -> tuple[Image, np.ndarray, np.ndarray]:
+            batch = chunk[1]
+            proposal = propose(model, attack, batch, self.threat, part, self.precision)
+            prediction = predict(model, proposal, batch.y, draws_of(attack))
+            return proposal, prediction.cpu().numpy(), self.threat.distance(proposal, batch.x).cpu().numpy()
 
         label, ran = part if self._attacks_of_part[part] == 1 else f"{sheet.name},{part}", 0
         for (position, batch), (proposal, prediction, distance) in self.pool.map(ask, chunks):
@@ -239,7 +242,6 @@ class _Sheet:
 
 
 _Chunk = tuple[np.ndarray, Batch]
-_Answer = tuple[Image, np.ndarray, np.ndarray]
 
 
 def _chunks(model: nn.Module, split: Split, mask: np.ndarray, size: int, threat: ThreatModel) -> Iterator[_Chunk]:
@@ -254,22 +256,12 @@ def _chunks(model: nn.Module, split: Split, mask: np.ndarray, size: int, threat:
             held.append(batch.take(few))
         is_last = read == len(mask)
         while held and (sum(map(len, held)) >= size or is_last):
-            joined = _join(held)
+            x, y, index = (torch.cat([getattr(batch, name) for batch in held]) for name in ("x", "y", "index"))
+            joined = Batch(x, y, index)
             rest = torch.arange(len(joined), device=joined.y.device)
             yield where[yielded : yielded + size], joined.take(rest[:size])
             yielded += min(size, len(joined))
             held = [joined.take(rest[size:])] if len(joined) > size else []
-
-
-def _join(batches: Sequence[Batch]) -> Batch:
-    x, y, index = (torch.cat([getattr(batch, name) for batch in batches]) for name in ("x", "y", "index"))
-    return Batch(x, y, index)
-
-
-def _answer(model: nn.Module, attack: Attack, batch: Batch, threat: ThreatModel, name: str, precision: str) -> _Answer:
-    proposal = propose(model, attack, batch, threat, name, precision)
-    prediction = predict(model, proposal, batch.y, draws_of(attack))
-    return proposal, prediction.cpu().numpy(), threat.distance(proposal, batch.x).cpu().numpy()
 
 
 def propose(
