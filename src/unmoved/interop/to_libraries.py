@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from unmoved.core.batch import Batch, Image, Label, Logits
 from unmoved.core.errors import UnmovedError
 from unmoved.core.preconditions import require_attack, require_model
-from unmoved.core.protocols import Attack, MinimumNormAttack
+from unmoved.core.protocols import Attack, is_minimum_norm
 from unmoved.core.threat import ThreatModel
 from unmoved.interop.libraries import ART, FOOLBOX, TORCHATTACKS, load
 
@@ -68,7 +68,7 @@ def to_foolbox(attack: Attack) -> Any:
     require_attack("to_foolbox", attack)
     threat = _threat_of(attack)
     bases = load("foolbox.attacks.base", FOOLBOX.package)
-    nearest = isinstance(attack, MinimumNormAttack) and attack.minimum_norm
+    nearest = is_minimum_norm(attack)
     distances = load("foolbox.distances", FOOLBOX.package)
     eagerpy = load("eagerpy", FOOLBOX.package)
 
