@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from unmoved.analyses.pareto import ALL, RunKey, TradeOff, claims, dominates, front_area, trade_off, trade_off_of_rows
+from unmoved.analyses.pareto import ALL, RunKey, TradeOff, claims, dominates, front_area, trade_off
 from unmoved.core.errors import UnmovedError
 
 Samples = dict[RunKey, tuple[np.ndarray, np.ndarray]]
@@ -161,26 +161,6 @@ def test_what_a_method_adds_to_the_area() -> None:
     assert (areas["gain_low"] < areas["gain"]).all()
 
 
-def test_rows_alone_give_the_same_estimates_without_intervals() -> None:
-    samples = some_runs()
-    samples["a", 0.0, 1] = answers(0.85, 0.35)
-    full = trade_off(samples, bootstraps=5)
-    rows = full.runs.sample(frac=1, random_state=0)
-    bare = trade_off_of_rows(rows)
-    for name in ("points", "stretches", "areas", "dominance"):
-        table, other = getattr(full, name), getattr(bare, name)
-        keys = [key for key in ("method", "strength", "by") if key in table]
-        table, other = (t.sort_values(keys, ignore_index=True) for t in (table, other))
-        if name == "stretches":
-            table = table.assign(**{"from": table["from"].round(12)})
-            other = other.assign(**{"from": other["from"].round(12)})
-        ends = [column for column in table if str(column).endswith(("low", "high", "share"))]
-        assert other[ends].isna().all(axis=None)
-        pd.testing.assert_frame_equal(table.drop(columns=ends), other.drop(columns=ends))
-    assert set(claims(bare.areas, bare.dominance)["verdict"]) == {"undecided"}
-    assert "no interval" in claims(bare.areas, bare.dominance)["words"].iloc[0]
-
-
 # --- the verdict
 
 
@@ -251,14 +231,3 @@ def test_the_limits_of_the_verdict() -> None:
 def test_bad_samples(samples: Samples, message: str) -> None:
     with pytest.raises(UnmovedError, match=message):
         trade_off(samples)
-
-
-def test_bad_rows() -> None:
-    rows = trade_off(some_runs(), bootstraps=0).runs
-    with pytest.raises(UnmovedError, match="none of robust"):
-        trade_off_of_rows(rows.drop(columns="robust"))
-    with pytest.raises(UnmovedError, match="no row"):
-        trade_off_of_rows(rows.iloc[:0])
-    for column, value in (("clean", 80.0), ("robust", math.nan), ("n", 0)):
-        with pytest.raises(UnmovedError, match="shares, not percent"):
-            trade_off_of_rows(rows.assign(**{column: value}))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from helpers.function_risk import FunctionRisk
@@ -14,7 +13,7 @@ from torch.nn import functional as F
 
 from unmoved import Batch
 from unmoved.analyses.risks import ModelRisk
-from unmoved.analyses.surface import axes, line, plane, worst_and_random
+from unmoved.analyses.surface import axes, plane, worst_and_random
 from unmoved.core.errors import UnmovedError
 
 
@@ -47,7 +46,7 @@ def test_directions_are_orthogonal_of_length_one_and_the_first_is_the_worst():
 
 
 def test_the_lines_are_the_parabolas_of_the_quadratic():
-    table = line(quadratic(slope=1.0), 0.5, points=9, reach=2.0)
+    table = axes(plane(quadratic(slope=1.0), 0.5, points=9, reach=2.0))
     worst, random = (table[table["direction"] == name] for name in ("worst", "random"))
     assert worst["a"].tolist() == pytest.approx(np.linspace(-2, 2, 9).tolist())
     np.testing.assert_allclose(worst["loss"], 2 + 0.5 * worst["a"] + 5 * (0.5 * worst["a"]) ** 2, atol=1e-6)
@@ -56,18 +55,13 @@ def test_the_lines_are_the_parabolas_of_the_quadratic():
     np.testing.assert_allclose(random["loss"], 2 + step[:, 0] + 5 * step[:, 0] ** 2 + (step[:, 1:] ** 2).sum(1) / 2)
 
 
-def test_the_plane_is_the_quadratic_and_its_axes_are_the_lines():
+def test_the_plane_is_the_quadratic():
     risk = quadratic(slope=1.0)
     table = plane(risk, 0.5, points=5)
     u, v = (flat(parts).numpy() for parts in worst_and_random(risk, 0.5))
     a = 0.5 * (table[["a"]].to_numpy() * u + table[["b"]].to_numpy() * v)
     np.testing.assert_allclose(table["loss"], 2 + a[:, 0] + 5 * a[:, 0] ** 2 + (a[:, 1:] ** 2).sum(1) / 2)
     assert len(table) == 25
-    lines = line(risk, 0.5, points=5)
-    for name, axis, other in (("worst", "a", "b"), ("random", "b", "a")):
-        expected = lines[lines["direction"] == name]["loss"]
-        np.testing.assert_allclose(table[table[other] == 0].sort_values(axis)["loss"], expected)
-    pd.testing.assert_frame_equal(axes(table)[list(lines.columns)], lines, check_exact=False)
 
 
 def test_where_every_step_lowers_the_risk_the_gradient_is_the_direction():
@@ -93,7 +87,8 @@ def test_a_model_is_the_middle_of_its_surface_and_is_as_it_was(scope):
     net, batch = network(), images()
     before = [(name, value.numpy().tobytes()) for name, value in net.state_dict().items()]
     state, risk = torch.get_rng_state(), ModelRisk(net, [batch], scope=scope)
-    lines, square = line(risk, 0.5, points=3), plane(risk, 0.5, points=3)
+    square = plane(risk, 0.5, points=3)
+    lines = axes(square)
     expected = F.cross_entropy(network().eval()(batch.x), batch.y).item()
     assert lines.loc[lines["a"] == 0, "loss"].tolist() == pytest.approx([expected] * 2)
     assert square.loc[(square["a"] == 0) & (square["b"] == 0), "loss"].tolist() == pytest.approx([expected])
@@ -131,15 +126,14 @@ def test_the_model_is_as_it_was_after_a_failure():
     ],
 )
 def test_bad_settings(settings, message):
-    for surface in (line, plane):
-        with pytest.raises(UnmovedError, match=message):
-            surface(quadratic(), **{"eps": 0.5} | settings)
+    with pytest.raises(UnmovedError, match=message):
+        plane(quadratic(), **{"eps": 0.5} | settings)
 
 
 def test_surfaces_that_do_not_exist():
     one = torch.ones(1, requires_grad=True)
     with pytest.raises(UnmovedError, match="at least two parameters"):
-        line(FunctionRisk(lambda: one.sum(), [one]), 0.5)
+        plane(FunctionRisk(lambda: one.sum(), [one]), 0.5)
     top = torch.zeros(3, requires_grad=True)
     with pytest.raises(UnmovedError, match="in which the risk rises"):
-        line(FunctionRisk(lambda: -(top**2).sum(), [top]), 0.5)
+        plane(FunctionRisk(lambda: -(top**2).sum(), [top]), 0.5)

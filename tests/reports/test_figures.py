@@ -309,7 +309,7 @@ def test_names_are_placed_without_an_artist_for_each_place_tried(monkeypatch: py
 
     axes.figure.draw_without_rendering()  # ticks have texts, too
     monkeypatch.setattr(matplotlib.text.Text, "__init__", counted)
-    drawing.place_names(axes, points, [])
+    drawing.place_names(axes.figure, points, [])
     assert len(made) <= 2 * len(points)
     assert sorted(text.get_text() for text in axes.texts) == sorted(name for *_, name in points)
 

@@ -27,7 +27,7 @@ CELLS = 2**18  # entries of the resamples that are worked on at a time: as many 
 
 @dataclass(frozen=True, eq=False)
 class Estimate:
-    """A measure, its 95 % interval and the samples behind it.
+    """Hold a measure, its 95 % interval and the samples behind it.
 
     Attributes:
         value: the measure; NaN where it does not exist, and ``note`` says why.
@@ -46,12 +46,12 @@ class Estimate:
     draws: np.ndarray = field(default_factory=lambda: np.empty(0), repr=False)
 
     def row(self) -> dict[str, float | str]:
-        """The columns value, low, high, n, note of a table."""
+        """Return the columns value, low, high, n, note of a table."""
         return {"value": self.value, "low": self.low, "high": self.high, "n": self.n, "note": self.note}
 
 
 def auc(score: npt.ArrayLike, positive: npt.ArrayLike, *, bootstraps: int = 1000, seed: int = 0) -> Estimate:
-    """The probability that a positive sample has the larger score: ``P(s+ > s-) + P(s+ = s-) / 2``.
+    """Estimate the probability that a positive sample has the larger score: ``P(s+ > s-) + P(s+ = s-) / 2``.
 
     ``(sum of the ranks of the positives - n+ (n+ + 1) / 2) / (n+ n-)``, ties at their mean rank: Mann and Whitney's U
     as a share. 0.5 says nothing; below it the negatives have the larger scores.
@@ -87,7 +87,7 @@ def auc(score: npt.ArrayLike, positive: npt.ArrayLike, *, bootstraps: int = 1000
 def spearman(
     x: npt.ArrayLike, y: npt.ArrayLike, *, bootstraps: int = 1000, seed: int = 0, least: int = LEAST
 ) -> Estimate:
-    """Spearman's correlation: Pearson's of the ranks, ties at their mean rank, ranked anew in each resample.
+    """Estimate Spearman's correlation: Pearson's of the ranks, ties at their mean rank, ranked anew in each resample.
 
     Args:
         x, y: (n,) numbers, infinite ones too.
@@ -106,25 +106,13 @@ def spearman(
 
 
 def rank_correlations(rows: np.ndarray, x: npt.ArrayLike) -> np.ndarray:
-    """Spearman's correlation (R,) of each row of ``rows`` (R, n) with ``x`` (n,); NaN where one does not vary."""
+    """Compute Spearman's correlation (R,) of each row of ``rows`` (R, n) with ``x`` (n,); NaN where one is constant."""
     ranks = scipy.stats.rankdata(rows, axis=1).T
     return _weighted_pearson(ranks, scipy.stats.rankdata(x)[:, None], np.ones_like(ranks))
 
 
-def pearson(x: npt.ArrayLike, y: npt.ArrayLike, *, bootstraps: int = 1000, seed: int = 0) -> Estimate:
-    """Pearson's correlation with a percentile bootstrap interval; arguments as `spearman`, finite numbers only."""
-    a, b = _pair(x, y, "pearson", finite=True)
-    note = _constant(a, "x") or _constant(b, "y")
-    a, b = (a, b) if note else (_scaled(a), _scaled(b))
-
-    def measure(weights: np.ndarray) -> np.ndarray:
-        return _weighted_pearson(a[:, None], b[:, None], weights)
-
-    return _estimate(measure, len(a), note, len(a), bootstraps, seed)
-
-
 def fisher(x: npt.ArrayLike, y: npt.ArrayLike, measure: str = "Pearson") -> Estimate:
-    """A correlation of few points (runs) with Fisher's interval, ``tanh(atanh r -+ 1.96 s)``.
+    """Estimate a correlation of few points (runs) with Fisher's interval, ``tanh(atanh r -+ 1.96 s)``.
 
     ``s = 1 / sqrt(n - 3)`` for Pearson; ``sqrt((1 + r^2 / 2) / (n - 3))`` for Spearman (Bonett and Wright 2000). A
     Spearman of 1 counts for its interval as half a swap of two neighbours away, ``1 - 6 / (n (n^2 - 1))``, since an
@@ -158,7 +146,7 @@ def fisher(x: npt.ArrayLike, y: npt.ArrayLike, measure: str = "Pearson") -> Esti
 
 
 def bootstrap_means(values: np.ndarray, bootstraps: int, seed: int) -> np.ndarray:
-    """Means over N images drawn with replacement, ``(1/N) sum_i count_i values_i``, one draw for all columns.
+    """Compute means over N images drawn with replacement, ``(1/N) sum_i count_i values_i``, one draw for all columns.
 
     Sharing the draw keeps what the columns have in common: a difference of two of them has a paired interval.
 
@@ -182,7 +170,7 @@ def bootstrap_means(values: np.ndarray, bootstraps: int, seed: int) -> np.ndarra
 
 
 def interval(draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The percentile interval (95 %) over the first axis; NaN where there is no draw."""
+    """Return the percentile interval (95 %) over the first axis; NaN where there is no draw."""
     if len(draws) == 0:
         nothing = np.full(draws.shape[1:], math.nan)
         return nothing, nothing
@@ -191,13 +179,13 @@ def interval(draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def percentiles(draws: np.ndarray) -> tuple[float, float]:
-    """The `interval` of the draws (R,) that exist, those that are not NaN."""
+    """Return the `interval` of the draws (R,) that exist, those that are not NaN."""
     low, high = interval(draws[~np.isnan(draws)])
     return float(low), float(high)
 
 
 def _resamples(n: int, bootstraps: int, seed: int) -> Iterator[np.ndarray]:
-    """(n, some resamples) float64, how often each sample stands in each; drawn one resample after the other."""
+    """Yield (n, r) float64, how often each sample stands in each of r resamples; drawn one resample after the other."""
     rng, most = np.random.default_rng(require_whole("seed", seed, at_least=0)), max(1, CELLS // n)
     for start in range(0, bootstraps, most):
         some = min(most, bootstraps - start)
@@ -214,7 +202,7 @@ def _estimate(
     seed: int,
     least: int = LEAST,
 ) -> Estimate:
-    """The measure, given as a function of how often each sample stands: (n, r) -> (r,).
+    """Estimate a measure that is given as a function of how often each sample stands: (n, r) -> (r,).
 
     Args:
         fewest: samples of the kind that there are fewest of; fewer than ``least`` have no interval.
@@ -231,7 +219,7 @@ def _estimate(
 
 
 def _ranks(x: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """(n, r) the mean rank of each value in a resample where sample i stands weights[i] times."""
+    """Return (n, r), the mean rank of each value in a resample where sample i stands weights[i] times."""
     values, group = np.unique(x, return_inverse=True)
     order = np.argsort(group, kind="stable")
     here = weights[order]
@@ -241,7 +229,7 @@ def _ranks(x: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def _weighted_pearson(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """(r,) from x and y, (n, r) or (n, 1), and weights (n, r); NaN where one of them does not vary."""
+    """Correlate (r,) x and y, (n, r) or (n, 1), and weights (n, r); NaN where one of them does not vary."""
     n = weights.sum(axis=0)
     dx, dy = (v - (weights * v).sum(axis=0) / n for v in (x, y))
     by_x, by_y = weights * dx, weights * dy
@@ -252,7 +240,7 @@ def _weighted_pearson(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> np.n
 
 
 def _scaled(v: np.ndarray) -> np.ndarray:
-    """About zero, the largest of size 1: a correlation does not change, and its sums lose no digits."""
+    """Centre and scale to a largest size of 1: a correlation does not change, and its sums lose no digits."""
     centred: np.ndarray = v - v.mean()
     scaled: np.ndarray = centred / np.abs(centred).max()
     return scaled

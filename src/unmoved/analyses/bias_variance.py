@@ -26,7 +26,7 @@ MEASURES = ("risk", "bias", "variance")
 
 @dataclass(frozen=True)
 class Decomposition:
-    """Means over samples: ``risk = bias + variance``; for the squared error ``bias`` is the squared bias."""
+    """Hold means over samples: ``risk = bias + variance``; for the squared error ``bias`` is the squared bias."""
 
     risk: float
     bias: float
@@ -34,9 +34,10 @@ class Decomposition:
 
 
 def decompose_mse(p: Tensor, y: Label) -> Decomposition:
-    """Squared error: ``Var = k/(k-1) mean_x (1/k) sum_k ||p_k - pbar||^2``, ``Bias^2 = Risk - Var``, both unbiased.
+    """Decompose the squared error: ``Var = k/(k-1) mean_x (1/k) sum_k ||p_k - pbar||^2``, ``Bias^2 = Risk - Var``.
 
-    Yang et al. 2020 (arXiv 2002.11328), with the adversarial version of Yu et al. 2021 (arXiv 2103.09947).
+    Both are unbiased. Yang et al. 2020 (arXiv 2002.11328), with the adversarial version of Yu et al. 2021 (arXiv
+    2103.09947).
 
     Args:
         p: (k, N, K) probabilities of k models.
@@ -50,9 +51,10 @@ def decompose_mse(p: Tensor, y: Label) -> Decomposition:
 
 
 def decompose_kl(p: Tensor, y: Label, correction: str = "plug-in") -> Decomposition:
-    """Cross-entropy: ``pi ~ exp(mean_k log p_k)``, ``Bias = -log pi_y``, ``Var = mean_k KL(pi || p_k) = -log Z``.
+    """Decompose cross-entropy: ``Bias = -log pi_y``, ``Var = mean_k KL(pi || p_k) = -log Z``.
 
-    The plug-in variance is biased low (about half at k = 2); ``"k/(k-1)"`` and ``"jackknife"`` correct it, and the bias
+    ``pi = exp(mean_k log p_k) / Z``. The plug-in variance is biased low (about half at k = 2); ``"k/(k-1)"`` and
+    ``"jackknife"`` correct it, and the bias
     is then the risk minus the corrected variance. No unbiased estimator is known to us.
 
     Args:
@@ -76,7 +78,7 @@ def table(
     bootstraps: int = 1000,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Both decompositions under each correction, overall and per class, with intervals over the test images.
+    """Tabulate both decompositions under each correction, overall and per class, with intervals over the test images.
 
     The squared error stands as ``"plug-in"`` (``V_plug = mean_k ||p_k - pbar||^2``, whose bias is exactly
     ``||pbar - e||^2``) and ``"k/(k-1)"``, which the jackknife over models equals exactly; KL also as ``"jackknife"``.
@@ -113,11 +115,11 @@ def table(
     values = torch.stack([part for *_, risk, variance in kinds for part in (risk, variance)], dim=1).numpy()
     rows = []
     for label in [-1, *(torch.unique(y).tolist() if classes else [])]:
-        some = values if label == -1 else values[(y == label).numpy()]
-        draws = np.concatenate([some.mean(axis=0)[None], bootstrap_means(some, bootstraps, seed)])
+        samples = values if label == -1 else values[(y == label).numpy()]
+        draws = np.concatenate([samples.mean(axis=0)[None], bootstrap_means(samples, bootstraps, seed)])
         for place, (loss, correction, *_) in enumerate(kinds):
             r, v = draws[:, 2 * place], draws[:, 2 * place + 1]
-            row = {"loss": loss, "correction": correction, "class": label, "k": k, "n": len(some)}
+            row = {"loss": loss, "correction": correction, "class": label, "k": k, "n": len(samples)}
             for name, series in zip(MEASURES, (r, r - v, v), strict=True):
                 low, high = interval(series[1:])
                 row |= {name: series[0], f"{name}_low": float(low), f"{name}_high": float(high)}
@@ -126,7 +128,7 @@ def table(
 
 
 def merge(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """The mean over permutations: each table comes from another split of the training set into k disjoint parts.
+    """Average over permutations: each table comes from another split of the training set into k disjoint parts.
 
     Rows are matched by every column that is no result (loss, correction, class, k, and what was added to them, such as
     the training eps). ``_low`` and ``_high`` are the means of the permutations' ends: the permutations share the test
@@ -149,10 +151,10 @@ def merge(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
                 f"merge: expected tables of the same columns, as `table` makes them, came {list(one.columns)} beside "
                 f"{list(tables[0].columns)}"
             )
-    whole = pd.concat([one.assign(permutations=number) for number, one in enumerate(tables)], ignore_index=True)
-    groups = whole.groupby(keys, sort=False, dropna=False)
+    stacked = pd.concat([one.assign(permutations=number) for number, one in enumerate(tables)], ignore_index=True)
+    groups = stacked.groupby(keys, sort=False, dropna=False)
     times = groups["permutations"].transform("size"), groups["permutations"].transform("nunique")
-    odd = whole[(times[0] != len(tables)) | (times[1] != len(tables))]
+    odd = stacked[(times[0] != len(tables)) | (times[1] != len(tables))]
     if len(odd):
         raise UnmovedError(
             f"merge: expected each row once in each of {len(tables)} tables, but not so {odd[keys].iloc[0].to_dict()}; "
@@ -166,8 +168,8 @@ def merge(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
 
 
 def _means(risk: Tensor, variance: Tensor) -> Decomposition:
-    whole, part = float(risk.mean()), float(variance.mean())
-    return Decomposition(whole, whole - part, part)
+    mean_risk, mean_variance = float(risk.mean()), float(variance.mean())
+    return Decomposition(mean_risk, mean_risk - mean_variance, mean_variance)
 
 
 def _corrected(variance: Tensor, k: int) -> Tensor:
@@ -175,14 +177,14 @@ def _corrected(variance: Tensor, k: int) -> Tensor:
 
 
 def _squared_error(p: Tensor, y: Label) -> tuple[Tensor, Tensor]:
-    """Risk and plug-in variance of each image, (N,) each."""
+    """Return the risk and plug-in variance of each image, (N,) each."""
     target = F.one_hot(y, p.shape[2]).to(p.dtype)
     risk = ((p - target) ** 2).sum(dim=2).mean(dim=0)
     return risk, ((p - p.mean(dim=0)) ** 2).sum(dim=2).mean(dim=0)
 
 
 def _cross_entropy(p: Tensor, y: Label) -> tuple[Tensor, dict[str, Tensor]]:
-    """Risk of each image, (N,), and its variance under each correction."""
+    """Return the risk of each image, (N,), and its variance under each correction."""
     if not (p > 0).all():
         raise UnmovedError("decompose_kl: expected positive probabilities, came 0; compute them in float64 from logits")
     log_p, k = p.log(), len(p)
@@ -195,11 +197,12 @@ def _cross_entropy(p: Tensor, y: Label) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def _minus_log_z(mean_log_p: Tensor) -> Tensor:
-    """``-log sum_c exp(mean_k log p_{k,c})`` over the last axis: zero for one model."""
+    """Return ``-log sum_c exp(mean_k log p_{k,c})`` over the last axis: zero for one model."""
     return -torch.logsumexp(mean_log_p, dim=-1)
 
 
 def checked(p: Tensor, y: Label) -> Tensor:
+    """Return p (k, N, K) in float64; raise `UnmovedError` where it is no probability or does not fit y (N,)."""
     if p.ndim != 3 or y.ndim != 1 or p.shape[1] != len(y):
         raise UnmovedError(
             f"decompose: expected p (k, N, K) and y (N,), came p {tuple(p.shape)} and y {tuple(y.shape)}"

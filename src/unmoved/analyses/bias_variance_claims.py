@@ -17,7 +17,7 @@ DRAWS = 2000
 
 
 def claims(table: pd.DataFrame, by: Sequence[str] = (), *, seed: int = 0) -> pd.DataFrame:
-    """``"confirmed"``, ``"refuted"`` or ``"undecided"`` for three claims about the training eps.
+    """Call three claims about the training eps ``"confirmed"``, ``"refuted"`` or ``"undecided"``.
 
     The claims are the paper's findings, the rules our own choice [S]. An interval lies below another where its upper
     end is below the other's lower one. The rows of different eps are treated as independent although they share the
@@ -68,7 +68,7 @@ def claims(table: pd.DataFrame, by: Sequence[str] = (), *, seed: int = 0) -> pd.
 
 
 def _ends(rows: pd.DataFrame, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Middle, low and high, widened by what the permutations say."""
+    """Return middle, low and high, widened by what the permutations say."""
     middle, low, high = (rows[f"{name}{end}"].to_numpy(float) for end in ("", "_low", "_high"))
     if f"{name}_std" not in rows:
         return middle, low, high

@@ -19,7 +19,7 @@ from unmoved.core.views import eval_logits, logits
 
 
 class Joint(nn.Module):
-    """``log ((1/k) sum_k softmax(z_k))``: logits whose softmax is the mean probability of k models."""
+    """Compute ``log ((1/k) sum_k softmax(z_k))``: logits whose softmax is the mean probability of k models."""
 
     def __init__(self, models: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Joint(nn.Module):
 
 
 def joint(models: Sequence[nn.Module]) -> Joint:
-    """One model whose logits are the log of the mean probability of ``models``, for any attack; it holds no copies.
+    """Make one model whose logits are the log of the mean probability of ``models``, for any attack; nothing is copied.
 
     Raises:
         UnmovedError: no model.
@@ -42,7 +42,7 @@ def joint(models: Sequence[nn.Module]) -> Joint:
 
 
 def probabilities(models: Sequence[nn.Module], x_by_model: Sequence[Image], batch_size: int = 256) -> Tensor:
-    """``p[k] = softmax(models[k](x_by_model[k]))``, each model in eval mode and left as it was, in float64 on the CPU.
+    """Compute ``p[k] = softmax(models[k](x_by_model[k]))`` in eval mode, float64, on the CPU; models stay as they were.
 
     Args:
         models: k models; to go on where one stopped, call this with one at a time and concatenate.

@@ -12,7 +12,6 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import pandas as pd
 import torch
 from scipy.special import beta
@@ -29,17 +28,8 @@ COLUMNS += ["accuracy_change", "clean_loss", "clean_accuracy", "linear_change", 
 
 
 @dataclass(frozen=True)
-class Average:
-    """I_ave: the mean of ``changes`` (draws,), DL of each random corruption, and the standard error of that mean."""
-
-    value: float
-    standard_error: float
-    changes: np.ndarray
-
-
-@dataclass(frozen=True)
 class Worst:
-    """I_max: the largest DL on the path of the attack, the corruption that does it, and DL after each step."""
+    """Hold I_max, the largest DL on the path of the attack, the corruption that does it, and DL after each step."""
 
     value: float
     corruption: list[Tensor]
@@ -47,7 +37,7 @@ class Worst:
 
 
 def direction(risk: Risk, draw: int, *, p: float = 2, n: int | None = None, seed: int = 0) -> list[Tensor]:
-    """Random corruption number ``draw`` with ``||r||_p = 1``, in the form of the risk's parameters.
+    """Draw random corruption number ``draw`` with ``||r||_p = 1``, in the form of the risk's parameters.
 
     p = 2: uniform on the sphere, ``z / ||z||_2`` with z normal. p = inf: independent random signs, the corners of the
     cube rather than all of its surface, so that every coordinate moves by eps as in the attack; our own choice. With
@@ -73,30 +63,6 @@ def direction(risk: Risk, draw: int, *, p: float = 2, n: int | None = None, seed
     return [part.reshape(t.shape).to(t.dtype) for part, t in zip(parts, risk.parameters, strict=True)]
 
 
-def average_change(
-    risk: Risk, eps: float, *, p: float = 2, n: int | None = None, draws: int = DRAWS, seed: int = 0
-) -> Average:
-    """``I_ave = mean_r L(w + r) - L(w)`` over ``draws`` random corruptions of `direction`, ``||r||_p = eps``.
-
-    To second order ``eps^2 tr(H) / (2k)`` for p = 2, with n or without. draws + 1 passes.
-
-    Raises:
-        UnmovedError: as `direction` and the risk; a negative eps; fewer than one draw.
-    """
-    eps = require_number("eps", eps, at_least=0)
-    draws = require_whole("draws", draws, at_least=1)
-    with risk.held():
-        clean = risk.at()
-        changes = np.array(
-            [
-                _moved(risk, _scaled(direction(risk, draw, p=p, n=n, seed=seed), eps)).loss - clean.loss
-                for draw in range(draws)
-            ]
-        )
-    spread = float(changes.std(ddof=1)) if draws > 1 else math.nan
-    return Average(float(changes.mean()), spread / math.sqrt(draws), changes)
-
-
 def worst_change(
     risk: Risk,
     eps: float,
@@ -107,7 +73,7 @@ def worst_change(
     step_size: float | None = None,
     seed: int = 0,
 ) -> Worst:
-    """``I_max``, the largest ``L(w + a) - L(w)`` with ``||a||_p <= eps`` and at most n entries, as found by an attack.
+    """Find ``I_max``, the largest ``L(w + a) - L(w)`` with ``||a||_p <= eps`` and at most n entries, by an attack.
 
     ``a_0 = 0``, ``a_t = project(a_{t-1} + steepest(grad L(w + a_{t-1}), alpha))``; the largest over t = 0..steps, so
     never negative, and a lower bound of the true maximum. Where the gradient at w is exactly zero, the first step goes
@@ -129,7 +95,7 @@ def worst_change(
 
 
 def expected_ratio(k: int) -> float:
-    """``E|r.g| / (eps ||g||_2) = Gamma(k/2) / (sqrt(pi) Gamma((k+1)/2)) ~ sqrt(2/(pi k))`` on the sphere in R^k.
+    """Return ``E|r.g| / (eps ||g||_2) = Gamma(k/2) / (sqrt(pi) Gamma((k+1)/2)) ~ sqrt(2/(pi k))`` on the sphere in R^k.
 
     To first order, what share of the worst effect a random corruption has (p = 2, all coordinates).
 
@@ -151,7 +117,7 @@ def sweep(
     steps: int = STEPS,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Random and adversarial corruptions over a grid of eps; one observation a row.
+    """Measure random and adversarial corruptions over a grid of eps; one observation a row.
 
     The random directions are shared between all eps (and by models of the same shape), so differences along the grid
     are not noise of the draws. One pass gives loss and accuracy; the pass and gradient at w serve the whole grid:
@@ -171,7 +137,7 @@ def sweep(
 
     Raises:
         UnmovedError: an empty grid or an eps that is not above 0; ``relative`` with weights that are all zero;
-            otherwise as `average_change` and `worst_change`.
+            otherwise as `direction` and `worst_change`.
     """
     if not len(eps):
         raise UnmovedError("sweep: expected at least one eps, came none")
@@ -186,14 +152,16 @@ def sweep(
     radii = [float(value) * (size if relative else 1.0) for value in eps]
     with risk.held():
         clean = risk.at(gradient=True)
-        found = _observations(risk, clean, radii, p, n, draws, steps, seed)
+        observations = _observations(risk, clean, radii, p, n, draws, steps, seed)
         top = _dot(clean.gradient, weights.steepest(clean.gradient, 1.0, p, n))
-    return _table(risk, clean, found, size, top).assign(p=float(p), n=math.nan if n is None else float(n))[COLUMNS]
+    return _table(risk, clean, observations, size, top).assign(p=float(p), n=math.nan if n is None else float(n))[
+        COLUMNS
+    ]
 
 
 @dataclass(frozen=True)
 class _Observation:
-    """What one corruption did: ``rise`` is the first-order change of the loss for each unit of eps."""
+    """Hold what one corruption did: ``rise`` is the first-order change of the loss for each unit of eps."""
 
     kind: str
     eps: float
@@ -206,20 +174,20 @@ class _Observation:
 def _observations(
     risk: Risk, clean: Point, radii: Sequence[float], p: float, n: int | None, draws: int, steps: int, seed: int
 ) -> list[_Observation]:
-    """The random corruptions, each direction at all radii, and the adversarial one at each radius."""
-    found: list[_Observation] = []
+    """Measure the random corruptions, each direction at all radii, and the adversarial one at each radius."""
+    observations: list[_Observation] = []
     for draw in range(draws):
         unit = direction(risk, draw, p=p, n=n, seed=seed)
         rise = _dot(clean.gradient, unit)
-        found += [_Observation(RANDOM, r, draw, 0, _moved(risk, _scaled(unit, r)), rise) for r in radii]
+        observations += [_Observation(RANDOM, r, draw, 0, _moved(risk, _scaled(unit, r)), rise) for r in radii]
     for r in radii if steps else []:
         best = _climb(risk, clean, r, p, n, steps, None, seed)[1]
-        found.append(_Observation(ADVERSARIAL, r, math.nan, steps, best, math.nan))
-    return found
+        observations.append(_Observation(ADVERSARIAL, r, math.nan, steps, best, math.nan))
+    return observations
 
 
-def _table(risk: Risk, clean: Point, found: Sequence[_Observation], size: float, top: float) -> pd.DataFrame:
-    """One row an observation; ``size`` is the norm of the weights, ``top`` the largest ``rise`` there is."""
+def _table(risk: Risk, clean: Point, observations: Sequence[_Observation], size: float, top: float) -> pd.DataFrame:
+    """Tabulate one row an observation; ``size`` is the norm of the weights, ``top`` the largest ``rise`` there is."""
     table = pd.DataFrame(
         [
             {
@@ -240,7 +208,7 @@ def _table(risk: Risk, clean: Point, found: Sequence[_Observation], size: float,
                 "first_order": abs(one.rise) / top if top > 0 else math.nan,
                 "images": risk.images,
             }
-            for one in found
+            for one in observations
         ],
         columns=[name for name in COLUMNS if name not in ("p", "n")],
     )
@@ -257,7 +225,7 @@ def _climb(
     step_size: float | None,
     seed: int,
 ) -> tuple[Worst, Point]:
-    """The attack from a point whose gradient is known, and the best point of its path."""
+    """Attack from a point whose gradient is known; return also the best point of the path."""
     steps = require_whole("steps", steps, at_least=1)
     alpha = 1.5 * eps / steps if step_size is None else step_size
     alpha = require_number("step_size", alpha, at_least=0)

@@ -20,7 +20,7 @@ LEAST_RUNS = 6
 
 
 def summarise(table: pd.DataFrame) -> pd.DataFrame:
-    """One row per measure, kind, scope and eps: the mean change over the draws and its 95 % interval.
+    """Summarise, one row per measure, kind, scope and eps: the mean change over the draws and its 95 % interval.
 
     ``low, high = mean -+ t_{0.975, draws - 1} std / sqrt(draws)``: how sure the mean over corruptions of this model is
     (images and weights are held). Columns of the table that are no measurement are kept as keys, so that sweeps with a
@@ -70,7 +70,7 @@ def _means(table: pd.DataFrame, keys: list[str], column: str) -> pd.DataFrame:
 
 
 def indicators(summary: pd.DataFrame, eps_relative: float, *, scope: str = "global") -> pd.DataFrame:
-    """I_max and I_ave at one relative eps, one row per run (and whatever else the caller's own keys tell apart).
+    """Return I_max and I_ave at one relative eps, one row per run (and whatever else the caller's own keys tell apart).
 
     I_ave is the controlled mean of `summarise`.
 
@@ -101,7 +101,7 @@ def indicators(summary: pd.DataFrame, eps_relative: float, *, scope: str = "glob
 
 
 def claims(table: pd.DataFrame, *, resamples: int = 2000, seed: int = 0) -> pd.DataFrame:
-    """Does flatness under corruption go with robustness and with accuracy? Spearman's rho over runs, and a word.
+    """Judge whether flatness under corruption goes with robustness and with accuracy, by Spearman's rho over runs.
 
     The claim is that runs whose loss changes less are more accurate: rho between an indicator and an accuracy below 0.
     The rule: "confirmed" where the whole 95 % interval of rho lies below 0, "refuted" where it lies above 0, otherwise
@@ -130,13 +130,13 @@ def claims(table: pd.DataFrame, *, resamples: int = 2000, seed: int = 0) -> pd.D
     rows = []
     for indicator, first in sides[0].items():
         for accuracy, second in sides[1].items():
-            known = spearman(table[first], table[second], bootstraps=resamples, seed=seed, least=2)
-            rho, low, high = known.value, known.low, known.high
+            estimate = spearman(table[first], table[second], bootstraps=resamples, seed=seed, least=2)
+            rho, low, high = estimate.value, estimate.low, estimate.high
             decided = len(table) >= LEAST_RUNS
             word = CONFIRMED if decided and high < 0 else REFUTED if decided and low > 0 else UNDECIDED
             numbers = {"rho": rho, "low": low, "high": high, "runs": len(table), "verdict": word}
-            said = _sentence(indicator, accuracy, rho, low, high, len(table), word)
-            rows.append({"indicator": indicator, "accuracy": accuracy, **numbers, "sentence": said})
+            sentence = _sentence(indicator, accuracy, rho, low, high, len(table), word)
+            rows.append({"indicator": indicator, "accuracy": accuracy, **numbers, "sentence": sentence})
     return pd.DataFrame(rows)
 
 
@@ -144,7 +144,7 @@ def _sentence(indicator: str, accuracy: str, rho: float, low: float, high: float
     claim = f"Flatness under corruption goes with {accuracy} accuracy: {word}"
     if math.isnan(rho):
         return f"{claim} ({indicator} or {accuracy} accuracy does not vary over {runs} runs)."
-    found = f"Spearman's rho of {indicator} and {accuracy} accuracy {rho:+.2f}"
-    found += "" if math.isnan(low) else f", 95 % interval {low:+.2f} to {high:+.2f}"
+    evidence = f"Spearman's rho of {indicator} and {accuracy} accuracy {rho:+.2f}"
+    evidence += "" if math.isnan(low) else f", 95 % interval {low:+.2f} to {high:+.2f}"
     few = f"; fewer than {LEAST_RUNS} decide nothing" if runs < LEAST_RUNS else ""
-    return f"{claim} ({found}, {runs} runs{few})."
+    return f"{claim} ({evidence}, {runs} runs{few})."

@@ -25,7 +25,7 @@ from unmoved.core.errors import UnmovedError, require_columns, require_number, r
 
 @dataclass(frozen=True)
 class Curvature:
-    """Of the Hessian H of the mean cross-entropy by the parameters of one scope.
+    """Hold trace and top eigenvalue of the Hessian H of the mean cross-entropy by the parameters of one scope.
 
     Attributes:
         scope: of the `ModelRisk`.
@@ -47,7 +47,7 @@ class Curvature:
 def curvature(
     risk: ModelRisk, *, vectors: int = 30, tolerance: float = 1e-3, iterations: int = 200, seed: int = 0
 ) -> Curvature:
-    """tr(H) by Hutchinson's estimator, ``mean_j v_j.Hv_j`` with random signs v_j, and H's top eigenvalue by Lanczos.
+    """Estimate tr(H) by Hutchinson, ``mean_j v_j.Hv_j`` with random signs v_j, and H's top eigenvalue by Lanczos.
 
     Exact products with the Hessian of all images, in evaluation mode, one at a time (forward over reverse, so no graph
     of a graph). The vectors come from ``seed``.
@@ -100,7 +100,7 @@ def curvature(
 
 
 def second_order(summary: pd.DataFrame, of: Curvature) -> pd.DataFrame:
-    """I_ave beside its second-order theory, ``E[DL(r)] = E||r||_2^2 tr(H) / (2k)``, for the scope of ``of``.
+    """Set I_ave beside its second-order theory, ``E[DL(r)] = E||r||_2^2 tr(H) / (2k)``, for the scope of ``of``.
 
     ``||r||_2^2`` is eps^2 for p = 2, with n or without; for p = inf (random signs) it is eps^2 k, or eps^2 n. The
     theory is that of a smooth loss: the kinks of ReLU and max pooling, which the Hessian does not see, change the

@@ -26,7 +26,7 @@ ROWS = ("method", "strength", "seed", "clean", "robust", "n")
 
 @dataclass(frozen=True, eq=False)
 class TradeOff:
-    """What `trade_off` found; accuracies are shares, ``share`` columns are shares of the bootstraps.
+    """Hold the tables of `trade_off`; accuracies are shares, ``share`` columns are shares of the bootstraps.
 
     Attributes:
         runs: one row a run: method, strength, seed, clean, robust, n.
@@ -49,13 +49,13 @@ class TradeOff:
 
 
 def dominates(clean: np.ndarray, robust: np.ndarray) -> np.ndarray:
-    """``[..., i, j]``: point i is at least as good as j in both accuracies (..., M), and better in one."""
+    """Return ``[..., i, j]``: point i is at least as good as j in both accuracies (..., M), and better in one."""
     c, r, other_c, other_r = clean[..., :, None], robust[..., :, None], clean[..., None, :], robust[..., None, :]
     return (c >= other_c) & (r >= other_r) & ((c > other_c) | (r > other_r))
 
 
 def front_area(clean: np.ndarray, robust: np.ndarray) -> np.ndarray:
-    """The area under the staircase, ``int_0^1 max {robust_i : clean_i >= c} dc``: the hypervolume above (0, 0).
+    """Integrate the staircase, ``int_0^1 max {robust_i : clean_i >= c} dc``: the hypervolume above (0, 0).
 
     One point has the area clean * robust; more points never make it smaller, so a method that was tried at more
     strengths has an advantage. Over (..., M) points, in [0, 1].
@@ -70,7 +70,7 @@ def front_area(clean: np.ndarray, robust: np.ndarray) -> np.ndarray:
 def trade_off(
     samples: Mapping[RunKey, tuple[np.ndarray, np.ndarray]], *, bootstraps: int = 2000, seed: int = 0
 ) -> TradeOff:
-    """The front of clean against robust accuracy and who owns it, from what each run got right, image by image.
+    """Find the front of clean against robust accuracy and who owns it, from what each run got right, image by image.
 
     Args:
         samples: (method, strength, seed) -> (clean_right, robust_right), (N,) bool each, on the same images in the
@@ -104,25 +104,8 @@ def trade_off(
     return _assess(runs, setting, clean, robust)
 
 
-def trade_off_of_rows(rows: pd.DataFrame) -> TradeOff:
-    """As `trade_off`, from one row a run and thus without bootstraps: every interval and share is NaN.
-
-    Args:
-        rows: method, strength, seed, clean, robust (shares), n.
-
-    Raises:
-        UnmovedError: a missing column, no row, an accuracy outside [0, 1], n < 1; names as in `trade_off`.
-    """
-    require_columns(rows, ROWS, "trade_off_of_rows")
-    if not rows[["clean", "robust"]].apply(lambda column: column.between(0, 1)).all(axis=None) or (rows["n"] < 1).any():
-        raise UnmovedError("trade_off_of_rows: expected accuracies in [0, 1] (shares, not percent) and n >= 1")
-    runs, setting = _settings(rows[list(ROWS)].reset_index(drop=True))
-    means = runs.groupby(setting)[["clean", "robust"]].mean()
-    return _assess(runs, setting, means["clean"].to_numpy()[None], means["robust"].to_numpy()[None])
-
-
 def _answers(key: RunKey, clean_right: np.ndarray, robust_right: np.ndarray) -> np.ndarray:
-    """(N, 2) bool."""
+    """Check the two arrays of one run, and stack them to (N, 2) bool."""
     clean, robust = np.asarray(clean_right), np.asarray(robust_right)
     if clean.dtype != bool or robust.dtype != bool or clean.ndim != 1 or clean.shape != robust.shape or not len(clean):
         raise UnmovedError(
@@ -138,7 +121,7 @@ def _answers(key: RunKey, clean_right: np.ndarray, robust_right: np.ndarray) -> 
 
 
 def _settings(runs: pd.DataFrame) -> tuple[pd.DataFrame, np.ndarray]:
-    """The runs by method (as they came), strength and seed, their index kept, and the number of each one's setting."""
+    """Sort runs by method (as they came), strength and seed, their index kept, and number their settings."""
     names = list(dict.fromkeys(runs["method"]))
     if not all(isinstance(name, str) and name for name in names) or ALL in names:
         raise UnmovedError(f"trade_off: expected method names other than {ALL!r}, came {names}")
@@ -152,7 +135,7 @@ def _settings(runs: pd.DataFrame) -> tuple[pd.DataFrame, np.ndarray]:
 
 
 def _assess(runs: pd.DataFrame, setting: np.ndarray, clean: np.ndarray, robust: np.ndarray) -> TradeOff:
-    """All tables; row 0 of clean and robust (1 + bootstraps, M) holds the estimates, the others one draw each."""
+    """Make all tables; row 0 of clean and robust (1 + bootstraps, M) holds the estimates, the others one draw each."""
     groups = runs.groupby(setting)
     points = groups.agg(method=("method", "first"), strength=("strength", "first"), seeds=("n", "size"), n=("n", "min"))
     for name, values in (("clean", clean), ("robust", robust)):
@@ -206,12 +189,12 @@ def _stretches(points: pd.DataFrame, clean: np.ndarray, robust: np.ndarray) -> p
 
 
 def _share(events: np.ndarray) -> np.ndarray:
-    """The share of the draws, over the first axis; its row 0 is the estimate and no draw."""
+    """Return the share of the draws, over the first axis; its row 0 is the estimate and no draw."""
     return np.mean(events[1:], axis=0) if len(events) > 1 else np.full(events.shape[1:], np.nan)[()]
 
 
 def claims(areas: pd.DataFrame, dominance: pd.DataFrame) -> pd.DataFrame:
-    """One row a method: ``"on the front"``, ``"dominated"`` or ``"undecided"``, and the sentence that says it.
+    """Call each method ``"on the front"``, ``"dominated"`` or ``"undecided"``, one row each, and say it in a sentence.
 
     The rule: on the front where the method has a point on the front in at least 95 % of the bootstraps, dominated where
     it has one in at most 5 %, undecided between and without bootstraps. A dominated method is dominated by those

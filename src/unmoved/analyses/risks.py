@@ -54,7 +54,7 @@ class Risk(Protocol):
 
 
 class ModelRisk:
-    """Mean cross-entropy and accuracy of a model on held images, as a function of its weights alone.
+    """Measure mean cross-entropy and accuracy of a model on held images, as a function of its weights alone.
 
     ``L(w) = 1/N sum_i CE(f_w(x_i), y_i)`` in evaluation mode, in the weights' own format (float32 as a rule; a
     caller's autocast is left), summed in float64, so that the chunks do not show. The images are fixed: adversarial

@@ -57,7 +57,7 @@ STRONG = 0.5
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim by name, the word that the intervals give it (confirmed, refuted, undecided), and the sentence."""
+    """Hold a claim by name, the word that the intervals give it (confirmed, refuted, undecided), and the sentence."""
 
     claim: str
     word: str
@@ -65,7 +65,7 @@ class Claim:
 
 
 def within(table: Table, *, bootstraps: int = 1000, seed: int = 0) -> Table:
-    """Within one model: which of the samples that it gets right fall, and how far from the boundary are they?
+    """Ask within one model which of the samples that it gets right fall, and how far from the boundary they are.
 
     Args:
         table: from `observe` or `collect`.
@@ -104,7 +104,7 @@ def _row(estimate: Estimate, margin: Estimate, chance: float) -> dict[str, float
 
 
 def landings(table: Table) -> Table:
-    """Where the fallen land: for each rank of the clean wrong classes (1 the most probable) the share that lands there.
+    """Count where the fallen land: the share for each rank of the clean wrong classes (1 the most probable).
 
     Returns:
         ``rank`` 1..K-1, ``count``, ``n`` (fallen samples that were right as they were), ``share``, ``low``, ``high``
@@ -128,7 +128,7 @@ def landings(table: Table) -> Table:
 
 
 def summary(tables: Mapping[str, Table]) -> Table:
-    """One row per run: run, n, clean_accuracy, robust_accuracy, and each statistic's mean over all its clean images.
+    """Tabulate one row per run: run, n, clean_accuracy, robust_accuracy, each statistic's mean over clean images.
 
     Raises:
         UnmovedError: no run; as `within`.
@@ -145,7 +145,7 @@ def summary(tables: Mapping[str, Table]) -> Table:
 
 
 def across(summary: Table) -> Table:
-    """Across runs: does the mean of a statistic go with robust, and with clean accuracy?
+    """Ask across runs whether the mean of a statistic goes with robust, and with clean accuracy.
 
     Args:
         summary: from `summary`; robust accuracies of one threat model and attack.
@@ -176,7 +176,7 @@ def across(summary: Table) -> Table:
 def claims(
     within: Mapping[str, Table], landings: Mapping[str, Table], across: Table, statistic: str = "variance"
 ) -> list[Claim]:
-    """What the tables say of DRSL's claim, in words that follow from 95 % intervals.
+    """Judge DRSL's claim from the tables, in words that follow from 95 % intervals.
 
     Five claims. Over runs, a claim is confirmed where more than half of the runs that have an interval speak for it
     and none against it, refuted the other way round, else undecided. A run speaks for
@@ -224,7 +224,7 @@ def claims(
 
 
 def _counted(claim: str, runs: Sequence[tuple[float, float, float]], words: str) -> Claim:
-    """The claim from each run's (value, low, high), the ends relative to what chance gives; NaN ends do not judge."""
+    """Judge a claim from each run's (value, low, high), the ends relative to chance; NaN ends do not judge."""
     judged = [run for run in runs if not np.isnan(run[1])]
     above, below = sum(low > 0 for _, low, _ in judged), sum(high < 0 for *_, high in judged)
     word = _word(2 * above > len(judged) and not below, 2 * below > len(judged) and not above)
@@ -269,7 +269,7 @@ def _checked(table: Table, who: str) -> Table:
 
 
 def _only(table: Table, who: str, **values: str) -> Table:
-    """The rows with these values, at least one."""
+    """Return the rows with these values, at least one."""
     for column, value in values.items():
         table = table[table[column] == value]
     if table.empty:

@@ -27,7 +27,7 @@ COLUMNS = (*SAMPLE, "view", "prediction", *STATISTICS)
 
 
 def statistics(logits: Logits, y: Label) -> Table:
-    """What the wrong classes look like, in float64; ``r_j = p_j / (1 - p_y)`` and all sums are over the j != y.
+    """Compute statistics of the wrong classes, in float64; ``r_j = p_j / (1 - p_y)`` and all sums are over the j != y.
 
     Args:
         logits: (B, K); a constant added to a row changes nothing.
@@ -46,8 +46,8 @@ def statistics(logits: Logits, y: Label) -> Table:
     """
     z, y = _checked_logits(logits, y)
     log_p = torch.log_softmax(z, dim=1)
-    own = torch.zeros_like(z, dtype=torch.bool).scatter_(1, y[:, None], True)
-    true, wrong = log_p[own], log_p[~own].reshape(len(z), z.shape[1] - 1)
+    is_true = torch.zeros_like(z, dtype=torch.bool).scatter_(1, y[:, None], True)
+    true, wrong = log_p[is_true], log_p[~is_true].reshape(len(z), z.shape[1] - 1)
     log_r = torch.log_softmax(wrong, dim=1)
     # One class twice: the gap of one wrong class is 0.
     top = (wrong if wrong.shape[1] > 1 else wrong.expand(-1, 2)).topk(2, dim=1).values
@@ -70,7 +70,7 @@ def observe(
     success: Tensor,
     min_eps: PerSample | None = None,
 ) -> Table:
-    """The statistics of each sample in both views, and what became of it.
+    """Tabulate the statistics of each sample in both views, and what became of it.
 
     Args:
         index: (B,) int64 identities.
@@ -132,7 +132,7 @@ def collect(
     min_norm_attack: Attack | None = None,
     batch_size: int = 128,
 ) -> Table:
-    """`collect_batch` of each batch, one below the other; who wants to resume calls that and keeps each table.
+    """Apply `collect_batch` to each batch, and put the tables one below the other.
 
     Raises:
         UnmovedError: no batch; as `collect_batch`.
@@ -148,7 +148,7 @@ def collect(
 def collect_batch(
     model: nn.Module, batch: Batch, attack: Attack, threat: ThreatModel, min_norm_attack: Attack | None = None
 ) -> Table:
-    """Attack one batch and `observe` it: beside the attacks' own passes, one over the clean and two over attacked.
+    """Attack one batch and `observe` it: beside the attacks' is_true passes, one over the clean and two over attacked.
 
     Both attacks run once, on the samples that the model gets right; one that is wrong as it is has fallen, with
     min_eps 0 and the clean image in both views. Success is a wrong prediction within eps (up to the threat model's
@@ -189,7 +189,7 @@ def collect_batch(
 
 
 def _checked_logits(logits: Logits, y: Label) -> tuple[Tensor, Tensor]:
-    """Both on the CPU, the logits in float64."""
+    """Check and return both, on the CPU, the logits in float64."""
     z, y = torch.as_tensor(logits).detach().cpu().double(), torch.as_tensor(y).detach().cpu()
     if z.ndim != 2 or z.shape[1] < 2 or y.dtype != torch.int64 or y.shape != z.shape[:1]:
         raise UnmovedError(

@@ -21,7 +21,7 @@ Direction = Sequence[Tensor]
 def worst_and_random(
     risk: Risk, eps: float, *, steps: int = 10, draw: int = 0, seed: int = 0
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Two orthogonal directions of l2 norm 1: the corruption that `worst_change` finds at eps, and a random one.
+    """Find two orthogonal directions of l2 norm 1: the corruption that `worst_change` finds at eps, and a random one.
 
     ``v <- v - (u.v) u``, then ``v / ||v||``. Where no step of the attack raised the risk, u is its gradient.
 
@@ -46,60 +46,34 @@ def worst_and_random(
     return first, second
 
 
-def line(
-    risk: Risk, eps: float, *, points: int = 21, reach: float = 1.0, steps: int = 10, draw: int = 0, seed: int = 0
-) -> pd.DataFrame:
-    """The risk on two lines through w: ``L(w + a eps u)`` for a in [-reach, reach], u worst or random, ``||u|| = 1``.
-
-    Args:
-        eps: radius at which the worst direction is sought (p = 2), and the unit of a.
-        points: on each line, an odd number, so that w is one of them; its pass is shared.
-
-    Returns:
-        direction ("worst", "random"), a, eps, loss, accuracy, scope, images.
-
-    Raises:
-        UnmovedError: as `worst_and_random`; points that are no odd number above 1, or a reach of 0.
-    """
-    grid = _grid(points, reach)
-    both = worst_and_random(risk, eps, steps=steps, draw=draw, seed=seed)
-    with risk.held():
-        clean = risk.at()
-        found = [
-            {"direction": name, "a": a} | _columns(risk, eps, clean if a == 0 else _along(risk, [u], [a * eps]))
-            for name, u in zip((WORST, RANDOM), both, strict=True)
-            for a in grid
-        ]
-    return pd.DataFrame(found)
-
-
 def plane(
     risk: Risk, eps: float, *, points: int = 15, reach: float = 1.0, steps: int = 10, draw: int = 0, seed: int = 0
 ) -> pd.DataFrame:
-    """The risk on a square around w, ``L(w + a eps u + b eps v)``, u the worst direction and v a random one.
+    """Compute the risk on a square around w, ``L(w + a eps u + b eps v)``, u the worst direction and v a random one.
 
     u and v are orthogonal and of length 1, so distances in the picture are distances of weights; ``points^2`` passes.
 
     Args:
-        eps, points, reach, steps, draw, seed: as `line`.
+        eps: radius at which the worst direction is sought (p = 2), and the unit of a and b.
+        points: on each side, an odd number, so that w is one of them.
+        reach: a and b are in [-reach, reach].
 
     Returns:
         a (along the worst direction), b (along the random one), eps, loss, accuracy, scope, images.
 
     Raises:
-        UnmovedError: as `line`.
+        UnmovedError: as `worst_and_random`; points that are no odd number above 1, or a reach of 0.
     """
     grid = _grid(points, reach)
     u, v = worst_and_random(risk, eps, steps=steps, draw=draw, seed=seed)
     with risk.held():
-        found = [
-            {"a": a, "b": b} | _columns(risk, eps, _along(risk, [u, v], [a * eps, b * eps])) for a in grid for b in grid
-        ]
-    return pd.DataFrame(found)
+        points_of_grid = [(a, b, _along(risk, [u, v], [a * eps, b * eps])) for a in grid for b in grid]
+    rows = [(a, b, float(eps), point.loss, point.accuracy, risk.scope, risk.images) for a, b, point in points_of_grid]
+    return pd.DataFrame(rows, columns=["a", "b", "eps", "loss", "accuracy", "scope", "images"])
 
 
 def axes(plane: pd.DataFrame) -> pd.DataFrame:
-    """The two lines that lie in a `plane`, in the form of `line`: its rows with b = 0 and with a = 0."""
+    """Return the two lines that lie in a `plane`, ``L(w + a eps u)``: direction ("worst", "random"), a, eps, loss..."""
     worst, random = plane[plane["b"] == 0], plane[plane["a"] == 0]
     lines = pd.concat([worst.assign(direction=WORST), random.assign(direction=RANDOM, a=random["b"])])
     return lines.drop(columns="b").reset_index(drop=True)
@@ -112,16 +86,6 @@ def _along(risk: Risk, directions: Sequence[Direction], lengths: Sequence[float]
     ]
     with perturbed(risk.parameters, corruption):
         return risk.at()
-
-
-def _columns(risk: Risk, eps: float, point: Point) -> dict[str, object]:
-    return {
-        "eps": float(eps),
-        "loss": point.loss,
-        "accuracy": point.accuracy,
-        "scope": risk.scope,
-        "images": risk.images,
-    }
 
 
 def _grid(points: int, reach: float) -> list[float]:

@@ -18,11 +18,12 @@ PARTS = ("mean", "bias2", "between_models", "between_examples", "risk")
 def target_probability(
     p: Tensor, y: Label, q: Tensor | None = None, *, bootstraps: int = 1000, seed: int = 0
 ) -> pd.DataFrame:
-    """Per class, with ``P_{k,i} = p_{k,i,y_i}``: ``mean (1 - P)^2 = (1 - m_c)^2 + between models + between examples``.
+    """Split the risk of each class: ``mean (1 - P)^2 = (1 - m_c)^2 + between models + between examples``.
 
-    ``m_c = mean P``; between models ``k/(k-1) mean_i (1/k) sum_k (P_{k,i} - Pbar_i)^2`` (as the squared error, on one
-    number); between examples ``mean_i (Pbar_i - m_c)^2`` less between models / k, so that the sum is exact; it may come
-    out slightly negative. Reconstruction [R]: the release of ProbsCut does not say which spread its "variance" is.
+    ``P_{k,i} = p_{k,i,y_i}``, ``m_c = mean P``; between models ``k/(k-1) mean_i (1/k) sum_k (P_{k,i} - Pbar_i)^2`` (as
+    the squared error, on one number); between examples ``mean_i (Pbar_i - m_c)^2`` less between models / k, so that the
+    sum is exact; it may come out slightly negative. Reconstruction [R]: the release of ProbsCut does not say which
+    spread its "variance" is.
 
     Args:
         p: (k, N, K) probabilities of k >= 2 models, clean or adversarial.
@@ -46,9 +47,9 @@ def target_probability(
     geometric = of_truth.log().mean(dim=0)
     rows = []
     for label in torch.unique(y).tolist():
-        own = y == label
-        some = values[own.numpy()]
-        draws = np.concatenate([some.mean(axis=0)[None], bootstrap_means(some, bootstraps, seed)])
+        of_class = y == label
+        samples = values[of_class.numpy()]
+        draws = np.concatenate([samples.mean(axis=0)[None], bootstrap_means(samples, bootstraps, seed)])
         mean, square, between_models = draws.T
         between_examples = square - mean**2 - between_models / k
         bias2 = (1 - mean) ** 2
@@ -56,9 +57,9 @@ def target_probability(
         row = {
             "class": label,
             "k": k,
-            "n": len(some),
+            "n": len(samples),
             "q": learned[label],
-            "geometric": float(geometric[own].mean().exp()),
+            "geometric": float(geometric[of_class].mean().exp()),
         }
         for name, series in zip(PARTS, parts, strict=True):
             low, high = interval(series[1:])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar, Unpack
@@ -59,7 +59,7 @@ STYLE: dict[Any, Any] = {
 
 
 class Look(TypedDict, total=False):
-    """Looks of a line or of markers, by matplotlib's names."""
+    """Name looks of a line or of markers, by matplotlib's names."""
 
     color: str
     marker: str | None
@@ -74,7 +74,7 @@ class Look(TypedDict, total=False):
 
 
 class Fill(TypedDict, total=False):
-    """Looks of a bar, by matplotlib's names."""
+    """Name looks of a bar, by matplotlib's names."""
 
     facecolor: str
     edgecolor: str
@@ -162,21 +162,37 @@ def draw_others(
     return label
 
 
-def legend_above(figure: Figure) -> None:
+def legend_above(figure: Figure, *, grow: bool = True) -> None:
     """Put the legend of the first axes above the picture, which grows by its height."""
     handles, names = figure.axes[0].get_legend_handles_labels()
     columns = 2 if max(map(len, names)) <= 24 else 1
-    figure.set_figheight(figure.get_figheight() + 0.15 + 0.21 * -(-len(names) // columns))
+    if grow:
+        figure.set_figheight(figure.get_figheight() + 0.15 + 0.21 * -(-len(names) // columns))
     figure.legend(handles, names, loc="outside upper center", ncols=columns)
 
 
-def place_names(axes: Axes, points: Sequence[tuple[float, float, str]], bars: Sequence[Segment]) -> None:
+def percent_limits(low: float, high: float) -> tuple[float, float]:
+    """Return limits of an axis in percent, at least ten points apart, so that small differences look small."""
+    pad = max(10 - (high - low), 0) / 2
+    return max(low - pad, -2), min(high + pad, 102)
+
+
+def name_points(
+    figure: Figure, points: Sequence[tuple[float, float, str]], bars: Sequence[Segment], others: Sized
+) -> None:
+    """Name each point (x, y, name) beside it; in a legend if a name is long, or if there are others without a name."""
+    if len(others) or max(len(name) for *_, name in points) > 24:
+        legend_above(figure)
+    else:
+        place_names(figure, points, bars)
+
+
+def place_names(figure: Figure, points: Sequence[tuple[float, float, str]], bars: Sequence[Segment]) -> None:
     """Write the name beside each point (x, y, name) where it hides least: no marker or name, few of the bars.
 
     One text is measured for each name, and one annotation made.
     """
-    figure = axes.figure
-    assert isinstance(figure, Figure)
+    (axes,) = figure.axes
     figure.draw_without_rendering()
     frame = np.array([axes.get_window_extent().extents])
     places = axes.transData.transform([p[:2] for p in points])

@@ -34,7 +34,7 @@ SAME = "as trained"
 
 @dataclass(frozen=True)
 class Group:
-    """The runs of one recipe on the disjoint parts of one permutation."""
+    """Hold the runs of one recipe on the disjoint parts of one permutation."""
 
     method: str
     permutation: int
@@ -135,7 +135,7 @@ def _modes(text: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class BiasVariance(StudyKind):
-    """Decompositions over training eps (of the runs), evaluation eps and attack modes, merged over permutations.
+    """Decompose the risk over training eps (of the runs), evaluation eps and attack modes, merged over permutations.
 
     Attributes:
         eps: evaluation radii; by default 0 and the eps of the recipes.

@@ -36,12 +36,16 @@ VIEWS = ("clean", "adversarial")
 TITLE = "Flatness under parameter corruption"
 DRAWS, STEPS = 20, 10
 CHUNK = 250  # images that are attacked at a time
+SHOWN = {
+    "claims": ["view", "indicator", "accuracy", "rho", "low", "high", "runs", "verdict"],
+    "indicators": ["run", "view", "i_max", "i_ave", "clean_accuracy", "robust_accuracy"],
+}
 LEGIBLE = 6  # runs that one figure of curves can hold
 
 
 @dataclass(frozen=True)
 class Corruption(StudyKind):
-    """Indicators of flatness over a grid of eps, per run and across runs.
+    """Measure indicators of flatness over a grid of eps, per run and across runs.
 
     Attributes:
         norm: ``"l2"`` or ``"linf"``, of a corruption; eps is a share of the weights' l2 norm for both.
@@ -133,7 +137,7 @@ class Corruption(StudyKind):
 
 
 class _Images:
-    """The images of a run as they are, and attacked by PGD-20: once, and not at all where every table is there."""
+    """Hold the images of a run as they are, and attacked by PGD-20: once, and not at all where every table is there."""
 
     def __init__(self, run: AnalysedRun) -> None:
         self.run = run
@@ -148,7 +152,7 @@ class _Images:
 
 @dataclass(frozen=True)
 class _AgainstAccuracy:
-    """Flatness beside accuracy, over runs that were evaluated alike.
+    """Hold flatness beside accuracy, over runs that were evaluated alike.
 
     Attributes:
         how: what the claims are read from, in words.
@@ -161,6 +165,11 @@ class _AgainstAccuracy:
     tables: dict[str, pd.DataFrame] = field(default_factory=dict)
     sentences: list[str] = field(default_factory=list)
     scatters: list[Figure] = field(default_factory=list)
+
+    def shown(self, name: str) -> pd.DataFrame | None:
+        """Return the rows and columns of a table that the page shows; None where there is no such table."""
+        table = self.tables.get(name)
+        return None if table is None else table.loc[table["eps_relative"] == HEADLINE, SHOWN[name]]
 
 
 def _against_accuracy(runs: Sequence[AnalysedRun], summary: pd.DataFrame) -> _AgainstAccuracy:
@@ -221,7 +230,13 @@ def _across_runs(judged: _AgainstAccuracy) -> Section:
         "How much does the loss rise when the weights move by eps (a share of their norm): at random, and in the worst "
         f"direction that {STEPS} gradient steps find? The field's claim is that flat goes with robust and accurate."
     )
-    return Section("corruption", TITLE, [question, judged.how], _claims(judged.tables.get("claims")), judged.scatters)
+    return Section(
+        "corruption",
+        TITLE,
+        [question, judged.how],
+        judged.shown("claims"),
+        judged.scatters,
+    )
 
 
 def _run_by_run(judged: _AgainstAccuracy, drawn: Sequence[Figure], runs: int) -> Section:
@@ -231,19 +246,9 @@ def _run_by_run(judged: _AgainstAccuracy, drawn: Sequence[Figure], runs: int) ->
     )
     lead += f" The figures draw the first {LEGIBLE} runs." if runs > LEGIBLE else ""
     return Section(
-        "corruption-runs", "Flatness run by run", [lead], _shown(judged.tables.get("indicators")), list(drawn)
+        "corruption-runs",
+        "Flatness run by run",
+        [lead],
+        judged.shown("indicators"),
+        list(drawn),
     )
-
-
-def _claims(claims: pd.DataFrame | None) -> pd.DataFrame | None:
-    if claims is None:
-        return None
-    rows = claims[claims["eps_relative"] == HEADLINE]
-    return rows[["view", "indicator", "accuracy", "rho", "low", "high", "runs", "verdict"]]
-
-
-def _shown(rows: pd.DataFrame | None) -> pd.DataFrame | None:
-    if rows is None:
-        return None
-    rows = rows[rows["eps_relative"] == HEADLINE]
-    return rows[["run", "view", "i_max", "i_ave", "clean_accuracy", "robust_accuracy"]]

@@ -26,9 +26,8 @@ from unmoved.reports.drawing import (
     draw_others,
     finished,
     foremost,
-    legend_above,
     look,
-    place_names,
+    name_points,
     style,
 )
 from unmoved.reports.figures.broken_by import HATCHES
@@ -159,7 +158,7 @@ def loss_lines(table: pd.DataFrame) -> Figure:
     """Draw the loss along the worst direction and along a random one, through the weights.
 
     Args:
-        table: direction ("worst" or "random"), a (in units of eps), eps, loss, images: from `surface.line`.
+        table: direction ("worst" or "random"), a (in units of eps), eps, loss, images: from `surface.axes`.
 
     Raises:
         UnmovedError: a column is missing, or there is no row.
@@ -263,10 +262,7 @@ def flatness(table: pd.DataFrame, sentence: str = "") -> Figure:
         + ("; bars: 95 % intervals" if "low" in table else "")
         + (f"; grey: {rest}" if rest else "")
     )
-    if max(len(name) for *_, name in points) <= 24 and not others:
-        place_names(axes, points, segments)
-    else:
-        legend_above(figure)  # longer names do not fit, nor as many
+    name_points(figure, points, segments, others)
     return finished(
         figure,
         f"Robust accuracy against the largest loss change under corruption of the weights, {len(table)} runs ({n} "

@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Option:
-    """How a field of a `StudyKind` is given to ``unmoved analyze``: as ``--`` and the field's name.
+    """Say how a field of a `StudyKind` is given to ``unmoved analyze``: as ``--`` and the field's name.
 
     A field whose default is False or True is a flag, the latter with its opposite ``--no-...``.
 
@@ -37,7 +37,7 @@ def option(default: T, help: str, *, parse: Callable[[str], T] | None = None, at
 
 @dataclass(frozen=True)
 class StudyKind(ABC):
-    """An analysis of runs, with its options as fields; `unmoved.analyses.studies.STUDIES` lists them.
+    """Define an analysis of runs, with its options as fields; `unmoved.analyses.studies.STUDIES` lists them.
 
     Attributes:
         name: WHAT in ``unmoved analyze WHAT``, and the folder that the study is written to.

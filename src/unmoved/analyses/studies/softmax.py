@@ -51,7 +51,7 @@ def observe(subject: AnalysedRun, progress: Progress = no_progress) -> pd.DataFr
 
 @dataclass(frozen=True)
 class Softmax(StudyKind):
-    """The claim of DRSL, run by run and across runs; with fewer than four runs the last part is undecided."""
+    """Test the claim of DRSL, run by run and across runs; with fewer than four runs the last part is undecided."""
 
     name = "softmax"
 

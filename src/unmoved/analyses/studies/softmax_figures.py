@@ -21,9 +21,9 @@ from unmoved.reports.drawing import (
     draw_others,
     finished,
     foremost,
-    legend_above,
     look,
-    place_names,
+    name_points,
+    percent_limits,
     style,
 )
 
@@ -184,16 +184,11 @@ def across(
     axes.set_xlabel(f"mean over the clean images:\n{name}" + (f" ({unit})" if unit else ""))
     accuracy = against.replace("_", " ")
     axes.set_ylabel(f"{accuracy} (%)")
-    low, high = axes.get_ylim()
-    pad = max(10 - (high - low), 0) / 2
-    axes.set_ylim(max(low - pad, -2), min(high + pad, 102))
+    axes.set_ylim(*percent_limits(*axes.get_ylim()))
     n = f"{count(table['n'])} test images per run, {len(table)} runs"
     measured = _measured(correlations, statistic, accuracy)
     figure.supxlabel(n + "".join(f"\n{words}" for words in (*measured, *[f"grey: {rest}"][: len(others)])))
-    if max(len(run) for *_, run in points) <= 24 and not others:
-        place_names(axes, points, [])
-    else:
-        legend_above(figure)
+    name_points(figure, points, [], others)
     ends = ". " + "; ".join(measured) + " (95 % intervals by Fisher's z)" if measured else ""
     return finished(
         figure,

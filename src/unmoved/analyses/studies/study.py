@@ -29,7 +29,7 @@ Progress = Callable[[float, str], None]
 
 @dataclass(frozen=True, eq=False)
 class AnalysedRun:
-    """A run under study: its model on the device, and the images that it is studied on.
+    """Hold a run under study: its model on the device, and the images that it is studied on.
 
     Attributes:
         name: the recipe's name, with what tells its runs apart where several of one recipe are studied.
@@ -50,7 +50,7 @@ class AnalysedRun:
 
     @property
     def training_eps(self) -> float:
-        """The radius of the attack that the last phase trained with; 0 where it trained on clean images."""
+        """Return the radius of the attack that the last phase trained with; 0 where it trained on clean images."""
         epochs = self.assembly.recipe.training.epochs
         attack = self.assembly.phases.at(epochs, epochs).attack
         threat = getattr(attack, "threat", None)
@@ -59,7 +59,7 @@ class AnalysedRun:
 
 @dataclass(frozen=True, eq=False)
 class Study:
-    """What came out: tables by name (one observation a row), sentences, and the sections of a page.
+    """Hold what an analysis found: tables by name (one observation a row), sentences, and the sections of a page.
 
     Attributes:
         n: test images.
@@ -116,7 +116,7 @@ def subjects(
     for path in paths:
         if paths.count(path) > 1:
             raise UnmovedError(f"expected each run once, came {path} twice")
-    found: list[AnalysedRun] = []
+    analysed: list[AnalysedRun] = []
     read: dict[str, _Read] = {}
     for run, name in zip(runs, names_of(runs), strict=True):
         asked = json.dumps(run.recipe.get("data"), sort_keys=True, default=str)
@@ -127,24 +127,24 @@ def subjects(
             test = assembly.data.test
             split = test if n is None else test.take(min(n, len(test)), seed=0)
             read[asked] = held = _Read(assembly.source, split)
-        if found:
-            _require_alike(found[0], run, assembly, held.split)
-            if held.split.digest == found[0].split.digest:  # files of other names, the same images
-                read[asked] = held = held._replace(split=found[0].split)
+        if analysed:
+            _require_alike(analysed[0], run, assembly, held.split)
+            if held.split.digest == analysed[0].split.digest:  # files of other names, the same images
+                read[asked] = held = held._replace(split=analysed[0].split)
         question = {"weights": weights_digest(run, weights), **question_about(assembly, held.split, allow)}
-        found.append(AnalysedRun(name, run, assembly, model, held.split, question))
-    return found
+        analysed.append(AnalysedRun(name, run, assembly, model, held.split, question))
+    return analysed
 
 
 class _Read(NamedTuple):
-    """What runs on the same data share."""
+    """Hold what runs on the same data share."""
 
     source: DataSet
     split: ArraySplit
 
 
 def names_of(runs: Sequence[Run]) -> list[str]:
-    """The recipes' names, without a folder that all share; with the seed where one recipe has several runs.
+    """Return the recipes' names, without a folder that all share; with the seed where one recipe has several runs.
 
     With the run's folder where that does not tell them apart: no two names are the same.
     """
@@ -185,37 +185,34 @@ def _samples(split: ArraySplit) -> pd.DataFrame:
     return pd.DataFrame({"index": split.index.cpu().numpy(), "label": split.labels.cpu().numpy()})
 
 
-def accuracies(found: Sequence[AnalysedRun]) -> tuple[dict[str, tuple[float, float]], str] | None:
-    """By name (clean, robust) accuracy of the evaluations that all runs have alike, and what judged them; or None.
+def accuracies(runs: Sequence[AnalysedRun]) -> tuple[dict[str, tuple[float, float]], str] | None:
+    """Return by name (clean, robust) accuracy of the evaluations that all have alike, and what judged them; or None.
 
     AutoAttack's verdicts where every run has one on as many images, otherwise the worst case of the evaluations.
     """
-    judged = answers(found)
+    judged = answers(runs)
     if judged is None:
         return None
     tables, source = judged
     return {name: (float(t[CLEAN].mean()), float(t[WORST].mean())) for name, t in tables.items()}, source
 
 
-def answers(found: Sequence[AnalysedRun]) -> tuple[dict[str, pd.DataFrame], str] | None:
-    """By name `outcomes.by_sample` of what judged all runs on the same images, and its name; None where nothing did."""
-    read = [EvaluatedRun.of(subject.run) if _evaluated(subject.run) else None for subject in found]
-    results_by_recipe = [None if one is None else one.autoattack for one in read]
-    evaluations = [None if one is None else one.outcomes for one in read]
-    for tables in (results_by_recipe, evaluations):
-        whole = [table for table in tables if table is not None]
-        asked = {tuple(sorted(set(table["attack"]))) for table in whole}
-        if len(whole) < len(found) or len(asked) > 1:
+def answers(runs: Sequence[AnalysedRun]) -> tuple[dict[str, pd.DataFrame], str] | None:
+    """Return by name `outcomes.by_sample` of what judged all runs on the same images, and what that is; or None."""
+    judged = [one for one in runs if one.run.evaluation is not None or one.run.verdict is not None]
+    evaluated = [EvaluatedRun.of(one.run) for one in judged]
+    for source, tables in (
+        ("AutoAttack", [one.autoattack for one in evaluated if one.autoattack is not None]),
+        ("", [one.outcomes for one in evaluated]),
+    ):
+        attacks = {tuple(sorted(set(table["attack"]))) for table in tables}
+        if len(tables) < len(runs) or len(attacks) > 1:
             continue
-        if all(samples_of(table).equals(samples_of(whole[0])) for table in whole[1:]):
-            source = "AutoAttack" if tables is results_by_recipe else ", ".join(next(iter(asked))[0])
-            samples = [by_sample(table, is_checked=True).sort_values("index", ignore_index=True) for table in whole]
-            return {subject.name: table for subject, table in zip(found, samples, strict=True)}, source
+        if all(samples_of(table).equals(samples_of(tables[0])) for table in tables[1:]):
+            samples = [by_sample(table, is_checked=True).sort_values("index", ignore_index=True) for table in tables]
+            by_name = {one.name: table for one, table in zip(runs, samples, strict=True)}
+            return by_name, source or ", ".join(next(iter(attacks)))
     return None
-
-
-def _evaluated(run: Run) -> bool:
-    return run.evaluation is not None or run.verdict is not None
 
 
 def joined(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
@@ -229,9 +226,9 @@ def folders(runs: Sequence[AnalysedRun]) -> list[str]:
 
 
 def part_of(progress: Progress, k: int, of: int) -> Progress:
-    """The progress of the k-th of several equal parts."""
+    """Return the progress of the k-th of several equal parts."""
     return lambda share, words: progress((k + share) / of, words)
 
 
 def no_progress(share: float, words: str) -> None:
-    """Default of ``progress``: ignore it."""
+    """Ignore the progress: the default of ``progress``."""

@@ -17,7 +17,7 @@ MOST_TABLE = 2**28  # bytes
 
 
 class TableCache:
-    """A folder of tables. A table belongs to one question; another question, even by a digit, has another table.
+    """Keep tables in a folder, each for one question: a question that differs, even by a digit, has another table.
 
     A file holds its question, its table and the digest of both: one that was torn or changed is not mistaken for an
     answer, its table is made again.
@@ -33,7 +33,7 @@ class TableCache:
         self.folder = folder
 
     def table(self, name: str, question: Mapping[str, object], make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
-        """The table that answers the question; ``make`` is called where there is none yet.
+        """Return the table that answers the question; call ``make`` if there is none yet.
 
         Args:
             name: the file's name begins with it.
@@ -41,13 +41,13 @@ class TableCache:
         """
         asked = json.dumps(question, sort_keys=True)
         path = self.folder / f"{name}-{hashlib.sha256(asked.encode()).hexdigest()[:16]}.json"
-        found = _read(path, asked)
-        if found is None:
+        table = _read(path, asked)
+        if table is None:
             write_atomic(path, _text(make(), asked).encode())
-            found = _read(path, asked)
-        if found is None:
+            table = _read(path, asked)
+        if table is None:
             raise UnmovedError(f"{path}: what was written cannot be read again; does something else write there?")
-        return found
+        return table
 
 
 # JSON rather than CSV: Python writes and reads its floats to the last bit.

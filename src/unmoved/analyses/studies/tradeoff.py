@@ -20,7 +20,7 @@ TITLE = "The price of robustness"
 
 @dataclass(frozen=True)
 class TradeOff(StudyKind):
-    """The front of clean against robust accuracy, from the evaluations that all runs have alike."""
+    """Find the front of clean against robust accuracy, from the evaluations that all runs have alike."""
 
     name = "tradeoff"
 
@@ -67,7 +67,7 @@ class TradeOff(StudyKind):
 
 
 def _setting(subject: AnalysedRun) -> tuple[str, float]:
-    """(method, strength): the recipe and its one swept number; NaN where nothing, or more than one, was swept."""
+    """Return (method, strength): the recipe and its one swept number; NaN where none, or more than one, was swept."""
     swept = subject.assembly.recipe.swept
     if swept is None or len(swept.values) != 1:
         return subject.run.name, float("nan")

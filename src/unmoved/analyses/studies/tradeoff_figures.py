@@ -72,7 +72,7 @@ def pareto(points: pd.DataFrame) -> Figure:
     axes.set_xlabel("clean accuracy (%)")
     axes.set_ylabel("robust accuracy (%)")
     if named:
-        place_names(axes, list(zip(points["clean"], points["robust"], names, strict=True)), segments)
+        place_names(figure, list(zip(points["clean"], points["robust"], names, strict=True)), segments)
     else:
         figure.legend(*_keys(axes, shown, rest), loc="outside upper center", ncols=2)
     n = count(points["n"])

@@ -29,7 +29,8 @@ from unmoved.reports.drawing import (
     front,
     legend_above,
     look,
-    place_names,
+    name_points,
+    percent_limits,
     style,
 )
 
@@ -84,11 +85,8 @@ def tradeoff(table: pd.DataFrame) -> Figure:
     axes.set_ylabel("worst-case accuracy (%)")
     n = count(table["n"])
     figure.supxlabel(f"{n} test images; bars: {INTERVALS}" + (f"\ngrey: {rest}" if rest else ""))
-    axes.set(xlim=_limits(*axes.get_xlim()), ylim=_limits(*axes.get_ylim()))
-    if max(len(name) for *_, name in points) <= 24 and not others:
-        place_names(axes, points, segments)
-    else:
-        legend_above(figure)  # longer names do not fit beside their markers, nor as many
+    axes.set(xlim=percent_limits(*axes.get_xlim()), ylim=percent_limits(*axes.get_ylim()))
+    name_points(figure, points, segments, others)
     several = f"{HULL}. Faint points are single seeds." if seeds > 1 else "."
     return finished(
         figure,
@@ -142,7 +140,7 @@ def robustness_curve(table: pd.DataFrame, *, norm: str = "", eps: float | None =
     axes.set_ylim(0, 102)
     axes.set_xlabel("size of the perturbation, eps" + (f" ({norm}, pixels in [0, 1])" if norm else ""))
     axes.set_ylabel("accuracy under attack (%)")
-    _legend(figure)
+    legend_above(figure, grow=False)
     n, names = count(table["n"]), ", ".join(attacks)
     figure.supxlabel(f"{n} test images, attack: {names}; bands: {INTERVALS}")
     return finished(
@@ -209,7 +207,7 @@ def training_curves(table: pd.DataFrame) -> Figure:
     axes.locator_params("x", integer=True)
     axes.set_xlabel("epoch")
     axes.set_ylabel("accuracy (%)")
-    _legend(figure)
+    legend_above(figure, grow=False)
     marked = ", ".join(str(epoch) for epoch in best if epoch is not None)
     if not marked:
         figure.supxlabel("no validation")
@@ -248,7 +246,7 @@ def per_class(table: pd.DataFrame, classes: Sequence[str] = (), most: int = 30) 
     axes.set_xlim(-2, 102)
     axes.set_xlabel("accuracy (%)")
     axes.set_ylabel("class")
-    _legend(figure)
+    legend_above(figure, grow=False)
     n, part = count(table["n"]), f", the {most} least robust of {len(robust)}" if len(robust) > most else ""
     figure.supxlabel(f"{n} test images per class{part}; bars: {INTERVALS}")
     return finished(
@@ -298,24 +296,12 @@ def gallery(arrays: Mapping[str, np.ndarray], classes: Sequence[str] = (), rows:
     )
 
 
-def _limits(low: float, high: float) -> tuple[float, float]:
-    """Return limits of an axis in percent, at least ten points apart, so that small differences look small."""
-    pad = max(10 - (high - low), 0) / 2
-    return max(low - pad, -2), min(high + pad, 102)
-
-
 def _name(label: int, classes: Sequence[str]) -> str:
     return str(classes[label]) if 0 <= label < len(classes) else str(label)
 
 
 def _hull(table: pd.DataFrame) -> str:
     return HULL if "seeds" in table and table["seeds"].max() > 1 else ""
-
-
-def _legend(figure: Figure) -> None:
-    handles, names = figure.axes[0].get_legend_handles_labels()
-    columns = 2 if max(map(len, names)) <= 24 else 1
-    figure.legend(handles, names, loc="outside upper center", ncols=columns)
 
 
 def _require_measures(table: pd.DataFrame, figure: str) -> None:
