@@ -213,7 +213,7 @@ HONEST: dict[str, Callable[[], tuple[nn.Module, ArraySplit]]] = {
     "three classes, 16 images": lambda: (classifier(3), split(16, 3)),
     "three classes, 60 images, half robust": lambda: _part_robust(60, 3),
     "three classes, 7 of 8 right, 40 images": lambda: (classifier(3), mixed(40, 3)),
-    "five levels of grey, normalised once": lambda: (
+    "three levels of grey, 24 images, normalised once": lambda: (
         models.normalized(Levels([-1.25, 0.0, 1.25]), [0.5], [0.32]).eval(),
         grey((0.1, 0.5, 0.9), (8, 9, 7)),
     ),

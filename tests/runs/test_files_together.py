@@ -470,6 +470,20 @@ def test_a_doctor_who_saw_another_evaluation_is_not_shown(run: Run) -> None:
     assert EvaluatedRun.of(run).doctor is not None
 
 
+def test_a_doctor_speaks_about_autoattacks_figure_where_that_is_shown(run: Run) -> None:
+    evaluate_run(run)
+    examine_run(run, n=5)
+    evaluate_run(run, attacks="standard", n=4)
+    judged = EvaluatedRun.of(run)
+    assert judged.doctor is None
+    assert "the doctor's opinion is about other outcomes than AutoAttack's" in judged.stale[0]
+    assert examine_run(run, n=5)["n"] == 4, "of those that AutoAttack judged"
+    assert EvaluatedRun.of(run).doctor is not None
+    run.save_weights(Assembly(read(run.path / "recipe.toml")).model(), "best")
+    evaluate_run(run)
+    assert run.shown == "evaluation", "the verdict is about other weights"
+
+
 def test_a_doctor_looks_at_the_weights_and_the_images_that_were_judged(trained: Path, run: Run) -> None:
     evaluate_run(run)
     shutil.copy(trained / "darker.npz", trained / "data.npz")

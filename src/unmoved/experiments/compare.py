@@ -77,9 +77,7 @@ def _done(job: Job, device: str) -> str:
     asked = weights_digest(run, "best"), readable(job.attacks)
     if done is None or (done.get("weights_sha256"), done.get("asked")) != asked:
         evaluate_run(run, attacks=job.attacks, device=device, allow=job.allow, ready=ready)
-    seen, judged = run.doctor or {}, run.evaluation or run.verdict or {}
-    told = (judged.get("files") or {}).get("outcomes.csv")
-    if (seen.get("weights_sha256"), seen.get("evaluation")) != (asked[0], told):
+    if not _is_examined(run):
         examine_run(run, n=DOCTOR_SAMPLES, device=device, allow=job.allow, ready=ready)
     if job.analyze:
         from unmoved.analyses import studies  # with all figures, for which other jobs need not wait
@@ -88,6 +86,13 @@ def _done(job: Job, device: str) -> str:
         for name in job.analyze:
             studies.STUDIES[name].for_report().prepare(subject)
     return job.path
+
+
+def _is_examined(run: Run) -> bool:
+    """Return whether the doctor was asked about the weights and the outcomes that the number shown is from."""
+    seen, judged = run.doctor or {}, (run.verdict if run.shown == "verdict" else run.evaluation) or {}
+    told = (judged.get("files") or {}).get("outcomes.csv")
+    return (seen.get("weights_sha256"), seen.get("evaluation")) == (weights_digest(run, "best"), told)
 
 
 def processes(jobs: int, workers: int | None = None) -> int:
@@ -168,7 +173,10 @@ def finals(
     allow: Collection[str] = (),
     progress: Callable[[float, str], None] | None = None,
 ) -> list[Run]:
-    """Run AutoAttack standard on ``n`` test images of the ``count`` best runs by worst case, and return these runs."""
+    """Run AutoAttack standard on ``n`` test images of the ``count`` best runs by worst case, and return these runs.
+
+    The doctor is asked again, for AutoAttack's figure is the one that is then shown.
+    """
     ranked = sorted(runs, key=lambda run: -_worst(run))[:count]
     for number, run in enumerate(ranked):
 
@@ -179,6 +187,8 @@ def finals(
         done, asked = run.verdict or {}, n or config.parse(run.recipe).evaluation.n
         if (done.get("weights_sha256"), done.get("asked_n", -1)) != (weights_digest(run, "best"), asked):
             evaluate_run(run, attacks="standard", n=n, allow=allow, progress=advance)
+        if not _is_examined(run):
+            examine_run(run, n=DOCTOR_SAMPLES, allow=allow, progress=advance)
     return ranked
 
 

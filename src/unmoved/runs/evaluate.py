@@ -230,10 +230,10 @@ def examine_run(
     progress: Callable[[float, str], None] | None = None,
     ready: Callable[[], Opened] | None = None,
 ) -> dict[str, Any]:
-    """Ask the doctor about an evaluated run and save the answer as ``examine.json`` in its folder.
+    """Ask the doctor about an evaluated run and save the answer as ``doctor.json`` in its folder.
 
-    The doctor reads the evaluation, or AutoAttack's verdict where there is no other, and looks at ``n`` test images.
-    ``ready`` is that of `evaluate_run`, for the weights that were judged.
+    The doctor reads what the number shown is from (`Run.shown`), and looks at ``n`` of its test images. ``ready`` is
+    that of `evaluate_run`, for the weights that were judged.
 
     Returns:
         What was saved: weights_sha256, n, sentence, and findings (check, grade, measured, why, do).
@@ -242,8 +242,8 @@ def examine_run(
         UnmovedError: a run that was not evaluated; as `unmoved.evaluation.doctor.examine.examine`.
     """
     n = require_whole("n", n, at_least=1)
-    kind = "evaluation" if run.evaluation is not None else "verdict"
-    facts, table = (run.evaluation, run.outcomes) if kind == "evaluation" else (run.verdict, run.verdict_outcomes)
+    by_autoattack = run.shown == "verdict"
+    facts, table = (run.verdict, run.verdict_outcomes) if by_autoattack else (run.evaluation, run.outcomes)
     if facts is None or table is None:
         raise UnmovedError(f"{run.path}: expected an evaluated run, came none; run `unmoved evaluate {run.path}` first")
     if weights_digest(run, facts["weights"]) != facts["weights_sha256"]:

@@ -71,10 +71,11 @@ class EvaluatedRun:
         if verdict is not None and (autoattack := run.verdict_outcomes) is not None:
             _require_whole(run, verdict, autoattack)
         about = doctor.get("evaluation") if doctor is not None else None
-        told = (judged.get("files") or {}).get("outcomes.csv", about)
+        told = ((judged if verdict is None else verdict).get("files") or {}).get("outcomes.csv", about)
         if doctor is not None and (doctor.get("weights_sha256"), about) != (judged.get("weights_sha256"), told):
             other = "weights" if doctor.get("weights_sha256") != judged.get("weights_sha256") else "outcomes"
-            stale.append(_stale("the doctor's opinion", run, f"doctor {run.path}", other))
+            than = "the evaluation" if verdict is None or other == "weights" else "AutoAttack's"
+            stale.append(_stale("the doctor's opinion", run, f"doctor {run.path}", other, than))
             doctor = None
         # What lies beside an evaluation that was broken off is of nobody knows which weights.
         curve, gallery = (run.curve, run.gallery or {}) if table is not None else (None, {})
@@ -165,11 +166,8 @@ def require_same_samples(ours: pd.DataFrame, theirs: pd.DataFrame, names: tuple[
     )
 
 
-def _stale(what: str, run: Run, command: str, other: str = "weights") -> str:
-    return (
-        f"{run.path}: {what} is about other {other} than the evaluation, so it is not shown; "
-        f"`unmoved {command}` renews it"
-    )
+def _stale(what: str, run: Run, command: str, other: str = "weights", than: str = "the evaluation") -> str:
+    return f"{run.path}: {what} is about other {other} than {than}, so it is not shown; `unmoved {command}` renews it"
 
 
 def _require_whole(run: Run, facts: Mapping[str, Any], table: pd.DataFrame) -> None:

@@ -256,6 +256,14 @@ class Run:
         return self._facts("verdict")
 
     @property
+    def shown(self) -> str:
+        """Return where the number shown is from: "verdict" if AutoAttack judged the weights, or "evaluation"."""
+        evaluation, verdict = self.evaluation, self.verdict
+        if evaluation is None or verdict is None:
+            return "evaluation" if verdict is None else "verdict"
+        return "verdict" if evaluation.get("weights_sha256") == verdict.get("weights_sha256") else "evaluation"
+
+    @property
     def validation(self) -> dict[str, Any] | None:
         """Return the facts of an evaluation on validation images, or None."""
         return self._facts("validation")

@@ -209,7 +209,7 @@ def weaker_wins(check: str, found: str, measured: str) -> Finding:
 
 def without_gradients(evidence: Evidence) -> str:
     """Say what to attack with where gradients lead nowhere, other than what has run."""
-    if evidence.verdict is not None and evidence.verdict.has_blind:
+    if evidence.verdict is not None and evidence.verdict.asked_outputs_alone:
         return "raise the queries of the attacks without gradients, or attack through a faithful smooth stand-in (BPDA)"
     return "attack without gradients (Square, SPSA) or through a faithful smooth stand-in (BPDA)"
 

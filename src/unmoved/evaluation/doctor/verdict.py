@@ -50,10 +50,14 @@ class Verdict:
         return 0 < len(self.weak) < len(self.kinds)
 
     @property
+    def asked_outputs_alone(self) -> bool:
+        """Return whether the table holds an attack that uses no gradient."""
+        return bool(self._all_kinds & BLIND)
+
+    @property
     def has_blind(self) -> bool:
         """Return whether the table holds an attack that uses no gradient, beside one that does."""
-        kinds = {kind for parts in self.kinds.values() for kind in parts.values()}
-        return bool(kinds & BLIND and kinds - BLIND)
+        return self.asked_outputs_alone and bool(self._all_kinds - BLIND)
 
     @property
     def by_autoattack(self) -> bool:
@@ -68,6 +72,10 @@ class Verdict:
     def is_blind(self, attack: str, by: str) -> bool:
         """Return whether a part of an attack uses no gradient; if its ensemble no longer has that part, by its name."""
         return (self.kinds[attack].get(by) or kind_of(_class_of(by))) in BLIND
+
+    @property
+    def _all_kinds(self) -> set[str]:
+        return {kind for parts in self.kinds.values() for kind in parts.values()}
 
     def _ran(self, version: str) -> bool:
         parts = [set(exported.AutoAttack(ANY_BALL, version=version).parts(k)) for k in (2, 3, CLASSES)]
