@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import tomllib
 
@@ -53,6 +54,41 @@ def test_recipe_lines_of_the_method_pages_parse(page):
     for block in blocks(f"docs/methods/{page}", "toml"):
         tables = tomllib.loads(block)
         config.parse({**base, **tables, "objective": base["objective"] | tables.get("objective", {})})
+
+
+COMING_FROM = "docs/coming-from.md"
+NEEDS = {
+    "torchattacks": "torchattacks",
+    "foolbox": "foolbox",
+    "art": "art.attacks.evasion",
+    "adv_lib": "adv_lib.attacks",
+}
+
+
+@pytest.mark.parametrize("number", range(len(blocks(COMING_FROM, "python"))))
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::RuntimeWarning")  # foolbox's and ART's own
+def test_what_comes_from_other_libraries_runs(number):
+    first, code = (blocks(COMING_FROM, "python")[k] for k in (0, number))
+    for name in re.findall(r"interop\.(?:from_|to_(?!adv_lib))(\w+)", code):
+        try:
+            importlib.import_module(NEEDS[name])
+        except Exception as error:  # a torchvision that was built for another torch raises RuntimeError
+            pytest.skip(f"{NEEDS[name]} does not import: {error}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).eval()
+        names = {"model": model, "x": torch.rand(8, 1, 8, 8), "y": torch.arange(8)}
+    exec(first, names)
+    assert 0 <= names["robust"] <= 1
+    exec(code, names)
+    found = names["x_adv"]
+    names["threat"].check(torch.as_tensor(found), names["x"])
+
+
+def test_attacks_of_other_libraries_in_a_recipe_parse():
+    (tables,) = blocks(COMING_FROM, "toml")
+    base = tomllib.loads((ROOT / "recipes/digits/trades.toml").read_text())
+    config.parse({**base, **tomllib.loads(tables)})
 
 
 def test_every_link_inside_the_documentation_leads_somewhere():

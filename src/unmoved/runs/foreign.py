@@ -76,9 +76,10 @@ def find(use: str, allow: Collection[str], place: Place) -> Factory:
     module_name, _, name = use.partition(":")
     package = module_name.split(".")[0]
     if package not in allow:
+        own = "which recipes do not reach unasked"
+        why = own if package == "unmoved" else "which is not part of unmoved, and importing a module runs it"
         raise UnmovedError(
-            f"the recipe uses {use!r}, which is not part of unmoved, and importing a module runs it; "
-            f"if you trust it, repeat the command with --allow {package}"
+            f"the recipe uses {use!r}, {why}; if you trust it, repeat the command with --allow {package}"
         )
     module = _imported(use, module_name)
     if not hasattr(module, name):
