@@ -262,6 +262,18 @@ def test_the_l1_projection_against_a_bisection(scale: float, grid: int) -> None:
         np.testing.assert_allclose(p, by_bisection(far, image, eps), atol=1e-10)
 
 
+@pytest.mark.parametrize("eps", [0.1, 1.0, 3.0, 5.0])
+def test_the_l2_projection_of_what_lies_outside_is_on_the_sphere(eps: float) -> None:
+    """Whatever the box stops: pixels that leave it by very different lengths reach it one after the other."""
+    x = rand(64, 1, 1, 784, seed=8).float()
+    size = 0.1 * torch.exp(3 * torch.randn(x.shape, generator=generator(9)))
+    v = x + size * torch.randn(x.shape, generator=generator(10))
+    threat = ThreatModel("l2", eps)
+    assert threat.distance(v.clamp(0, 1), x).min() > eps
+    lengths = threat.distance(threat.project(v, x), x)
+    torch.testing.assert_close(lengths, torch.full_like(lengths, eps), rtol=1e-5, atol=0)
+
+
 def test_clipping_the_nearest_point_of_the_l1_ball_is_not_the_projection() -> None:
     """Mind the box: at a white pixel the clipped budget goes elsewhere."""
     x = torch.tensor([1.0, 0.5]).reshape(1, 1, 1, 2)

@@ -91,21 +91,19 @@ def _bounds(bounds: object) -> tuple[float, float]:
     return low, high
 
 
-def _stretch(size: Tensor, room: Tensor, goal: Tensor, start: float = 0.0) -> Tensor:
-    """The t >= 0 with ``|| min(t size_i, room_i) ||_2 = goal``, (B, 1), approached from below.
+def _stretch(size: Tensor, room: Tensor, goal: Tensor) -> Tensor:
+    """Find the t >= 0 with ``|| min(t size_i, room_i) ||_2 = goal``, (B, 1), from below.
 
     The square of the norm is concave and piecewise linear in t^2, so that no step of Newton's method ends beyond the
-    root, wherever it starts, and one suffices where no room is short. A fixed number of them: a GPU need not be waited
-    for. A ``start`` near the root spares those that pass the pixels without room one by one.
+    root, and one suffices where no room is short. A fixed number of them: a GPU need not be waited for.
     """
     square = size * size
     ends = (room / size.clamp_min(torch.finfo(size.dtype).tiny)).square_()
-    t = torch.full_like(goal, start * start)
+    t = torch.zeros_like(goal)
     for _ in range(NEWTON_STEPS):
         slope = (square * (ends > t)).sum(1, keepdim=True)
-        missing = goal * goal - (torch.minimum(ends, t) * square).sum(1, keepdim=True)
-        moved = (t + missing / slope.clamp_min(1e-30)).clamp_min(0)
-        t = torch.where(slope > 0, moved, torch.where(missing < 0, 0.0, t))  # too far, and flat: from the beginning
+        missing = (goal * goal - (torch.minimum(ends, t) * square).sum(1, keepdim=True)).clamp_min(0)  # of rounding
+        t = t + torch.where(slope > 0, missing / slope.clamp_min(1e-30), 0.0)
     return t.sqrt()
 
 
@@ -260,7 +258,7 @@ class ThreatModel:
         low, high = self.bounds
         room = torch.where(delta > 0, high - x, x - low).clamp_min(0).flatten(1)
         goal = torch.as_tensor(eps, dtype=x.dtype, device=x.device).reshape(-1, 1).expand(len(x), 1)
-        t = _stretch(delta.flatten(1).abs(), room, goal, start=1.0).clamp_max(1.0)
+        t = _stretch(delta.flatten(1).abs(), room, goal).clamp_max(1.0)
         return per_image(t, x)
 
     def _into_l1(self, x: Image, delta: Tensor, eps: float | Tensor) -> Image:
