@@ -147,24 +147,36 @@ def test_its_code_loads_the_weights_that_were_judged(
         assert model(batch.x[rows]).argmax(1).tolist() == clean.tolist()
 
 
+@pytest.mark.parametrize("takes", ["shape, num_classes, deep", "deep, shape=(1, 8, 8)", "deep"])
 def test_a_model_of_a_stranger_is_loaded_by_his_own_code(
-    export: Path, changed: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    export: Path, changed: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, takes: str
 ) -> None:
-    (tmp_path / "my_nets_of_export.py").write_text(
-        "from unmoved import models\n\ndef small(shape, num_classes, deep):\n"
-        "    return models.mlp(shape, num_classes, hidden=deep)\n",
+    name = f"my_nets_{len(takes)}"
+    (tmp_path / f"{name}.py").write_text(
+        f"from unmoved import models\n\ndef small({takes}):\n    return models.mlp((1, 8, 8), 10, hidden=deep)\n",
         encoding="utf-8",
     )
-    run = changed(words=('use = "mlp"\nhidden', 'use = "my_nets_of_export:small"\ndeep'))
+    run = changed(words=('use = "mlp"\nhidden', f'use = "{name}:small"\ndeep'))
     unmoved("export", run, "--out", tmp_path / "out").fine()
     monkeypatch.syspath_prepend(tmp_path)
     text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
-    assert "from my_nets_of_export import small" in text
+    assert f"from {name} import small" in text
     assert "not part of unmoved" in text
     ours = load(tmp_path / "out", monkeypatch).state_dict()
     theirs = load(export, monkeypatch).state_dict()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_model_that_came_as_an_object_is_not_built(changed: Callable[..., Path], tmp_path: Path) -> None:
+    run = changed(words=('[data]\nuse = "digits"', '[data]\nuse = "python:data"'))
+    text = (run / "recipe.toml").read_text(encoding="utf-8").replace('use = "mlp"', 'use = "__main__:Net"')
+    (run / "recipe.toml").write_text(text, encoding="utf-8")
+    unmoved("export", run).fine()
+    card = (run / "export" / "README.md").read_text(encoding="utf-8")
+    assert "of class `Net`: build it as its author does" in card
+    assert "import Net" not in card
+    assert 'models.load_weights(model, "model.safetensors")' in card
 
 
 def test_normalisation_in_front_of_a_model_is_built_again(

@@ -16,6 +16,7 @@ from unmoved.exports.exported_run import ExportedRun, Judgement, Result
 from unmoved.exports.robustbench import architecture
 from unmoved.runs.components import KINDS
 
+HANDED_OVER = "python:data"  # the data of a recipe whose model and data came as objects of Python
 _FOREIGN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # how a recipe names code that is not part of unmoved
 _MARKS = re.compile(r"([\\`*_{}\[\]<>#!|~&$])")
 
@@ -214,22 +215,28 @@ def _threat(exported: ExportedRun) -> str:
 def _loading(exported: ExportedRun, weights: str) -> Iterator[str]:
     model = dict(exported.table("model"))
     use, normalize = str(model.pop("use", "")), model.pop("normalize", None)
-    imports, made = ["from unmoved import models"], f"models.{use}"
-    if _FOREIGN.fullmatch(use):
-        module, _, made = use.partition(":")
-        imports = [f"from {module} import {made}", *imports]
-        yield (
-            "The model is built by code that is not part of unmoved; `shape` and `num_classes` are given to it only "
-            "where it has parameters of these names."
-        )
-    elif use not in KINDS["models"]:
+    settings = [f"{key}={value!r}" for key, value in model.items() if key.isidentifier() and key != "weights"]
+    shape = ", ".join(map(str, exported.shape or ("channels", "height", "width")))
+    classes = len(exported.classes) or "classes"
+    if exported.table("data").get("use") == HANDED_OVER:
+        name = _code(use.partition(":")[2])
+        yield f"The model came as an object of Python, of class `{name}`: build it as its author does, then:"
+        lines = ["from unmoved import models", ""]
+    elif _FOREIGN.fullmatch(use):
+        module, _, name = use.partition(":")
+        yield "The model is built by code that is not part of unmoved:"
+        lines = ["import inspect", "", f"from {module} import {name}", "from unmoved import models", ""]
+        lines += [f'given = {{"shape": ({shape}), "num_classes": {classes}}}  # where it has parameters of these names']
+        lines += [
+            f"given = {{key: value for key, value in given.items() if key in inspect.signature({name}).parameters}}"
+        ]
+        lines += [f"model = {name}({', '.join(['**given', *settings])})"]
+    elif use in KINDS["models"]:
+        call = ", ".join([f"shape=({shape})", f"num_classes={classes}", *settings])
+        lines = ["from unmoved import models", "", f"model = models.{use}({call})"]
+    else:
         yield f"Its recipe names no model that this version of unmoved knows: `{_code(use)}`."
         return
-    shape = ", ".join(map(str, exported.shape or ("channels", "height", "width")))
-    settings = {key: value for key, value in model.items() if key.isidentifier() and key != "weights"}
-    given = [f"shape=({shape})", f"num_classes={len(exported.classes) or 'classes'}"]
-    call = ", ".join([*given, *(f"{key}={value!r}" for key, value in settings.items())])
-    lines = [*imports, "", f"model = {made}({call})"]
     if isinstance(normalize, Mapping):
         lines.append(f"model = models.normalized(model, {normalize.get('mean')!r}, {normalize.get('std')!r})")
     lines += [f'models.load_weights(model, "{weights}")', "model.eval()  # images in [0, 1], (B, C, H, W) -> logits"]
