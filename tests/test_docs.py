@@ -35,6 +35,17 @@ def test_the_readme_loop_trains(capsys):
     check_term(names["Entropy"]())
 
 
+def test_the_page_for_a_checkpoint_judges_a_model(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    (code,) = blocks("docs/checkpoint.md", "python")
+    exec(code, {"model": model, "data": (torch.rand(20, 1, 8, 8), torch.arange(20) % 10)} | {})
+    assert "worst case" in capsys.readouterr().out
+    assert (tmp_path / "report.html").exists()
+    (table,) = blocks("docs/checkpoint.md", "toml")
+    assert tomllib.loads(table)["model"]["weights"] == "net.pt"
+
+
 def test_the_guide_trains_without_recipes(capsys):
     (code,) = blocks("docs/guide.md", "python")
     assert "epochs=20" in code

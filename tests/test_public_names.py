@@ -15,8 +15,9 @@ PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
 IMPORT = re.compile(r"^\s*(from unmoved\S* import [^\n(]+|import unmoved\S*)$", re.MULTILINE)
 LINES = sorted({line for page in PAGES for line in IMPORT.findall(page.read_text(encoding="utf-8"))})
 TOP = """
-Attack Batch Method ParameterDefense Phases Ramp Run StatefulTerm Term ThreatModel UnmovedError Views evaluate train
-train_step analyses attacks averaging data defenses interop models optim outcomes terms testing weights
+Attack Batch Method ParameterDefense Phases Ramp Run StatefulTerm Term ThreatModel UnmovedError Views doctor evaluate
+judge report train train_step analyses attacks averaging data defenses interop models optim outcomes terms testing
+weights
 """
 MODULES = (
     "attacks averaging cli data defenses interop models noise optim outcomes protocols terms testing threat weights"

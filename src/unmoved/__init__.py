@@ -18,6 +18,7 @@ if _TYPE_CHECKING:
         testing,
         weights,
     )
+    from unmoved.any_model import doctor, judge, report
     from unmoved.core.batch import Batch
     from unmoved.core.errors import UnmovedError
     from unmoved.core.phases import Phases, Ramp
@@ -49,11 +50,14 @@ __all__ = [
     "averaging",
     "data",
     "defenses",
+    "doctor",
     "evaluate",
     "interop",
+    "judge",
     "models",
     "optim",
     "outcomes",
+    "report",
     "terms",
     "testing",
     "train",
@@ -74,7 +78,10 @@ _HOMES = {
     "ThreatModel": "core.threat",
     "UnmovedError": "core.errors",
     "Views": "core.views",
+    "doctor": "any_model",
     "evaluate": "evaluation.judge",
+    "judge": "any_model",
+    "report": "any_model",
     "train": "training.loop",
     "train_step": "training.step",
 }

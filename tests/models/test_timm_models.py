@@ -111,7 +111,10 @@ def test_options_reach_the_library() -> None:
             ModuleNotFoundError("No module named 'timm'", name="timm"),
             r"timm to be installed; pip install 'unmoved\[timm\]'",
         ),
-        (RuntimeError("operator torchvision::nms does not exist"), r"nms does not exist\); install the torchvision"),
+        (
+            RuntimeError("operator torchvision::nms does not exist"),
+            r"nms does not exist\); \w*.*install torchvision 0\.\d+",
+        ),
     ],
 )
 def test_a_missing_or_broken_library_says_what_to_install(

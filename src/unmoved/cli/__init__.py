@@ -6,10 +6,10 @@ import sys
 from collections.abc import Sequence
 from itertools import pairwise
 
-from unmoved.cli import export_command, grid_commands, info_commands, run_commands, screen
+from unmoved.cli import export_command, grid_commands, info_commands, judge_command, run_commands, screen
 from unmoved.cli.options import app
 
-__all__ = ["app", "main", "export_command", "grid_commands", "info_commands", "run_commands"]
+__all__ = ["app", "main", "export_command", "grid_commands", "info_commands", "judge_command", "run_commands"]
 
 
 def main() -> None:
@@ -31,7 +31,7 @@ def main() -> None:
 
 def _how_to_go_on(words: Sequence[str]) -> str:
     command = next((word for word in words if not word.startswith("-")), "")
-    if command in ("evaluate", "compare", "analyze"):
+    if command in ("evaluate", "judge", "compare", "analyze"):
         return "what is done is kept: the same command goes on from there"
     if command != "train":
         return "the same command begins anew"

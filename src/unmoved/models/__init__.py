@@ -3,6 +3,8 @@
 ``__all__`` are the factories, which are the names that a recipe may use: ``name(shape, num_classes, **settings)``.
 """
 
+from unmoved.models.checkpoints import Loaded as Loaded
+from unmoved.models.checkpoints import load_checkpoint as load_checkpoint
 from unmoved.models.input_layers import Normalize as Normalize
 from unmoved.models.input_layers import normalized as normalized
 from unmoved.models.linear_and_mlp import linear, mlp

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib import metadata
 from types import ModuleType
 
 import torch
@@ -23,12 +25,20 @@ def _library() -> ModuleType:
     except ModuleNotFoundError as error:
         raise UnmovedError(f"model timm: expected {error.name} to be installed; pip install 'unmoved[timm]'") from error
     except Exception as error:  # a torchvision that was built for another torch raises RuntimeError here
-        raise UnmovedError(
-            f"model timm: the timm library does not import ({error}); "
-            f"install the torchvision that belongs to torch {torch.__version__}"
-        ) from error
+        raise UnmovedError(f"model timm: the timm library does not import ({error}); {_fitting()}") from error
     library: ModuleType = module
     return library
+
+
+def _fitting() -> str:
+    """Say which torchvision fits the installed torch: 0.(15 + n) is made for 2.n (its README has the table)."""
+    try:
+        came = f"torchvision {metadata.version('torchvision')}"
+    except metadata.PackageNotFoundError:
+        came = "no torchvision"
+    wanted = re.match(r"2\.(\d+)", torch.__version__)
+    fits = f"install torchvision 0.{15 + int(wanted[1])}" if wanted else "install the torchvision that belongs to it"
+    return f"{came} is installed beside torch {torch.__version__}: {fits}"
 
 
 def timm(

@@ -105,7 +105,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
                 )
 
     try:
-        read = _read(path, fits)  # what is damaged is told so first: names may be, too
+        read = read_tensors(path, fits)  # what is damaged is told so first: names may be, too
     except FileNotFoundError as error:
         raise UnmovedError(f"{path}: expected a safetensors file: {error.strerror}") from error
     fits(read)
@@ -169,7 +169,7 @@ def is_whole(path: Path) -> bool:
         UnmovedError: it cannot be read at the moment, which says nothing about what is in it.
     """
     try:
-        _read(path)
+        read_tensors(path)
     except (DamagedFile, FileNotFoundError):
         return False
     except UnmovedError as error:
@@ -189,7 +189,17 @@ def require_header(path: Path) -> None:
         pass
 
 
-def _read(path: Path, fits: Callable[[dict[str, Tensor]], None] | None = None) -> dict[str, Tensor]:
+def read_tensors(path: Path, fits: Callable[[dict[str, Tensor]], None] | None = None) -> dict[str, Tensor]:
+    """Read all tensors of a safetensors file, and compare them with its checksum where it has one.
+
+    Args:
+        fits: called with tensors that have names and shapes alone, before a large file is read; raises what it will.
+
+    Raises:
+        FileNotFoundError: there is nothing of this name.
+        UnmovedError: a pickle, no regular file, or one that cannot be read at the moment.
+        DamagedFile: a file that is not whole, or that changed since it was saved.
+    """
     with regular(path) as file:
         start = file.read(9)
     # Eight bytes of length come first in safetensors, and may look like the magic; then the header, which is JSON.

@@ -61,6 +61,8 @@ def write(runs: Sequence[Run], path: Path, title: str, extra: Sequence[Section] 
             raise UnmovedError(f"section id {section.id!r}: expected a-z, 0-9 and hyphens, and none of {taken}")
         titles[section.id] = section.title
     titles |= {name: titles.pop(name) for name in ("reading", "provenance")}  # these stay last
+    if not any(result.is_trained for result in results):
+        del titles["training"]
     drawn: dict[str, Sequence[tuple[str, Figure | Callable[[], Figure]]]] = {
         **_figures(results),
         **{section.id: [("", figure) for figure in section.figures] for section in extra},

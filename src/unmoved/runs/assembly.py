@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
-from unmoved import data
+from unmoved import data, models
 from unmoved.attacks import APGD, PGD
 from unmoved.core.errors import UnmovedError
 from unmoved.core.phases import Phases
@@ -57,7 +58,9 @@ class Assembly:
         self.shape, self.num_classes = self.data.shape, len(self.data.classes)
         self.given = {"threat": self.threat, "seed": seed, "num_classes": self.num_classes, "shape": self.shape}
         self._terms: dict[str, Any] = {}
-        self.phases = Phases(*((start, self._method(tables)) for start, tables in recipe.phase_parts()))
+        self._phases = (
+            [(start, self._method(tables)) for start, tables in recipe.phase_parts()] if recipe.trained else []
+        )
         self.optimizer = self._build("optimizer", recipe.optimizer)
         self.schedule = self._build("schedule", recipe.schedule)
         self.average = self._build("average", recipe.average)
@@ -71,6 +74,20 @@ class Assembly:
             name: self._build("attacks", table, **self.given) for name, table in recipe.evaluation.attacks.items()
         } or {"pgd": PGD(self.threat, steps=20, keep="best", seed=seed), "apgd": APGD(self.threat, seed=seed)}
 
+    @cached_property
+    def phases(self) -> Phases:
+        """Return the phases of the training.
+
+        Raises:
+            UnmovedError: the recipe is of a model that is judged only.
+        """
+        if not self._phases:
+            raise UnmovedError(
+                f"recipe {self.recipe.name}: expected one that trains, came trained = false: its model was trained "
+                "elsewhere; write a recipe with an objective and [model] weights to train it further"
+            )
+        return Phases(*self._phases)
+
     def parts(self) -> tuple[data.ArraySplit | data.Selection, data.Selection | None]:
         """Return (training data, what is held out of it to choose an epoch or a setting; None if nothing is).
 
@@ -82,10 +99,17 @@ class Assembly:
         chosen = train.held_out(share if share < 1 else int(share), seed=0)
         return train.lent(~chosen), train.lent(chosen, f"{train.name}/validation")
 
-    def attack(self, name: str) -> Attack:
-        """Return the attack of this name with its default settings, on the recipe's threat model."""
-        table = TypeAdapter(components.AttackTable).validate_python(name)
-        found: Attack = self._build("attacks", table, **self.given)
+    def attack(self, table: str | Mapping[str, Any]) -> Attack:
+        """Return the attack of this name with its default settings, or of this table, on the recipe's threat model.
+
+        Raises:
+            UnmovedError: settings that it does not have; a stranger's that was not allowed.
+        """
+        try:
+            parsed = TypeAdapter(components.AttackTable).validate_python(table)
+        except ValidationError as error:
+            raise UnmovedError("\n".join(f"--attacks: {line}" for line in config.messages(error, {}))) from None
+        found: Attack = self._build("attacks", parsed, **self.given)
         return found
 
     def _build(self, kind: str, table: Any, **given: Any) -> Any:
@@ -107,7 +131,18 @@ class Assembly:
                 ) from error
         if not isinstance(model, nn.Module):
             raise UnmovedError(f"model.use: expected a function that returns an nn.Module, came {type(model).__name__}")
-        return model
+        normalize = self.recipe.model.normalize
+        return model if normalize is None else models.normalized(model, normalize.mean, normalize.std)
+
+    def initial_model(self) -> tuple[nn.Module, models.Loaded | None]:
+        """Make the model that training begins with, and say what was read of the weights that the recipe names."""
+        model, weights = self.model(), self.recipe.model.weights
+        if weights is None:
+            return model, None
+        inner = model if self.recipe.model.normalize is None else model.get_submodule("model")
+        return model, models.load_checkpoint(
+            inner, weights.file, match=weights.match, ignore=weights.ignore, key=weights.key
+        )
 
     def _method(self, tables: dict[str, Any]) -> Method:
         stretch = config.PhaseParts.model_validate(tables)

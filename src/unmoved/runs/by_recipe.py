@@ -144,6 +144,11 @@ class RecipeResult:
         return None if self.metrics is None else float(self.metrics.groupby("seed")["seconds"].max().mean())
 
     @property
+    def is_trained(self) -> bool:
+        """Return whether the runs were trained here; other models were judged only."""
+        return bool(self.runs[0].recipe.get("trained", True))
+
+    @property
     def weights(self) -> str:
         """Return which weights were judged: "best" or "last"."""
         return str(self.runs[0].evaluation.get("weights", "unknown"))

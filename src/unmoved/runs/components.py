@@ -11,7 +11,7 @@ import math
 import sys
 import types
 import typing
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, Union
 
 from pydantic import (
@@ -114,6 +114,38 @@ class Foreign(Settings):
     use: str = Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
 
 
+class WeightsFile(Settings):
+    """The weights that a model begins with: a file, and how its tensors are matched with the model's."""
+
+    file: str
+    match: Literal["names", "order"] = "names"
+    ignore: list[str] = []
+    key: str | None = None
+
+
+class Normalization(Settings):
+    """What a model expects of images in [0, 1]: (x - mean) / std per channel, made a layer in front of it."""
+
+    mean: list[Number]
+    std: list[Number]
+
+
+def _a_file(value: Any) -> Any:
+    return {"file": value} if isinstance(value, str) else value
+
+
+Weights = Annotated[WeightsFile | None, BeforeValidator(_a_file)]
+# Keys of every model's table that are not arguments of what makes it.
+OF_MODELS: dict[str, Any] = {"weights": (Weights, None), "normalize": (Normalization | None, None)}
+
+
+class ForeignModel(Foreign):
+    """A stranger's own model."""
+
+    weights: Weights = None
+    normalize: Normalization | None = None
+
+
 class ForeignTerm(Foreign):
     """A stranger's own term, with its weight in the objective."""
 
@@ -192,6 +224,8 @@ def _settings(kind: str, name: str, factory: Factory) -> type[Settings]:
         fields[parameter.name] = (hint, default)
     if kind == "terms":
         fields["weight"] = (NumberOrRamp, 1.0)
+    if kind == "models":
+        fields |= OF_MODELS
     if "threat" in signature.parameters:
         fields["eps"] = (NumberOrRamp | None, None)
     if kind == "attacks" and "seed" in signature.parameters:
@@ -206,7 +240,8 @@ def _table(kind: str) -> Any:
     known = KINDS[kind]
     SETTINGS[kind] = {name: _settings(kind, name, factory) for name, factory in known.items()}
     members = [Annotated[settings, Tag(f"<{name}>")] for name, settings in SETTINGS[kind].items()]
-    members.append(Annotated[ForeignTerm if kind == "terms" else Foreign, Tag("<module:Name>")])
+    foreign_table = {"terms": ForeignTerm, "models": ForeignModel}.get(kind, Foreign)
+    members.append(Annotated[foreign_table, Tag("<module:Name>")])
 
     def normalise(value: Any) -> Any:
         if isinstance(value, str):
@@ -271,16 +306,20 @@ def build(kind: str, table: BaseModel, allow: Collection[str] = (), **given: Any
     use = str(table.use)  # type: ignore[attr-defined]
     factory = foreign.find(use, allow, PLACES[kind]) if ":" in use else KINDS[kind][use]
     settings = {name: getattr(table, name) for name in type(table).model_fields} | (table.model_extra or {})
-    settings = {name: _value(value, allow) for name, value in settings.items() if name not in ("use", "weight")}
+    ignored = {"use", "weight", *(OF_MODELS if kind == "models" else ())}
+    settings = {name: _value(value, allow) for name, value in settings.items() if name not in ignored}
     try:
-        accepted = set(inspect.signature(factory).parameters)
+        parameters = dict(inspect.signature(factory).parameters)
     except (TypeError, ValueError):
-        accepted = set()
+        parameters = {}
+    accepted = set(parameters)
     eps = settings.pop("eps", None) if "threat" in accepted and "eps" not in accepted else None
     if eps is not None and "threat" in given:
         given["threat"] = ThreatModel(given["threat"].norm, eps, given["threat"].bounds)
     settings = {name: value for name, value in settings.items() if value is not None or name not in given}
     wanted = {name: value for name, value in given.items() if name in accepted and name not in settings}
+    if ":" in use:
+        _require_arguments(use, kind, [p for p in parameters.values() if p.name not in {*wanted, *settings}])
     try:
         made = factory(**wanted, **settings)
     except TypeError as error:
@@ -288,6 +327,21 @@ def build(kind: str, table: BaseModel, allow: Collection[str] = (), **given: Any
     if ":" in use and not (kind == "average" and made is None):
         foreign.require_made(use, made, PLACES[kind])
     return made
+
+
+def _require_arguments(use: str, kind: str, without: Iterable[inspect.Parameter]) -> None:
+    """Raise `UnmovedError` if a stranger's part needs arguments that neither the recipe nor the package gives."""
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    needed = [
+        parameter.name for parameter in without if parameter.default is parameter.empty and parameter.kind in named
+    ]
+    if needed:
+        flag = {"models": "--model-set ", "data": "--data-set "}.get(kind, "")
+        shown = ", ".join(f"{flag}{name}=VALUE" if flag else f"{name} = VALUE" for name in needed)
+        raise UnmovedError(
+            f"use = {use!r}: it needs {' and '.join(needed)}: {shown}"
+            + (f", or {needed[0]} = VALUE in the recipe's table" if flag else " in the same table")
+        )
 
 
 def _value(value: Any, allow: Collection[str]) -> Any:

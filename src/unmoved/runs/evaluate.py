@@ -34,6 +34,7 @@ from unmoved.runs.assembly import Assembly
 from unmoved.runs.folder import Run
 from unmoved.runs.load import Opened, opened, question_about, weights_digest
 from unmoved.runs.provenance import versions
+from unmoved.runs.shorthand import attack_tables, is_foreign
 
 CURVE_SAMPLES = 500
 VERDICTS = ("standard", "rand")
@@ -64,8 +65,8 @@ def evaluate_run(
 
     Args:
         run: a run folder.
-        attacks: ``"recipe"`` (what the recipe says), ``"quick"``, ``"standard"`` or ``"rand"`` (AutoAttack), an attack
-            by name, with its default settings, or ``"transfer:RUN"``; several with commas between.
+        attacks: ``"recipe"`` (what it says), ``"quick"``, ``"standard"`` or ``"rand"`` (AutoAttack), attacks by name
+            (``"pgd(steps=100)"``, ``"my_lab:Mine"``) or ``"transfer:RUN"``; several with commas between.
         n: judge this many images, drawn by a fixed seed; by default what the recipe says, or all.
         weights: ``"best"`` (highest validation robust accuracy) or ``"last"``.
         workers: threads that attack at a time on a CPU; 0 for as many as torch uses.
@@ -92,7 +93,7 @@ def evaluate_run(
         count = n or assembly.recipe.evaluation.n
         split = _judged(run, assembly, count, validation)
         about = question_about(assembly, split, allow)
-        kinds = _chosen(attacks, assembly, allow, validation)
+        kinds = chosen_attacks(attacks, assembly, allow, validation)
         asked = _Asked(run, assembly, model, split, count, attacks, weights, precision, batch_size, workers, about)
         tables: dict[str, pd.DataFrame] = {}
         for number, (kind, chosen) in enumerate(kinds.items()):
@@ -282,33 +283,41 @@ def examine_run(
     return answer
 
 
-def _chosen(
+def chosen_attacks(
     names: str, assembly: Assembly, allow: Collection[str], validation: bool = False
 ) -> dict[str, dict[str, Attack]]:
-    """Folder -> attacks, from a list of names with commas; all of them in one folder for validation images."""
+    """Return folder -> attacks, from names with commas between; all of them in one folder for validation images."""
     chosen: dict[str, dict[str, Attack]] = {}
-    known = components.KINDS["attacks"]
-    for name in dict.fromkeys(part.strip() for part in names.split(",")):
-        if name == "recipe":
-            found: dict[str, Attack] = dict(assembly.attacks)
-        elif name == "quick":
-            found = {"quick": Quick(assembly.threat, seed=assembly.recipe.training.seed)}
-        elif name in VERDICTS:
-            label = "autoattack" if name == "standard" else f"autoattack-{name}"
-            found = {label: AutoAttack(assembly.threat, version=name, seed=assembly.recipe.training.seed)}
-        elif name.startswith("transfer:"):
-            found = {"transfer": _transfer(Path(name.removeprefix("transfer:")), assembly, allow)}
-        elif name in known:
-            found = {name: assembly.attack(name)}
-        else:
-            names_known = ["recipe", "quick", *VERDICTS, *known, "transfer:RUN"]
-            raise UnmovedError(
-                f"--attacks: expected names of {', '.join(names_known)}, came {name!r}{did_you_mean(name, names_known)}"
-            )
-        chosen.setdefault("verdict" if name in VERDICTS else "evaluation", {}).update(found)
+    for text, table in attack_tables(names):
+        kind = "verdict" if text in VERDICTS else "evaluation"
+        chosen.setdefault(kind, {}).update(_attacks_of(text, table, assembly, allow))
+    if not chosen:
+        raise UnmovedError("--attacks: expected at least one name, came none")
     if validation:
         return {"validation": {name: attack for found in chosen.values() for name, attack in found.items()}}
     return chosen
+
+
+def _attacks_of(text: str, table: dict[str, Any], assembly: Assembly, allow: Collection[str]) -> dict[str, Attack]:
+    """Return the attacks that one part of ``--attacks`` stands for, by the name that outcomes call them."""
+    seed, known, use = assembly.recipe.training.seed, components.KINDS["attacks"], str(table["use"])
+    if text == "recipe":
+        return dict(assembly.attacks)
+    if text == "quick":
+        return {"quick": Quick(assembly.threat, seed=seed)}
+    if text in VERDICTS:
+        label = "autoattack" if text == "standard" else f"autoattack-{text}"
+        return {label: AutoAttack(assembly.threat, version=text, seed=seed)}
+    if use.startswith("transfer:"):
+        return {"transfer": _transfer(Path(text.removeprefix("transfer:")), assembly, allow)}
+    if use not in known and not is_foreign(use):
+        names_known = ["recipe", "quick", *VERDICTS, *known, "transfer:RUN", "module:Name"]
+        raise UnmovedError(
+            f"--attacks: expected names of {', '.join(names_known)}, came {use!r}{did_you_mean(use, names_known)}"
+        )
+    settings = ", ".join(f"{key}={value}" for key, value in table.items() if key != "use")
+    name = use.rpartition(":")[2]
+    return {f"{name}({settings})" if settings else name: assembly.attack(table)}
 
 
 def _transfer(path: Path, assembly: Assembly, allow: Collection[str]) -> Transfer:

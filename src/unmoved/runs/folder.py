@@ -62,12 +62,16 @@ class Run:
         self._tables: dict[str, tuple[tuple[int, ...], pd.DataFrame]] = {}
 
     @classmethod
-    def create(cls, path: Path | str, recipe: dict[str, Any]) -> Run:
-        """Make a new run folder; refuse one in which anything of a run was saved."""
+    def create(cls, path: Path | str, recipe: dict[str, Any], weights: models.Loaded | None = None) -> Run:
+        """Make a new run folder; refuse one in which anything of a run was saved.
+
+        Args:
+            weights: what was read of the file of weights that the recipe names; the provenance says it.
+        """
         run = cls(path)
         if run.is_begun():
             raise UnmovedError(f"{run.path} already holds a run: pass --resume to go on with it, or another --out")
-        write_atomic(run.path / "provenance.json", _json({"format": FORMAT, **provenance(recipe)}))
+        write_atomic(run.path / "provenance.json", _json({"format": FORMAT, **provenance(recipe, weights)}))
         write_atomic(run.path / "recipe.toml", tomli_w.dumps(recipe).encode())
         return run
 

@@ -17,13 +17,14 @@ from typing import Any
 import torch
 
 from unmoved.core.untrusted import readable
+from unmoved.models import Loaded
 
 PACKAGES = ("unmoved", "torch", "lightning-fabric", "numpy", "scipy", "scikit-learn", "pandas", "pillow")
 
 
-def provenance(recipe: dict[str, Any]) -> dict[str, Any]:
-    """Make a record of this machine and moment."""
-    return {
+def provenance(recipe: dict[str, Any], weights: Loaded | None = None) -> dict[str, Any]:
+    """Make a record of this machine and moment, and of the weights that a model began with."""
+    return ({} if weights is None else {"weights": weights._asdict()}) | {
         "command": readable(" ".join([Path(sys.argv[0]).name, *sys.argv[1:]])),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "seed": recipe.get("training", {}).get("seed"),

@@ -35,6 +35,8 @@ from unmoved.runs.components import (
 )
 from unmoved.runs.suggestions import recipe_meant
 
+# The tables that say nothing about a model that is judged only.
+OF_TRAINING = ("training", "optimizer", "schedule", "average", "attack", "objective", "defense", "phases", "validation")
 PIPES = (Path("/dev/fd"), Path("/dev"))
 
 
@@ -160,8 +162,10 @@ class Recipe(PhaseParts):
     """A run, described in full. ``[objective.NAME]`` tables are terms; ``use`` defaults to NAME."""
 
     name: str = "recipe"
+    trained: bool = Field(True, description="false where a model is judged that was trained elsewhere")
     base: str | None = Field(None, description="the name of the recipe that the report sets this one beside")
     swept: SweptFrom | None = Field(None, description="set by `unmoved compare --sweep`")
+    objective: dict[str, TermTable] = {}
     data: DataTable
     model: ModelTable
     threat: Threat
@@ -183,6 +187,14 @@ class Recipe(PhaseParts):
         return name
 
     @model_validator(mode="after")
+    def _trained_by_an_objective(self) -> Recipe:
+        if self.trained and not self.objective:
+            raise ValueError("objective: expected at least one term, such as [objective.ce], came none")
+        if not self.trained and (self.objective or self.phases or self.attack is not None):
+            raise ValueError("trained = false: expected neither attack, objective nor phases; the model is judged only")
+        return self
+
+    @model_validator(mode="after")
     def _phases_are_methods(self) -> Recipe:
         starts = [0, *(phase.from_epoch for phase in self.phases)]
         if any(b <= a for a, b in zip(starts, starts[1:], strict=False)):
@@ -191,7 +203,7 @@ class Recipe(PhaseParts):
             try:
                 PhaseParts.model_validate(tables)
             except ValidationError as error:
-                raise ValueError(f"phase from epoch {start}: " + "; ".join(_messages(error, tables))) from None
+                raise ValueError(f"phase from epoch {start}: " + "; ".join(messages(error, tables))) from None
         return self
 
     def phase_parts(self) -> list[tuple[int, dict[str, Any]]]:
@@ -204,8 +216,22 @@ class Recipe(PhaseParts):
 
     def tables(self) -> dict[str, Any]:
         """The fully resolved recipe as plain data; what `unmoved show` prints."""
-        order = ("name", "base", "swept", "data", "model", "threat", "training", "optimizer", "schedule", "average")
+        order = (
+            "name",
+            "trained",
+            "base",
+            "swept",
+            "data",
+            "model",
+            "threat",
+            "training",
+            "optimizer",
+            "schedule",
+            "average",
+        )
         tables = _without_none(self.model_dump(by_alias=True))
+        for key in ("trained",) if self.trained else OF_TRAINING:
+            tables.pop(key, None)
         return {
             key: tables[key]
             for key in [*(k for k in order if k in tables), *(key for key in tables if key not in order)]
@@ -267,7 +293,7 @@ def parse(tables: Mapping[str, Any], where: str = "recipe") -> Recipe:
     try:
         return Recipe.model_validate(tables)
     except ValidationError as error:
-        raise UnmovedError("\n".join(f"{where}: {message}" for message in _messages(error, tables))) from None
+        raise UnmovedError("\n".join(f"{where}: {message}" for message in messages(error, tables))) from None
 
 
 def _override(tables: dict[str, Any], override: str) -> None:
@@ -302,7 +328,7 @@ def _override(tables: dict[str, Any], override: str) -> None:
     target[last] = value
 
 
-def _messages(error: ValidationError, tables: Mapping[str, Any]) -> list[str]:
+def messages(error: ValidationError, tables: Mapping[str, Any]) -> list[str]:
     """One line a mistake: the key and the mend."""
     lines = []
     for mistake in error.errors(include_url=False):

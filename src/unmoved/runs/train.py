@@ -64,13 +64,13 @@ def train_recipe(
         fabric = distributed.prepare(device, devices, nodes)
         # Everything a recipe can get wrong is found before a folder is made, and before other processes are.
         assembly = Assembly(recipe, allow, loading) if build is None else build()
-        model = assembly.model()
+        model, loaded = assembly.initial_model()
         train_part, validation = assembly.parts()
         _rehearse(model, assembly, train_part, validation, fabric)
         if first:
             held.enter_context(Run(out).alone())
             # Where the folder was missing, another process may have begun in the meantime.
-            run = (_begun(out, recipe.tables()) if resume else None) or Run.create(out, recipe.tables())
+            run = (_begun(out, recipe.tables()) if resume else None) or Run.create(out, recipe.tables(), weights=loaded)
         with distributed.together(fabric):
             if not distributed.broadcast(fabric, done):
                 _train(model, assembly, train_part, validation, fabric, run, progress if first else None)

@@ -50,7 +50,9 @@ class AnalysedRun:
 
     @property
     def training_eps(self) -> float:
-        """Return the radius of the attack that the last phase trained with; 0 where it trained on clean images."""
+        """Return the radius of the attack that the last phase trained with; 0 where that was none, or was elsewhere."""
+        if not self.assembly.recipe.trained:
+            return 0.0
         epochs = self.assembly.recipe.training.epochs
         attack = self.assembly.phases.at(epochs, epochs).attack
         threat = getattr(attack, "threat", None)

@@ -1,0 +1,357 @@
+"""Judge any model, wherever it was trained: the accuracy under attack, whether to believe it, and a report."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import sys
+import tempfile
+import weakref
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import nn
+
+from unmoved import models
+from unmoved.core.errors import UnmovedError
+from unmoved.core.preconditions import require_model
+from unmoved.core.threat import ThreatModel
+from unmoved.core.views import eval_logits
+from unmoved.data import ArraySplit, DataSet, Selection
+from unmoved.data.adapters import as_split
+from unmoved.evaluation import outcomes
+from unmoved.evaluation.doctor.examine import examine
+from unmoved.evaluation.doctor.finding import Finding
+from unmoved.reports import report as reports
+from unmoved.runs import recipe as config
+from unmoved.runs.assembly import Assembly
+from unmoved.runs.components import parse_number
+from unmoved.runs.evaluate import chosen_attacks, evaluate_run, examine_run
+from unmoved.runs.folder import Run
+from unmoved.runs.load import Opened
+
+logger = logging.getLogger("unmoved")
+Progress = Callable[[float, str], None]
+ORDER = 'judge(model, data, eps="8/255")'
+
+
+@dataclass(frozen=True, eq=False)
+class Judgement:
+    """Hold what was found about a model: shown as a table, read by its attributes.
+
+    Attributes:
+        run: the run folder that holds all of it; gone with this object unless a folder was asked for.
+        outcomes: one row for each image and attack, with the columns of `unmoved.outcomes`.
+        notes: what was done to data or model before.
+    """
+
+    run: Run
+    outcomes: pd.DataFrame
+    notes: tuple[str, ...] = ()
+
+    @cached_property
+    def summary(self) -> pd.DataFrame:
+        """Return accuracy, its 95 % interval (low, high) and n by measure: clean, each attack, the worst case."""
+        return outcomes.summary(self.outcomes).set_index("measure")
+
+    @property
+    def clean(self) -> float:
+        """Return the share of images that the model gets right as they are."""
+        return self._of(outcomes.CLEAN, "accuracy")
+
+    @property
+    def accuracy(self) -> float:
+        """Return the share that it gets right after every attack, an upper bound on its robust accuracy."""
+        return self._of(outcomes.WORST, "accuracy")
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Return Wilson's 95 % interval of `accuracy`."""
+        return self._of(outcomes.WORST, "low"), self._of(outcomes.WORST, "high")
+
+    def _of(self, measure: str, column: str) -> float:
+        return float(self.summary[column].to_dict()[measure])
+
+    @property
+    def doctor(self) -> Any:
+        """Return what the doctor found: sentence and findings; None where it was not asked."""
+        return self.run.doctor
+
+    def report(self, path: Path | str = "report.html", title: str = "Robustness report") -> Path:
+        """Write one self-contained HTML page, and its figures beside it; return its path."""
+        return reports.write([self.run], Path(path), title=title)
+
+    def _lines(self) -> list[str]:
+        low, high = self.interval
+        rows = [f"{name!s}: {100 * share:.1f} %" for name, share in self.summary["accuracy"].items()]
+        words = [*rows, f"95 % interval of the worst case: {100 * low:.1f} to {100 * high:.1f} %"]
+        words.append(f"n = {self._of(outcomes.WORST, 'n'):.0f}")
+        if self.doctor is not None:
+            words.append(f"doctor: {self.doctor['sentence'] or 'no objection'}")
+        return [*words, *(f"note: {note}" for note in self.notes)]
+
+    def __repr__(self) -> str:
+        return "\n".join(self._lines())
+
+    def _repr_html_(self) -> str:
+        table = (100 * self.summary[["accuracy", "low", "high"]]).round(1).assign(n=self.summary["n"].astype(int))
+        words = self._lines()[len(table) + 2 :]
+        return table.to_html() + "".join(f"<p>{escape(line)}</p>" for line in words)
+
+
+def judge(
+    model: nn.Module,
+    data: object,
+    *,
+    eps: float | str,
+    norm: str = "linf",
+    attacks: str = "quick",
+    n: int | None = None,
+    classes: Sequence[str] | None = None,
+    layout: str | None = None,
+    doctor: bool = True,
+    out: Path | str | None = None,
+    name: str | None = None,
+    batch_size: int = 128,
+    allow: Collection[str] = (),
+    progress: Progress | bool = True,
+) -> Judgement:
+    """Attack a model and say what it still classifies correctly, and whether to believe that.
+
+    Args:
+        model: images (B, C, H, W) in [0, 1] -> logits (B, K), on any device; judged in evaluation mode and left as it
+            was. One that expects normalised images: ``models.normalized(model, mean, std)``.
+        data: a DataLoader, a torch Dataset, (images, labels), a Hugging Face dataset, or a split of `unmoved.data`.
+        eps: the radius of the ball, on images in [0, 1]: a number or a fraction such as ``"8/255"``.
+        norm: ``"linf"``, ``"l2"`` or ``"l1"``.
+        attacks: as of ``unmoved evaluate``: ``"quick"``, ``"standard"`` (AutoAttack), names with commas between.
+        n: judge this many images, drawn by a fixed seed; all by default.
+        classes: their names; by default those that the data has.
+        layout: ``"NCHW"`` or ``"NHWC"``, needed for numpy arrays whose shape alone does not tell.
+        doctor: whether the doctor is asked.
+        out: keep everything in this run folder, which ``unmoved report``, ``doctor`` and ``analyze`` read.
+        name: what report and messages call the model; by default its class.
+        allow: packages whose attacks ``attacks`` may name.
+        progress: whether a bar is shown, or what is called with (share of the work, what is known so far).
+
+    Raises:
+        UnmovedError: as `unmoved.evaluate`; data that holds no images and labels; labels that the model has no output
+            for; a folder that holds something else.
+    """
+    require_model(model, ORDER)
+    split, notes = _fitting(model, data, classes, layout)
+    about = {"name": name or type(model).__name__, "trained": False, "data": {"use": "python:data"}}
+    ball = {"norm": norm, "eps": parsed_eps(eps)}
+    recipe = config.parse({**about, "model": {"use": _named(model)}, "threat": ball}, "judge")
+    held = split if isinstance(split, ArraySplit) else split.select(torch.arange(len(split)))
+    assembly = Assembly(recipe, allow, source=DataSet(held, held, "data"))
+    chosen_attacks(attacks, assembly, allow)  # a wrong name is refused before a folder is made
+    with ExitStack() as undone:
+        folder = Path(tempfile.mkdtemp(prefix="unmoved-") if out is None else out)
+        if out is None:
+            undone.callback(shutil.rmtree, folder, ignore_errors=True)
+        run = judged_run(folder, assembly, model, None)
+        table = _judged(run, lambda: Opened(assembly, model), attacks, n, doctor, batch_size, allow, progress)
+        judgement = Judgement(run, table, tuple(notes))
+        weakref.finalize(judgement, undone.pop_all().close)
+    return judgement
+
+
+def _fitting(
+    model: nn.Module, data: object, classes: Sequence[str] | None, layout: str | None
+) -> tuple[ArraySplit | Selection, list[str]]:
+    """Return the data as a split whose classes are the model's outputs, and notes."""
+    split, notes = as_split(data, classes=classes, layout=layout)
+    outputs = _outputs(model, split)
+    if isinstance(split, ArraySplit) and classes is None and split.classes == _numbered(split.num_classes):
+        split = replace(split, classes=_numbered(max(outputs, split.num_classes)))  # the data has no names of its own
+    require_outputs(outputs, split)
+    if model.training:
+        notes.append("the model is in training mode; it was judged in evaluation mode")
+    return split, notes
+
+
+def judge_recipe(
+    recipe: config.Recipe,
+    out: Path | str,
+    *,
+    attacks: str = "standard",
+    n: int | None = None,
+    doctor: bool = True,
+    batch_size: int = 128,
+    allow: Collection[str] = (),
+    device: str = "auto",
+    progress: Progress | bool = True,
+    loading: Callable[[int, int], None] | None = None,
+) -> Judgement:
+    """Judge the model of a recipe with ``trained = false``, whose ``[model] weights`` name a file, in a run folder.
+
+    Interrupted, the same call goes on.
+
+    Args:
+        recipe: data, model and threat model; see `config.Recipe`.
+        out: the run folder.
+        device: ``"auto"``, ``"cpu"``, ``"cuda"``.
+        loading: called with (done, total) images where decoding takes a while.
+        attacks, n, doctor, batch_size, allow, progress: as in `judge`.
+
+    Raises:
+        UnmovedError: as `judge`; weights that do not fit.
+    """
+    assembly = Assembly(recipe, allow, loading)
+    model, loaded = assembly.initial_model()
+    require_outputs(_outputs(model, assembly.data.test), assembly.data.test)
+    notes = () if loaded is not None else ("no file of weights was given: the model was judged as it is made",)
+    where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    chosen_attacks(attacks, assembly, allow)
+    run = judged_run(Path(out), assembly, model, loaded)
+    opened = Opened(assembly, model.to(where).eval())
+    table = _judged(run, lambda: opened, attacks, n, doctor, batch_size, allow, progress)
+    return Judgement(run, table, notes)
+
+
+def judged_run(path: Path, assembly: Assembly, model: nn.Module, loaded: models.Loaded | None) -> Run:
+    """Make the run folder of a model that was trained elsewhere, or open the one that was made of it before.
+
+    Raises:
+        UnmovedError: the folder holds another run, or one of other weights.
+    """
+    tables, run = assembly.recipe.tables(), Run(path)
+    if os.path.lexists(path / "recipe.toml"):
+        run = Run.open(path)
+        begun = config.parse(run.recipe, str(path / "recipe.toml")).tables()
+        differ = sorted(key for key in {*tables, *begun} if tables.get(key) != begun.get(key))
+        if loaded is not None and run.provenance.get("weights", {}).get("sha256") != loaded.sha256:
+            differ.append("the file of weights")
+        if differ:
+            raise UnmovedError(f"{path} holds another run (it differs in: {', '.join(differ)}); choose another folder")
+        if loaded is not None and models.is_whole(path / "best.safetensors"):
+            return run
+    else:
+        run = Run.create(path, tables, weights=loaded)
+    with run.alone():
+        run.save_weights(model, "best")
+    return run
+
+
+def _judged(
+    run: Run,
+    ready: Callable[[], Opened],
+    attacks: str,
+    n: int | None,
+    doctor: bool,
+    batch_size: int,
+    allow: Collection[str],
+    progress: Progress | bool,
+) -> pd.DataFrame:
+    """Evaluate a run folder, ask the doctor about it, and return the outcomes, AutoAttack's last."""
+    with _bar(progress) as show:
+        tables = evaluate_run(run, attacks=attacks, n=n, batch_size=batch_size, allow=allow, progress=show, ready=ready)
+        if doctor:
+            examine_run(run, allow=allow, progress=show, ready=ready)
+    return pd.concat(tables.values(), ignore_index=True)
+
+
+def doctor(
+    model: nn.Module, data: object, *, eps: float | str, norm: str = "linf", n: int = 100, seed: int = 0
+) -> list[Finding]:
+    """Return reasons not to believe a model's accuracy under attack, the gravest first; none if no check objects.
+
+    Args:
+        model, data, eps, norm: as in `judge`.
+        n: number of images that are looked at.
+        seed: of all noise.
+
+    Raises:
+        UnmovedError: as `judge`.
+    """
+    require_model(model, 'doctor(model, data, eps="8/255")')
+    split, _ = as_split(data)
+    return examine(model, split, ThreatModel(norm, parsed_eps(eps)), n=n, seed=seed)
+
+
+def report(
+    runs: Run | Judgement | Path | str | Sequence[Run | Judgement | Path | str],
+    path: Path | str = "report.html",
+    title: str = "Robustness report",
+) -> Path:
+    """Write one self-contained HTML page about evaluated runs, and its figures beside it; return its path.
+
+    Args:
+        runs: run folders, by path or opened, or what `judge` returned; one or several.
+
+    Raises:
+        UnmovedError: as ``unmoved report``.
+    """
+    several = [runs] if isinstance(runs, Run | Judgement | Path | str) else list(runs)
+    opened = [
+        each if isinstance(each, Run) else each.run if isinstance(each, Judgement) else Run.open(each)
+        for each in several
+    ]
+    return reports.write(opened, Path(path), title=title)
+
+
+def parsed_eps(eps: float | str) -> float:
+    """Return a radius that may be written as a fraction.
+
+    Raises:
+        UnmovedError: neither a number nor a fraction.
+    """
+    try:
+        return float(parse_number(eps))
+    except (TypeError, ValueError) as error:
+        raise UnmovedError(f"eps: {error}") from None
+
+
+def require_outputs(outputs: int, split: ArraySplit | Selection) -> None:
+    """Raise `UnmovedError` unless the model has an output for each class of the data, and no other."""
+    if outputs == split.num_classes:
+        return
+    most = int(split.labels.max())
+    if most >= outputs:
+        raise UnmovedError(
+            f"the model has {outputs} outputs, the data labels up to {most} ({split.num_classes} classes): expected an "
+            "output for each class; is it the model of this data?"
+        )
+    raise UnmovedError(
+        f"the model has {outputs} outputs, the data {split.num_classes} classes: expected as many; take the outputs of "
+        "these classes alone in the model's forward, or name all the classes that the model knows"
+    )
+
+
+def _outputs(model: nn.Module, split: ArraySplit | Selection) -> int:
+    """Return the number of logits that the model gives for an image of the data."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    return int(eval_logits(model, next(split.batches(min(2, len(split)))).x.to(device)).shape[1])
+
+
+def _numbered(count: int) -> tuple[str, ...]:
+    return tuple(str(k) for k in range(count))
+
+
+def _named(model: nn.Module) -> str:
+    """Return ``module:Class`` of a model, as a recipe names it."""
+    kind = type(model)
+    return f"{kind.__module__}:{kind.__qualname__.rpartition('.')[2]}"
+
+
+@contextmanager
+def _bar(progress: Progress | bool) -> Iterator[Progress | None]:
+    """Show a bar where somebody looks: in a terminal or a notebook."""
+    if progress is not True or not (sys.stderr.isatty() or "ipykernel" in sys.modules):
+        yield progress if callable(progress) else None
+        return
+    from rich.console import Console
+    from rich.progress import Progress as Bars
+
+    with Bars(console=Console(stderr=True)) as bars:
+        task = bars.add_task("judging", total=1.0)
+        yield lambda share, words: bars.update(task, completed=share, description=words.replace("[", "\\["))

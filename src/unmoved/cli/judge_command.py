@@ -1,0 +1,97 @@
+"""Define the command that judges a model which was trained elsewhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from unmoved.cli import screen
+from unmoved.cli.options import Allow, Device, app
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="my_models:MyNet with --allow my_models, timm:NAME, or ours.")
+]
+Data = Annotated[str, typer.Option(help="Its test part is judged: mnist:PATH, cifar10:PATH, folder:PATH, digits.")]
+Eps = Annotated[str, typer.Option(help="Radius of the ball, on images in 0..1: 0.3 or 8/255.")]
+Out = Annotated[Path, typer.Option(help="The run folder to make; what is in it goes on.")]
+Weights = Annotated[
+    Path | None, typer.Option(help="safetensors, .pt or .pth: a state_dict, alone or under its usual keys.")
+]
+Attacks = Annotated[
+    str, typer.Option(help="standard (AutoAttack), quick, or attacks by name, as in evaluate; commas between.")
+]
+Number = Annotated[int | None, typer.Option("--n", min=1, help="Images to judge; all unless given.")]
+Mean = Annotated[str | None, typer.Option(help="What images were normalised by in training, per channel.")]
+Deviation = Annotated[str | None, typer.Option(help="The same: the deviation.")]
+Match = Annotated[str, typer.Option(help="names, or order: the file's tensors are the model's in order.")]
+Ignore = Annotated[
+    list[str], typer.Option(metavar="PATTERN", help="Names in the file that the model has no place for. Repeats.")
+]
+Key = Annotated[str | None, typer.Option(help="Under which key of the file the weights stand.")]
+ModelSet = Annotated[
+    list[str], typer.Option("--model-set", metavar="KEY=VALUE", help="An argument of the model. Repeats.")
+]
+DataSet = Annotated[list[str], typer.Option("--data-set", metavar="KEY=VALUE", help="A setting of the data. Repeats.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images a pass; the verdict does not depend on it.")]
+AskDoctor = Annotated[bool, typer.Option("--doctor/--no-doctor", help="Ask the doctor too whether to believe it.")]
+
+
+@app.command()
+def judge(
+    model: Model,
+    data: Data,
+    eps: Eps,
+    out: Out,
+    weights: Weights = None,
+    norm: Annotated[str, typer.Option(help="linf, l2 or l1.")] = "linf",
+    attacks: Attacks = "standard",
+    n: Number = None,
+    mean: Mean = None,
+    std: Deviation = None,
+    match: Match = "names",
+    ignore: Ignore = [],  # noqa: B006 - typer's way to say 'none'
+    key: Key = None,
+    model_set: ModelSet = [],  # noqa: B006
+    data_set: DataSet = [],  # noqa: B006
+    batch_size: BatchSize = 128,
+    ask_doctor: AskDoctor = True,
+    allow: Allow = [],  # noqa: B006
+    device: Device = "auto",
+) -> None:
+    """Judge a model that was trained anywhere: verdict, doctor and report in one command."""
+    from unmoved import any_model
+    from unmoved.core import errors, messages
+    from unmoved.runs import recipe as config
+    from unmoved.runs import shorthand
+
+    errors.require_choice("--match", match, ("names", "order"))
+    file = None if weights is None else {"file": str(weights), "match": match, "ignore": ignore}
+    file = file if file is None or key is None else file | {"key": key}
+    tables = {
+        "name": out.name or "judged",
+        "trained": False,
+        "model": shorthand.model_table(model, model_set, weights=file, mean=mean, std=std),
+        "data": shorthand.data_table(data, data_set),
+        "threat": {"norm": norm, "eps": eps},
+    }
+    recipe = config.parse(tables, "judge")
+    with messages.shown(screen.say), screen.follow() as progress:
+        judgement = any_model.judge_recipe(
+            recipe,
+            out,
+            attacks=attacks,
+            n=n,
+            doctor=ask_doctor,
+            batch_size=batch_size,
+            allow=allow,
+            device=device,
+            progress=progress,
+        )
+    screen.print_summary({judgement.run.name: judgement.outcomes})
+    for note in judgement.notes:
+        screen.say(f"note: {note}")
+    if judgement.doctor is not None:
+        screen.say(f"doctor: {judgement.doctor['sentence'] or 'no objection'}")
+    screen.say(f"saved: {out}\nreport: {judgement.report(out / 'report.html')}")

@@ -1,0 +1,285 @@
+"""Load weights that another program saved: safetensors, or what ``torch.save`` wrote, of any age; no code is run."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import pickle
+import re
+import zipfile
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from unmoved.core.errors import UnmovedError, is_want_of_memory, require_choice, several
+from unmoved.core.untrusted import brief, digest, regular
+from unmoved.models import weights_file
+
+logger = logging.getLogger("unmoved")
+
+# Where training programs keep the weights in a dictionary of more, the likeliest first.
+KEYS = ("state_dict", "model_state_dict", "model", "ema", "state_dict_ema", "model_ema", "net", "module", "params")
+PREFIXES = ("module.", "_orig_mod.")  # what DataParallel, DDP and torch.compile put in front of names
+MATCHES = ("names", "order")
+_COUNT = "num_batches_tracked"  # BatchNorm counts batches since torch 0.4.1; files from before lack it
+_SHOWN = 8  # names in a message
+_PAGE = re.compile(rb"\s*<(!doctype|html|\?xml|head|body)", re.IGNORECASE)
+
+
+class Loaded(NamedTuple):
+    """Say what was read from a checkpoint.
+
+    Attributes:
+        sha256: of the file.
+        key: under which the weights stood in it; "" where they stood alone.
+        ignored: names in the file that were left out, as asked for.
+        by_order: whether the tensors were matched by their order, since names differ.
+    """
+
+    sha256: str
+    key: str
+    ignored: tuple[str, ...]
+    by_order: bool
+
+
+def load_checkpoint(
+    model: nn.Module, path: Path | str, *, match: str = "names", ignore: Sequence[str] = (), key: str | None = None
+) -> Loaded:
+    """Copy the weights of a checkpoint into ``model``, all or none; every tensor of the model gets a value.
+
+    The prefixes ``module.`` and ``_orig_mod.`` are taken off. Floating tensors are converted to the model's type.
+
+    Args:
+        path: a .safetensors file, or what ``torch.save`` wrote: a dictionary of tensors by name, alone or under one of
+            `KEYS`. It is read with ``weights_only=True`` onto the CPU, wherever it was saved.
+        match: ``"names"``, or ``"order"``: the k-th tensor of the file is the k-th of the model; the shapes must agree.
+        ignore: patterns (as of file names, with ``*`` and ``?``) of names in the file that the model has no place for.
+        key: under which key of the file the weights stand; by default the first of `KEYS` that it has.
+
+    Raises:
+        UnmovedError: no such file; a file that holds no tensors by name (a pickled module, a TorchScript archive, a web
+            page, ...); tensors that do not fit, both sides named with their shapes.
+    """
+    path = Path(path)
+    require_choice("match", match, MATCHES)
+    tensors, found_key = read_checkpoint(path, key)
+    tensors, ignored = _without_ignored(path, tensors, ignore)
+    own = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    tensors = _without_prefixes(tensors, own)
+    pairs = _by_order(path, own, tensors) if match == "order" else _by_name(path, own, tensors)
+    for name, theirs in pairs.items():
+        value = tensors[theirs]
+        if value.dtype != own[name].dtype and not (value.is_floating_point() and own[name].is_floating_point()):
+            raise UnmovedError(f"{path}: {theirs!r}: expected {own[name].dtype}, came {value.dtype}")
+    model.load_state_dict({name: tensors[theirs] for name, theirs in pairs.items()}, strict=False)
+    return Loaded(digest(path), found_key, ignored, match == "order")
+
+
+def read_checkpoint(path: Path | str, key: str | None = None) -> tuple[dict[str, Tensor], str]:
+    """Return the tensors of a checkpoint by name, and the key that they stood under ("" where they stood alone).
+
+    Raises:
+        UnmovedError: as `load_checkpoint`.
+    """
+    path = Path(path)
+    try:
+        with regular(path) as file:
+            start = file.read(512)
+    except FileNotFoundError:
+        raise UnmovedError(f"{path}: expected a file of weights, came none of this name") from None
+    if not start:
+        raise UnmovedError(f"{path}: expected a file of weights, came an empty file; download or save it again")
+    if _PAGE.match(start):
+        raise UnmovedError(
+            f"{path}: expected a file of weights, came a web page: the address leads to a page about the file; "
+            "download the file itself"
+        )
+    if start.startswith(b"version https://git-lfs"):
+        raise UnmovedError(f"{path}: expected a file of weights, came a Git LFS pointer to one; run `git lfs pull`")
+    if start[8:9] == b"{":
+        return weights_file.read_tensors(path), ""
+    return _unwrapped(path, _unpickled(path), key)
+
+
+def _unpickled(path: Path) -> object:
+    """Read what ``torch.save`` wrote, as tensors and plain containers alone."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+        if any(member.filename.endswith("/constants.pkl") for member in members):
+            raise UnmovedError(
+                f"{path}: expected weights, came a TorchScript archive, which is a program; where you trust it: "
+                "torch.save(torch.jit.load(file).state_dict(), 'weights.pt')"
+            )
+        if any(member.compress_type != zipfile.ZIP_STORED for member in members):  # what unpacks to any size
+            raise UnmovedError(f"{path}: expected an archive as torch.save writes it, came a compressed one; unpack it")
+    try:
+        with regular(path) as file:
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UnmovedError(_refused(path, str(error))) from error
+    except Exception as error:  # torch's readers raise anything for what is damaged
+        if is_want_of_memory(error) or isinstance(error, OSError):
+            raise UnmovedError(f"{path}: cannot be read at the moment ({error or 'out of memory'})") from error
+        raise UnmovedError(f"{path}: expected a whole file of weights, came: {brief(error)}; save it again") from error
+
+
+def _refused(path: Path, words: str) -> str:
+    """Say why torch does not read a pickle as weights alone."""
+    named = re.search(r"GLOBAL ([\w.]+)", words)
+    if named is None:
+        return (
+            f"{path}: expected weights, came a file that torch does not read as weights alone; where you trust it, "
+            "load it in the program that saved it and torch.save(model.state_dict(), 'weights.pt')"
+        )
+    return (
+        f"{path}: expected tensors by name, came a pickle of more ({named[1]}), which runs code when it is loaded; in "
+        "the program that saved it: torch.save(model.state_dict(), 'weights.pt')"
+    )
+
+
+def _unwrapped(path: Path, content: object, key: str | None) -> tuple[dict[str, Tensor], str]:
+    """Return the dictionary of tensors in what was read, and its key."""
+    if isinstance(content, Mapping) and key is None and (tensors := _tensors(content)):
+        return tensors, ""
+    if not isinstance(content, Mapping):
+        raise UnmovedError(
+            f"{path}: expected tensors by name, came a {type(content).__name__}; save model.state_dict()"
+        )
+    found = {str(name): tensors for name, value in content.items() if (tensors := _tensors(value))}
+    known = sorted(found, key=lambda name: KEYS.index(name) if name in KEYS else len(KEYS))
+    if key is not None:
+        if key not in found:
+            raise UnmovedError(
+                f"{path}: expected tensors under {key!r}, came them under {', '.join(map(repr, known)) or 'no key'}"
+            )
+        return found[key], key
+    if not known or (known[0] not in KEYS and len(known) > 1):
+        held = ", ".join(repr(str(name)) for name in list(content)[:_SHOWN])
+        which = "none of which holds tensors by name" if not known else "and it is not said which are the weights"
+        raise UnmovedError(f"{path}: expected a model's state_dict, came a dictionary of {held}, {which}")
+    if len(known) > 1:
+        logger.info("%s: the weights under %r were read, not those under %s", path, known[0], ", ".join(known[1:]))
+    return found[known[0]], known[0]
+
+
+def _tensors(value: object) -> dict[str, Tensor]:
+    """Return a dictionary of tensors by name, without the None that some modules save; empty if it is none."""
+    if not isinstance(value, Mapping):
+        return {}
+    kept = {name: tensor for name, tensor in value.items() if tensor is not None}
+    return {str(n): t.detach() for n, t in kept.items()} if all(isinstance(t, Tensor) for t in kept.values()) else {}
+
+
+def _without_ignored(
+    path: Path, tensors: dict[str, Tensor], patterns: Sequence[str]
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in tensors):
+            near = difflib.get_close_matches(pattern, tensors, n=1, cutoff=0.3)
+            raise UnmovedError(
+                f"{path}: ignore {pattern!r}: no name in the file matches it"
+                + (f"; the nearest is {near[0]!r}" if near else "")
+            )
+    ignored = tuple(name for name in tensors if any(fnmatchcase(name, pattern) for pattern in patterns))
+    return {name: value for name, value in tensors.items() if name not in ignored}, ignored
+
+
+def _without_prefixes(tensors: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Take off what wrappers put in front of all names, unless the model has such names itself."""
+    while True:
+        prefix = next((p for p in PREFIXES if tensors and all(name.startswith(p) for name in tensors)), None)
+        if prefix is None or any(name.startswith(prefix) for name in own):
+            return tensors
+        tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
+
+
+def _by_name(path: Path, own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Map the model's names to those of the file, which are the same."""
+    missing = [name for name in own if name not in tensors and not name.endswith(_COUNT)]
+    extra = [name for name in tensors if name not in own]
+    others = [name for name in own if name in tensors and own[name].shape != tensors[name].shape]
+    if not missing and not others and not extra:
+        return {name: name for name in own if name in tensors}
+    if not missing and not others:
+        raise UnmovedError(
+            f"{path}: the model has no place for {several(extra)}; if they are not needed, leave them out: "
+            + _ignoring(extra)
+        )
+    if others and not missing and not extra:
+        raise UnmovedError(
+            f"{path}: shapes differ: {_list(_difference(own[n], tensors[n], n) for n in others)}; build the model with "
+            "the settings that it was saved with"
+        )
+    raise UnmovedError("\n".join([f"{path}: the names do not fit the model", *_unfit(own, tensors, missing, extra)]))
+
+
+def _unfit(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], missing: list[str], extra: list[str]) -> list[str]:
+    """Say, in lines, which names differ, with the nearest and both shapes, and what may be done."""
+    lines = (
+        [f"  {len(missing)} missing: {_list(_near(name, own, extra, tensors) for name in missing)}"] if missing else []
+    )
+    if extra:
+        lines.append(f"  {len(extra)} unexpected: {_list(f'{name!r} {tuple(tensors[name].shape)}' for name in extra)}")
+    kinds = {name.rpartition(".")[2] for name in own}
+    strange = [name for name in extra if name.rpartition(".")[2] not in kinds]
+    kept = {name: value for name, value in tensors.items() if name not in strange}
+    if _agree(own, kept):
+        also = f" {_ignoring(strange)}" if strange else ""
+        lines.append(f"  the shapes agree one to one in order: if it is the same network, pass --match order{also}")
+    elif extra and missing:
+        lines.append("  these are the weights of another architecture, or of other settings of it")
+    return lines
+
+
+def _by_order(path: Path, own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Map the model's names to the names at the same places of the file."""
+    counted = [name for name in own if len(own) == len(tensors) or not name.endswith(_COUNT)]
+    for name, theirs in zip(counted, tensors, strict=False):
+        if own[name].shape != tensors[theirs].shape:
+            raise UnmovedError(
+                f"{path}: match order: the model's {name!r} is {tuple(own[name].shape)}, at its place stands "
+                f"{theirs!r} {tuple(tensors[theirs].shape)}; the order differs, or it is another network"
+            )
+    if len(counted) != len(tensors):
+        more = counted[len(tensors) :] or list(tensors)[len(counted) :]
+        where = "the file" if len(tensors) > len(counted) else "the model"
+        raise UnmovedError(
+            f"{path}: match order: expected {len(counted)} tensors, came {len(tensors)}: {where} alone has "
+            f"{several(more)}" + (f"; leave them out: {_ignoring(more)}" if where == "the file" else "")
+        )
+    return dict(zip(counted, tensors, strict=True))
+
+
+def _agree(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> bool:
+    """Return whether the shapes agree one to one in order, BatchNorm's counts apart."""
+    ours, theirs = (
+        [tuple(value.shape) for name, value in side.items() if not name.endswith(_COUNT)] for side in (own, tensors)
+    )
+    return ours == theirs
+
+
+def _near(name: str, own: Mapping[str, Tensor], extra: list[str], tensors: Mapping[str, Tensor]) -> str:
+    alike = [other for other in extra if tensors[other].shape == own[name].shape]
+    near = difflib.get_close_matches(name, alike or extra, n=1, cutoff=0.0 if alike else 0.4)
+    other = f" (nearest in the file: {near[0]!r} {tuple(tensors[near[0]].shape)})" if near else ""
+    return f"{name!r} {tuple(own[name].shape)}{other}"
+
+
+def _difference(ours: Tensor, theirs: Tensor, name: str) -> str:
+    return f"{name!r} expected {tuple(ours.shape)}, came {tuple(theirs.shape)}"
+
+
+def _ignoring(names: Sequence[str]) -> str:
+    """Write the options that leave out these names: by their last part where they share it."""
+    patterns = dict.fromkeys(f"*{name.rpartition('.')[2]}" if "." in name else name for name in names)
+    return " ".join(f"--ignore {pattern!r}" for pattern in list(patterns)[:_SHOWN])
+
+
+def _list(items: Iterable[str]) -> str:
+    words = list(items)
+    return ", ".join(words[:_SHOWN]) + (f" and {len(words) - _SHOWN} more" if len(words) > _SHOWN else "")
