@@ -22,6 +22,7 @@ from torch import nn
 
 from unmoved import models
 from unmoved.core.errors import UnmovedError
+from unmoved.core.messages import printable
 from unmoved.core.preconditions import require_model
 from unmoved.core.threat import ThreatModel
 from unmoved.core.views import eval_logits
@@ -346,12 +347,12 @@ def _named(model: nn.Module) -> str:
 @contextmanager
 def _bar(progress: Progress | bool) -> Iterator[Progress | None]:
     """Show a bar where somebody looks: in a terminal or a notebook."""
-    if progress is not True or not (sys.stderr.isatty() or "ipykernel" in sys.modules):
+    if progress is not True or not (sys.stdout.isatty() or "ipykernel" in sys.modules):
         yield progress if callable(progress) else None
         return
-    from rich.console import Console
-    from rich.progress import Progress as Bars
+    from rich import progress as bars
 
-    with Bars(console=Console(stderr=True)) as bars:
-        task = bars.add_task("judging", total=1.0)
-        yield lambda share, words: bars.update(task, completed=share, description=words.replace("[", "\\["))
+    columns = (bars.BarColumn(), bars.TimeElapsedColumn(), bars.TextColumn("{task.description}", markup=False))
+    with bars.Progress(*columns, transient=True) as shown:
+        task = shown.add_task("judging", total=1.0)
+        yield lambda share, words: shown.update(task, completed=share, description=printable(words))
