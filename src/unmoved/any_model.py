@@ -25,6 +25,7 @@ from unmoved.core.errors import UnmovedError
 from unmoved.core.messages import printable
 from unmoved.core.preconditions import require_model
 from unmoved.core.threat import ThreatModel
+from unmoved.core.untrusted import Json
 from unmoved.core.views import eval_logits
 from unmoved.data import ArraySplit, DataSet, Selection
 from unmoved.data.adapters import as_split
@@ -149,8 +150,8 @@ def judge(
     """
     require_model(model, ORDER)
     split, notes = _fitting(model, data, classes, layout)
-    about = {"name": name or type(model).__name__, "trained": False, "data": {"use": "python:data"}}
-    ball = {"norm": norm, "eps": parsed_eps(eps)}
+    about: Json = {"name": name or type(model).__name__, "trained": False, "data": {"use": "python:data"}}
+    ball: Json = {"norm": norm, "eps": parsed_eps(eps)}
     recipe = config.parse({**about, "model": {"use": _named(model)}, "threat": ball}, "judge")
     held = split if isinstance(split, ArraySplit) else split.select(torch.arange(len(split)))
     assembly = Assembly(recipe, allow, source=DataSet(held, held, "data"))

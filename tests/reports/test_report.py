@@ -81,6 +81,7 @@ def make(name: str = "digits/at", seed: int = 0, clean: int = 57, robust: int = 
         evaluation={
             "n": SAMPLES,
             "weights": "best",
+            "weights_sha256": "0",
             "threat": {"norm": "linf", "eps": 0.1},
             "attacks": ["pgd", "square"],
             "seconds": 1.5,
@@ -107,8 +108,8 @@ def settled(run: Any, robust: int, most: int = SAMPLES, attack: str = "autoattac
     wrong = table["clean_prediction"] != table["label"]
     table["by"] = np.where(wrong, "clean", np.where(table["success"], "apgd-t", "none"))
     facts = {"n": most, "attacks": {attack: f"AutoAttack({attack})"}, "notes": ["3 classes leave 2 targets"]}
-    sha = run.evaluation.get("weights_sha256")
-    return replace(run, verdict={**facts, "weights_sha256": sha}, verdict_outcomes=table[table["index"] < most])
+    facts |= {"weights": "best", "weights_sha256": run.evaluation["weights_sha256"]}
+    return replace(run, verdict=facts, verdict_outcomes=table[table["index"] < most])
 
 
 def finding(grade: str, check: str = "masking", measured: str = "97 % zeros") -> dict[str, str]:
@@ -116,22 +117,18 @@ def finding(grade: str, check: str = "masking", measured: str = "97 % zeros") ->
 
 
 def seen_by_doctor(run: Any, *findings: dict[str, str], sentence: str = "") -> Any:
-    return replace(run, doctor={"n": 50, "sentence": sentence, "findings": list(findings)})
+    about = {"weights_sha256": run.evaluation["weights_sha256"], "n": 50}
+    return replace(run, doctor={**about, "sentence": sentence, "findings": list(findings)})
 
 
 def on_disk(folder: Path, fake: Any) -> Run:
     """The same run as a folder, its log left out."""
     run = Run.create(folder / f"{fake.path.name}", {"name": fake.name, "training": {"seed": fake.seed}})
-    about = {"weights": "best", "weights_sha256": "0"}
-    told = about | fake.evaluation | {"attacks": {"pgd": "PGD()", "square": "Square()"}}
+    told = fake.evaluation | {"attacks": {"pgd": "PGD()", "square": "Square()"}}
     tables = [table.reset_index(drop=True) for table in (fake.outcomes, fake.curve)]
     run.save_evaluation(tables[0], told, curve=tables[1], gallery=fake.gallery)
     if fake.verdict is not None:
-        run.save_evaluation(
-            fake.verdict_outcomes.reset_index(drop=True),
-            about | fake.verdict | {"weights_sha256": told["weights_sha256"]},
-            kind="verdict",
-        )
+        run.save_evaluation(fake.verdict_outcomes.reset_index(drop=True), fake.verdict, kind="verdict")
     return Run.open(run.path)
 
 
@@ -336,7 +333,7 @@ def test_files_are_read_once() -> None:
             return getattr(self.run, name)
 
     verdict = results_by_recipe([cast(Any, Counting())])[0]
-    assert verdict.measures["clean"]["n"] == len(verdict.by_seed.index) * 15 == SAMPLES
+    assert verdict.measures["clean"].n == len(verdict.by_seed.index) * 15 == SAMPLES
     assert verdict.curve is not None
     assert [reads.count(name) for name in ("outcomes", "curve", "metrics", "gallery", "evaluation")] == [1] * 5
 
@@ -538,7 +535,7 @@ def test_what_broke_it_counts_each_sample_once_for_the_first_attack() -> None:
     np.testing.assert_allclose(shares[["apgd-t", "none"]], [28, 12])
     assert set(verdict.broken["n"]) == {40}
     assert verdict.autoattack is not None
-    assert verdict.autoattack["seeds"] == 1
+    assert verdict.autoattack.seeds == 1
     assert verdict.autoattack_by_seed.keys() == {0}
     assert verdict.versions == ""
     (randomised,) = results_by_recipe([settled(bare(), 12, attack="autoattack-rand")])
@@ -628,7 +625,7 @@ def test_seeds_are_grouped_and_different_recipes_of_one_name_kept_apart() -> Non
     assert names == ["digits/plain", "digits/at [runs/digits-at-0]", "digits/at [runs/digits-at-2]"]
     grouped = results_by_recipe(three())
     assert [len(verdict.runs) for verdict in grouped] == [1, 2]
-    assert grouped[1].measures["worst case"]["accuracy"] == pytest.approx(31.5 / 60)
+    assert grouped[1].measures["worst case"].accuracy == pytest.approx(31.5 / 60)
     assert grouped[1].seconds == 75
 
 
@@ -667,7 +664,7 @@ def test_only_the_training_seed_and_the_part_are_left_out_of_a_recipe() -> None:
 def test_autoattack_on_more_images_of_one_seed_is_shown_where_it_has_judged_all_seeds() -> None:
     (verdict,) = results_by_recipe([settled(bare(seed=0), 30, 60), settled(bare(seed=1), 12, 40)])
     assert verdict.autoattack is not None
-    assert (verdict.autoattack["n"], verdict.autoattack["accuracy"]) == (40, pytest.approx((30 / 40 + 12 / 40) / 2))
+    assert (verdict.autoattack.n, verdict.autoattack.accuracy) == (40, pytest.approx((30 / 40 + 12 / 40) / 2))
     assert verdict.runs[0].stale == verdict.runs[1].stale
     assert "judged 60, 40 images of its seeds; shown are the 40 in all of them" in verdict.runs[0].stale[0]
     apart = settled(bare(seed=1), 12, 40)

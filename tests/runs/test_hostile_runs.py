@@ -573,7 +573,7 @@ FACTS += [("attacks", "pgd"), ("notes", 3), ("notes", [[]]), ("classes", "ab"), 
 
 @pytest.mark.parametrize(("name", "value"), FACTS)
 def test_facts_of_other_types_are_named(run: Run, name: str, value: Any) -> None:
-    assert EvaluatedRun.of(run).protocol.n == 2
+    assert EvaluatedRun.of(run).setting.n == 2
     path = run.path / "evaluation" / "evaluation.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
     with pytest.raises(UnmovedError, match=rf"evaluation.json: {name}.*: .*run `unmoved evaluate .*` again") as caught:

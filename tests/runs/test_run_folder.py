@@ -29,7 +29,7 @@ from unmoved.evaluation import judge, outcomes
 from unmoved.models import load_weights
 from unmoved.runs import load
 from unmoved.runs.folder import Run
-from unmoved.runs.provenance import provenance
+from unmoved.runs.provenance import _own_code, provenance
 from unmoved.terms import CE
 from unmoved.training.optim import SGD
 from unmoved.training.trainer import TrainerState
@@ -97,6 +97,13 @@ def test_provenance_says_what_where_and_when(two_runs: tuple[Path, Path]) -> Non
     assert {"python", "numpy", "lightning-fabric"} <= facts["versions"].keys()
     assert {"system", "processor", "cores", "threads"} <= facts["hardware"].keys()
     assert facts["hardware"]["cores"] >= 1
+
+
+def test_the_code_of_every_package_counts_as_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[Path] = []
+    monkeypatch.setattr("unmoved.runs.provenance._sha256", lambda path: hashed.append(path) or b"")
+    _own_code.__wrapped__()
+    assert set(hashed) == set(Path(package.__file__).parent.rglob("*.py"))
 
 
 def test_provenance_names_the_commit_and_whether_it_was_changed(

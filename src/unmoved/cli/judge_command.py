@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from unmoved.cli import screen
 from unmoved.cli.options import Allow, Device, app
+
+if TYPE_CHECKING:
+    from unmoved.core.untrusted import Json
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="my_models:MyNet with --allow my_models, timm:NAME, or ours.")
@@ -67,9 +70,9 @@ def judge(
     from unmoved.runs import shorthand
 
     errors.require_choice("--match", match, ("names", "order"))
-    file = None if weights is None else {"file": str(weights), "match": match, "ignore": ignore}
+    file: Json | None = None if weights is None else {"file": str(weights), "match": match, "ignore": [*ignore]}
     file = file if file is None or key is None else file | {"key": key}
-    tables = {
+    tables: Json = {
         "name": out.name or "judged",
         "trained": False,
         "model": shorthand.model_table(model, model_set, weights=file, mean=mean, std=std),

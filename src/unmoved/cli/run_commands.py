@@ -121,7 +121,8 @@ def evaluate(
         )
     for kind, table in tables.items():
         screen.print_summary({opened.name: table})
-        for note in (getattr(opened, kind) or {}).get("notes", []):
+        facts = opened.facts(kind)
+        for note in [] if facts is None else facts.get("notes", []):
             screen.say(f"note: {note}")
         screen.say(f"saved: {run / kind}")
     if validation:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import codecs
 import io
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -21,22 +22,22 @@ from rich.table import Table
 from unmoved.core.messages import printable as plain
 
 if TYPE_CHECKING:
+    import pandas as pd
+
+    from unmoved.experiments.jobs import Job
+    from unmoved.runs.records import Doctor
     from unmoved.training.log import EpochRecord
 
-
-def _console(**settings: Any) -> Console:
-    return Console(markup=False, emoji=False, highlight=False, **settings)
-
-
+_console = partial(Console, markup=False, emoji=False, highlight=False)
 console, complaints = _console(), _console(stderr=True)
 
 WORDS = TextColumn("{task.description}", markup=False)
 Advance = Callable[[float], None]
 
 
-def say(words: str, *, style: str | None = None, error: bool = False) -> None:
+def say(text: str, *, style: str | None = None, error: bool = False) -> None:
     """Print text as it is, on standard output or standard error."""
-    (complaints if error else console).print(plain(words), style=style, soft_wrap=True)
+    (complaints if error else console).print(plain(text), style=style, soft_wrap=True)
 
 
 def speak_any_language() -> None:
@@ -117,13 +118,15 @@ def tensorboard_log(out: Path) -> Callable[[EpochRecord], None]:
 
 
 def say_epoch(record: EpochRecord, epochs: int) -> None:
-    words = f"epoch {record['epoch']}/{epochs}: loss {record['loss']:.4f}"
+    """Print an epoch's record in one line."""
+    line = f"epoch {record['epoch']}/{epochs}: loss {record['loss']:.4f}"
     if "validation_robust" in record:
-        words += f", validation clean {record['validation_clean']:.1%}, robust {record['validation_robust']:.1%}"
-    say(words + f", {record['seconds']:.0f} s")
+        line += f", validation clean {record['validation_clean']:.1%}, robust {record['validation_robust']:.1%}"
+    say(line + f", {record['seconds']:.0f} s")
 
 
-def epochs_done(job: Any) -> int:
+def epochs_done(job: Job) -> int:
+    """Return how many epochs of a job are in its log."""
     from unmoved.core import untrusted
     from unmoved.core.errors import UnmovedError
 
@@ -133,7 +136,8 @@ def epochs_done(job: Any) -> int:
         return 0
 
 
-def print_summary(tables: dict[str, Any]) -> None:
+def print_summary(tables: Mapping[str, pd.DataFrame | None]) -> None:
+    """Print the accuracies of runs, by name, as one table; those without outcomes are left out."""
     from unmoved.evaluation import outcomes
 
     view = Table(title="accuracy in %; under attack it is an upper bound", title_justify="left")
@@ -152,10 +156,10 @@ def print_summary(tables: dict[str, Any]) -> None:
     (console if console.is_terminal else _console(width=1000)).print(view)  # nothing is cut off in a file
 
 
-def print_findings(answer: dict[str, Any]) -> None:
+def print_findings(answer: Doctor) -> None:
     """Print what the doctor found, the gravest first."""
     if not answer["findings"]:
-        say(f"the doctor found nothing to object to (n = {answer['n']})")
+        say(f"the doctor found nothing to object to (n = {answer.get('n')})")
     for finding in answer["findings"]:
         say(
             f"[{finding['grade']}] {finding['check']}: {finding['measured']}\n"

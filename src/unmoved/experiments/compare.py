@@ -49,12 +49,12 @@ def work(job: Job, device: str = "auto") -> str:
     except UnmovedError:
         raise
     except Exception as error:
-        words = f"{type(error).__name__}: {error}"
+        message = f"{type(error).__name__}: {error}"
         try:
             write_atomic(traces, traceback.format_exc().encode("utf-8", "backslashreplace"))
         except UnmovedError:  # such as the full disk that the job itself met
-            raise JobError(words) from error
-        raise JobError(f"{words} (traceback in {traces})") from error
+            raise JobError(message) from error
+        raise JobError(f"{message} (traceback in {traces})") from error
     finally:
         torch.set_num_threads(ceiling)
 
@@ -75,7 +75,7 @@ def _done(job: Job, device: str) -> str:
     run = train_recipe(recipe, job.path, resume=True, allow=job.allow, device=device, build=build)
     done = run.evaluation
     asked = weights_digest(run, "best"), readable(job.attacks)
-    if done is None or (done.get("weights_sha256"), done.get("asked")) != asked:
+    if done is None or (done["weights_sha256"], done.get("asked")) != asked:
         evaluate_run(run, attacks=job.attacks, device=device, allow=job.allow, ready=ready)
     if not _is_examined(run):
         examine_run(run, n=DOCTOR_SAMPLES, device=device, allow=job.allow, ready=ready)
@@ -90,9 +90,10 @@ def _done(job: Job, device: str) -> str:
 
 def _is_examined(run: Run) -> bool:
     """Return whether the doctor was asked about the weights and the outcomes that the number shown is from."""
-    seen, judged = run.doctor or {}, (run.verdict if run.shown == "verdict" else run.evaluation) or {}
-    told = (judged.get("files") or {}).get("outcomes.csv")
-    return (seen.get("weights_sha256"), seen.get("evaluation")) == (weights_digest(run, "best"), told)
+    doctor, shown = run.doctor, run.facts(run.shown)
+    if doctor is None or doctor["weights_sha256"] != weights_digest(run, "best"):
+        return False
+    return doctor.get("evaluation") == (None if shown is None else shown.get("files", {}).get("outcomes.csv"))
 
 
 def processes(jobs: int, workers: int | None = None) -> int:
@@ -184,8 +185,8 @@ def finals(
             if progress is not None:
                 progress((number + share) / len(ranked), f"{name} {words}")
 
-        done, asked = run.verdict or {}, n or config.parse(run.recipe).evaluation.n
-        if (done.get("weights_sha256"), done.get("asked_n", -1)) != (weights_digest(run, "best"), asked):
+        done, asked = run.verdict, (weights_digest(run, "best"), n or config.parse(run.recipe).evaluation.n)
+        if done is None or (done["weights_sha256"], done.get("asked_n", -1)) != asked:
             evaluate_run(run, attacks="standard", n=n, allow=allow, progress=advance)
         if not _is_examined(run):
             examine_run(run, n=DOCTOR_SAMPLES, allow=allow, progress=advance)

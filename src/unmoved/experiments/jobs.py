@@ -7,34 +7,34 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from unmoved.core.errors import UnmovedError
+from unmoved.core.untrusted import Json
 from unmoved.runs import recipe as config
 
 
 @dataclass(frozen=True)
 class Job:
-    """Describe one run to make: the tables of its recipe, and the folder it goes to."""
+    """One run to make.
 
-    tables: dict[str, Any]
+    Attributes:
+        tables: of its recipe.
+        path: the folder it goes to.
+        label: what it is called in messages.
+        threads: to compute with.
+        attacks: as in `evaluate_run`.
+        analyze: the names of the analyses to prepare, on ``analysis_n`` test images.
+    """
+
+    tables: Json
     path: str
+    label: str
+    epochs: int
     allow: tuple[str, ...] = ()
     threads: int = 1
     attacks: str = "recipe"
     analyze: tuple[str, ...] = ()
     analysis_n: int | None = None
-
-    @property
-    def label(self) -> str:
-        training = self.tables["training"]
-        part = training.get("part")
-        which = "" if part is None else f" permutation {part['permutation']} part {part['number'] + 1} of {part['of']}"
-        return f"{self.tables['name']} seed {training['seed']}{which}"
-
-    @property
-    def epochs(self) -> int:
-        return int(self.tables["training"]["epochs"])
 
 
 def read(paths: Sequence[Path], overrides: Sequence[str], sweeps: Sequence[str] = ()) -> list[config.Recipe]:
@@ -116,21 +116,34 @@ def jobs_of(
         )
     jobs = []
     for recipe, folder in zip(recipes, folders, strict=True):
-        for name, training in _trainings(seeds, splits, permutations):
-            tables = recipe.tables()
-            tables["training"] = {**tables["training"], **training}
-            jobs.append(Job(tables, str(out / folder / name), tuple(allow), threads, attacks))
+        for name, changes in _changes(seeds, splits, permutations):
+            training = recipe.training.model_copy(update={**changes})
+            part = training.part
+            which = "" if part is None else f" permutation {part.permutation} part {part.number + 1} of {part.of}"
+            jobs.append(
+                Job(
+                    recipe.model_copy(update={"training": training}).tables(),
+                    str(out / folder / name),
+                    f"{recipe.name} seed {training.seed}{which}",
+                    training.epochs,
+                    tuple(allow),
+                    threads,
+                    attacks,
+                )
+            )
     return jobs
 
 
-def _trainings(seeds: Sequence[int], splits: int, permutations: int) -> list[tuple[str, dict[str, Any]]]:
+def _changes(
+    seeds: Sequence[int], splits: int, permutations: int
+) -> list[tuple[str, dict[str, int | config.DataPart]]]:
     """List (folder, changes in [training]) of each run of a recipe."""
     if not splits:
         return [(f"seed{seed}", {"seed": seed}) for seed in seeds]
     return [
         (
             f"permutation{i}-part{j + 1}of{splits}",
-            {"seed": seeds[0] + i * splits + j, "part": {"of": splits, "number": j, "permutation": i}},
+            {"seed": seeds[0] + i * splits + j, "part": config.DataPart(of=splits, number=j, permutation=i)},
         )
         for i in range(permutations)
         for j in range(splits)

@@ -13,8 +13,10 @@ from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from types import ModuleType
+from typing import TypeVar
 
 import unmoved
 from unmoved.core import messages
@@ -84,12 +86,12 @@ def each(
         task = ray.remote(max_retries=0, num_cpus=cluster.cpus, num_gpus=cluster.gpus)(_traveller())
         setting = (str(token), os.getcwd(), cluster.gpus, PATIENCE)
         waiting, deaths = deque(range(len(jobs))), Counter[int]()
-        busy: dict[Any, int] = {}
+        busy: dict[object, int] = {}
         try:
             while waiting or busy:
                 while waiting and len(busy) < count:
                     number = waiting.popleft()
-                    busy[task.remote(unmoved.__version__, pickle.dumps((act, jobs[number])), *setting)] = number
+                    busy[task.remote(unmoved.__version__, pickle.dumps((act, jobs[number])), setting)] = number
                 for reference in ray.wait(list(busy), timeout=0.3)[0]:
                     number = busy.pop(reference)
                     error: BaseException | None
@@ -124,9 +126,9 @@ def _error_of(answer: Answer) -> BaseException | None:
 
 
 def _traveller() -> Callable[..., Answer]:
-    """Return what a machine does with a job, as a function that travels whole: the package may be missing there."""
+    """Return the function that does a job on a machine; it is sent as code, since the package may be missing there."""
 
-    def run(version: str, *rest: Any) -> Answer:
+    def run(version: str, payload: bytes, setting: tuple[str, str, float, float]) -> Answer:
         try:
             import unmoved
 
@@ -134,7 +136,7 @@ def _traveller() -> Callable[..., Answer]:
             if unmoved.__version__ == version:
                 from unmoved.experiments import ray_cluster as cluster
 
-                return cluster.attempt(*rest)
+                return cluster.attempt(payload, *setting)
         except ImportError as error:
             there = str(error)
         import socket
@@ -188,7 +190,7 @@ def attempt(payload: bytes, token: str, folder: str, gpus: float, patience: floa
 
 
 @contextmanager
-def _connected(cluster: Cluster) -> Iterator[Any]:
+def _connected(cluster: Cluster) -> Iterator[ModuleType]:
     """Join the cluster and yield ``ray``; a connection that exists already is used as it is, and stays."""
     try:
         import ray
@@ -207,21 +209,21 @@ def _connected(cluster: Cluster) -> Iterator[Any]:
         ray.shutdown()
 
 
-def _connect(ray: Any, address: str | None) -> bool:
+def _connect(ray: ModuleType, address: str | None) -> bool:
     """Join the cluster, or start one and return True."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     named = os.environ.get("RAY_ADDRESS", "") if address in (None, "auto") else address
     if named not in ("", None, "auto", "local"):
         _require_listener(*_host_and_port("--ray-address" if named == address else "RAY_ADDRESS", str(named)))
-    settings: dict[str, Any] = {"include_dashboard": False, "logging_level": logging.ERROR}
-    settings |= {"address": None if address == "auto" else address}
+    where = None if address == "auto" else address
+    init = partial(ray.init, address=where, include_dashboard=False, logging_level=logging.ERROR)
     try:
         with _elsewhere():
             try:
-                ray.init(**settings, object_store_memory=STORE)
+                init(object_store_memory=STORE)
                 return True
             except ValueError:  # Ray's way to say that there is a cluster, whose memory is not ours to choose
-                ray.init(**settings)
+                init()
                 return False
     except Exception as error:  # Ray raises plain ones, too
         what = f"join the Ray cluster {named}" if named else "start Ray on this machine"
@@ -244,6 +246,7 @@ def _elsewhere() -> Iterator[None]:
 
 
 def _host_and_port(source: str, address: str) -> tuple[str, int]:
+    """Parse ``"host:port"``; an error names where the address comes from."""
     host, _, port = address.rpartition(":")
     if not host or "/" in host or not port.isdecimal():
         raise UnmovedError(
@@ -264,17 +267,17 @@ def _require_listener(host: str, port: int) -> None:
         ) from error
 
 
-def _say_where_nothing_fits(ray: Any, cluster: Cluster, *, started: bool) -> None:
+def _say_where_nothing_fits(ray: ModuleType, cluster: Cluster, *, started: bool) -> None:
     """Log, or raise `UnmovedError` for a cluster of our own, that no machine is large enough: Ray waits in silence."""
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     sizes = {(machine.get("CPU", 0.0), machine.get("GPU", 0.0)) for machine in machines}
     if any(cpus >= cluster.cpus and gpus >= cluster.gpus for cpus, gpus in sizes):
         return
-    found = ", ".join(f"{cpus:g} CPUs and {gpus:g} GPUs" for cpus, gpus in sorted(sizes))
-    words = f"expected a machine with {cluster.cpus} CPUs and {cluster.gpus:g} GPUs for a run, came {found}"
+    came = ", ".join(f"{cpus:g} CPUs and {gpus:g} GPUs" for cpus, gpus in sorted(sizes))
+    message = f"expected a machine with {cluster.cpus} CPUs and {cluster.gpus:g} GPUs for a run, came {came}"
     if started:
-        raise UnmovedError(f"{words}; ask for less with --cpus-per-run and --gpus-per-run")
-    logger.warning("%s; waiting until one joins the cluster", words)
+        raise UnmovedError(f"{message}; ask for less with --cpus-per-run and --gpus-per-run")
+    logger.warning("%s; waiting until one joins the cluster", message)
 
 
 @contextmanager

@@ -85,7 +85,7 @@ def _beside(results: Sequence[RecipeResult]) -> list[Section]:
 def _figures(results: Sequence[RecipeResult]) -> dict[str, list[tuple[str, Callable[[], Figure]]]]:
     """Return by section what makes the figures, each with the recipe it belongs to ("" if it belongs to all)."""
     how, evaluation = results[0].runs[0].setting, results[0].runs[0].evaluation
-    names = [str(name) for name in evaluation.get("classes") or ()]
+    names = evaluation.get("classes", [])
     curves = [result.curve for result in results if result.curve is not None]
     return {
         "broken": [("", lambda: breakdown(pd.concat([result.broken for result in results])))],
@@ -101,9 +101,9 @@ def _facts(results: Sequence[RecipeResult]) -> dict[str, object]:
     """Collect what the text and tables of the page are made from."""
     first = results[0].runs[0]
     settled = [result for result in results if result.autoattack is not None]
-    pool = sorted(settled or results, key=lambda result: -result.robust["accuracy"])
+    pool = sorted(settled or results, key=lambda result: -result.robust.accuracy)
     top = pool[0].robust
-    lower = [result for result in pool if result.robust["accuracy"] < top["accuracy"]]
+    lower = [result for result in pool if result.robust.accuracy < top.accuracy]
     bounded = [result for result in results if result not in pool]
     return {
         "results": results,
@@ -112,10 +112,10 @@ def _facts(results: Sequence[RecipeResult]) -> dict[str, object]:
         "settled": settled,
         "best": pool[: len(pool) - len(lower)],
         "second": lower[0] if lower else None,
-        "rivals": [result for result in lower if result.robust["high"] >= top["low"]],
+        "rivals": [result for result in lower if result.robust.high >= top.low],
         "bounded": bounded,  # by other attacks alone, while AutoAttack has judged some recipe
-        "open": [result for result in bounded if result.measures[WORST]["accuracy"] >= top["accuracy"]],
-        "cleanest": max(results, key=lambda result: result.measures[CLEAN]["accuracy"]),
+        "open": [result for result in bounded if result.measures[WORST].accuracy >= top.accuracy],
+        "cleanest": max(results, key=lambda result: result.measures[CLEAN].accuracy),
         "several_seeds": any(len(result.runs) > 1 for result in results),
         "stale": [line for result in results for run in result.runs for line in run.stale],
         "notes": _notes(results),
@@ -127,9 +127,9 @@ def _notes(results: Sequence[RecipeResult]) -> list[str]:
     recipes: dict[str, list[str]] = {}
     for result in results:
         for run in result.runs:
-            both = [("", run.evaluation), ("AutoAttack: ", run.verdict or {})]
+            both = [("", run.evaluation), ("AutoAttack: ", run.verdict)]
             for who, facts in both[run.evaluation is run.verdict :]:
-                for note in facts.get("notes") or ():
+                for note in [] if facts is None else facts.get("notes", []):
                     names = recipes.setdefault(f"{who}{note}", [])
                     names += [] if result.name in names else [result.name]
     return [note if len(names) == len(results) else f"{_listed(names)}: {note}" for note, names in recipes.items()]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -14,8 +14,9 @@ from unmoved import data, models
 from unmoved.attacks import APGD, PGD
 from unmoved.core.errors import UnmovedError
 from unmoved.core.phases import Phases
-from unmoved.core.protocols import Attack, Method
+from unmoved.core.protocols import Attack, Method, Term
 from unmoved.core.threat import ThreatModel
+from unmoved.core.untrusted import Json
 from unmoved.runs import components
 from unmoved.runs import recipe as config
 from unmoved.terms import Sum
@@ -27,8 +28,8 @@ class Assembly:
     Args:
         recipe: what to build.
         allow: packages of strangers whose code may run.
-        progress: told of images that are decoded.
-        source: the recipe's data, where it was made already for another recipe with the same.
+        progress: called with (done, total) images while they are decoded.
+        source: the data, where it was made already for another recipe with the same data.
 
     Attributes:
         source: the data as the recipe names it; ``data`` has the training part that the recipe asks for.
@@ -41,7 +42,7 @@ class Assembly:
         self,
         recipe: config.Recipe,
         allow: Collection[str] = (),
-        progress: Any = None,
+        progress: Callable[[int, int], None] | None = None,
         source: data.DataSet | None = None,
     ) -> None:
         self.recipe, self._allow = recipe, tuple(allow)
@@ -57,7 +58,7 @@ class Assembly:
         self.data = self.source if part is None else self.source.part_of_train(part.number, part.of, part.permutation)
         self.shape, self.num_classes = self.data.shape, len(self.data.classes)
         self.given = {"threat": self.threat, "seed": seed, "num_classes": self.num_classes, "shape": self.shape}
-        self._terms: dict[str, Any] = {}
+        self._terms: dict[str, Term] = {}
         self._phases = (
             [(start, self._method(tables)) for start, tables in recipe.phase_parts()] if recipe.trained else []
         )
@@ -99,20 +100,20 @@ class Assembly:
         chosen = train.held_out(share if share < 1 else int(share), seed=0)
         return train.lent(~chosen), train.lent(chosen, f"{train.name}/validation")
 
-    def attack(self, table: str | Mapping[str, Any]) -> Attack:
+    def attack(self, table: str | Mapping[str, object]) -> Attack:
         """Return the attack of this name with its default settings, or of this table, on the recipe's threat model.
 
         Raises:
-            UnmovedError: settings that it does not have; a stranger's that was not allowed.
+            UnmovedError: settings that it does not have; one of another package that was not allowed.
         """
         try:
             parsed = TypeAdapter(components.AttackTable).validate_python(table)
         except ValidationError as error:
             raise UnmovedError("\n".join(f"--attacks: {line}" for line in config.messages(error, {}))) from None
-        found: Attack = self._build("attacks", parsed, **self.given)
-        return found
+        attack: Attack = self._build("attacks", parsed, **self.given)
+        return attack
 
-    def _build(self, kind: str, table: Any, **given: Any) -> Any:
+    def _build(self, kind: str, table: components.Component, **given: object) -> Any:
         try:
             return components.build(kind, table, self._allow, **given)
         except UnmovedError as error:
@@ -144,16 +145,17 @@ class Assembly:
             inner, weights.file, match=weights.match, ignore=weights.ignore, key=weights.key
         )
 
-    def _method(self, tables: dict[str, Any]) -> Method:
-        stretch = config.PhaseParts.model_validate(tables)
-        pairs = [(components.ramp(term.weight), self._term(term)) for term in stretch.objective.values()]
+    def _method(self, tables: Json) -> Method:
+        """Return the attack, objective and defense of a phase."""
+        parts = config.PhaseParts.model_validate(tables)
+        pairs = [(components.ramp(term.weight), self._term(term)) for term in parts.objective.values()]
         return Method(
-            attack=None if stretch.attack is None else self._build("attacks", stretch.attack, **self.given),
+            attack=None if parts.attack is None else self._build("attacks", parts.attack, **self.given),
             objective=Sum(*pairs),
-            defense=self._build("defenses", stretch.defense),
+            defense=self._build("defenses", parts.defense),
         )
 
-    def _term(self, table: Any) -> Any:
+    def _term(self, table: components.TermTable) -> Term:
         """Return the term of a table; the same table in two phases is one object, so that a term goes on learning."""
         key = repr(table.model_copy(update={"weight": None}))
         if key not in self._terms:

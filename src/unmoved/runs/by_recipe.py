@@ -7,17 +7,18 @@ anything else. What AutoAttack and the doctor say is added where it is about the
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from unmoved.core.errors import UnmovedError
+from unmoved.core.untrusted import Json
 from unmoved.evaluation import outcomes
-from unmoved.evaluation.doctor.finding import DO_NOT_BELIEVE, FIELDS, GRADES, LOOK_CLOSER, Finding, summary
+from unmoved.evaluation.doctor.finding import DO_NOT_BELIEVE, GRADES, LOOK_CLOSER, Finding, summary
 from unmoved.evaluation.outcomes import CLEAN, WORST
 from unmoved.runs.evaluated import EvaluatedRun, EvaluationSetting, require_same_samples
 
@@ -30,19 +31,49 @@ _summary, _per_class, _curve_summary = (
 )
 
 
+class Measure(NamedTuple):
+    """A row of `outcomes.across_seeds`: an accuracy in the mean over seeds, and how it spreads.
+
+    Attributes:
+        measure: "clean", an attack's name or "worst case".
+        n: images of each seed; the smallest number if they differ.
+        std: divided by seeds - 1; NaN for a single seed.
+        low, high: the ends of the seeds' 95 % Wilson intervals, the lowest and the highest.
+    """
+
+    measure: str
+    eps: float
+    seeds: int
+    n: int
+    accuracy: float
+    std: float
+    low: float
+    high: float
+
+
+class SharedFinding(NamedTuple):
+    """A finding of the doctor at some seeds of a recipe, with what was measured at each: (seed, words)."""
+
+    grade: str
+    check: str
+    why: str
+    do: str
+    measured: list[tuple[int, str]]
+
+
 class DoctorSummary(NamedTuple):
     """Hold what the doctor found in the runs of a recipe.
 
     Attributes:
         grade: the worst over the seeds; "" where nothing objects, or nobody looked.
         said: the sentences to put beside the number, each with the seeds that it is about.
-        findings: every finding, the gravest first: check, grade, why, do, and measured as (seed, words) each.
+        findings: every finding, the gravest first.
         unseen: the runs at which nobody looked.
     """
 
     grade: str
     said: list[tuple[str, list[int]]]
-    findings: list[dict[str, Any]]
+    findings: list[SharedFinding]
     unseen: list[EvaluatedRun]
 
 
@@ -54,10 +85,9 @@ class RecipeResult:
     runs: tuple[EvaluatedRun, ...]
 
     @cached_property
-    def measures(self) -> dict[str, dict[str, Any]]:
-        """Return the row of `outcomes.across_seeds` by measure: "clean", each attack, "worst case"."""
-        rows: list[dict[Any, Any]] = self._across(_summary).to_dict("records")
-        return {row["measure"]: row for row in rows}
+    def measures(self) -> dict[str, Measure]:
+        """Return the accuracy by measure: "clean", each attack, "worst case"."""
+        return {row.measure: row for row in _rows([run.outcomes for run in self.runs], _summary)}
 
     @cached_property
     def settled(self) -> tuple[EvaluatedRun, ...]:
@@ -65,17 +95,15 @@ class RecipeResult:
         return tuple(run for run in self.runs if run.autoattack is not None)
 
     @cached_property
-    def autoattack(self) -> dict[str, Any] | None:
-        """Return the accuracy under AutoAttack as a row of `measures`; None if it has judged no seed."""
-        tables = [run.autoattack for run in self.settled if run.autoattack is not None]
-        rows: list[dict[Any, Any]] = outcomes.across_seeds(tables, worst).to_dict("records") if tables else []
-        return rows[0] if rows else None
+    def autoattack_by_seed(self) -> dict[int, Measure]:
+        """Return the accuracy under AutoAttack of each seed that it judged."""
+        return {run.seed: _rows([run.autoattack], worst)[0] for run in self.runs if run.autoattack is not None}
 
     @cached_property
-    def autoattack_by_seed(self) -> dict[int, dict[str, Any]]:
-        """Return the accuracy under AutoAttack of each seed that it judged, as rows of `outcomes.summary`."""
-        tables = {run.seed: run.autoattack for run in self.settled if run.autoattack is not None}
-        return {seed: dict(worst(table).to_dict("records")[0]) for seed, table in tables.items()}  # type: ignore[arg-type]
+    def autoattack(self) -> Measure | None:
+        """Return the accuracy under AutoAttack over the seeds; None if it has judged no seed."""
+        tables = [run.autoattack for run in self.runs if run.autoattack is not None]
+        return _rows(tables, worst)[0] if tables else None
 
     @property
     def versions(self) -> str:
@@ -84,7 +112,7 @@ class RecipeResult:
         return "" if names <= {"autoattack"} else ", ".join(n.partition("-")[2] or "standard" for n in sorted(names))
 
     @property
-    def robust(self) -> dict[str, Any]:
+    def robust(self) -> Measure:
         """Return AutoAttack's row if there is one, otherwise that of the worst case."""
         return self.autoattack or self.measures[WORST]
 
@@ -101,12 +129,29 @@ class RecipeResult:
         source = ", ".join(name for name in self.measures if name not in (CLEAN, WORST))
         if self.settled:
             source = "AutoAttack" + (f" {self.versions}" if self.versions else "")
-        return shares.sort_values("place").assign(recipe=self.name, source=source, n=self.robust["n"])
+        return shares.sort_values("place").assign(recipe=self.name, source=source, n=self.robust.n)
 
     @cached_property
     def doctor_summary(self) -> DoctorSummary:
-        """Return what the doctor found in all seeds together."""
-        return doctor_summary(self.runs)
+        """Merge the doctor's findings of all seeds; what was found alike at several seeds is listed once."""
+        shared: dict[tuple[str, ...], SharedFinding] = {}
+        by_grade: dict[str, dict[str, list[int]]] = {grade: {} for grade in GRADES}
+        for run in self.runs:
+            if run.doctor is None or not run.doctor["findings"]:
+                continue
+            findings = [
+                Finding(f["check"], f["grade"], f["measured"], f["why"], f["do"]) for f in run.doctor["findings"]
+            ]
+            for finding in findings:
+                key = (finding.grade, finding.check, finding.why, finding.do)
+                shared.setdefault(key, SharedFinding(*key, [])).measured.append((run.seed, finding.measured))
+            grade = min((finding.grade for finding in findings), key=GRADES.index)
+            sentence = run.doctor.get("sentence") or summary(findings)
+            by_grade[grade].setdefault(sentence, []).append(run.seed)
+        grade = next((grade for grade in GRADES if by_grade[grade]), "")
+        said = list(by_grade[grade].items()) if grade in (DO_NOT_BELIEVE, LOOK_CLOSER) else []
+        ordered = sorted(shared.values(), key=lambda finding: GRADES.index(finding.grade))
+        return DoctorSummary(grade, said, ordered, [run for run in self.runs if run.doctor is None])
 
     @cached_property
     def by_seed(self) -> pd.DataFrame:
@@ -151,29 +196,10 @@ class RecipeResult:
     @property
     def weights(self) -> str:
         """Return which weights were judged: "best" or "last"."""
-        return str(self.runs[0].evaluation.get("weights", "unknown"))
+        return self.runs[0].evaluation["weights"]
 
     def _across(self, measure: Callable[[pd.DataFrame], pd.DataFrame]) -> pd.DataFrame:
         return outcomes.across_seeds([run.outcomes for run in self.runs], measure)
-
-
-def doctor_summary(runs: Sequence[EvaluatedRun]) -> DoctorSummary:
-    """Merge the doctor's findings of all seeds; what was found alike at several seeds is listed once."""
-    cards: dict[tuple[str, ...], dict[str, Any]] = {}
-    by_grade: dict[str, dict[str, list[int]]] = {grade: {} for grade in GRADES}
-    for run in runs:
-        findings = run.doctor["findings"] if run.doctor is not None else []
-        for found in findings:
-            key = tuple(found[name] for name in ("grade", "check", "why", "do"))
-            cards.setdefault(key, {**found, "measured": []})["measured"].append((run.seed, found["measured"]))
-        if run.doctor is not None and findings:
-            grade = min((found["grade"] for found in findings), key=GRADES.index)
-            sentence = run.doctor.get("sentence") or summary(Finding(**{k: f[k] for k in FIELDS}) for f in findings)
-            by_grade[grade].setdefault(str(sentence), []).append(run.seed)
-    grade = next((grade for grade in GRADES if by_grade[grade]), "")
-    said = list(by_grade[grade].items()) if grade in (DO_NOT_BELIEVE, LOOK_CLOSER) else []
-    ordered = sorted(cards.values(), key=lambda card: GRADES.index(card["grade"]))
-    return DoctorSummary(grade, said, ordered, [run for run in runs if run.doctor is None])
 
 
 def results_by_recipe(runs: Sequence[Run]) -> list[RecipeResult]:
@@ -198,7 +224,7 @@ def results_by_recipe(runs: Sequence[Run]) -> list[RecipeResult]:
         seeds, paths = [run.seed for run in members], ", ".join(str(run.path) for run in members)
         if len(set(seeds)) < len(seeds):
             raise UnmovedError(f"recipe {name!r}: expected each seed once, came {seeds} in {paths}; leave one run out")
-        weights = [run.evaluation.get("weights") for run in members]
+        weights = [run.evaluation["weights"] for run in members]
         if len(set(weights)) > 1:
             raise UnmovedError(f"recipe {name!r}: seeds judged on {weights} weights in {paths}; evaluate them alike")
     names = [name for name, _ in groups]
@@ -212,6 +238,11 @@ def worst(table: pd.DataFrame) -> pd.DataFrame:
     """Return the "worst case" row of `outcomes.summary`, of a table that is checked already."""
     rows = _summary(table)
     return rows[rows["measure"] == WORST]
+
+
+def _rows(tables: Sequence[pd.DataFrame], measure: Callable[[pd.DataFrame], pd.DataFrame]) -> list[Measure]:
+    table = outcomes.across_seeds(tables, measure)[list(Measure._fields)]
+    return [Measure(*row) for row in table.itertuples(index=False, name=None)]
 
 
 def _require_alike(runs: Sequence[EvaluatedRun]) -> None:
@@ -232,11 +263,10 @@ def _where_all_are_settled(runs: Sequence[EvaluatedRun]) -> tuple[EvaluatedRun, 
     Raises:
         UnmovedError: it judged no image in all of them.
     """
-    tables = [run.autoattack for run in runs if run.autoattack is not None]
-    asked = [set(table["index"]) for table in tables]
-    if not asked or all(one == asked[0] for one in asked):
+    judged = [set(run.autoattack["index"]) for run in runs if run.autoattack is not None]
+    if not judged or all(images == judged[0] for images in judged):
         return tuple(runs)
-    shared, counts = set.intersection(*asked), ", ".join(str(len(one)) for one in asked)
+    shared, counts = set.intersection(*judged), ", ".join(str(len(images)) for images in judged)
     if not shared:
         paths = ", ".join(str(run.path) for run in runs)
         raise UnmovedError(f"expected AutoAttack on the same images of all seeds, came none in common in {paths}")
@@ -249,14 +279,15 @@ def _where_all_are_settled(runs: Sequence[EvaluatedRun]) -> tuple[EvaluatedRun, 
     )
 
 
-def without_seeds(recipe: Mapping[str, Any]) -> dict[str, Any]:
+def without_seeds(recipe: Json) -> Json:
     """Remove from a recipe what tells its runs apart: training.seed, and which part of training.part it took.
 
     Every other seed is a setting: data.seed chooses the test images.
     """
-    if not isinstance(recipe.get("training"), Mapping):
+    training = recipe.get("training")
+    if not isinstance(training, dict):
         return dict(recipe)
-    training = {key: value for key, value in recipe["training"].items() if key != "seed"}
-    if isinstance(training.get("part"), Mapping):
-        training["part"] = {"of": training["part"].get("of")}
+    training = {key: value for key, value in training.items() if key != "seed"}
+    if isinstance(part := training.get("part"), dict):
+        training["part"] = {"of": part.get("of")}
     return {**recipe, "training": training}

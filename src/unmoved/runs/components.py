@@ -1,7 +1,7 @@
-"""Convert tables of a recipe to objects and back: ``{use = "pgd", steps = 10}`` <-> ``attacks.PGD(steps=10)``.
+"""Convert tables of a recipe to objects: ``{use = "pgd", steps = 10}`` makes ``attacks.PGD(steps=10)``.
 
-The namespace is the registry: what `unmoved.terms` exports can be named in a recipe, in snake case. The settings of a
-component are the parameters of its constructor, read from its signature, so there is no second list to keep.
+Whatever `unmoved.terms` and its like export can be named in a recipe, in snake case. The settings of a component are
+the parameters of its constructor, read from its signature.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 import types
 import typing
 from collections.abc import Collection, Iterable, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, Union
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, TypeVar, Union
 
 from pydantic import (
     BaseModel,
@@ -37,9 +37,15 @@ from unmoved.runs.foreign import Factory, Place
 from unmoved.terms.sum import snake_case
 from unmoved.training import averaging, optim
 
+ValueT = TypeVar("ValueT")
 
-def parse_number(value: Any) -> Any:
-    """Parse ``"8/255"`` to a float; return any other number as it is."""
+
+def parse_number(value: ValueT | str) -> ValueT | float:
+    """Parse ``"8/255"`` to a float; return what is no text as it is.
+
+    Raises:
+        ValueError: a text that is no number; true or false.
+    """
     if isinstance(value, str):
         # Not fractions.Fraction: "1e999999999" keeps it busy for ever.
         top, slash, bottom = value.replace(" ", "").partition("/")
@@ -53,7 +59,7 @@ def parse_number(value: Any) -> Any:
     return _no_truth_value(value)
 
 
-def _no_truth_value(value: Any) -> Any:
+def _no_truth_value(value: ValueT) -> ValueT:
     """Refuse true and false as numbers: Python counts true as 1, a recipe means something else."""
     if isinstance(value, bool):
         raise ValueError(f"expected a number, came {str(value).lower()}")
@@ -77,7 +83,7 @@ class Settings(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _known_keys(cls, table: Any) -> Any:
+    def _known_keys(cls, table: object) -> object:
         if isinstance(table, Mapping) and cls.model_config.get("extra") == "forbid":
             known = {field.alias or name for name, field in cls.model_fields.items()}
             for key in table:
@@ -98,7 +104,7 @@ class RampTable(Settings):
     over: Number = 1.0
 
 
-def _number_or_ramp(value: Any) -> str:
+def _number_or_ramp(value: object) -> str:
     return "<ramp>" if isinstance(value, Mapping | RampTable) else "<number>"
 
 
@@ -107,8 +113,14 @@ NumberOrRamp = Annotated[
 ]
 
 
-class Foreign(Settings):
-    """A stranger's own class or function, ``use = "module:Name"``; its other keys are its arguments."""
+class Component(Settings):
+    """The table of a component: its name, and its settings."""
+
+    use: str
+
+
+class Foreign(Component):
+    """A class or function of another package, ``use = "module:Name"``; its other keys are its arguments."""
 
     model_config = ConfigDict(extra="allow")
     use: str = Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
@@ -130,7 +142,7 @@ class Normalization(Settings):
     std: list[Number]
 
 
-def _a_file(value: Any) -> Any:
+def _a_file(value: object) -> object:
     return {"file": value} if isinstance(value, str) else value
 
 
@@ -140,14 +152,14 @@ OF_MODELS: dict[str, Any] = {"weights": (Weights, None), "normalize": (Normaliza
 
 
 class ForeignModel(Foreign):
-    """A stranger's own model."""
+    """A model of another package."""
 
     weights: Weights = None
     normalize: Normalization | None = None
 
 
 class ForeignTerm(Foreign):
-    """A stranger's own term, with its weight in the objective."""
+    """A term of another package, with its weight in the objective."""
 
     weight: NumberOrRamp = 1.0
 
@@ -155,7 +167,7 @@ class ForeignTerm(Foreign):
 # --- the names that recipes may use
 
 
-def _exported(namespace: Any) -> dict[str, Factory]:
+def _exported(namespace: types.ModuleType) -> dict[str, Factory]:
     return {snake_case(name): getattr(namespace, name) for name in namespace.__all__}
 
 
@@ -191,16 +203,13 @@ PLACES: dict[str, Place] = {
 INJECTED = {"threat", "num_classes", "shape", "progress", "lazily"}
 
 
-def _field_type(hint: Any) -> Any:
+def _field_type(hint: object) -> object:
     """Return the type of a recipe key for a parameter's annotation."""
-    plain = {float: Number, int: Whole, bool: StrictBool}
-    if hint in plain:
-        return plain[hint]
-    if hint in _NESTED:
-        return _NESTED[hint]
+    if hint in _KEY_TYPES:
+        return _KEY_TYPES[hint]
     if typing.get_origin(hint) in (Union, types.UnionType):
         parts = set(typing.get_args(hint))
-        members = [NumberOrRamp] if Ramp in parts else []
+        members: list[object] = [NumberOrRamp] if Ramp in parts else []
         members += [
             _field_type(part) for part in typing.get_args(hint) if Ramp not in parts or part not in (float, Ramp)
         ]
@@ -208,7 +217,7 @@ def _field_type(hint: Any) -> Any:
     return hint
 
 
-def _settings(kind: str, name: str, factory: Factory) -> type[Settings]:
+def _settings(kind: str, name: str, factory: Factory) -> type[Component]:
     """Make the pydantic model of a component from its signature; a term has its weight in the same table."""
     signature = inspect.signature(factory)
     target = vars(factory)["__init__"] if isinstance(factory, type) else factory
@@ -219,8 +228,8 @@ def _settings(kind: str, name: str, factory: Factory) -> type[Settings]:
             continue
         default = ... if parameter.default is parameter.empty else parameter.default
         hint = _field_type(hints[parameter.name])
-        if isinstance(default, protocols.Term) and default is not None:
-            default = to_table(default)
+        if isinstance(default, protocols.Term):  # a frozen dataclass, as the table that makes it
+            default = {"use": snake_case(type(default).__name__), **vars(default)}
         fields[parameter.name] = (hint, default)
     if kind == "terms":
         fields["weight"] = (NumberOrRamp, 1.0)
@@ -231,19 +240,18 @@ def _settings(kind: str, name: str, factory: Factory) -> type[Settings]:
     if kind == "attacks" and "seed" in signature.parameters:
         fields["seed"] = (Whole | None, None)
     doc = (inspect.getdoc(factory) or "").split("\n\n")[0]
-    return create_model(f"{name}_settings", __base__=Settings, __doc__=doc, **fields)
+    return create_model(f"{name}_settings", __base__=Component, __doc__=doc, **fields)
 
 
 # Tags of unions stand in angle brackets: error locations drop them, since a reader of the recipe knows no such key.
-def _table(kind: str) -> Any:
+def _table(kind: str) -> object:
     """Make the union of a kind's components, told apart by ``use``; a string is a component with its defaults."""
-    known = KINDS[kind]
-    SETTINGS[kind] = {name: _settings(kind, name, factory) for name, factory in known.items()}
+    SETTINGS[kind] = {name: _settings(kind, name, factory) for name, factory in KINDS[kind].items()}
     members = [Annotated[settings, Tag(f"<{name}>")] for name, settings in SETTINGS[kind].items()]
     foreign_table = {"terms": ForeignTerm, "models": ForeignModel}.get(kind, Foreign)
     members.append(Annotated[foreign_table, Tag("<module:Name>")])
 
-    def normalise(value: Any) -> Any:
+    def normalise(value: object) -> object:
         if isinstance(value, str):
             value = {"use": value}
         if isinstance(value, BaseModel):
@@ -251,40 +259,34 @@ def _table(kind: str) -> Any:
         if not isinstance(value, Mapping) or not isinstance(value.get("use"), str):
             raise ValueError(f'expected a table with use = "...", came {value!r:.200}')
         use = value["use"]
-        if ":" not in use and use not in known:
-            raise ValueError(f"unknown name {use!r}" + did_you_mean(use, known))
+        if ":" not in use and use not in KINDS[kind]:
+            raise ValueError(f"unknown name {use!r}" + did_you_mean(use, KINDS[kind]))
         return value
 
-    def tag(value: Any) -> str:
-        use = str(getattr(value, "use", None) or value["use"])
+    def tag(value: Component | Mapping[str, str]) -> str:
+        use = value.use if isinstance(value, Component) else value["use"]
         return "<module:Name>" if ":" in use else f"<{use}>"
 
     union: Any = Annotated[Union[tuple(members)], Discriminator(tag)]  # noqa: UP007 - built at run time
     return Annotated[union, BeforeValidator(normalise, json_schema_input_type=union)]
 
 
-def to_table(value: Any) -> dict[str, Any]:
-    """Convert a component to the table that makes it (frozen dataclasses only)."""
-    settings = {name: getattr(value, name) for name in getattr(value, "__dataclass_fields__", {})}
-    return {"use": snake_case(type(value).__name__), **settings}
-
-
-SETTINGS: dict[str, dict[str, type[Settings]]] = {}  # kind -> name -> the keys of its table
-# What a setting may hold that is itself a component.
-_NESTED: dict[Any, Any] = {}
+SETTINGS: dict[str, dict[str, type[Component]]] = {}  # kind -> name -> the keys of its table
+# Annotation of a parameter -> type of its key. What a setting may hold that is itself a component is added below.
+_KEY_TYPES: dict[object, object] = {float: Number, int: Whole, bool: StrictBool}
 
 if TYPE_CHECKING:
-    AttackTable: TypeAlias = Any
-    AverageTable: TypeAlias = Any
-    DataTable: TypeAlias = Any
-    DefenseTable: TypeAlias = Any
-    ModelTable: TypeAlias = Any
-    OptimizerTable: TypeAlias = Any
-    ScheduleTable: TypeAlias = Any
-    TermTable: TypeAlias = Any
+    AttackTable: TypeAlias = Component
+    AverageTable: TypeAlias = Component
+    DataTable: TypeAlias = Component
+    DefenseTable: TypeAlias = Component
+    ModelTable: TypeAlias = ForeignModel  # with weights and normalize, as all of them
+    OptimizerTable: TypeAlias = Component
+    ScheduleTable: TypeAlias = Component
+    TermTable: TypeAlias = ForeignTerm  # with a weight, as all of them
 else:
-    TermTable = _NESTED[protocols.Term] = _table("terms")
-    _NESTED[attacks.StoppingRule] = _table("stops")
+    TermTable = _KEY_TYPES[protocols.Term] = _table("terms")
+    _KEY_TYPES[attacks.StoppingRule] = _table("stops")
     AttackTable = _table("attacks")
     DefenseTable = _table("defenses")
     ModelTable = _table("models")
@@ -297,13 +299,13 @@ else:
 # --- tables -> objects
 
 
-def build(kind: str, table: BaseModel, allow: Collection[str] = (), **given: Any) -> Any:
+def build(kind: str, table: Component, allow: Collection[str] = (), **given: object) -> Any:
     """Make the object that a validated table describes; ``given`` fills parameters that recipes do not set.
 
     Raises:
         UnmovedError: as `foreign.find`, or arguments that it does not take.
     """
-    use = str(table.use)  # type: ignore[attr-defined]
+    use = table.use
     factory = foreign.find(use, allow, PLACES[kind]) if ":" in use else KINDS[kind][use]
     settings = {name: getattr(table, name) for name in type(table).model_fields} | (table.model_extra or {})
     ignored = {"use", "weight", *(OF_MODELS if kind == "models" else ())}
@@ -314,8 +316,8 @@ def build(kind: str, table: BaseModel, allow: Collection[str] = (), **given: Any
         parameters = {}
     accepted = set(parameters)
     eps = settings.pop("eps", None) if "threat" in accepted and "eps" not in accepted else None
-    if eps is not None and "threat" in given:
-        given["threat"] = ThreatModel(given["threat"].norm, eps, given["threat"].bounds)
+    if eps is not None and isinstance(threat := given.get("threat"), ThreatModel):
+        given["threat"] = ThreatModel(threat.norm, eps, threat.bounds)
     settings = {name: value for name, value in settings.items() if value is not None or name not in given}
     wanted = {name: value for name, value in given.items() if name in accepted and name not in settings}
     if ":" in use:
@@ -345,15 +347,13 @@ def _require_arguments(use: str, kind: str, without: Iterable[inspect.Parameter]
 
 
 def _value(value: Any, allow: Collection[str]) -> Any:
-    if isinstance(value, RampTable):
-        return ramp(value)
-    if isinstance(value, BaseModel):
-        use = str(value.use)  # type: ignore[attr-defined]
-        is_term = use in KINDS["terms"] or isinstance(value, ForeignTerm)
+    """Convert a setting to what the constructor takes: nested tables to ramps, terms and stopping rules."""
+    if isinstance(value, Component):
+        is_term = value.use in KINDS["terms"] or isinstance(value, ForeignTerm)
         return build("terms" if is_term else "stops", value, allow)
-    return value
+    return ramp(value)
 
 
-def ramp(value: float | RampTable) -> float | Ramp:
-    """Convert a number or ramp of a recipe to the value that the package computes with."""
+def ramp(value: ValueT | RampTable) -> ValueT | Ramp:
+    """Convert a ramp of a recipe to the `Ramp` that the package computes with; return any other value as it is."""
     return Ramp(value.from_, value.to, value.over) if isinstance(value, RampTable) else value

@@ -1,4 +1,4 @@
-"""From a run folder to its verdict: which attacks, on how many images, and what is kept of it."""
+"""Evaluate a trained run with attacks, look for masked gradients, and save the results in its folder."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -23,6 +22,7 @@ from unmoved.core.errors import UnmovedError, did_you_mean, require_whole
 from unmoved.core.files import write_atomic
 from unmoved.core.precision import resolve
 from unmoved.core.protocols import Attack, kinds_of, notes_of
+from unmoved.core.untrusted import Json
 from unmoved.data import ArraySplit, Selection
 from unmoved.data.split import drawn
 from unmoved.evaluation import curve_and_gallery, judge, successes
@@ -34,6 +34,7 @@ from unmoved.runs.assembly import Assembly
 from unmoved.runs.folder import Run
 from unmoved.runs.load import Opened, opened, question_about, weights_digest
 from unmoved.runs.provenance import versions
+from unmoved.runs.records import Doctor, Evaluation
 from unmoved.runs.shorthand import attack_tables, is_foreign
 
 CURVE_SAMPLES = 500
@@ -56,7 +57,7 @@ def evaluate_run(
     progress: Callable[[float, str], None] | None = None,
     ready: Callable[[], Opened] | None = None,
 ) -> dict[str, pd.DataFrame]:
-    """Judge a run on the test part of its data and save what came out in its folder.
+    """Evaluate a run on the test part of its data and save the outcomes in its folder.
 
     AutoAttack's outcomes go to the folder ``verdict``; those of all other attacks to ``evaluation``, with an eps curve
     and a gallery. Interrupted, the same call goes on with the samples that are not decided yet.
@@ -97,20 +98,20 @@ def evaluate_run(
         asked = _Asked(run, assembly, model, split, count, attacks, weights, precision, batch_size, workers, about)
         tables: dict[str, pd.DataFrame] = {}
         for number, (kind, chosen) in enumerate(kinds.items()):
-            tell = partial(_tell, progress, number, len(kinds))
-            tables[kind] = asked.answer(kind, chosen, save_adversarial, tell)
+            report = partial(_report, progress, number, len(kinds))
+            tables[kind] = asked.answer(kind, chosen, save_adversarial, report)
     return tables
 
 
-def _tell(progress: Callable[[float, str], None] | None, number: int, count: int, share: float, words: str) -> None:
-    """Report a share of the work for one of several folders as a share of all of it."""
+def _report(progress: Callable[[float, str], None] | None, number: int, count: int, share: float, text: str) -> None:
+    """Report a share of the work for one of several folders as a share of the work for all."""
     if progress is not None:
-        progress((number + share) / count, words)
+        progress((number + share) / count, text)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Asked:
-    """What of a run is judged, and how: arguments of `evaluate_run` and what was made of them.
+    """The arguments of `evaluate_run`, and what was made of them.
 
     Attributes:
         split: the images that are judged.
@@ -130,16 +131,19 @@ class _Asked:
     precision: str
     batch_size: int
     workers: int
-    about: dict[str, Any]
+    about: Json
 
     def answer(
-        self, kind: str, chosen: dict[str, Attack], save_adversarial: bool, tell: Callable[[float, str], None]
+        self, kind: str, chosen: dict[str, Attack], save_adversarial: bool, report: Callable[[float, str], None]
     ) -> pd.DataFrame:
         """Judge by some attacks, save the outcomes in the folder ``kind`` and return them."""
         began, folder = time.monotonic(), self.run.path / kind
         steps = curve_and_gallery.radii(self.assembly.threat) if kind == "evaluation" else []
         most = 0.8 if steps else 1.0  # of the work is attacks, the rest is the curve
-        question = _question(self.run, self.weights, self.attacks, chosen, self.precision) | self.about
+        facts = self._facts(chosen)
+        # Anything that could change an answer in the journal.
+        question: Json = {"weights": facts["weights_sha256"], "attacks": {**facts["attacks"]}, "asked": self.attacks}
+        question |= {"precision": self.precision, **self.about}
         digest = hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()
         images = f".adversarial-{digest[:16]}" if save_adversarial else None
         journal = Journal(folder / "journal.jsonl", question | {"kept": images})
@@ -154,41 +158,46 @@ class _Asked:
             workers=self.workers,
             journal=journal,
             keep=None if images is None else successes.keeper(folder / images),
-            progress=lambda done, total, words: tell(most * done / total, words),
+            progress=lambda done, total, words: report(most * done / total, words),
         )
-        facts = {"question": digest} | self._facts(chosen)
-        extra = self._curve_and_gallery(chosen, steps, tell) if kind == "evaluation" else {}
-        facts["seconds"] = round(time.monotonic() - began, 1)
+        curve = self._curve(steps, report) if kind == "evaluation" else None
+        gallery = None
+        if kind == "evaluation":
+            name, shown = next(reversed(chosen.items()))
+            gallery = curve_and_gallery.gallery(self.model, self.split, shown, self.assembly.threat, name=name)
+        facts["question"], facts["seconds"] = digest, round(time.monotonic() - began, 1)
         facts["finished"] = datetime.now(UTC).isoformat(timespec="seconds")
-        self.run.save_evaluation(table, facts, kind=kind, images=images, journal=journal.path.name, **extra)
+        self.run.save_evaluation(
+            table, facts, kind=kind, curve=curve, gallery=gallery, images=images, journal=journal.path.name
+        )
         journal.close()
         return table
 
-    def _facts(self, chosen: dict[str, Attack]) -> dict[str, Any]:
-        """What is written beside the outcomes."""
-        threat = self.assembly.threat
+    def _facts(self, attacks: dict[str, Attack]) -> Evaluation:
+        """Return what is written beside the outcomes, but for the time and the question."""
+        threat, num_classes = self.assembly.threat, self.split.num_classes
         return {
             "images": self.split.digest,
             "n": len(self.split),
             "asked_n": self.count,
             "split": self.split.name,
             "shape": list(self.assembly.shape),
-            "weights": self.weights,
+            "weights": "last" if self.weights == "last" else "best",
             "weights_sha256": weights_digest(self.run, self.weights),
             "precision": self.precision,
             "threat": {"norm": threat.norm, "eps": threat.radius},
             "asked": untrusted.readable(self.attacks),
-            **_recorded(chosen, self.split.num_classes),
+            "attacks": {name: repr(attack) for name, attack in attacks.items()},
+            "kinds": {name: kinds_of(name, attack, num_classes) for name, attack in attacks.items()},
+            "notes": [note for attack in attacks.values() for note in notes_of(attack, num_classes)],
             "classes": list(self.assembly.data.classes),
             "versions": versions(),
         }
 
-    def _curve_and_gallery(
-        self, chosen: dict[str, Attack], steps: list[float], tell: Callable[[float, str], None]
-    ) -> dict[str, Any]:
-        """Accuracy against eps on some of the images, and what the last attack makes of a few."""
+    def _curve(self, steps: list[float], report: Callable[[float, str], None]) -> pd.DataFrame:
+        """Measure accuracy against eps on some of the images."""
         threat = self.assembly.threat
-        curve = curve_and_gallery.curve(
+        return curve_and_gallery.curve(
             self.model,
             self.split.take(min(CURVE_SAMPLES, len(self.split)), seed=0),
             PGD(threat, steps=20, keep="best", seed=self.assembly.recipe.training.seed),
@@ -196,17 +205,14 @@ class _Asked:
             steps,
             batch_size=self.batch_size,
             workers=self.workers,
-            progress=lambda done, total: tell(0.8 + 0.2 * done / total, "accuracy against eps"),
+            progress=lambda done, total: report(0.8 + 0.2 * done / total, "accuracy against eps"),
         )
-        name, shown = next(reversed(chosen.items()))
-        gallery = curve_and_gallery.gallery(self.model, self.split, shown, threat, name=name)
-        return {"curve": curve, "gallery": gallery}
 
 
 def _judged(run: Run, assembly: Assembly, count: int | None, validation: bool) -> ArraySplit | Selection:
-    """The images to judge, all or ``count`` of them; no others are held in memory."""
+    """Return the images to judge, all or ``count`` of them; no others are held in memory."""
     if not validation:
-        whole = assembly.data.test
+        images = assembly.data.test
     else:
         held_out = assembly.parts()[1]
         if held_out is None:
@@ -214,12 +220,12 @@ def _judged(run: Run, assembly: Assembly, count: int | None, validation: bool) -
                 f"{run.path}: expected a run with validation images, came training.validation = 0: nothing was held "
                 "out; train it with some, or judge test images"
             )
-        whole = held_out.select(torch.arange(len(held_out)))
-    if count is None or count >= len(whole):
-        return whole
-    rows = drawn(whole, count, seed=0)
+        images = held_out.select(torch.arange(len(held_out)))
+    if count is None or count >= len(images):
+        return images
+    rows = drawn(images, count, seed=0)
     # Few images are copied and the others let go; of many a copy would cost more than it saves.
-    return whole.select(rows) if 2 * count <= len(whole) else whole.lent(rows)
+    return images.select(rows) if 2 * count <= len(images) else images.lent(rows)
 
 
 def examine_run(
@@ -230,14 +236,11 @@ def examine_run(
     allow: Collection[str] = (),
     progress: Callable[[float, str], None] | None = None,
     ready: Callable[[], Opened] | None = None,
-) -> dict[str, Any]:
+) -> Doctor:
     """Ask the doctor about an evaluated run and save the answer as ``doctor.json`` in its folder.
 
     The doctor reads what the number shown is from (`Run.shown`), and looks at ``n`` of its test images. ``ready`` is
     that of `evaluate_run`, for the weights that were judged.
-
-    Returns:
-        What was saved: weights_sha256, n, sentence, and findings (check, grade, measured, why, do).
 
     Raises:
         UnmovedError: a run that was not evaluated; as `unmoved.evaluation.doctor.examine.examine`.
@@ -252,7 +255,7 @@ def examine_run(
             f"{run.path}: expected the weights that were evaluated, came others: it was trained since; "
             f"run `unmoved evaluate {run.path}` again"
         )
-    assembly, model = opened(run, str(facts["weights"]), device, allow) if ready is None else ready()
+    assembly, model = opened(run, facts["weights"], device, allow) if ready is None else ready()
     test = assembly.data.test  # held: it is let go when nobody does, and read again
     images = _judged(run, assembly, facts.get("asked_n"), validation=False).digest
     if facts.get("images", images) != images:
@@ -267,17 +270,19 @@ def examine_run(
         split,
         assembly.threat,
         outcomes=table,
-        attacks=facts["attacks"] | facts.get("kinds", {}),
+        attacks={**facts["attacks"], **facts.get("kinds", {})},
         n=min(n, len(split)),
         seed=assembly.recipe.training.seed,
         progress=None if progress is None else lambda done, total, words: progress(done / total, f"doctor: {words}"),
     )
-    answer = {
+    answer: Doctor = {
         "weights_sha256": facts["weights_sha256"],
-        "evaluation": (facts.get("files") or {}).get("outcomes.csv"),
+        "evaluation": facts.get("files", {}).get("outcomes.csv"),
         "n": min(n, len(split)),
         "sentence": summary(findings),
-        "findings": [dataclasses.asdict(finding) for finding in findings],
+        "findings": [
+            {"check": f.check, "grade": f.grade, "measured": f.measured, "why": f.why, "do": f.do} for f in findings
+        ],
     }
     write_atomic(run.path / "doctor.json", (json.dumps(answer, indent=2) + "\n").encode())
     return answer
@@ -286,7 +291,11 @@ def examine_run(
 def chosen_attacks(
     names: str, assembly: Assembly, allow: Collection[str], validation: bool = False
 ) -> dict[str, dict[str, Attack]]:
-    """Return folder -> attacks, from names with commas between; all of them in one folder for validation images."""
+    """Return the attacks by the folder of their outcomes, from their names with commas between.
+
+    Raises:
+        UnmovedError: no name, or an unknown one.
+    """
     chosen: dict[str, dict[str, Attack]] = {}
     for text, table in attack_tables(names):
         kind = "verdict" if text in VERDICTS else "evaluation"
@@ -294,11 +303,11 @@ def chosen_attacks(
     if not chosen:
         raise UnmovedError("--attacks: expected at least one name, came none")
     if validation:
-        return {"validation": {name: attack for found in chosen.values() for name, attack in found.items()}}
+        return {"validation": {name: attack for named in chosen.values() for name, attack in named.items()}}
     return chosen
 
 
-def _attacks_of(text: str, table: dict[str, Any], assembly: Assembly, allow: Collection[str]) -> dict[str, Attack]:
+def _attacks_of(text: str, table: Json, assembly: Assembly, allow: Collection[str]) -> dict[str, Attack]:
     """Return the attacks that one part of ``--attacks`` stands for, by the name that outcomes call them."""
     seed, known, use = assembly.recipe.training.seed, components.KINDS["attacks"], str(table["use"])
     if text == "recipe":
@@ -321,7 +330,7 @@ def _attacks_of(text: str, table: dict[str, Any], assembly: Assembly, allow: Col
 
 
 def _transfer(path: Path, assembly: Assembly, allow: Collection[str]) -> Transfer:
-    """What fools another run's model, which must see images of the same shape and classes."""
+    """Return the transfer attack from another run's model, which must see images of the same shape and classes."""
     source, model = opened(Run.open(path), "best", "auto", allow)
     if (source.shape, source.num_classes) != (assembly.shape, assembly.num_classes):
         raise UnmovedError(
@@ -329,22 +338,3 @@ def _transfer(path: Path, assembly: Assembly, allow: Collection[str]) -> Transfe
             f"{source.num_classes} classes of images {source.shape}"
         )
     return Transfer(assembly.threat, source=model)
-
-
-def _recorded(attacks: Mapping[str, Attack], num_classes: int) -> dict[str, Any]:
-    """What an evaluation keeps of its attacks."""
-    return {
-        "attacks": {name: repr(attack) for name, attack in attacks.items()},
-        "kinds": {name: kinds_of(name, attack, num_classes) for name, attack in attacks.items()},
-        "notes": [note for attack in attacks.values() for note in notes_of(attack, num_classes)],
-    }
-
-
-def _question(run: Run, weights: str, asked: str, attacks: Mapping[str, Attack], precision: str) -> dict[str, Any]:
-    """What answers in a journal are answers to: anything that could change one of them."""
-    return {
-        "weights": weights_digest(run, weights),
-        "attacks": {name: repr(attack) for name, attack in attacks.items()},
-        "asked": asked,
-        "precision": precision,
-    }

@@ -6,13 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from unmoved.core.errors import UnmovedError
+from unmoved.core.untrusted import Json
 from unmoved.evaluation.outcomes import CLEAN, ROBUST
+from unmoved.runs.records import Doctor, Evaluation, Provenance
 
 if TYPE_CHECKING:
     from unmoved.runs.folder import Run
@@ -42,16 +44,16 @@ class EvaluatedRun:
     path: Path
     name: str
     seed: int
-    recipe: dict[str, Any]
-    provenance: dict[str, Any]
+    recipe: Json
+    provenance: Provenance
     metrics: pd.DataFrame
     outcomes: pd.DataFrame
     curve: pd.DataFrame | None
     gallery: dict[str, np.ndarray] | None
-    evaluation: dict[str, Any]
+    evaluation: Evaluation
     autoattack: pd.DataFrame | None = None
-    verdict: dict[str, Any] | None = None
-    doctor: dict[str, Any] | None = None
+    verdict: Evaluation | None = None
+    doctor: Doctor | None = None
     stale: tuple[str, ...] = ()
 
     @classmethod
@@ -62,30 +64,34 @@ class EvaluatedRun:
             UnmovedError: it was not evaluated, or its outcomes do not hold the samples that its evaluation names.
         """
         evaluation, verdict, doctor, metrics = run.evaluation, run.verdict, run.doctor, run.metrics
-        table, autoattack, stale = run.outcomes if evaluation is not None else None, None, []
-        judged = (verdict if table is None else evaluation) or {}
-        if verdict is not None and verdict.get("weights_sha256") != judged.get("weights_sha256"):
-            which = "" if judged.get("weights", "best") == "best" else f" --weights {judged['weights']}"
-            stale.append(_stale("AutoAttack's verdict", run, f"evaluate {run.path} --attacks standard{which}"))
-            verdict = None
-        if verdict is not None and (autoattack := run.verdict_outcomes) is not None:
-            _require_whole(run, verdict, autoattack)
-        about = doctor.get("evaluation") if doctor is not None else None
-        told = ((judged if verdict is None else verdict).get("files") or {}).get("outcomes.csv", about)
-        if doctor is not None and (doctor.get("weights_sha256"), about) != (judged.get("weights_sha256"), told):
-            other = "weights" if doctor.get("weights_sha256") != judged.get("weights_sha256") else "outcomes"
-            than = "the evaluation" if verdict is None or other == "weights" else "AutoAttack's"
-            stale.append(_stale("the doctor's opinion", run, f"doctor {run.path}", other, than))
-            doctor = None
+        stale: list[str] = []
+        table = None if evaluation is None else run.outcomes
         # What lies beside an evaluation that was broken off is of nobody knows which weights.
-        curve, gallery = (run.curve, run.gallery or {}) if table is not None else (None, {})
+        curve, gallery = (None, {}) if table is None else (run.curve, run.gallery or {})
+        autoattack = None
         if table is None:
-            evaluation, table = verdict, autoattack
+            evaluation = verdict
+            table = autoattack = None if verdict is None else run.verdict_outcomes
         if evaluation is None or table is None:
             raise UnmovedError(
                 f"{run.path}: expected an evaluated run, came none; run `unmoved evaluate {run.path}` first"
             )
         _require_whole(run, evaluation, table)
+        if verdict is not None and verdict["weights_sha256"] != evaluation["weights_sha256"]:
+            which = "" if evaluation["weights"] == "best" else f" --weights {evaluation['weights']}"
+            stale.append(_stale("AutoAttack's verdict", run, f"evaluate {run.path} --attacks standard{which}"))
+            verdict = None
+        if verdict is not None and verdict is not evaluation and (autoattack := run.verdict_outcomes) is not None:
+            _require_whole(run, verdict, autoattack)
+        if doctor is not None:
+            digest = (evaluation if verdict is None else verdict).get("files", {}).get("outcomes.csv")
+            if doctor["weights_sha256"] != evaluation["weights_sha256"]:
+                stale.append(_stale("the doctor's opinion", run, f"doctor {run.path}"))
+                doctor = None
+            elif digest is not None and doctor.get("evaluation") != digest:
+                than = "the evaluation" if verdict is None else "AutoAttack's"
+                stale.append(_stale("the doctor's opinion", run, f"doctor {run.path}", "outcomes", than))
+                doctor = None
         if len(gallery.get("x", ())):
             _require_images(run, gallery)
         return cls(
@@ -108,7 +114,7 @@ class EvaluatedRun:
     @cached_property
     def setting(self) -> EvaluationSetting:
         return EvaluationSetting(
-            split=str(self.evaluation.get("split", "unknown")),
+            split=self.evaluation.get("split", "unknown"),
             norm=str(self.outcomes["norm"].iloc[0]),
             eps=float(self.outcomes["eps"].max()),
             attacks=tuple(sorted(self.outcomes["attack"].unique())),
@@ -117,15 +123,15 @@ class EvaluatedRun:
 
     @cached_property
     def broken(self) -> pd.DataFrame:
-        """by, place, share: what broke the samples first, with its place in the order of attacks; AutoAttack's rather.
+        """Return the share of samples that each attack broke first: by, place in the order of attacks, share.
 
-        A sample that several attacks broke counts for the first of them alone.
+        From AutoAttack's outcomes if there are any. A sample that several attacks broke counts for the first alone.
         """
         table, facts = self.outcomes, self.evaluation
         if self.autoattack is not None and self.verdict is not None:
             table, facts = self.autoattack, self.verdict
         by = {str(attack): rows.set_index("index")["by"] for attack, rows in table.groupby("attack", sort=False)}
-        ordered = [name for name in facts.get("attacks", ()) if name in by]
+        ordered = [name for name in facts["attacks"] if name in by]
         ordered += [name for name in by if name not in ordered]
         first, places = by[ordered[-1]], {CLEAN: -1.0, ROBUST: np.inf}
         for attack in reversed(ordered):
@@ -170,9 +176,9 @@ def _stale(what: str, run: Run, command: str, other: str = "weights", than: str 
     return f"{run.path}: {what} is about other {other} than {than}, so it is not shown; `unmoved {command}` renews it"
 
 
-def _require_whole(run: Run, facts: Mapping[str, Any], table: pd.DataFrame) -> None:
+def _require_whole(run: Run, facts: Evaluation, table: pd.DataFrame) -> None:
     n = table["index"].nunique()
-    if facts.get("n", n) != n:
+    if facts["n"] != n:
         raise UnmovedError(
             f"{run.path}: expected outcomes of {facts['n']} samples, came {n}; run `unmoved evaluate {run.path}` again"
         )

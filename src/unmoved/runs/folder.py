@@ -22,11 +22,10 @@ import json
 import logging
 import os
 import shlex
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -37,6 +36,7 @@ from unmoved import models
 from unmoved.core import untrusted
 from unmoved.core.errors import UnmovedError
 from unmoved.core.files import finish_set, latest, remove_leftovers, write_atomic, write_set
+from unmoved.core.untrusted import Json
 from unmoved.evaluation import outcomes
 from unmoved.runs import lock, records
 from unmoved.runs.provenance import provenance
@@ -51,18 +51,14 @@ GALLERY = ("x", "x_adv", "label", "clean_prediction", "adversarial_prediction", 
 
 
 class Run:
-    """Represent a run folder on disk; the module says what it holds.
-
-    Raises:
-        UnmovedError: `open`: a folder that is missing, half written or of another version.
-    """
+    """A run folder on disk; the module says what it holds. Files are read anew each time that they are asked for."""
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         self._tables: dict[str, tuple[tuple[int, ...], pd.DataFrame]] = {}
 
     @classmethod
-    def create(cls, path: Path | str, recipe: dict[str, Any], weights: models.Loaded | None = None) -> Run:
+    def create(cls, path: Path | str, recipe: Json, weights: models.Loaded | None = None) -> Run:
         """Make a new run folder; refuse one in which anything of a run was saved.
 
         Args:
@@ -77,6 +73,11 @@ class Run:
 
     @classmethod
     def open(cls, path: Path | str) -> Run:
+        """Return the run in a folder.
+
+        Raises:
+            UnmovedError: a folder that is missing, half written or of another version.
+        """
         run = cls(path)
         if not run.path.is_dir():
             raise UnmovedError(f"run folder {run.path}: expected a folder made by 'unmoved train'{run_meant(run.path)}")
@@ -100,37 +101,46 @@ class Run:
         return any(os.path.lexists(self.path / name) for name in names)
 
     @cached_property
-    def recipe(self) -> dict[str, Any]:
+    def _recipe(self) -> tuple[Json, records.RecipeHead]:
         try:
             return records.recipe(self.path / "recipe.toml", "train again")
         except FileNotFoundError as error:
             raise UnmovedError(f"run folder {self.path}: recipe.toml is missing; train again") from error
 
+    @property
+    def recipe(self) -> Json:
+        """Return the tables of the resolved recipe."""
+        return self._recipe[0]
+
     @cached_property
-    def provenance(self) -> dict[str, Any]:
-        return records.read(records.Provenance, self.path / "provenance.json", "train again") or {}
+    def provenance(self) -> records.Provenance:
+        """Return where the run was made: versions, hardware, git state; empty if there is no such file."""
+        return records.read(records.PROVENANCE, self.path / "provenance.json", "train again") or {}
 
     @property
     def name(self) -> str:
-        return str(self.recipe.get("name", self.path.name))
+        """Return the name of the recipe, or of the folder where the recipe has none."""
+        name = self._recipe[1].name
+        return self.path.name if name is None else name
 
     @property
     def seed(self) -> int:
-        return int(self.recipe.get("training", {}).get("seed", 0))
+        """Return the seed of training."""
+        return self._recipe[1].training.seed
 
     @property
     def metrics(self) -> pd.DataFrame:
-        """Return one row an epoch; the objective's parts as columns ``parts.ce`` and so on."""
+        """Return the training log, one row an epoch; the objective's parts as columns ``parts.ce`` and so on."""
         return pd.json_normalize(records.log(self.path / METRICS, "train again"))
 
     @property
     def per_class(self) -> pd.DataFrame:
         """Return what terms report by class, such as `GlobalProbability`'s q: a row for each epoch, term and class."""
         lines = records.per_class(self.path / PER_CLASS, "train again")
-        if lines is None:  # an older version kept it in the log
-            log = records.log(self.path / METRICS, "train again")
-            lines = [{"epoch": record["epoch"], **divided(record)[1]} for record in log]
-        return by_class(lines)
+        if lines is not None:
+            return by_class(lines)
+        log = records.log(self.path / METRICS, "train again")  # an older version kept it there
+        return by_class({"epoch": record["epoch"], **divided(record)[1]} for record in log)
 
     # --- training state
 
@@ -139,7 +149,7 @@ class Run:
         """Lock the run for training or evaluation, and remove files that killed processes left half written.
 
         Raises:
-            UnmovedError: another process is at it.
+            UnmovedError: another process trains or evaluates it.
         """
         with lock.alone(self.path):
             remove_leftovers(self.path, spare="doctor.json")
@@ -153,16 +163,11 @@ class Run:
             yield
 
     def save_state(self, state: SavedState) -> None:
-        """Save the trainer's state: tensors, numbers, strings and plain containers only. The one before is kept."""
+        """Save the trainer's state, of tensors, numbers, strings and plain containers; the one before is kept."""
         checkpoint.save(self.path, state)
 
     def load_state(self, *, mend: bool = False) -> SavedState | None:
-        """Return the newest whole state that `save_state` saved, or None; nothing in it is run.
-
-        Args:
-            mend: whether a damaged newest is removed where the one before is taken, for whoever goes on and saves. It
-                is logged then.
-        """
+        """Load the newest whole state, or None; see `checkpoint.load`."""
         return checkpoint.load(self.path, mend=mend)
 
     def mend_weights(self, state: SavedState) -> None:
@@ -197,6 +202,11 @@ class Run:
         models.save_weights(model, self.path / f"{which}.safetensors", state)
 
     def load_weights(self, model: nn.Module, which: str) -> None:
+        """Copy the ``"best"`` or ``"last"`` weights into a model.
+
+        Raises:
+            UnmovedError: as `models.load_weights`; there are none yet.
+        """
         path = self.path / f"{which}.safetensors"
         recipe, out = (shlex.quote(str(path)) for path in (self.path / "recipe.toml", self.path))
         train = f"`unmoved train {recipe} --out {out} --resume`"
@@ -212,7 +222,7 @@ class Run:
     def save_evaluation(
         self,
         table: pd.DataFrame,
-        facts: dict[str, Any],
+        facts: records.Evaluation,
         *,
         kind: str = "evaluation",
         curve: pd.DataFrame | None = None,
@@ -235,29 +245,26 @@ class Run:
             buffer = io.BytesIO()
             np.savez_compressed(buffer, **gallery)  # type: ignore[arg-type]
             files["gallery.npz"] = buffer.getvalue()
-        told = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
-        files[f"{kind}.json"] = _json(facts | {"files": told})
+        digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+        files[f"{kind}.json"] = _json({**facts, "files": digests})
         if journal is not None:
             files[journal] = b""  # with the rest: it would go on without the images that it has answers for
         folders = {"adversarial": images or ""}
-        if images is None and self._answered(kind) == facts.get("question", ""):
-            folders = {}
+        with suppress(UnmovedError):  # facts that are damaged are about to be replaced
+            before = self.facts(kind)
+            if images is None and before is not None and before.get("question") == facts.get("question", ""):
+                folders = {}
         write_set(folder, kind, files, folders)
 
-    def _answered(self, kind: str) -> str | None:
-        try:
-            return (self._facts(kind) or {}).get("question")
-        except UnmovedError:  # it is about to be replaced
-            return None
+    @property
+    def evaluation(self) -> records.Evaluation | None:
+        """Return the facts of the evaluation, or None."""
+        return self.facts("evaluation")
 
     @property
-    def evaluation(self) -> dict[str, Any] | None:
-        return self._facts("evaluation")
-
-    @property
-    def verdict(self) -> dict[str, Any] | None:
+    def verdict(self) -> records.Evaluation | None:
         """Return the facts of the evaluation with AutoAttack, or None."""
-        return self._facts("verdict")
+        return self.facts("verdict")
 
     @property
     def shown(self) -> str:
@@ -265,20 +272,22 @@ class Run:
         evaluation, verdict = self.evaluation, self.verdict
         if evaluation is None or verdict is None:
             return "evaluation" if verdict is None else "verdict"
-        return "verdict" if evaluation.get("weights_sha256") == verdict.get("weights_sha256") else "evaluation"
+        return "verdict" if evaluation["weights_sha256"] == verdict["weights_sha256"] else "evaluation"
 
     @property
-    def validation(self) -> dict[str, Any] | None:
+    def validation(self) -> records.Evaluation | None:
         """Return the facts of an evaluation on validation images, or None."""
-        return self._facts("validation")
+        return self.facts("validation")
 
-    def _facts(self, kind: str) -> dict[str, Any] | None:
+    def facts(self, kind: str) -> records.Evaluation | None:
+        """Return the facts of the evaluation in the folder ``kind``, or None."""
         path = latest(self.path / kind, kind, f"{kind}.json")
-        return records.read(records.Evaluation, path, self._again("evaluate"))
+        return records.read(records.EVALUATION, path, self._again("evaluate"))
 
     def _require_own(self, kind: str, path: Path) -> None:
         """Raise `UnmovedError` where a file is not the one that was saved with the facts beside it."""
-        expected = ((self._facts(kind) or {}).get("files") or {}).get(path.name)
+        facts = self.facts(kind)
+        expected = None if facts is None else facts.get("files", {}).get(path.name)
         if expected is not None and untrusted.digest(path) != expected:
             raise UnmovedError(
                 f"{path}: expected what {kind}.json was saved with, came something else; if another process was "
@@ -286,16 +295,18 @@ class Run:
             )
 
     @property
-    def doctor(self) -> dict[str, Any] | None:
+    def doctor(self) -> records.Doctor | None:
         """Return what `unmoved doctor` found and about which weights, or None if it was not run."""
-        return records.read(records.Doctor, self.path / "doctor.json", self._again("doctor"))
+        return records.read(records.DOCTOR, self.path / "doctor.json", self._again("doctor"))
 
     @property
     def outcomes(self) -> pd.DataFrame | None:
+        """Return the outcomes of the evaluation, or None."""
         return self._outcomes("evaluation", "outcomes.csv")
 
     @property
     def verdict_outcomes(self) -> pd.DataFrame | None:
+        """Return the outcomes of the evaluation with AutoAttack, or None."""
         return self._outcomes("verdict", "outcomes.csv")
 
     @property
@@ -304,6 +315,7 @@ class Run:
 
     @property
     def curve(self) -> pd.DataFrame | None:
+        """Return the outcomes at several eps, or None."""
         return self._outcomes("evaluation", "curve.csv")
 
     def _outcomes(self, kind: str, name: str) -> pd.DataFrame | None:
@@ -323,6 +335,7 @@ class Run:
 
     @property
     def gallery(self) -> dict[str, np.ndarray] | None:
+        """Return the arrays `GALLERY` of a few images, or None."""
         path = latest(self.path / "evaluation", "evaluation", "gallery.npz")
         if not os.path.lexists(path):
             return None
@@ -337,5 +350,5 @@ class Run:
         return f"run `unmoved {command} {self.path}` again"
 
 
-def _json(value: dict[str, Any]) -> bytes:
+def _json(value: Mapping[str, object]) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()

@@ -25,8 +25,8 @@ from torch import nn
 from unmoved.core.errors import UnmovedError, did_you_mean
 
 Factory = Callable[..., Any]
-_stood: list[str] = []  # the folder that this module has put at the end of sys.path, if any
-_UNSAID = object()  # of a return annotation: there is none, or it says nothing
+_added: list[str] = []  # the folder that this module has put at the end of sys.path, if any
+_UNKNOWN = object()  # a return annotation that is missing, or says nothing
 
 
 @dataclass(frozen=True)
@@ -83,11 +83,11 @@ def find(use: str, allow: Collection[str], place: Place) -> Factory:
         )
     module = _imported(use, module_name)
     if not hasattr(module, name):
-        known = [key for key in vars(module) if not key.startswith("_")]
+        public = [key for key in vars(module) if not key.startswith("_")]
         where = getattr(module, "__file__", None)
         raise UnmovedError(
             f"use = {use!r}: {module_name} has no {name!r}"
-            + did_you_mean(name, known)
+            + did_you_mean(name, public)
             + (f" (it was imported from {where})" if where else "")
         )
     thing = getattr(module, name)
@@ -102,14 +102,14 @@ def find(use: str, allow: Collection[str], place: Place) -> Factory:
     return factory
 
 
-def require_made(use: str, made: Any, place: Place) -> None:
-    """Raise `UnmovedError` unless what a stranger's function has made can be called as the place asks for."""
+def require_made(use: str, made: object, place: Place) -> None:
+    """Raise `UnmovedError` unless what a foreign function has made can be called as the place asks for."""
     if place.of is None and not place.fits(type(made)):
         raise UnmovedError(f"use = {use!r}: expected {place}, came an object of type {type(made).__name__}")
 
 
 def _imported(use: str, name: str) -> types.ModuleType:
-    _stand_here()
+    _search_here()
     _require_of_here(use, name.split(".")[0])
     try:
         return importlib.import_module(name)
@@ -121,14 +121,14 @@ def _imported(use: str, name: str) -> types.ModuleType:
         raise UnmovedError(f"use = {use!r}: cannot import {name!r} ({type(error).__name__}: {error})") from error
 
 
-def _stand_here() -> None:
+def _search_here() -> None:
     """Put the current folder at the end of ``sys.path``, in place of the one that this function put there before."""
     here = os.getcwd()
-    if _stood and _stood[0] != here and _stood[0] in sys.path:
-        sys.path.remove(_stood.pop())
+    if _added and _added[0] != here and _added[0] in sys.path:
+        sys.path.remove(_added.pop())
     if not {"", here} & set(sys.path):
         sys.path.append(here)
-        _stood[:] = [here]
+        _added[:] = [here]
 
 
 def _require_of_here(use: str, package: str) -> None:
@@ -142,24 +142,25 @@ def _require_of_here(use: str, package: str) -> None:
         )
 
 
-def _package(thing: Any, key: str = "__module__") -> str:
+def _package(thing: object, key: str = "__module__") -> str:
     """Return the package that defines a thing; what wraps it does not count."""
     while isinstance(thing, functools.partial):
         thing = thing.func
     return str(getattr(thing, key, None) or type(thing).__module__).split(".")[0]
 
 
-def _listed(module: types.ModuleType) -> Collection[Any]:
+def _listed(module: types.ModuleType) -> Collection[object]:
     names = getattr(module, "__all__", ())
     return names if isinstance(names, list | tuple) else ()
 
 
-def _whence(thing: Any) -> str:
+def _whence(thing: object) -> str:
+    """Return the name of a thing and of the module that defines it."""
     name = getattr(thing, "__qualname__", None) or type(thing).__qualname__
     return f"{name} of {getattr(thing, '__module__', None) or type(thing).__module__}"
 
 
-def _require_kind(use: str, thing: Any, place: Place, *, is_own: bool) -> None:
+def _require_kind(use: str, thing: object, place: Place, *, is_own: bool) -> None:
     """Raise `UnmovedError` unless calling ``thing`` makes what the place asks for, as far as it can be told."""
     if isinstance(thing, type):
         if not place.fits(thing):
@@ -168,25 +169,25 @@ def _require_kind(use: str, thing: Any, place: Place, *, is_own: bool) -> None:
     if not callable(thing):
         raise UnmovedError(f"use = {use!r}: expected {place}, came an object of type {type(thing).__name__}")
     hint = _returned(thing)
-    if hint is _UNSAID and not is_own:  # the package did not write it: nobody says what it does
+    if hint is _UNKNOWN and not is_own:  # the package did not write it: nobody says what it does
         raise UnmovedError(
             f"use = {use!r}: expected {place}, came {_whence(thing)}, which does not say what it returns; "
             "call it in a function of your own"
         )
-    if hint is not _UNSAID and not _says(hint, place):
-        said = getattr(hint, "__name__", None) or str(hint)
-        raise UnmovedError(f"use = {use!r}: expected {place}, came a function that returns {said}")
+    if hint is not _UNKNOWN and not _may_be(hint, place):
+        name = getattr(hint, "__name__", None) or str(hint)
+        raise UnmovedError(f"use = {use!r}: expected {place}, came a function that returns {name}")
 
 
-def _returned(function: Any) -> Any:
-    """Return the return annotation of a function or callable object; `_UNSAID` if there is none that can be read."""
+def _returned(function: Callable[..., object]) -> object:
+    """Return the return annotation of a function or callable object; `_UNKNOWN` if there is none that can be read."""
     while isinstance(function, functools.partial):
         function = function.func
     if isinstance(function, type):
         return function
     if not hasattr(function, "__annotations__") and not inspect.isroutine(function):
         function = type(function).__call__
-    hint = getattr(function, "__annotations__", {}).get("return", _UNSAID)
+    hint = getattr(function, "__annotations__", {}).get("return", _UNKNOWN)
     if isinstance(hint, str):
 
         def bare() -> None: ...
@@ -195,17 +196,17 @@ def _returned(function: Any) -> Any:
         try:
             hint = typing.get_type_hints(bare, getattr(inspect.unwrap(function), "__globals__", {}))["return"]
         except Exception:  # a name that is imported for type checkers alone
-            return _UNSAID
+            return _UNKNOWN
     if hint in (Any, object) or isinstance(hint, typing.TypeVar):
-        return _UNSAID
+        return _UNKNOWN
     return type(None) if hint is None else hint
 
 
-def _says(hint: Any, place: Place) -> bool:
+def _may_be(hint: object, place: Place) -> bool:
     """Return whether a return annotation may be what the place asks for."""
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
-        return any(_says(part, place) for part in typing.get_args(hint))
+        return any(_may_be(part, place) for part in typing.get_args(hint))
     if hint is Callable or hint is typing.Callable or origin is collections.abc.Callable:
         arguments = (*typing.get_args(hint), ...)[0]
         return place.of is None and (not isinstance(arguments, list) or len(arguments) == len(place.takes))

@@ -8,7 +8,7 @@ from collections.abc import Collection
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -17,6 +17,7 @@ from unmoved import models
 from unmoved.core import untrusted
 from unmoved.core.errors import UnmovedError
 from unmoved.core.precision import memory_format_for, require_device
+from unmoved.core.untrusted import Json
 from unmoved.data import ArraySplit, DataSet, Selection
 from unmoved.runs import recipe as config
 from unmoved.runs.assembly import Assembly
@@ -44,7 +45,7 @@ def opened(
 
     Args:
         source: the data of its recipe, where it was made already.
-        built: the objects of its recipe, where they were.
+        assembly: the objects of its recipe, where they were made already.
     """
     require_device(device)
     if assembly is None:
@@ -74,7 +75,7 @@ def _digest(path: Path, stamp: tuple[int, ...]) -> str:
     return untrusted.digest(path)
 
 
-def question_about(assembly: Assembly, split: ArraySplit | Selection, allow: Collection[str]) -> dict[str, Any]:
+def question_about(assembly: Assembly, split: ArraySplit | Selection, allow: Collection[str]) -> Json:
     """Return what any result about a run's model depends on, beside its weights and the settings: data and code."""
     recipe = json.dumps(assembly.recipe.tables(), sort_keys=True, default=str)
     return {

@@ -12,23 +12,24 @@ from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from unmoved.core.untrusted import readable
+from unmoved.core.untrusted import Json, readable
 from unmoved.models import Loaded
 
 PACKAGES = ("unmoved", "torch", "lightning-fabric", "numpy", "scipy", "scikit-learn", "pandas", "pillow")
 
 
-def provenance(recipe: dict[str, Any], weights: Loaded | None = None) -> dict[str, Any]:
+def provenance(recipe: Json, weights: Loaded | None = None) -> Json:
     """Make a record of this machine and moment, and of the weights that a model began with."""
-    return ({} if weights is None else {"weights": weights._asdict()}) | {
+    training = recipe.get("training")
+    begun: Json = {} if weights is None else {"weights": weights._asdict()}
+    return begun | {
         "command": readable(" ".join([Path(sys.argv[0]).name, *sys.argv[1:]])),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "seed": recipe.get("training", {}).get("seed"),
-        "versions": versions(),
+        "seed": training.get("seed") if isinstance(training, dict) else None,
+        "versions": {**versions()},
         "hardware": hardware(),
         "git": _git(),
     }
@@ -44,15 +45,12 @@ def code(packages: Collection[str] = ()) -> str:
     tops = {name.partition(".")[0] for name in packages}
     theirs = [module for name, module in list(sys.modules.items()) if name.partition(".")[0] in tops]
     files = {Path(file) for module in theirs if (file := getattr(module, "__file__", None))}
-    told = hashlib.sha256()
-    for digest in sorted([*_own_code(), *map(_sha256, files)]):
-        told.update(digest)
-    return told.hexdigest()
+    return hashlib.sha256(b"".join(sorted([*_own_code(), *map(_sha256, files)]))).hexdigest()
 
 
 @cache
 def _own_code() -> tuple[bytes, ...]:
-    return tuple(_sha256(path) for path in Path(__file__).parent.rglob("*.py"))
+    return tuple(_sha256(path) for path in Path(__file__).parents[1].rglob("*.py"))
 
 
 def _sha256(path: Path) -> bytes:
@@ -62,9 +60,9 @@ def _sha256(path: Path) -> bytes:
         return str(path).encode()
 
 
-def hardware() -> dict[str, Any]:
+def hardware() -> Json:
     """Describe the processor, its cores and the threads used, memory in GiB, and the GPU if there is one."""
-    facts: dict[str, Any] = {
+    facts: Json = {
         "system": f"{platform.system()} {platform.machine()}",
         "processor": _processor(),
         "cores": os.cpu_count(),
@@ -95,7 +93,7 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _git() -> dict[str, Any] | None:
+def _git() -> Json | None:
     """Return the commit of the current folder's repository and whether it has changes; None outside one."""
     try:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, timeout=10, check=True)

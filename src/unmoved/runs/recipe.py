@@ -1,4 +1,4 @@
-"""Read and check recipes: TOML files that say everything a run does."""
+"""Read and check recipes: TOML files that describe a run in full."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from unmoved import data
 from unmoved.core.errors import UnmovedError, did_you_mean
 from unmoved.core.precision import PRECISIONS
 from unmoved.core.threat import ThreatModel
-from unmoved.core.untrusted import LONGEST, readable, require_plain, toml, toml_file
+from unmoved.core.untrusted import LONGEST, Json, JsonValue, readable, require_plain, toml, toml_file
 from unmoved.evaluation.outcomes import CLEAN, WORST
 from unmoved.runs import recipe_keys
 from unmoved.runs.components import (
@@ -38,6 +38,11 @@ from unmoved.runs.suggestions import recipe_meant
 # The tables that say nothing about a model that is judged only.
 OF_TRAINING = ("training", "optimizer", "schedule", "average", "attack", "objective", "defense", "phases", "validation")
 PIPES = (Path("/dev/fd"), Path("/dev"))
+
+
+def _by_default(use: str) -> Any:
+    """Return the field of a component which is this one, with its defaults, if the recipe says nothing."""
+    return Field({"use": use})
 
 
 class Threat(Settings):
@@ -109,13 +114,13 @@ class Phase(Settings):
     """What changes from an epoch on; the changes add up from phase to phase."""
 
     from_epoch: Whole = Field(ge=1)
-    attack: dict[str, Any] | None = None
-    objective: dict[str, dict[str, Any]] | None = None
-    defense: dict[str, Any] | None = None
+    attack: dict[str, object] | None = None
+    objective: dict[str, dict[str, object]] | None = None
+    defense: dict[str, object] | None = None
 
     @field_validator("attack", "defense", mode="before")
     @classmethod
-    def _a_bare_name_is_a_table(cls, value: Any) -> Any:
+    def _a_bare_name_is_a_table(cls, value: object) -> object:
         return {"use": value} if isinstance(value, str) else value
 
 
@@ -127,7 +132,7 @@ class Evaluation(Settings):
 
     @field_validator("attacks")
     @classmethod
-    def _names_may_name_files(cls, attacks: dict[str, Any]) -> dict[str, Any]:
+    def _names_may_name_files(cls, attacks: dict[str, AttackTable]) -> dict[str, AttackTable]:
         for name in attacks:
             if not re.fullmatch(r"\w[\w .+=-]{0,99}", name):
                 raise ValueError(f"expected names of at most 100 letters, digits and -+=._, came {name!r:.200}")
@@ -141,11 +146,11 @@ class PhaseParts(Settings):
 
     attack: AttackTable | None = None
     objective: dict[str, TermTable] = Field(min_length=1)
-    defense: DefenseTable = Field({"use": "plain"})
+    defense: DefenseTable = _by_default("plain")
 
     @field_validator("objective", mode="before")
     @classmethod
-    def _use_defaults_to_the_name(cls, value: Any) -> Any:
+    def _use_defaults_to_the_name(cls, value: object) -> object:
         if isinstance(value, Mapping) and isinstance(value.get("use"), str):
             raise ValueError(f"expected named terms, such as [objective.{value['use']}]")
         if isinstance(value, Mapping):
@@ -154,7 +159,7 @@ class PhaseParts(Settings):
 
     @field_validator("attack", mode="before")
     @classmethod
-    def _no_attack(cls, value: Any) -> Any:
+    def _no_attack(cls, value: object) -> object:
         return None if value == "none" or isinstance(value, Mapping) and value.get("use") == "none" else value
 
 
@@ -170,9 +175,9 @@ class Recipe(PhaseParts):
     model: ModelTable
     threat: Threat
     training: Training = Training()
-    optimizer: OptimizerTable = Field({"use": "sgd"})
-    schedule: ScheduleTable = Field({"use": "constant"})
-    average: AverageTable = Field({"use": "none"})
+    optimizer: OptimizerTable = _by_default("sgd")
+    schedule: ScheduleTable = _by_default("constant")
+    average: AverageTable = _by_default("none")
     phases: list[Phase] = []
     validation: AttackTable | None = None
     evaluation: Evaluation = Evaluation()
@@ -206,51 +211,38 @@ class Recipe(PhaseParts):
                 raise ValueError(f"phase from epoch {start}: " + "; ".join(messages(error, tables))) from None
         return self
 
-    def phase_parts(self) -> list[tuple[int, dict[str, Any]]]:
-        """(first epoch, tables of attack, objective and defense) of each phase, changes merged in."""
-        result = [(0, self.model_dump(include=set(PhaseParts.model_fields), by_alias=True))]
+    def phase_parts(self) -> list[tuple[int, Json]]:
+        """Return (first epoch, tables of attack, objective and defense) of each phase, changes merged in."""
+        result: list[tuple[int, Json]] = [(0, self.model_dump(include=set(PhaseParts.model_fields), by_alias=True))]
         for phase in self.phases:
             changes = phase.model_dump(exclude={"from_epoch"}, exclude_none=True)
-            result.append((phase.from_epoch, _merge(result[-1][1], changes)))
+            result.append((phase.from_epoch, _merged(result[-1][1], changes)))
         return result
 
-    def tables(self) -> dict[str, Any]:
-        """The fully resolved recipe as plain data; what `unmoved show` prints."""
-        order = (
-            "name",
-            "trained",
-            "base",
-            "swept",
-            "data",
-            "model",
-            "threat",
-            "training",
-            "optimizer",
-            "schedule",
-            "average",
-        )
-        tables = _without_none(self.model_dump(by_alias=True))
+    def tables(self) -> Json:
+        """Return the fully resolved recipe as plain data, which `unmoved show` prints."""
+        order = ["name", "trained", "base", "swept", "data", "model", "threat"]
+        order += ["training", "optimizer", "schedule", "average"]
+        tables = {key: _without_none(part) for key, part in self.model_dump(by_alias=True, exclude_none=True).items()}
         for key in ("trained",) if self.trained else OF_TRAINING:
             tables.pop(key, None)
-        return {
-            key: tables[key]
-            for key in [*(k for k in order if k in tables), *(key for key in tables if key not in order)]
-        }
+        return {key: tables[key] for key in dict.fromkeys([*order, *tables]) if key in tables}
 
 
-def _merge(base: Any, changes: Any) -> Any:
-    """Tables merged key by key; a table whose ``use`` changes is replaced as a whole."""
-    if not isinstance(base, Mapping) or not isinstance(changes, Mapping):
+def _merged(base: Json, changes: Json) -> Json:
+    """Merge tables key by key; a ramp, or a table whose ``use`` changes, is replaced as a whole."""
+    if changes.get("use", base.get("use")) != base.get("use") or {"from", "to"} <= base.keys():
         return copy.deepcopy(changes)
-    if "use" in changes and changes["use"] != base.get("use"):
-        return copy.deepcopy(dict(changes))
-    if "from" in base and "to" in base:  # a ramp is replaced, never mixed with another
-        return copy.deepcopy(dict(changes))
-    return {**base, **{key: _merge(base.get(key), value) for key, value in changes.items()}}
+    result = base | copy.deepcopy(changes)
+    for key, change in changes.items():
+        before = base.get(key)
+        if isinstance(before, dict) and isinstance(change, dict):
+            result[key] = _merged(before, change)
+    return result
 
 
-def _without_none(value: Any) -> Any:
-    if isinstance(value, Mapping):
+def _without_none(value: JsonValue) -> JsonValue:
+    if isinstance(value, dict):
         return {key: _without_none(part) for key, part in value.items() if part is not None}
     return [_without_none(part) for part in value] if isinstance(value, list | tuple) else value
 
@@ -259,7 +251,7 @@ def _without_none(value: Any) -> Any:
 
 
 def read(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
-    """A recipe file with ``a.b=value`` overrides.
+    """Read a recipe file, with ``a.b=value`` overrides.
 
     Raises:
         UnmovedError: a file that is missing or not TOML, or a key or value that is wrong: file, key and mend named.
@@ -283,8 +275,8 @@ def read(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     return parse(tables, str(path))
 
 
-def parse(tables: Mapping[str, Any], where: str = "recipe") -> Recipe:
-    """A recipe from plain data; errors name ``where``.
+def parse(tables: Json, where: str = "recipe") -> Recipe:
+    """Make a recipe from plain data; errors name ``where``.
 
     Raises:
         UnmovedError: as `read`.
@@ -296,7 +288,7 @@ def parse(tables: Mapping[str, Any], where: str = "recipe") -> Recipe:
         raise UnmovedError("\n".join(f"{where}: {message}" for message in messages(error, tables))) from None
 
 
-def _override(tables: dict[str, Any], override: str) -> None:
+def _override(tables: Json, override: str) -> None:
     """Apply ``a.b=value``; the value is TOML where it can be, else a string."""
     key, equals, text = override.partition("=")
     if not equals or not key:
@@ -308,13 +300,13 @@ def _override(tables: dict[str, Any], override: str) -> None:
             raise
         value = text
     *parents, last = key.split(".")
-    target: Any = tables
+    target: JsonValue = tables
     for part in parents:
         if isinstance(target, list):
             if not part.isdecimal() or int(part) >= len(target):
                 raise UnmovedError(f"--set {override!r}: expected an index below {len(target)}, came {part!r}")
             target = target[int(part)]
-        else:
+        elif isinstance(target, dict):
             if isinstance(target.get(part), str):
                 target[part] = {"use": target[part]}
             target = target.setdefault(part, {})
@@ -322,14 +314,13 @@ def _override(tables: dict[str, Any], override: str) -> None:
             raise UnmovedError(f"--set {override!r}: {part!r} is a value, not a table")
     if not isinstance(target, dict):
         raise UnmovedError(f"--set {override!r}: expected the index of a phase before {last!r}")
-    is_new_component = last == "use" and target.get("use") not in (None, value)
-    if is_new_component:
+    if last == "use" and target.get("use") not in (None, value):  # another component: the settings were of the old
         target.clear()
     target[last] = value
 
 
-def messages(error: ValidationError, tables: Mapping[str, Any]) -> list[str]:
-    """One line a mistake: the key and the mend."""
+def messages(error: ValidationError, tables: Json) -> list[str]:
+    """Make a line of each mistake: the key, and how to mend it."""
     lines = []
     for mistake in error.errors(include_url=False):
         key = ".".join(str(part) for part in mistake["loc"] if not str(part).startswith("<"))

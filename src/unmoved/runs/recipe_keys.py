@@ -5,8 +5,8 @@ from __future__ import annotations
 import difflib
 import typing
 from collections.abc import Iterator, Mapping
-from typing import Any
 
+from unmoved.core.untrusted import Json, JsonValue
 from unmoved.runs.components import SETTINGS, Settings, UnknownKey
 
 KINDS = {
@@ -23,7 +23,7 @@ NAMED = {"objective": "terms", "evaluation.attacks": "attacks"}  # tables by nam
 HIDDEN = ("use", "swept")  # a command sets the latter
 
 
-def meant(mistake: UnknownKey, recipe: type[Settings], tables: Mapping[str, Any]) -> str:
+def meant(mistake: UnknownKey, recipe: type[Settings], tables: Json) -> str:
     """Return the end of a message about an unknown key: the near key of the same table, or full names of such keys.
 
     Args:
@@ -36,30 +36,30 @@ def meant(mistake: UnknownKey, recipe: type[Settings], tables: Mapping[str, Any]
     here = {name.lower(): [name] for name in mistake.known if name not in HIDDEN}
     key = mistake.key.lower().replace("-", "_")
     exactly = elsewhere.get(key, [])
-    found = exactly or _near(key, here, 0.6) or _near(key, elsewhere, 0.75)
-    if not found:
+    near = exactly or _near(key, here, 0.6) or _near(key, elsewhere, 0.75)
+    if not near:
         return f"; known: {', '.join(sorted(name for (name,) in here.values())) or 'none'}"
-    return f"; did you mean {' or '.join(map(repr, found[:3]))}?"
+    return f"; did you mean {' or '.join(map(repr, near[:3]))}?"
 
 
 def _near(key: str, names: Mapping[str, list[str]], cutoff: float) -> list[str]:
     return [name for near in difflib.get_close_matches(key, names, n=1, cutoff=cutoff) for name in names[near]]
 
 
-def _keys(recipe: type[Settings], tables: Mapping[str, Any]) -> Iterator[str]:
+def _keys(recipe: type[Settings], tables: Json) -> Iterator[str]:
     """List the full names of all keys, the recipe's own settings first."""
     for name, field in recipe.model_fields.items():
         if name not in HIDDEN:
             yield name
-            yield from _own(name, field.annotation)
+            yield from _nested(name, field.annotation)
     for name, kind in KINDS.items():
         default = recipe.model_fields[name].default
         yield from _components(name, kind, tables.get(name, default))
     for place, kind in NAMED.items():
-        found: Any = tables
+        named: JsonValue = tables
         for part in place.split("."):
-            found = found.get(part) if isinstance(found, Mapping) else None
-        for name, table in found.items() if isinstance(found, Mapping) else ():
+            named = named.get(part) if isinstance(named, dict) else None
+        for name, table in named.items() if isinstance(named, dict) else ():
             yield f"{place}.{name}"
             # A term's table may leave its use to its name.
             yield from _components(
@@ -67,15 +67,15 @@ def _keys(recipe: type[Settings], tables: Mapping[str, Any]) -> Iterator[str]:
             )
 
 
-def _own(place: str, annotation: Any) -> Iterator[str]:
+def _nested(place: str, annotation: object) -> Iterator[str]:
     for part in (annotation, *typing.get_args(annotation)):
         if isinstance(part, type) and issubclass(part, Settings) and typing.get_origin(annotation) is not list:
             for name, field in part.model_fields.items():
                 yield f"{place}.{name}"
-                yield from _own(f"{place}.{name}", field.annotation)
+                yield from _nested(f"{place}.{name}", field.annotation)
 
 
-def _components(place: str, kind: str, table: Any) -> Iterator[str]:
-    use = table.get("use") if isinstance(table, Mapping) else table
+def _components(place: str, kind: str, table: object) -> Iterator[str]:
+    use = table.get("use") if isinstance(table, dict) else table
     if isinstance(use, str) and use in SETTINGS[kind]:
         yield from (f"{place}.{name}" for name in SETTINGS[kind][use].model_fields if name not in HIDDEN)

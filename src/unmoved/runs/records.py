@@ -1,15 +1,17 @@
-"""Read the JSON files of a run folder and check their keys and types. Further keys are let through."""
+"""Read the JSON files of a run folder and check their keys and types. Keys that are not known are kept."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal, NotRequired, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from typing_extensions import TypedDict  # pydantic asks for it below Python 3.12
 
 from unmoved.core import untrusted
 from unmoved.core.errors import UnmovedError
+from unmoved.core.untrusted import Json
 from unmoved.evaluation.doctor.finding import GRADES
 
 MOST_LOG = 2**26  # bytes of a training log
@@ -17,49 +19,8 @@ MOST_PER_CLASS = 2**30  # of what it says of each class
 MOST_CELLS = 5 * 10**7  # of its table: lines that have no key in common make one of the square of their number
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
-
-
-class Record(BaseModel):
-    """A JSON object that unmoved wrote, whatever version of it."""
-
-    model_config = ConfigDict(strict=True, extra="allow")
-
-
-class Provenance(Record):
-    """``provenance.json``: where a run was made."""
-
-    format: int | None = None
-
-
-class Ball(Record):
-    """The ball that an evaluation was made in."""
-
-    norm: str
-    eps: float
-
-
-class Evaluation(Record):
-    """``evaluation.json`` and its like: what was judged, and how."""
-
-    n: Count
-    weights: Literal["best", "last"]
-    weights_sha256: str
-    split: str = "unknown"
-    shape: list[int] = []
-    attacks: dict[str, str]
-    kinds: dict[str, dict[str, str]] = {}
-    asked: str | None = None
-    asked_n: Count | None = None
-    precision: str | None = None
-    threat: Ball | None = None
-    notes: list[str] = []
-    classes: list[str] = []
-    seconds: Finite = 0.0
-    finished: str | None = None
-    versions: dict[str, str | None] = {}
-    question: str | None = None
-    images: str | None = None
-    files: dict[str, str] = {}
+RecordT = TypeVar("RecordT")
+ANY_VERSION = ConfigDict(strict=True, extra="allow")
 
 
 def _a_grade(value: str) -> str:
@@ -68,8 +29,59 @@ def _a_grade(value: str) -> str:
     return value
 
 
-class Objection(Record):
-    """A finding of the doctor."""
+@with_config(ANY_VERSION)
+class Provenance(TypedDict):
+    """``provenance.json``: where a run was made."""
+
+    format: NotRequired[int | None]
+    weights: NotRequired[dict[str, object]]  # the file of weights that the model began with
+
+
+@with_config(ANY_VERSION)
+class Ball(TypedDict):
+    """The ball that an evaluation was made in."""
+
+    norm: str
+    eps: float
+
+
+@with_config(ANY_VERSION)
+class Evaluation(TypedDict):
+    """``evaluation.json``, ``verdict.json`` and ``validation.json``: what was judged, and how.
+
+    Attributes:
+        question: the sha256 of what the answers depend on.
+        images: the digest of the images.
+        asked, asked_n: the attacks and the number of images, as the user asked for them.
+        attacks: name -> the constructor call that makes it.
+        kinds: attack -> kind of each of its parts, as `protocols.kinds_of`.
+        files: name -> sha256 of the tables and arrays beside it.
+    """
+
+    question: NotRequired[str | None]
+    images: NotRequired[str | None]
+    n: Count
+    asked_n: NotRequired[Count | None]
+    split: NotRequired[str]
+    shape: NotRequired[list[int]]
+    weights: Literal["best", "last"]
+    weights_sha256: str
+    precision: NotRequired[str | None]
+    threat: NotRequired[Ball | None]
+    asked: NotRequired[str | None]
+    attacks: dict[str, str]
+    kinds: NotRequired[dict[str, dict[str, str]]]
+    notes: NotRequired[list[str]]
+    classes: NotRequired[list[str]]
+    versions: NotRequired[dict[str, str | None]]
+    seconds: NotRequired[Finite]
+    finished: NotRequired[str | None]
+    files: NotRequired[dict[str, str]]
+
+
+@with_config(ANY_VERSION)
+class Objection(TypedDict):
+    """A finding of the doctor; see `unmoved.evaluation.doctor.finding.Finding`."""
 
     check: str
     grade: Annotated[str, AfterValidator(_a_grade)]
@@ -78,18 +90,26 @@ class Objection(Record):
     do: str
 
 
-class Doctor(Record):
-    """``doctor.json``: what the doctor found, and of which weights."""
+@with_config(ANY_VERSION)
+class Doctor(TypedDict):
+    """``doctor.json``: what the doctor found, and of which weights.
+
+    Attributes:
+        evaluation: the sha256 of the outcomes that it read.
+        sentence: to put beside the number; "" where nothing objects.
+    """
 
     weights_sha256: str
-    n: Count | None = None
-    evaluation: str | None = None
-    sentence: str = ""
+    evaluation: NotRequired[str | None]
+    n: NotRequired[Count | None]
+    sentence: NotRequired[str]
     findings: list[Objection]
 
 
-class Epoch(Record):
-    """A line of ``metrics.jsonl``."""
+class Epoch(BaseModel):
+    """The keys of a line of ``metrics.jsonl`` that are checked."""
+
+    model_config = ANY_VERSION
 
     epoch: Count
     seconds: Finite
@@ -100,64 +120,74 @@ class Epoch(Record):
     parts: dict[str, float | None] = {}
 
 
-class ByClass(Record):
+class ByClass(BaseModel):
     """A line of ``per_class.jsonl``: beside the epoch, for each term, lists with a number for each class."""
 
+    model_config = ANY_VERSION
+
     epoch: Count
-    __pydantic_extra__: dict[str, dict[str, list[Any]]] = Field(init=False)
+    __pydantic_extra__: dict[str, dict[str, list[object]]] = Field(init=False)
 
 
-class _Training(Record):
+class _Training(BaseModel):
+    model_config = ANY_VERSION
+
     seed: int = 0
 
 
-class _Recipe(Record):
+class RecipeHead(BaseModel):
+    """The keys of a run's ``recipe.toml`` that are read of a run which is not trained or evaluated now."""
+
+    model_config = ANY_VERSION
+
     name: str | None = None
     base: str | None = None
     training: _Training = _Training()
 
 
-def require(kind: type[Record], value: dict[str, Any], where: str, mend: str) -> dict[str, Any]:
-    """Return the value if it has the keys and types of its kind.
+PROVENANCE, EVALUATION, DOCTOR = TypeAdapter(Provenance), TypeAdapter(Evaluation), TypeAdapter(Doctor)
+_EPOCH, _BY_CLASS, _RECIPE_HEAD = TypeAdapter(Epoch), TypeAdapter(ByClass), TypeAdapter(RecipeHead)
+
+
+def _checked(kind: TypeAdapter[RecordT], value: Json, where: str, mend: str) -> RecordT:
+    """Return the value as a record of this kind.
 
     Raises:
-        UnmovedError: it has not; it names ``where``, the key, and how to mend it.
+        UnmovedError: a key is missing or of another type; it names ``where``, the key, and how to mend it.
     """
     try:
-        kind.model_validate(value)
+        return kind.validate_python(value)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        key, came = (
-            ".".join(map(str, first["loc"])),
-            "" if first["type"] == "missing" else f", came {first['input']!r:.80}",
-        )
+        key = ".".join(map(str, first["loc"]))
+        came = "" if first["type"] == "missing" else f", came {first['input']!r:.80}"
         raise UnmovedError(f"{where}: {key}: {first['msg']}{came}; unmoved did not write this: {mend}") from None
-    return value
 
 
-def read(kind: type[Record], path: Path, mend: str) -> dict[str, Any] | None:
+def read(kind: TypeAdapter[RecordT], path: Path, mend: str) -> RecordT | None:
     """Read a record of this kind from its file; None if there is none.
 
     Raises:
         UnmovedError: a file that is no regular one, too large, no JSON, or something else than this kind of record.
     """
     try:
-        return require(kind, untrusted.json_file(path), str(path), mend)
+        return _checked(kind, untrusted.json_file(path), str(path), mend)
     except FileNotFoundError:
         return None
 
 
-def recipe(path: Path, mend: str) -> dict[str, Any]:
-    """Read the tables of a run's recipe and check the types of those that a report reads.
+def recipe(path: Path, mend: str) -> tuple[Json, RecipeHead]:
+    """Read the tables of a run's recipe, and those of them that a report reads, checked.
 
     Raises:
         FileNotFoundError: there is none.
         UnmovedError: as `untrusted.toml_file`.
     """
-    return require(_Recipe, untrusted.toml_file(path), str(path), mend)
+    tables = untrusted.toml_file(path)
+    return tables, _checked(_RECIPE_HEAD, tables, str(path), mend)
 
 
-def log(path: Path, mend: str) -> list[dict[str, Any]]:
+def log(path: Path, mend: str) -> list[Json]:
     """Read the lines of a training log; none if there is no log.
 
     Raises:
@@ -165,14 +195,14 @@ def log(path: Path, mend: str) -> list[dict[str, Any]]:
     """
     lines, names = _lines(path, MOST_LOG) or [], set[str]()
     for number, line in enumerate(lines, start=1):
-        require(Epoch, line, f"{path}: line {number}", mend)
+        _checked(_EPOCH, line, f"{path}: line {number}", mend)
         names.update(_leaves(line))
         if len(lines) * len(names) > MOST_CELLS:
             raise UnmovedError(f"{path}: expected at most {MOST_CELLS} numbers, came more; {mend}")
     return lines
 
 
-def per_class(path: Path, mend: str) -> list[dict[str, Any]] | None:
+def per_class(path: Path, mend: str) -> list[Json] | None:
     """Read the lines of a training's numbers by class; None if there is no such file.
 
     Raises:
@@ -183,8 +213,8 @@ def per_class(path: Path, mend: str) -> list[dict[str, Any]] | None:
         return None
     rows, names = 0, set[str]()
     for number, line in enumerate(lines, start=1):
-        require(ByClass, line, f"{path}: line {number}", mend)
-        for facts in (value for key, value in line.items() if key != "epoch"):
+        checked = _checked(_BY_CLASS, line, f"{path}: line {number}", mend)
+        for facts in checked.__pydantic_extra__.values():
             rows += max(map(len, facts.values()), default=0)
             names.update(facts)
         if rows * (len(names) + 3) > MOST_CELLS:
@@ -192,7 +222,7 @@ def per_class(path: Path, mend: str) -> list[dict[str, Any]] | None:
     return lines
 
 
-def _lines(path: Path, most: int) -> list[dict[str, Any]] | None:
+def _lines(path: Path, most: int) -> list[Json] | None:
     """Read the objects of a file that grows by lines; None if there is none. A last line cut short is left out."""
     try:
         data = untrusted.content(path, most)
@@ -201,7 +231,7 @@ def _lines(path: Path, most: int) -> list[dict[str, Any]] | None:
     return untrusted.json_lines(data[: data.rfind(b"\n") + 1], str(path))
 
 
-def _leaves(line: dict[str, Any], prefix: str = "") -> Iterator[str]:
+def _leaves(line: Json, prefix: str = "") -> Iterator[str]:
     """List the columns that a line has in the table."""
     for key, value in line.items():
         if isinstance(value, dict):

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from unmoved.core.errors import UnmovedError, did_you_mean
-from unmoved.core.untrusted import toml
+from unmoved.core.untrusted import Json, JsonValue, toml
 from unmoved.runs.components import INJECTED, KINDS, parse_number
 
 _FOREIGN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
@@ -19,10 +18,10 @@ def model_table(
     text: str,
     settings: Sequence[str] = (),
     *,
-    weights: Mapping[str, Any] | None = None,
+    weights: Json | None = None,
     mean: str | None = None,
     std: str | None = None,
-) -> dict[str, Any]:
+) -> Json:
     """Make the model's table of a recipe.
 
     Args:
@@ -35,7 +34,7 @@ def model_table(
         UnmovedError: an unknown name, a setting that is none, or one of mean and std without the other.
     """
     own, _, rest = text.partition(":")
-    table: dict[str, Any] = {"use": text}
+    table: Json = {"use": text}
     if own == "timm" and rest:
         table = {"use": "timm", "model": rest}
     elif ":" not in text and text not in KINDS["models"]:
@@ -48,13 +47,14 @@ def model_table(
         given, absent = ("mean", "std") if std is None else ("std", "mean")
         raise UnmovedError(f"--{absent}: expected a value because --{given} is given; set both or neither")
     if mean is not None and std is not None:
-        numbers = {"mean": _numbers("--mean", mean), "std": _numbers("--std", std)}
-        takes = inspect.signature(KINDS["models"][table["use"]]).parameters if ":" not in table["use"] else ()
+        numbers: Json = {"mean": [*_numbers("--mean", mean)], "std": [*_numbers("--std", std)]}
+        use = str(table["use"])
+        takes = inspect.signature(KINDS["models"][use]).parameters if ":" not in use else ()
         table |= numbers if "mean" in takes else {"normalize": numbers}
     return table if weights is None else table | {"weights": dict(weights)}
 
 
-def data_table(text: str, settings: Sequence[str] = ()) -> dict[str, Any]:
+def data_table(text: str, settings: Sequence[str] = ()) -> Json:
     """Make the data's table of a recipe.
 
     Args:
@@ -74,7 +74,7 @@ def data_table(text: str, settings: Sequence[str] = ()) -> dict[str, Any]:
             f"--data: expected NAME:PATH with one of {', '.join(sources)}, or module:Name, came {text!r}"
             + did_you_mean(name, sources)
         )
-    table: dict[str, Any] = {"use": name, **_settings("--data-set", settings)}
+    table: Json = {"use": name, **_settings("--data-set", settings)}
     parameters = [p for p in inspect.signature(sources[name]).parameters.values() if p.name not in INJECTED]
     if colon:
         if not parameters:
@@ -86,7 +86,7 @@ def data_table(text: str, settings: Sequence[str] = ()) -> dict[str, Any]:
     return table
 
 
-def attack_tables(text: str) -> list[tuple[str, dict[str, Any]]]:
+def attack_tables(text: str) -> list[tuple[str, Json]]:
     """Read attacks with commas between: for each its text, and the table of a recipe that it stands for.
 
     ``pgd``, ``pgd(steps=100, loss=dlr)``, ``my_lab.attacks:Mine(steps=5)``; the table of what is no call with settings
@@ -95,7 +95,7 @@ def attack_tables(text: str) -> list[tuple[str, dict[str, Any]]]:
     Raises:
         UnmovedError: brackets that do not close, or a setting that is none.
     """
-    found = []
+    found: list[tuple[str, Json]] = []
     for part in dict.fromkeys(_split(text)):
         if part.startswith("transfer:"):  # a path may hold anything
             found.append((part, {"use": part}))
@@ -132,8 +132,8 @@ def _split(text: str) -> list[str]:
     return [part.strip() for part in parts if part.strip()]
 
 
-def _settings(option: str, settings: Sequence[str]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def _settings(option: str, settings: Sequence[str]) -> Json:
+    found: Json = {}
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals or not key.strip().isidentifier():
@@ -142,7 +142,7 @@ def _settings(option: str, settings: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def value_of(text: str, where: str) -> Any:
+def value_of(text: str, where: str) -> JsonValue:
     """Return a value as TOML reads it; what is no TOML is a string.
 
     Raises:

@@ -16,8 +16,8 @@ def recipe_meant(path: Path, parts: Mapping[str, Iterable[str]]) -> str:
         parts: kind -> names of what recipes are made of.
     """
     here = sorted(Path("recipes").glob("*/*.toml"))
-    if found := _of_this_name(path, here) or _near(path, here):
-        return _meant(found)
+    if near := _of_this_name(path, here) or _near(path, here):
+        return _meant(near)
     for kind, names in parts.items():
         if str(path) in names:
             example = here[0] if here else "my/recipe.toml"
@@ -36,8 +36,8 @@ def run_meant(path: Path) -> str:
     if path.is_dir():
         return f", found a folder of runs{_meant(inside)}" if (inside := _runs_below(path)) else ""
     here = _runs_below(Path("runs"))
-    found = _of_this_name(path, here) or _near(path, here)
-    return ", found none" + (_meant(found) if found else "; correct the path, or train first")
+    near = _of_this_name(path, here) or _near(path, here)
+    return ", found none" + (_meant(near) if near else "; correct the path, or train first")
 
 
 def _runs_below(folder: Path) -> list[Path]:
@@ -45,25 +45,25 @@ def _runs_below(folder: Path) -> list[Path]:
     return sorted(path.parent for level in levels for path in folder.glob(f"{level}/recipe.toml"))
 
 
-def _of_this_name(path: Path, known: list[Path]) -> list[Path]:
+def _of_this_name(path: Path, candidates: list[Path]) -> list[Path]:
     """Return the paths that end in this one, with or without its suffix, whatever the case."""
-    words = [part.lower() for part in path.with_suffix("").parts]
-    ends = ((one, [part.lower() for part in one.with_suffix("").parts]) for one in known)
-    return [one for one, parts in ends if words and parts[-len(words) :] == words]
+    end = [part.lower() for part in path.with_suffix("").parts]
+    pairs = ((one, [part.lower() for part in one.with_suffix("").parts]) for one in candidates)
+    return [one for one, parts in pairs if end and parts[-len(end) :] == end]
 
 
-def _near(path: Path, known: list[Path]) -> list[Path]:
+def _near(path: Path, candidates: list[Path]) -> list[Path]:
     ways = (
         lambda one: one,
         lambda one: one.with_suffix(""),
         lambda one: Path(one.parent.name, one.stem),
         lambda one: Path(one.stem),
     )
-    names = {str(way(one)).lower(): one for way in ways for one in reversed(known)}
+    names = {str(way(one)).lower(): one for way in ways for one in reversed(candidates)}
     asked = str(path).lower()
     return [names[name] for name in difflib.get_close_matches(asked, names, n=1, cutoff=0.7)]
 
 
-def _meant(found: list[Path]) -> str:
-    more = f" (and {len(found) - MOST} more)" if len(found) > MOST else ""
-    return f"; did you mean {' or '.join(repr(str(one)) for one in found[:MOST])}{more}?"
+def _meant(paths: list[Path]) -> str:
+    more = f" (and {len(paths) - MOST} more)" if len(paths) > MOST else ""
+    return f"; did you mean {' or '.join(repr(str(one)) for one in paths[:MOST])}{more}?"

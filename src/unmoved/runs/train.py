@@ -6,13 +6,14 @@ import os
 from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from unmoved.core.errors import UnmovedError
 from unmoved.core.precision import resolve
 from unmoved.core.protocols import Split
+from unmoved.core.untrusted import Json
 from unmoved.runs import recipe as config
 from unmoved.runs.assembly import Assembly
 from unmoved.runs.folder import Run
@@ -86,7 +87,7 @@ def _train(
     run: Run | None,
     progress: Progress | None,
 ) -> None:
-    """Call `train`, without a rehearsal, with what the recipe says."""
+    """Call `train` with what the recipe says, without a rehearsal."""
     training = assembly.recipe.training
     loop.train(
         model,
@@ -116,7 +117,7 @@ def _train(
 def _rehearse(
     model: nn.Module, assembly: Assembly, train_part: Split, validation: Split | None, fabric: Fabric
 ) -> None:
-    """Try the training as `train` does, on the device of this process, which is then the model's."""
+    """Move the model to the device of this process, and try a step of each phase and the validation there."""
     training = assembly.recipe.training
     fabric.to_device(model)
     for _, method in assembly.phases.phases:
@@ -150,7 +151,7 @@ def _is_done(run: Run, recipe: config.Recipe) -> bool:
     return True
 
 
-def _begun(out: Path | str, tables: dict[str, Any]) -> Run | None:
+def _begun(out: Path | str, tables: Json) -> Run | None:
     """Return the run of this recipe that the folder holds, if it holds one."""
     if not os.path.lexists(Path(out) / "recipe.toml"):
         return None

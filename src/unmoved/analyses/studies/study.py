@@ -133,7 +133,8 @@ def subjects(
             _require_alike(analysed[0], run, assembly, held.split)
             if held.split.digest == analysed[0].split.digest:  # files of other names, the same images
                 read[asked] = held = held._replace(split=analysed[0].split)
-        question = {"weights": weights_digest(run, weights), **question_about(assembly, held.split, allow)}
+        question: dict[str, object] = {"weights": weights_digest(run, weights)}
+        question |= question_about(assembly, held.split, allow)
         analysed.append(AnalysedRun(name, run, assembly, model, held.split, question))
     return analysed
 

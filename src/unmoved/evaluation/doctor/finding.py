@@ -9,7 +9,6 @@ from unmoved.core.errors import require_choice
 
 DO_NOT_BELIEVE, LOOK_CLOSER, NOTE = "do not believe", "look closer", "note"
 GRADES = (DO_NOT_BELIEVE, LOOK_CLOSER, NOTE)
-FIELDS = ("check", "grade", "measured", "why", "do")
 
 
 @dataclass(frozen=True)
