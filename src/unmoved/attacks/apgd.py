@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from unmoved.attacks.apgd_steps import MomentumPace, SparsePace
+from unmoved.attacks.calling import takes_images
 from unmoved.attacks.gradients import Best, attacking, broken, crossed, gradient_at, value_at
 from unmoved.attacks.relu_backward import smoothed
 from unmoved.attacks.rounds import Retired, Round, compacts, in_rounds
@@ -80,6 +81,7 @@ class APGD:
         if self.large_first and self.threat.norm != "l1":
             raise UnmovedError(f"APGD.large_first: expected the norm l1, came {self.threat.norm}; leave it out")
 
+    @takes_images
     def __call__(self, model: nn.Module, batch: Batch) -> Image:
         # A randomised model draws from the global generator, whose state is put back.
         fork = torch.random.fork_rng(enabled=self.draws > 1)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from unmoved.attacks.calling import takes_images
 from unmoved.attacks.gradients import crossed, gradient_at, rounding
 from unmoved.attacks.minimum_norm import MARGIN, Nearest, searching
 from unmoved.core.batch import Batch, Image, PerSample, per_image
@@ -67,6 +68,7 @@ class CW:
         if self.threat.norm != "l2":
             raise UnmovedError(f"CW: expected norm l2, came {self.threat.norm}; use FMN for other norms")
 
+    @takes_images
     def __call__(self, model: nn.Module, batch: Batch) -> Image:
         with searching(model, batch, self.threat) as views:
             nearest = Nearest(views, self.threat)

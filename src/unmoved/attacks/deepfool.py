@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from unmoved.attacks.calling import takes_images
 from unmoved.attacks.gradients import crossed, input_gradient, not_differentiable, rounding
 from unmoved.attacks.hyperplanes import dual_length, length, toward
 from unmoved.attacks.minimum_norm import Nearest, searching
@@ -61,6 +62,7 @@ class DeepFool:
                 "box of valid images stops; use FMN"
             )
 
+    @takes_images
     def __call__(self, model: nn.Module, batch: Batch) -> Image:
         with searching(model, batch, self.threat) as views:
             nearest = Nearest(views, self.threat)

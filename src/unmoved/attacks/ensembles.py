@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from unmoved.attacks.apgd import APGD
+from unmoved.attacks.calling import takes_images
 from unmoved.attacks.fab import FAB
 from unmoved.attacks.gradients import require_attackable
 from unmoved.attacks.square import Square
@@ -83,6 +84,7 @@ class AutoAttack:
             sentences.append(f"the DLR loss needs {least} classes: the margin of the logits takes its place")
         return sentences
 
+    @takes_images
     def __call__(self, model: nn.Module, batch: Batch) -> Image:
         return in_turn(model, batch, self.threat, self.parts)
 
@@ -131,6 +133,7 @@ class Quick:
     def notes(self, num_classes: int) -> list[str]:
         return ["the DLR loss needs 4 classes: the margin of the logits takes its place"] if num_classes < 4 else []
 
+    @takes_images
     def __call__(self, model: nn.Module, batch: Batch) -> Image:
         return in_turn(model, batch, self.threat, self.parts)
 
@@ -151,6 +154,7 @@ class Near:
     attacks: tuple[Attack, ...]
     reach: float = 1.25
 
+    @takes_images
     def __call__(self, model: nn.Module, batch: Batch) -> Image:
         require_attackable(model, batch, self.threat)
         x_adv = batch.x.detach().clone()

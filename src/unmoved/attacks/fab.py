@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from unmoved.attacks.calling import takes_images
 from unmoved.attacks.gradients import Best, crossed, input_gradient, not_differentiable, rounding
 from unmoved.attacks.hyperplanes import length, to_hyperplane, toward
 from unmoved.attacks.minimum_norm import clear, searching
@@ -77,6 +78,7 @@ class FAB:
         flag_field(self, "FAB.targeted")
         flag_field(self, "FAB.until_broken")
 
+    @takes_images
     def __call__(self, model: nn.Module, batch: Batch) -> Image:
         with searching(model, batch, self.threat) as views:
             if len(batch) == 0:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from unmoved.attacks.calling import takes_images
 from unmoved.attacks.gradients import crossed, gradient_at, rounding
 from unmoved.attacks.hyperplanes import dual_length, length
 from unmoved.attacks.minimum_norm import MARGIN, Nearest, searching
@@ -66,6 +67,7 @@ class FMN:
         number_field(self, "FMN.step_size", above=0)
         number_field(self, "FMN.gamma", above=0, at_most=1)
 
+    @takes_images
     def __call__(self, model: nn.Module, batch: Batch) -> Image:
         with searching(model, batch, self.threat) as views:
             nearest = Nearest(views, self.threat)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from unmoved.attacks.calling import takes_images
 from unmoved.attacks.gradients import crossed
 from unmoved.attacks.hyperplanes import length
 from unmoved.attacks.minimum_norm import Nearest, searching
@@ -74,6 +75,7 @@ class HopSkipJump:
         if self.threat.norm not in ("linf", "l2"):
             raise UnmovedError(f"HopSkipJump: expected norm linf or l2, came {self.threat.norm}; use FMN")
 
+    @takes_images
     def __call__(self, model: nn.Module, batch: Batch) -> Image:
         with searching(model, batch, self.threat) as views, torch.no_grad():
             nearest = Nearest(views, self.threat)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from unmoved.attacks.calling import takes_images
 from unmoved.attacks.gradients import MODES, attacking, gradient_at, require_attackable
 from unmoved.core import collectives
 from unmoved.core.batch import Batch, Image, per_image
@@ -102,6 +103,7 @@ class IAAT:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self._index, self._radius = state["index"].clone(), state["radius"].clone()
 
+    @takes_images
     def __call__(self, model: nn.Module, batch: Batch) -> Image:
         require_attackable(model, batch, self.threat)
         return self._attack(model, batch, self.radius(batch.index))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from unmoved.attacks.calling import takes_images
 from unmoved.attacks.gradients import MODES, Best, attacking, broken, gradient_at, value_at
 from unmoved.attacks.relu_backward import smoothed
 from unmoved.attacks.stopping import StoppingRule
@@ -84,6 +85,7 @@ class PGD:
         """Return whether no sample stops before the others."""
         return self.stop is None
 
+    @takes_images
     def __call__(self, model: nn.Module, batch: Batch) -> Image:
         with attacking(model, batch, self.threat, self.mode) as views, smoothed(self.smooth):
             if self.threat.radius == 0 or (self.stop is not None and self.stop.inert):

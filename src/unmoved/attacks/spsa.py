@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from unmoved.attacks.calling import takes_images
 from unmoved.attacks.gradients import Best, attacking, broken, value_at
 from unmoved.core import noise
 from unmoved.core.batch import Batch, Image, per_image
@@ -69,6 +70,7 @@ class SPSA:
             number_field(self, "SPSA.step_size", above=0)
         keep_field(self, "SPSA.seed", require_seed)
 
+    @takes_images
     def __call__(self, model: nn.Module, batch: Batch) -> Image:
         with attacking(model, batch, self.threat) as views, torch.no_grad():
             if self.threat.radius == 0 or len(batch) == 0:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from unmoved.attacks.calling import takes_images
 from unmoved.attacks.gradients import Best, broken, value_at
 from unmoved.attacks.minimum_norm import searching
 from unmoved.attacks.square_proposals import Draws, Flips, Tiles, mosaic, stripes
@@ -72,6 +73,7 @@ class Square:
         flag_field(self, "Square.rescale_schedule")
         keep_field(self, "Square.seed", require_seed)
 
+    @takes_images
     def __call__(self, model: nn.Module, batch: Batch) -> Image:
         with searching(model, batch, self.threat) as views, torch.no_grad():
             if views.x.ndim != 4:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from unmoved.attacks.calling import takes_images
 from unmoved.attacks.gradients import require_attackable
 from unmoved.attacks.pgd import PGD
 from unmoved.core.batch import Batch, Image
@@ -59,6 +60,7 @@ class Transfer:
         """Return whether it may leave the ball: as the attack that it runs."""
         return self.attack is not None and is_minimum_norm(self.attack)
 
+    @takes_images
     def __call__(self, model: nn.Module, batch: Batch) -> Image:
         require_attackable(model, batch, self.threat)
         for tensor in (*self.source.parameters(), *self.source.buffers()):

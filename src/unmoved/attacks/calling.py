@@ -1,0 +1,40 @@
+"""Let an attack be called with images and labels, as other libraries call theirs, beside a batch."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TypeVar
+
+from torch import nn
+
+from unmoved.core.batch import Batch, Image, Label
+from unmoved.core.errors import UnmovedError
+
+Owner = TypeVar("Owner")
+
+
+def takes_images(call: Callable[[Owner, nn.Module, Batch], Image]) -> Callable[..., Image]:
+    """Wrap an attack's ``__call__(model, batch)`` so that ``attack(model, x, y)`` works, too.
+
+    ``x`` (B, C, H, W) in [0, 1] and ``y`` (B,) become a batch whose samples have the identities 0..B-1.
+
+    Raises:
+        UnmovedError: images without labels, or labels beside a batch, which has its own; as `Batch`.
+    """
+
+    @functools.wraps(call)
+    def called(self: Owner, model: nn.Module, batch: Batch | Image, y: Label | None = None) -> Image:
+        if isinstance(batch, Batch):
+            if y is not None:
+                raise UnmovedError(
+                    "attack(model, batch): expected no labels beside a batch, which has its own; came some"
+                )
+            return call(self, model, batch)
+        if y is None:
+            raise UnmovedError(
+                f"attack(model, x, y): expected a Batch, or images and labels, came {type(batch).__name__}"
+            )
+        return call(self, model, Batch(batch, y))
+
+    return called
