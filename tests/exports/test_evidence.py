@@ -100,7 +100,7 @@ def test_what_was_tried_by_what_on_what(judged: Path, export: Path) -> None:
     assert own["versions"] == found["provenance"]["versions"], "one environment trained and judged"
     assert own["finished"].endswith("+00:00")
     assert found["model"]["shape"] == [1, 8, 8]
-    assert found["doctor"]["about"] == "evaluation"
+    assert found["doctor"]["about"] == "verdict"
     assert found["recipe"]["training"]["epochs"] == 8
     assert (found["model"]["trained_by_unmoved"], found["model"]["training_seed"]) == (True, 0)
 

@@ -50,15 +50,14 @@ def export(
     pairs = [word.partition("=") for word in about]
     if odd := [word for word, (_, sign, _) in zip(about, pairs, strict=True) if not sign]:
         raise UnmovedError(f"--about: expected KEY=VALUE such as license=mit, came {odd[0]!r:.80}")
-    folder, exported = exports.export_run(Run.open(run), out, {key: value for key, _, value in pairs})
+    opened = Run.open(run)
+    folder, exported = exports.export_run(opened, out, {key: value for key, _, value in pairs})
     for line in exported.left_out:
         screen.say(f"note: {line}")
-    if exported.doctor is None:
+    if opened.doctor is None:
+        screen.say(f"note: the doctor was not asked, and the export says so: `unmoved doctor {run}`")
+    if opened.verdict is None:
         screen.say(
-            f"note: the doctor was not asked about these figures, and the export says so: `unmoved doctor {run}`"
-        )
-    if exported.standard is None:
-        screen.say(
-            f"note: AutoAttack has not judged it, and the export says so: `unmoved evaluate {run} --attacks standard`"
+            f"note: AutoAttack did not judge it, and the export says so: `unmoved evaluate {run} --attacks standard`"
         )
     screen.say(f"exported: {folder}\nnext: unmoved export --verify {folder}")
