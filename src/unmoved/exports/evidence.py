@@ -253,7 +253,8 @@ def _opinion(exported: ExportedRun) -> DoctorRecord | None:
         n=doctor.get("n"),
         sentence=doctor.get("sentence", ""),
         findings=[
-            FindingRecord(**{name: found[name] for name in FindingRecord.model_fields}) for found in doctor["findings"]
+            FindingRecord(check=f["check"], grade=f["grade"], measured=f["measured"], why=f["why"], do=f["do"])
+            for f in doctor["findings"]
         ],
     )
 

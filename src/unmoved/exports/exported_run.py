@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import pandas as pd
 
@@ -15,9 +15,11 @@ from unmoved import models
 from unmoved.core import untrusted
 from unmoved.core.errors import UnmovedError
 from unmoved.core.threat import eps_text
+from unmoved.core.untrusted import Json, JsonValue
 from unmoved.evaluation import outcomes
 from unmoved.evaluation.outcomes import CLEAN, WORST
 from unmoved.runs.evaluated import EvaluatedRun
+from unmoved.runs.records import Doctor, Evaluation
 
 if TYPE_CHECKING:
     from unmoved.runs.folder import Run
@@ -52,13 +54,13 @@ class Judgement:
     """
 
     kind: Kind
-    facts: Mapping[str, Any]
+    facts: Evaluation
     results: tuple[Result, ...]
     norm: str
     eps: float
 
     @classmethod
-    def of(cls, kind: Kind, facts: Mapping[str, Any], table: pd.DataFrame) -> Judgement:
+    def of(cls, kind: Kind, facts: Evaluation, table: pd.DataFrame) -> Judgement:
         rows = outcomes.summary(table, is_checked=True)[list(Result._fields)].itertuples(index=False, name=None)
         norm, eps = str(table["norm"].iloc[0]), float(table["eps"].iloc[0])
         return cls(kind, facts, tuple(Result(*row) for row in rows), norm, eps)
@@ -78,11 +80,11 @@ class Judgement:
 
     @property
     def split(self) -> str:
-        return str(self.facts.get("split") or "unknown")
+        return self.facts.get("split", "unknown")
 
     def settings(self, attack: str) -> str:
         """Return the constructor call that makes an attack; "" where an older version did not keep it."""
-        return str(self.facts.get("attacks", {}).get(attack, ""))
+        return self.facts["attacks"].get(attack, "")
 
     def autoattack(self, attack: str) -> Version | None:
         """Return which version of AutoAttack an attack is: ``"standard"`` or ``"rand"``; None for any other attack.
@@ -126,7 +128,7 @@ class ExportedRun:
         """
         evaluated = EvaluatedRun.of(run)
         which, left_out = evaluated.evaluation["weights"], list(evaluated.stale)
-        data = _evaluated_weights(run, which, str(evaluated.evaluation["weights_sha256"]))
+        data = _evaluated_weights(run, which, evaluated.evaluation["weights_sha256"])
         judgements = []
         if evaluated.evaluation is not evaluated.verdict:
             judgements.append(Judgement.of("evaluation", evaluated.evaluation, evaluated.outcomes))
@@ -147,23 +149,23 @@ class ExportedRun:
         return self.evaluated.name
 
     @property
-    def recipe(self) -> Mapping[str, Any]:
+    def recipe(self) -> Json:
         return self.evaluated.recipe
 
-    def table(self, name: str) -> Mapping[str, Any]:
+    def table(self, name: str) -> Json:
         """Return a table of the recipe; empty where it has none.
 
         Raises:
             UnmovedError: something else than a table.
         """
         found = self.recipe.get(name, {})
-        if not isinstance(found, Mapping):
+        if not isinstance(found, dict):
             where = self.evaluated.path / "recipe.toml"
             raise UnmovedError(f"{where}: {name}: expected a table, came {found!r:.80}; train the run again")
         return found
 
     @property
-    def doctor(self) -> Mapping[str, Any] | None:
+    def doctor(self) -> Doctor | None:
         return self.evaluated.doctor
 
     @property
@@ -203,7 +205,7 @@ class ExportedRun:
 
     @property
     def classes(self) -> list[str]:
-        return [str(name) for name in self.main.facts.get("classes") or ()]
+        return self.main.facts.get("classes", [])
 
     @cached_property
     def shape(self) -> tuple[int, int, int] | None:
@@ -240,7 +242,7 @@ def _evaluated_weights(run: Run, which: str, expected: str) -> bytes:
     return data
 
 
-def as_json(value: Any) -> Any:
+def as_json(value: object) -> JsonValue:
     """Return plain data as JSON can hold it: a number that is not finite becomes its name."""
     if isinstance(value, Mapping):
         return {str(key): as_json(part) for key, part in value.items()}

@@ -134,7 +134,7 @@ def label(judgement: Judgement, result: Result) -> str:
 def _opening(exported: ExportedRun) -> str:
     about, worst = exported.about, exported.main.worst
     shape = "" if exported.shape is None else f" of shape {exported.shape}"
-    doctor = (exported.doctor or {}).get("sentence")
+    sentence = "" if exported.doctor is None else exported.doctor.get("sentence", "")
     made = "trained and judged" if exported.trained else "trained elsewhere and judged"
     lines = [
         f"An image classifier (`{_code(architecture(exported))}`), {made} by unmoved: images{shape} in [0, 1] to "
@@ -144,8 +144,8 @@ def _opening(exported: ExportedRun) -> str:
         f"by {exported.eps} in {exported.main.norm}**, {100 * exported.main.clean.accuracy:.1f} % without an attack. "
         "An accuracy under attack is an upper bound.",
     ]
-    if doctor:
-        lines.append(f"**The doctor: {text(doctor)}**")
+    if sentence:
+        lines.append(f"**The doctor: {text(sentence)}**")
     if paper := [text(about[key]) for key in ("title", "authors", "venue") if key in about]:
         lines.append("Described in: " + ", ".join(paper) + (f", <{about['link']}>" if "link" in about else "") + ".")
     elif "link" in about:

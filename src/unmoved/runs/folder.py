@@ -11,6 +11,7 @@ trainer.previous.pt  the one before, for when trainer.pt is damaged
 evaluation/          outcomes.csv, curve.csv, gallery.npz, evaluation.json
 verdict/             outcomes.csv, verdict.json: AutoAttack's
 validation/          outcomes.csv, validation.json: of images held out of training, to choose settings by
+export/              what `unmoved export` wrote
 error.txt            the traceback of a run of `unmoved compare` that failed, until it succeeds
 """
 
