@@ -29,7 +29,8 @@ def test_all_attacks_are_here() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_images_and_labels_are_a_batch(name: str) -> None:
     make, net = getattr(attacks, name), model()
-    attack = make(THREAT, source=model()) if name == "Transfer" else make(THREAT)
+    threat = ThreatModel("l2", 0.5) if name == "CW" else THREAT
+    attack = make(threat, source=model()) if name == "Transfer" else make(threat)
     x = torch.rand(2, 3, 2, 2, generator=torch.Generator().manual_seed(1))
     y = net(x).argmax(1)
     assert torch.equal(attack(net, x, y), attack(net, Batch(x, y)))
