@@ -125,6 +125,27 @@ def test_the_folder_says_that_nothing_was_trained_and_every_command_reads_it(fol
     unmoved("analyze", "softmax", "runs/mine", "--n", "20", "--allow", "my_models").fine()
 
 
+def test_a_run_is_judged_in_other_balls_than_its_own(folder: Path, trained: Net) -> None:
+    unmoved(*COMMAND).fine()
+    command = ("evaluate", "runs/mine", "--n", "20", "--attacks", "pgd(steps=3)", "--allow", "my_models", "--no-doctor")
+    said = unmoved(*command, "--eps", "0.02,1/5").fine().out
+    assert "runs/mine/balls/linf-0.02" in said
+    tables = [Run.open(f"runs/mine/balls/linf-{eps}").outcomes for eps in ("0.02", "0.2")]
+    model = models.normalized(trained, [0.3], [0.35]).eval()
+    split = data.digits(test=500).test.take(20, seed=0)
+    for table, eps in zip(tables, (0.02, 0.2), strict=True):
+        attack = package.attacks.PGD(package.ThreatModel("linf", eps), steps=3)
+        expected = package.evaluate(model, split, {"pgd(steps=3)": attack}, package.ThreatModel("linf", eps))
+        pd.testing.assert_frame_equal(table, expected, check_dtype=False)
+    assert tables[0]["success"].sum() < tables[1]["success"].sum()
+    assert Run.open("runs/mine").evaluation["n"] == 40  # that of its own ball stays
+    unmoved(*command, "--norm", "l2", "--eps", "0.5").fine()
+    assert set(Run.open("runs/mine/balls/l2-0.5").outcomes["norm"]) == {"l2"}
+    assert "expected no --validation" in unmoved(*command, "--eps", "0.1", "--validation").mistake()
+    assert "expected a number or a fraction" in unmoved(*command, "--eps", "big").mistake()
+    assert "norm" in unmoved(*command, "--norm", "l3").mistake()
+
+
 def test_the_same_command_goes_on_and_another_one_is_refused(folder: Path, trained: Net) -> None:
     unmoved(*COMMAND).fine()
     before = Path("runs/mine/best.safetensors").stat().st_mtime_ns

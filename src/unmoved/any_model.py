@@ -38,7 +38,7 @@ from unmoved.runs.assembly import Assembly
 from unmoved.runs.components import parse_number
 from unmoved.runs.evaluate import chosen_attacks, evaluate_run, examine_run
 from unmoved.runs.folder import Run
-from unmoved.runs.load import Opened
+from unmoved.runs.load import Opened, opened, weights_digest
 
 logger = logging.getLogger("unmoved")
 Progress = Callable[[float, str], None]
@@ -218,6 +218,45 @@ def judge_recipe(
     opened = Opened(assembly, model.to(where).eval())
     table = _judged(run, lambda: opened, attacks, n, doctor, batch_size, allow, progress)
     return Judgement(run, table, notes)
+
+
+def judge_in_ball(
+    run: Run,
+    norm: str,
+    eps: float,
+    *,
+    attacks: str = "recipe",
+    n: int | None = None,
+    weights: str = "best",
+    doctor: bool = True,
+    batch_size: int = 128,
+    allow: Collection[str] = (),
+    device: str = "auto",
+    progress: Progress | bool = True,
+) -> Judgement:
+    """Judge the model of a run in another ball than its recipe's, in the folder ``RUN/balls/NORM-EPS``.
+
+    That is a run folder of its own, of a model that is judged only: what was trained in one ball says nothing about its
+    training in another.
+
+    Args:
+        run: a run folder.
+        norm, eps: the ball.
+        weights: ``"best"`` or ``"last"``, of the run.
+        attacks, n, doctor, batch_size, allow, device, progress: as in `judge_recipe`.
+
+    Raises:
+        UnmovedError: as `judge_recipe`.
+    """
+    trained, model = opened(run, weights, device, allow)
+    tables = {key: value for key, value in trained.recipe.tables().items() if key in ("data", "model", "evaluation")}
+    tables |= {"name": f"{run.name} {norm} {eps:g}", "trained": False, "threat": {"norm": norm, "eps": eps}}
+    assembly = Assembly(config.parse(tables, "evaluate"), allow, source=trained.source)
+    chosen_attacks(attacks, assembly, allow)
+    loaded = models.Loaded(weights_digest(run, weights), "", (), False)
+    folder = judged_run(run.path / "balls" / f"{norm}-{eps:g}", assembly, model, loaded)
+    table = _judged(folder, lambda: Opened(assembly, model), attacks, n, doctor, batch_size, allow, progress)
+    return Judgement(folder, table)
 
 
 def judged_run(path: Path, assembly: Assembly, model: nn.Module, loaded: models.Loaded | None) -> Run:

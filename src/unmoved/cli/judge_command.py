@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from unmoved.cli import screen
-from unmoved.cli.options import Allow, Device, app
+from unmoved.cli.options import Allow, AskDoctor, Attacks, BatchSize, Device, Number, app
 
 if TYPE_CHECKING:
     from unmoved.core.untrusted import Json
@@ -22,10 +22,6 @@ Out = Annotated[Path, typer.Option(help="The run folder to make; what is in it g
 Weights = Annotated[
     Path | None, typer.Option(help="safetensors, .pt or .pth: a state_dict, alone or under its usual keys.")
 ]
-Attacks = Annotated[
-    str, typer.Option(help="standard (AutoAttack), quick, or attacks by name, as in evaluate; commas between.")
-]
-Number = Annotated[int | None, typer.Option("--n", min=1, help="Images to judge; all unless given.")]
 Mean = Annotated[str | None, typer.Option(help="What images were normalised by in training, per channel.")]
 Deviation = Annotated[str | None, typer.Option(help="The same: the deviation.")]
 Match = Annotated[str, typer.Option(help="names, or order: the file's tensors are the model's in order.")]
@@ -37,8 +33,6 @@ ModelSet = Annotated[
     list[str], typer.Option("--model-set", metavar="KEY=VALUE", help="An argument of the model. Repeats.")
 ]
 DataSet = Annotated[list[str], typer.Option("--data-set", metavar="KEY=VALUE", help="A setting of the data. Repeats.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Images a pass; the verdict does not depend on it.")]
-AskDoctor = Annotated[bool, typer.Option("--doctor/--no-doctor", help="Ask the doctor too whether to believe it.")]
 
 
 @app.command()

@@ -26,3 +26,13 @@ Allow = Annotated[
     typer.Option("--allow", metavar="PACKAGE", help="Let recipes import this package of yours. Repeats."),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
+Attacks = Annotated[
+    str,
+    typer.Option(
+        help="recipe, quick, standard or rand (AutoAttack), or attacks by name, such as pgd(steps=100),my_lab:Mine; "
+        "commas between."
+    ),
+]
+Number = Annotated[int | None, typer.Option("--n", min=1, help="Images to judge; all unless this or the recipe says.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images a pass; the verdict does not depend on it.")]
+AskDoctor = Annotated[bool, typer.Option("--doctor/--no-doctor", help="Ask the doctor too whether to believe it.")]

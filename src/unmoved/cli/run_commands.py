@@ -8,9 +8,21 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from unmoved.cli import screen
-from unmoved.cli.options import Allow, Device, Overrides, RecipePath, RunPath, app
+from unmoved.cli.options import (
+    Allow,
+    AskDoctor,
+    Attacks,
+    BatchSize,
+    Device,
+    Number,
+    Overrides,
+    RecipePath,
+    RunPath,
+    app,
+)
 
 if TYPE_CHECKING:
+    from unmoved.runs.folder import Run
     from unmoved.training.log import EpochRecord, StepRecord
 
 
@@ -74,15 +86,21 @@ def train(
     screen.say(f"trained: {run.path}\nnext: unmoved evaluate {run.path}")
 
 
+Radii = Annotated[
+    str | None, typer.Option("--eps", help="Judge in other balls than the recipe's: radii such as 0.1,8/255.")
+]
+Norm = Annotated[str | None, typer.Option(help="The norm of these balls: linf, l2 or l1; the recipe's unless given.")]
+
+
 @app.command()
 def evaluate(
     run: RunPath,
-    n: Annotated[int | None, typer.Option("--n", min=1, help="Images to judge; all unless the recipe says.")] = None,
-    attacks: Annotated[
-        str, typer.Option(help="recipe, quick, standard or rand (AutoAttack), or attacks by name; commas between.")
-    ] = "recipe",
+    n: Number = None,
+    attacks: Attacks = "recipe",
+    eps: Radii = None,
+    norm: Norm = None,
     weights: Annotated[str, typer.Option(help="best (by validation robust accuracy) or last.")] = "best",
-    batch_size: Annotated[int, typer.Option(min=1, help="Images a pass; the verdict does not depend on it.")] = 128,
+    batch_size: BatchSize = 128,
     precision: Annotated[
         str, typer.Option(help="Of the search: float32, bf16 or auto. Verdicts are float32.")
     ] = "auto",
@@ -92,9 +110,7 @@ def evaluate(
     validation: Annotated[
         bool, typer.Option("--validation", help="Judge the images held out of training instead: to choose settings.")
     ] = False,
-    ask_doctor: Annotated[
-        bool, typer.Option("--doctor/--no-doctor", help="Ask the doctor too whether to believe it.")
-    ] = True,
+    ask_doctor: AskDoctor = True,
     allow: Allow = [],  # noqa: B006
     device: Device = "auto",
 ) -> None:
@@ -105,6 +121,11 @@ def evaluate(
 
     errors.require_choice("--weights", weights, ("best", "last"))
     opened = runs.Run.open(run)
+    if eps is not None or norm is not None:
+        if validation or save_adversarial:
+            raise errors.UnmovedError("--eps, --norm: expected no --validation and no --save-adversarial beside them")
+        _in_balls(opened, norm, eps, attacks, n, weights, batch_size, ask_doctor, allow, device)
+        return
     with screen.follow() as advance:
         tables = evaluation.evaluate_run(
             opened,
@@ -132,6 +153,49 @@ def evaluate(
             answer = evaluation.examine_run(opened, allow=allow, device=device, progress=advance)
         screen.say(f"doctor: {answer['sentence'] or 'no objection'}")
     screen.say(f"next: unmoved report {run}")
+
+
+def _in_balls(
+    run: Run,
+    norm: str | None,
+    eps: str | None,
+    attacks: str,
+    n: int | None,
+    weights: str,
+    batch_size: int,
+    ask_doctor: bool,
+    allow: list[str],
+    device: str,
+) -> None:
+    """Judge a run in other balls than its recipe's, each in a folder of its own, and print one table."""
+    from unmoved import any_model
+    from unmoved.runs import recipe as config
+
+    ball = config.parse(run.recipe, str(run.path / "recipe.toml")).threat
+    radii = [ball.eps] if eps is None else [any_model.parsed_eps(text) for text in eps.split(",")]
+    judgements = []
+    for radius in radii:
+        with screen.follow() as progress:
+            judgements.append(
+                any_model.judge_in_ball(
+                    run,
+                    norm or ball.norm,
+                    radius,
+                    attacks=attacks,
+                    n=n,
+                    weights=weights,
+                    doctor=ask_doctor,
+                    batch_size=batch_size,
+                    allow=allow,
+                    device=device,
+                    progress=progress,
+                )
+            )
+    screen.print_summary({judgement.run.name: judgement.outcomes for judgement in judgements})
+    for judgement in judgements:
+        if judgement.doctor is not None:
+            screen.say(f"doctor, {judgement.run.name}: {judgement.doctor['sentence'] or 'no objection'}")
+        screen.say(f"saved: {judgement.run.path}")
 
 
 @app.command()
