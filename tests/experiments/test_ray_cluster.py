@@ -312,7 +312,7 @@ def test_a_machine_with_another_version(session: None, tmp_path: Path, monkeypat
 def test_a_machine_without_the_package(session: None, tmp_path: Path) -> None:
     (tmp_path / "unmoved.py").write_text("raise ImportError('No module named torch')")
     settings = {"runtime_env": {"env_vars": {"PYTHONPATH": str(tmp_path)}}}
-    kind, words = ray.get(ray.remote(**settings)(ray_cluster._traveller()).remote("1.0"))
+    kind, words = ray.get(ray.remote(**settings)(ray_cluster._traveller()).remote("1.0", b"", ("", "", 0.0, 0.0)))
     assert kind == "unfit"
     assert "expected unmoved 1.0 on every machine of the cluster, came: No module named torch" in words
 

@@ -325,7 +325,7 @@ def test_several_names_at_once_and_unknown_ones(run: Path) -> None:
 def test_no_attack_by_name_is_called_autoattack_but_the_two_versions(run: Path) -> None:
     assembly = Assembly(read(run / "recipe.toml"))
     for name in ("recipe", "quick", "pgd", "apgd", "fab", "square"):
-        (chosen,) = evaluation._chosen(name, assembly, ()).values()
+        (chosen,) = evaluation.chosen_attacks(name, assembly, ()).values()
         assert not any("auto" in label for label in chosen)
 
 
