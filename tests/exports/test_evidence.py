@@ -113,21 +113,21 @@ def test_an_evaluation_by_an_older_version(tmp_path: Path) -> None:
     assert told(run / "export")["model"]["shape"] == [1, 8, 8], "of its gallery"
 
 
-def test_a_model_that_was_trained_elsewhere(changed: Callable[..., Path]) -> None:
-    run = changed("metrics.jsonl", "trainer.pt")
-    tables = {"data", "model", "threat", "evaluation", "evaluation.attacks.pgd", "evaluation.attacks.pgd.loss"}
-    text = (run / "recipe.toml").read_text(encoding="utf-8").split("\n[")
-    kept = ["trained = false\n" + text[0], *(part for part in text[1:] if part.partition("]")[0] in tables)]
-    (run / "recipe.toml").write_text("\n[".join(kept), encoding="utf-8")
-    assert "training" not in Run(run).recipe
+def test_a_model_that_was_trained_elsewhere(judged: Path, tmp_path: Path) -> None:
+    weights, run = tmp_path / "net.safetensors", tmp_path / "run"
+    shutil.copy(judged / "best.safetensors", weights)
+    said = ("--model-set", "hidden=[16]", "--data", "digits", "--data-set", "test=1500", "--eps", 0.1)
+    unmoved("judge", "mlp", "--weights", weights, *said, "--attacks", "pgd", "--n", 8, "--out", run).fine()
     unmoved("export", run).fine()
-    model = told(run / "export")["model"]
-    assert (model["trained_by_unmoved"], model["training_seed"]) == (False, None)
+    found = told(run / "export")
+    assert (found["model"]["trained_by_unmoved"], found["model"]["training_seed"]) == (False, None)
+    assert found["provenance"]["weights"]["sha256"] == sha256(weights)
     card = (run / "export" / "README.md").read_text(encoding="utf-8")
     assert "trained elsewhere and judged by unmoved" in card
-    assert "seed 0)" not in card
+    assert "of one training run" not in card
     entry = json.loads((run / "export" / "robustbench.json").read_text(encoding="utf-8"))
     assert entry["additional_data"] is None
+    unmoved("export", run, "--verify").fine()
 
 
 def test_numbers_that_json_lacks_are_texts(changed: Callable[..., Path]) -> None:
