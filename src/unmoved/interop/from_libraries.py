@@ -279,7 +279,8 @@ class _Call:
 def _call_torchattacks(call: _Call) -> Tensor:
     norm = _NAMES[call.of.threat.norm]
     attack = call.made(call.model, **call.settings(norm=norm, seed=call.seed, n_classes=call.num_classes))
-    return attack(call.x, call.y)
+    x_adv: Tensor = attack(call.x, call.y)
+    return x_adv
 
 
 def _call_foolbox(call: _Call) -> Tensor:
@@ -287,7 +288,8 @@ def _call_foolbox(call: _Call) -> Tensor:
     nearest = call.of.minimum_norm
     epsilons = None if nearest else call.of.threat.radius
     raw, clipped, _ = attack(foolbox_model(call.model), call.x, call.y, epsilons=epsilons)
-    return raw if nearest else clipped
+    x_adv: Tensor = raw if nearest else clipped
+    return x_adv
 
 
 def _call_art(call: _Call) -> Any:
@@ -298,7 +300,9 @@ def _call_art(call: _Call) -> Any:
 
 
 def _call_adv_lib(call: _Call) -> Tensor:
-    return call.made(call.model, call.x, call.y, **call.settings(norm=float(_ORDERS[call.of.threat.norm])))
+    settings = call.settings(norm=float(_ORDERS[call.of.threat.norm]))
+    x_adv: Tensor = call.made(call.model, call.x, call.y, **settings)
+    return x_adv
 
 
 _CALLS: dict[str, Callable[[_Call], Any]] = {

@@ -131,7 +131,8 @@ def found(library: Library, name: str) -> Callable[..., Any]:
     known = {key: value for key, value in vars(namespace).items() if _is_attack(library, value)}
     if name not in known:
         raise UnmovedError(f"interop: {library.attacks} has no attack {name!r}" + did_you_mean(name, known))
-    return known[name]
+    attack: Callable[..., Any] = known[name]
+    return attack
 
 
 def _is_attack(library: Library, value: object) -> bool:

@@ -81,7 +81,7 @@ def to_foolbox(attack: Attack) -> Any:
         x_adv = _with(attack, ball)(_Through(model), Batch(x.raw.detach(), labels.raw.long()))
         return restore(eagerpy.astensor(x_adv))
 
-    class Fixed(bases.FixedEpsilonAttack):  # type: ignore[name-defined]
+    class Fixed(bases.FixedEpsilonAttack):  # type: ignore[name-defined, misc]
         """The attack within the ball of each epsilon."""
 
         distance = getattr(distances, threat.norm)
@@ -90,7 +90,7 @@ def to_foolbox(attack: Attack) -> Any:
             bases.raise_if_kwargs(settings)
             return run(model, inputs, criterion, epsilon)
 
-    class Nearest(bases.MinimizationAttack):  # type: ignore[name-defined]
+    class Nearest(bases.MinimizationAttack):  # type: ignore[name-defined, misc]
         """The attack that seeks the nearest image."""
 
         distance = getattr(distances, threat.norm)

@@ -51,7 +51,7 @@ class Answers:
 
     @property
     def right(self) -> np.ndarray:
-        return self.label == self.prediction
+        return np.equal(self.label, self.prediction)
 
 
 def constant(evidence: Evidence) -> Finding | None:
