@@ -51,7 +51,8 @@ class Answers:
 
     @property
     def right(self) -> np.ndarray:
-        return np.equal(self.label, self.prediction)
+        right: np.ndarray = self.label == self.prediction
+        return right
 
 
 def constant(evidence: Evidence) -> Finding | None:
