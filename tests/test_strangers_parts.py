@@ -243,7 +243,7 @@ def test_neither_show_nor_report_nor_evaluate_imports_unasked(lab: Path) -> None
         ("my_lab.losses:Entropy", "my_lab.torn:Entropy", "cannot import 'my_lab.torn' (SyntaxError: "),
         ("my_lab.losses:Entropy", "my_lab.broken:Entropy", "cannot import 'my_lab.broken' (RuntimeError: no licence"),
         ("floor = 0.5", "flor = 0.5", "unexpected keyword argument 'flor'; its arguments are the other keys"),
-        ("lr = 0.01", "", "missing 1 required positional argument: 'lr'"),
+        ("lr = 0.01", "", "it needs lr: lr = VALUE in the same table"),
         ("my_lab.nets:Net", "my_lab.nets:nothing", "expected a function that returns an nn.Module, came NoneType"),
         ("my_lab.data:squares\"\nn = 150", "my_lab.data:pair\"", "function that returns a DataSet, came tuple"),
         ("my_lab.losses:Entropy\"\nfloor = 0.5", "my_lab.losses:not_a_term\"\nnumber = 1", "expected a term"),

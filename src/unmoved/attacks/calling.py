@@ -20,21 +20,15 @@ def takes_images(call: Callable[[Owner, nn.Module, Batch], Image]) -> Callable[.
     ``x`` (B, C, H, W) in [0, 1] and ``y`` (B,) become a batch whose samples have the identities 0..B-1.
 
     Raises:
-        UnmovedError: images without labels, or labels beside a batch, which has its own; as `Batch`.
+        UnmovedError: labels beside a batch, which has its own; as `Batch`.
     """
 
     @functools.wraps(call)
-    def called(self: Owner, model: nn.Module, batch: Batch | Image, y: Label | None = None) -> Image:
-        if isinstance(batch, Batch):
-            if y is not None:
-                raise UnmovedError(
-                    "attack(model, batch): expected no labels beside a batch, which has its own; came some"
-                )
-            return call(self, model, batch)
+    def called(self: Owner, model: nn.Module, batch: Batch, y: Label | None = None) -> Image:
         if y is None:
-            raise UnmovedError(
-                f"attack(model, x, y): expected a Batch, or images and labels, came {type(batch).__name__}"
-            )
+            return call(self, model, batch)  # which refuses what is no batch
+        if isinstance(batch, Batch):
+            raise UnmovedError("attack(model, batch): expected no labels beside a batch, which has its own; came some")
         return call(self, model, Batch(batch, y))
 
     return called

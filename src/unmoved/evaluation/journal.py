@@ -26,7 +26,7 @@ class _Entry(BaseModel):
 
     attack: str
     part: str
-    position: list[_Whole]
+    position: Annotated[list[_Whole], Field(min_length=1)]
     prediction: list[_Whole]
     distance: list[NonNegativeFloat]
 
