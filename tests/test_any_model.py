@@ -141,7 +141,7 @@ def test_a_run_is_judged_in_other_balls_than_its_own(folder: Path, trained: Net)
     assert Run.open("runs/mine").evaluation["n"] == 40  # that of its own ball stays
     unmoved(*command, "--norm", "l2", "--eps", "0.5").fine()
     assert set(Run.open("runs/mine/balls/l2-0.5").outcomes["norm"]) == {"l2"}
-    assert "expected no --validation" in unmoved(*command, "--eps", "0.1", "--validation").mistake()
+    assert "expected none of --validation" in unmoved(*command, "--eps", "0.1", "--validation").mistake()
     assert "expected a number or a fraction" in unmoved(*command, "--eps", "big").mistake()
     assert "norm" in unmoved(*command, "--norm", "l3").mistake()
 
@@ -242,6 +242,46 @@ def test_a_judgement_is_read_by_its_attributes_and_shown(trained: Net, digits: d
     assert "mine" in page.read_text()
 
 
+def test_a_folder_is_of_one_model_and_of_one_data_set(trained: Net, digits: data.ArraySplit, tmp_path: Path) -> None:
+    class Masked(Net):
+        """What it computes depends on a setting that is no tensor."""
+
+        def __init__(self, scale: float) -> None:
+            super().__init__()
+            self.scale = scale
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * self.scale
+
+    def judged(model: nn.Module, labels: Tensor) -> object:
+        how = {"eps": 0.1, "attacks": "fgsm", "out": tmp_path / "mine", "doctor": False, "progress": False}
+        return package.judge(model.eval(), (digits.images[:20], labels[:20]), **how)
+
+    one, other = Masked(1.0), Masked(2.0)
+    for model in (one, other):
+        model.load_state_dict(trained.state_dict())
+    first: Any = judged(one, digits.labels)
+    again: Any = judged(one, digits.labels)
+    assert again.outcomes.equals(first.outcomes)
+    with pytest.raises(UnmovedError, match=r"another run \(it differs in: model\)"):
+        judged(other, digits.labels)
+    with pytest.raises(UnmovedError, match=r"another run \(it differs in: data\)"):
+        judged(one, (digits.labels + 1) % 10)
+    assert first.doctor is None
+    said = unmoved("doctor", tmp_path / "mine").mistake()
+    assert "were objects in Python; call unmoved.judge" in said
+
+
+@pytest.mark.parametrize("attacks", ["pgd,pgd(steps=3),recipe", "clean", "fgsm,my_models:fgsm"])
+def test_two_attacks_of_one_name_are_refused(folder: Path, attacks: str) -> None:
+    (folder / "my_models.py").write_text(
+        MODULE + "from unmoved import attacks, ThreatModel\n"
+        "def fgsm(threat: ThreatModel) -> attacks.PGD: return attacks.FGSM(threat)\nclean = fgsm\n"
+    )
+    named = {"fgsm,pgd(steps=3)": attacks.replace("clean", "my_models:clean")}
+    assert "expected each name once" in unmoved(*(named.get(word, word) for word in COMMAND)).mistake()
+
+
 def test_progress_and_a_folder_of_ones_own(trained: Net, digits: data.ArraySplit, tmp_path: Path) -> None:
     shares: list[float] = []
     found = package.judge(
@@ -282,7 +322,9 @@ def test_fine_tuning_starts_from_a_checkpoint(folder: Path, trained: Net, tmp_pa
     for ours, theirs in zip(tuned.get_submodule("model").parameters(), trained.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
     assert json.loads(Path("runs/tuned/provenance.json").read_text())["weights"]["key"] == "model_state_dict"
+    again = ("train", "tune.toml", "--out", "runs/tuned", "--allow", "my_models", "--resume")
     Path("net.pt").unlink()
+    unmoved(*again).fine()  # what was saved holds the weights
     unmoved("evaluate", "runs/tuned", "--attacks", "fgsm", "--no-doctor", "--allow", "my_models").fine()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import sys
 import tempfile
@@ -14,7 +13,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from html import escape
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import torch
@@ -23,12 +21,14 @@ from torch import nn
 from unmoved import models
 from unmoved.core.errors import UnmovedError
 from unmoved.core.messages import printable
+from unmoved.core.precision import device_of, require_device
 from unmoved.core.preconditions import require_model
 from unmoved.core.threat import ThreatModel
 from unmoved.core.untrusted import Json
 from unmoved.core.views import eval_logits
 from unmoved.data import ArraySplit, DataSet, Selection
-from unmoved.data.adapters import as_split
+from unmoved.data.adapters import as_split, names_of
+from unmoved.data.validation import numbered
 from unmoved.evaluation import outcomes
 from unmoved.evaluation.doctor.examine import examine
 from unmoved.evaluation.doctor.finding import Finding
@@ -38,7 +38,9 @@ from unmoved.runs.assembly import Assembly
 from unmoved.runs.components import parse_number
 from unmoved.runs.evaluate import chosen_attacks, evaluate_run, examine_run
 from unmoved.runs.folder import Run
+from unmoved.runs.judged import is_of_other_weights, judged_run, tables_of_objects
 from unmoved.runs.load import Opened, opened, weights_digest
+from unmoved.runs.records import Doctor
 
 logger = logging.getLogger("unmoved")
 Progress = Callable[[float, str], None]
@@ -53,11 +55,13 @@ class Judgement:
         run: the run folder that holds all of it; gone with this object unless a folder was asked for.
         outcomes: one row for each image and attack, with the columns of `unmoved.outcomes`.
         notes: what was done to data or model before.
+        doctor: what the doctor found: sentence and findings; None where it was not asked.
     """
 
     run: Run
     outcomes: pd.DataFrame
     notes: tuple[str, ...] = ()
+    doctor: Doctor | None = None
 
     @cached_property
     def summary(self) -> pd.DataFrame:
@@ -81,11 +85,6 @@ class Judgement:
 
     def _of(self, measure: str, column: str) -> float:
         return float(self.summary[column].to_dict()[measure])
-
-    @property
-    def doctor(self) -> Any:
-        """Return what the doctor found: sentence and findings; None where it was not asked."""
-        return self.run.doctor
 
     def report(self, path: Path | str = "report.html", title: str = "Robustness report") -> Path:
         """Write one self-contained HTML page, and its figures beside it; return its path."""
@@ -139,7 +138,7 @@ def judge(
         classes: their names; by default those that the data has.
         layout: ``"NCHW"`` or ``"NHWC"``, needed for numpy arrays whose shape alone does not tell.
         doctor: whether the doctor is asked.
-        out: keep everything in this run folder, which ``unmoved report``, ``doctor`` and ``analyze`` read.
+        out: keep everything in this run folder, which ``unmoved report`` and ``export`` read; the same call goes on.
         name: what report and messages call the model; by default its class.
         allow: packages whose attacks ``attacks`` may name.
         progress: whether a bar is shown, or what is called with (share of the work, what is known so far).
@@ -149,10 +148,13 @@ def judge(
             for; a folder that holds something else.
     """
     require_model(model, ORDER)
+    if not isinstance(attacks, str):
+        raise UnmovedError(
+            f'judge: expected names as attacks, such as "quick" or "pgd(steps=50)", came {attacks!r:.80}'
+        )
     split, notes = _fitting(model, data, classes, layout)
-    about: Json = {"name": name or type(model).__name__, "trained": False, "data": {"use": "python:data"}}
-    ball: Json = {"norm": norm, "eps": parsed_eps(eps)}
-    recipe = config.parse({**about, "model": {"use": _named(model)}, "threat": ball}, "judge")
+    about: Json = {"name": name or type(model).__name__, "threat": {"norm": norm, "eps": parsed_eps(eps)}}
+    recipe = config.parse({**about, **tables_of_objects(model, split)}, "judge")
     held = split if isinstance(split, ArraySplit) else split.select(torch.arange(len(split)))
     assembly = Assembly(recipe, allow, source=DataSet(held, held, "data"))
     chosen_attacks(attacks, assembly, allow)  # a wrong name is refused before a folder is made
@@ -162,7 +164,7 @@ def judge(
             undone.callback(shutil.rmtree, folder, ignore_errors=True)
         run = judged_run(folder, assembly, model, None)
         table = _judged(run, lambda: Opened(assembly, model), attacks, n, doctor, batch_size, allow, progress)
-        judgement = Judgement(run, table, tuple(notes))
+        judgement = Judgement(run, table, tuple(notes), run.doctor if doctor else None)
         weakref.finalize(judgement, undone.pop_all().close)
     return judgement
 
@@ -173,8 +175,8 @@ def _fitting(
     """Return the data as a split whose classes are the model's outputs, and notes."""
     split, notes = as_split(data, classes=classes, layout=layout)
     outputs = _outputs(model, split)
-    if isinstance(split, ArraySplit) and classes is None and split.classes == _numbered(split.num_classes):
-        split = replace(split, classes=_numbered(max(outputs, split.num_classes)))  # the data has no names of its own
+    if isinstance(split, ArraySplit) and split is not data and classes is None and names_of(data) is None:
+        split = replace(split, classes=numbered("classes", max(outputs, int(split.labels.max()) + 1) - 1))
     require_outputs(outputs, split)
     if model.training:
         notes.append("the model is in training mode; it was judged in evaluation mode")
@@ -208,6 +210,7 @@ def judge_recipe(
     Raises:
         UnmovedError: as `judge`; weights that do not fit.
     """
+    require_device(device)
     assembly = Assembly(recipe, allow, loading)
     model, loaded = assembly.initial_model()
     require_outputs(_outputs(model, assembly.data.test), assembly.data.test)
@@ -217,7 +220,7 @@ def judge_recipe(
     run = judged_run(Path(out), assembly, model, loaded)
     opened = Opened(assembly, model.to(where).eval())
     table = _judged(run, lambda: opened, attacks, n, doctor, batch_size, allow, progress)
-    return Judgement(run, table, notes)
+    return Judgement(run, table, notes, run.doctor if doctor else None)
 
 
 def judge_in_ball(
@@ -234,7 +237,7 @@ def judge_in_ball(
     device: str = "auto",
     progress: Progress | bool = True,
 ) -> Judgement:
-    """Judge the model of a run in another ball than its recipe's, in the folder ``RUN/balls/NORM-EPS``.
+    """Judge the model of a run in another ball than its recipe's, in the folder ``RUN/balls/NORM-EPS`` (``-last``).
 
     That is a run folder of its own, of a model that is judged only: what was trained in one ball says nothing about its
     training in another.
@@ -254,33 +257,12 @@ def judge_in_ball(
     assembly = Assembly(config.parse(tables, "evaluate"), allow, source=trained.source)
     chosen_attacks(attacks, assembly, allow)
     loaded = models.Loaded(weights_digest(run, weights), "", (), False)
-    folder = judged_run(run.path / "balls" / f"{norm}-{eps:g}", assembly, model, loaded)
+    path = run.path / "balls" / f"{norm}-{eps!r}{'' if weights == 'best' else '-last'}"
+    if is_of_other_weights(path, loaded.sha256):
+        shutil.rmtree(path)  # as an evaluation of the run itself, what is about former weights is replaced
+    folder = judged_run(path, assembly, model, loaded)
     table = _judged(folder, lambda: Opened(assembly, model), attacks, n, doctor, batch_size, allow, progress)
-    return Judgement(folder, table)
-
-
-def judged_run(path: Path, assembly: Assembly, model: nn.Module, loaded: models.Loaded | None) -> Run:
-    """Make the run folder of a model that was trained elsewhere, or open the one that was made of it before.
-
-    Raises:
-        UnmovedError: the folder holds another run, or one of other weights.
-    """
-    tables, run = assembly.recipe.tables(), Run(path)
-    if os.path.lexists(path / "recipe.toml"):
-        run = Run.open(path)
-        begun = config.parse(run.recipe, str(path / "recipe.toml")).tables()
-        differ = sorted(key for key in {*tables, *begun} if tables.get(key) != begun.get(key))
-        if loaded is not None and run.provenance.get("weights", {}).get("sha256") != loaded.sha256:
-            differ.append("the file of weights")
-        if differ:
-            raise UnmovedError(f"{path} holds another run (it differs in: {', '.join(differ)}); choose another folder")
-        if loaded is not None and models.is_whole(path / "best.safetensors"):
-            return run
-    else:
-        run = Run.create(path, tables, weights=loaded)
-    with run.alone():
-        run.save_weights(model, "best")
-    return run
+    return Judgement(folder, table, (), folder.doctor if doctor else None)
 
 
 def _judged(
@@ -370,18 +352,8 @@ def require_outputs(outputs: int, split: ArraySplit | Selection) -> None:
 
 def _outputs(model: nn.Module, split: ArraySplit | Selection) -> int:
     """Return the number of logits that the model gives for an image of the data."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     return int(eval_logits(model, next(split.batches(min(2, len(split)))).x.to(device)).shape[1])
-
-
-def _numbered(count: int) -> tuple[str, ...]:
-    return tuple(str(k) for k in range(count))
-
-
-def _named(model: nn.Module) -> str:
-    """Return ``module:Class`` of a model, as a recipe names it."""
-    kind = type(model)
-    return f"{kind.__module__}:{kind.__qualname__.rpartition('.')[2]}"
 
 
 @contextmanager

@@ -10,7 +10,15 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    Subset,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 from unmoved.core.errors import UnmovedError
 from unmoved.data import ArraySplit, DataSet
@@ -116,6 +124,27 @@ def test_names_are_taken_from_the_caller_first() -> None:
     assert as_split((X, Y))[0].classes == ("0", "1", "2")
 
 
+def test_a_loader_of_some_samples_is_judged_on_these() -> None:
+    """As a validation loader of the training data is made."""
+    loader = DataLoader(TensorDataset(FLOATS, Y), 4, sampler=SubsetRandomSampler([7, 2, 5]))
+    found, _ = as_split(loader)
+    assert torch.equal(next(found.batches(9)).x, FLOATS[[2, 5, 7]])
+    for sampler in (WeightedRandomSampler([1.0] * 12, 5), [3, 1]):
+        with pytest.raises(UnmovedError, match=r"with a sampler of its own .*Subset"):
+            as_split(DataLoader(TensorDataset(FLOATS, Y), 4, sampler=sampler))
+
+
+def test_pictures_of_a_palette_are_colours() -> None:
+    colours = Rows(lambda k: (picture(k).convert("P", palette=Image.Palette.ADAPTIVE), int(Y[k])))
+    assert as_split(colours)[0].shape == (3, 5, 6)
+    with pytest.raises(UnmovedError, match="mode L or RGB, came CMYK"):
+        as_split(Rows(lambda k: (picture(k).convert("CMYK"), 0)))
+
+
+def test_one_class_alone_is_data_of_two() -> None:
+    assert as_split((FLOATS, Y * 0))[0].classes == ("0", "1")
+
+
 BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "a path": (lambda: "data/mnist", "expected a DataLoader, .*came a str"),
     "images alone": (lambda: FLOATS, "came a Tensor"),
@@ -139,6 +168,11 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: Rows(lambda k: (FLOATS[k, :, : 3 + k % 2], 0)),
         "expected images of one shape, came .*resize them first",
     ),
+    "labels of no kind": (
+        lambda: Rows(lambda k: (FLOATS[k], None)),
+        "expected a whole number as each label, came 'None'",
+    ),
+    "floating labels": (lambda: Rows(lambda k: (FLOATS[k], 0.9)), "expected whole numbers"),
     "text": (lambda: Rows(lambda k: ("image.png", 0)), "expected images as tensors, arrays or Pillow's, came a str"),
 }
 

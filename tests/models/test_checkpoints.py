@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import re
 import tarfile
 import warnings
 import zipfile
@@ -114,9 +115,10 @@ def test_other_names_are_matched_by_order_once_that_is_said(tmp_path: Path) -> N
 
 
 def test_order_is_refused_where_shapes_differ_and_nothing_is_changed(tmp_path: Path) -> None:
-    torch.save(dict(reversed(list(state().items()))), tmp_path / "net.pt")
+    other = {f"net.{name}": value for name, value in reversed(list(state().items()))}
+    torch.save(other, tmp_path / "net.pt")
     model = made(seed=2)
-    words = r"model's 'conv.weight' is \(3, 1, 3, 3\), at its place stands 'out.bias' \(2,\)"
+    words = r"model's 'conv.weight' is \(3, 1, 3, 3\), at its place stands 'net.out.bias' \(2,\)"
     with pytest.raises(UnmovedError, match=words):
         load_checkpoint(model, tmp_path / "net.pt", match="order")
     assert same(model, made(seed=2))
@@ -182,6 +184,8 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "numbers": (lambda path: torch.save({"epoch": 1, "lr": 0.1}, path), "dictionary of 'epoch', 'lr', none of which"),
     "two unknown": (lambda path: torch.save({"a": state(), "b": state()}, path), "not said which are the weights"),
     "compressed": (archive, "came a compressed one"),
+    "broken directory": (lambda path: broken_directory(path), "not a whole file|expected a whole file"),
+    "sparse": (lambda path: torch.save({"w": torch.eye(3).to_sparse()}, path), "'w': expected a dense tensor"),
     "cut short": (cut, "expected a whole file of weights"),
     "tar of 2016": (old_tar, "expected"),
     "text": (lambda path: path.write_text("hello"), "expected"),
@@ -212,6 +216,55 @@ def test_what_holds_no_fitting_weights_is_refused_in_one_sentence_and_nothing_is
         load_checkpoint(model, path)
     assert str(path) in str(found.value)
     assert same(model, made(seed=2))
+
+
+def test_a_weight_never_takes_the_place_of_a_running_mean(tmp_path: Path) -> None:
+    """All shapes agree in order, but what they hold does not."""
+    names = ["conv.weight", "conv.bias", "norm.running_mean", "norm.running_var", "norm.weight", "norm.bias"]
+    saved = {f"net.{name}": state()[name] for name in [*names, "out.weight", "out.bias"]}
+    torch.save(saved, tmp_path / "net.pt")
+    model = made(seed=2)
+    for match in ("names", "order"):
+        with pytest.raises(UnmovedError) as caught:
+            load_checkpoint(model, tmp_path / "net.pt", match=match)
+        assert "--match order" not in str(caught.value)
+        assert same(model, made(seed=2))
+
+
+def test_order_follows_the_names_where_they_are_the_models(tmp_path: Path) -> None:
+    torch.save(dict(reversed(list(state().items()))), tmp_path / "net.pt")
+    model = made(seed=2)
+    assert not load_checkpoint(model, tmp_path / "net.pt", match="order").by_order
+    assert same(model, made())
+
+
+@pytest.mark.parametrize("extra", [{"aux.weight": torch.ones(2), "aux.bias": torch.ones(1)}, {"bound": torch.ones(1)}])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_the_advice_to_ignore_works(tmp_path: Path, extra: dict[str, Tensor], prefix: str) -> None:
+    torch.save({prefix + name: value for name, value in (state() | extra).items()}, tmp_path / "net.pt")
+    model = made(seed=2)
+    with pytest.raises(UnmovedError, match="leave them out") as caught:
+        load_checkpoint(model, tmp_path / "net.pt")
+    patterns = re.findall(r"--ignore '([^']+)'", str(caught.value))
+    assert {*load_checkpoint(model, tmp_path / "net.pt", ignore=patterns).ignored} == {*extra}
+    assert same(model, made())
+
+
+def test_numbers_beside_the_tensors_are_passed_over_and_lazy_layers_are_named(tmp_path: Path) -> None:
+    torch.save(state() | {"epoch": 3}, tmp_path / "net.pt")
+    model = made(seed=2)
+    load_checkpoint(model, tmp_path / "net.pt")
+    assert same(model, made())
+    with pytest.raises(UnmovedError, match="lazy layers"):
+        load_checkpoint(nn.LazyLinear(3), tmp_path / "net.pt")
+
+
+def broken_directory(path: Path) -> None:
+    torch.save(state(), path)
+    data = bytearray(path.read_bytes())
+    at = data.rfind(b"PK\x01\x02")
+    data[at : at + 4] = b"XXXX"
+    path.write_bytes(data)
 
 
 def test_reading_runs_no_code(tmp_path: Path) -> None:

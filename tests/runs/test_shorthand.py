@@ -69,6 +69,7 @@ def test_models(text: str, given: dict[str, Any], table: dict[str, Any]) -> None
         ("smal_cnn", {}, "expected module:Name, timm:NAME or one of .*did you mean 'small_cnn'"),
         ("linear", {"mean": "0.1"}, "--std: expected a value because --mean is given"),
         ("linear", {"mean": "a", "std": "b"}, "--mean: expected numbers such as"),
+        ("linear", {"settings": ["use=os:system"]}, "expected key=value"),
         ("linear", {"settings": ["depth"]}, "--model-set 'depth': expected key=value"),
     ],
 )
@@ -92,7 +93,10 @@ def test_attacks() -> None:
     assert attack_tables('pgd(loss="a,b)")') == [('pgd(loss="a,b)")', {"use": "pgd", "loss": "a,b)"})]
 
 
-@pytest.mark.parametrize("text", ["pgd(steps=3", "pgd)", "pgd(steps)", "pgd(1=2)", "(steps=3)", "pgd(a=1)b"])
+@pytest.mark.parametrize(
+    "text",
+    ["pgd(steps=3", "pgd)", "pgd(steps)", "pgd(1=2)", "(steps=3)", "pgd(a=1)b", "pgd(use=apgd)", "pgd(a=1, a=2)"],
+)
 def test_attacks_that_are_none(text: str) -> None:
     with pytest.raises(UnmovedError, match="--attacks"):
         attack_tables(text)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from unmoved.attacks import FMN
 from unmoved.core.batch import Batch, Index, Label, Logits, PerSample, Table
 from unmoved.core.errors import UnmovedError, require_whole
+from unmoved.core.precision import device_of
 from unmoved.core.preconditions import require_attack, require_images, require_labels
 from unmoved.core.protocols import Attack, Split
 from unmoved.core.threat import ThreatModel, require_threat
@@ -167,7 +168,7 @@ def collect_batch(
     """
     require_attack("attack", attack)
     require_threat("threat", threat)
-    batch = batch.to(next((p.device for p in model.parameters()), torch.device("cpu")))
+    batch = batch.to(device_of(model))
     require_images(batch.x, threat.bounds)
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices):

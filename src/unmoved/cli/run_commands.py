@@ -122,8 +122,8 @@ def evaluate(
     errors.require_choice("--weights", weights, ("best", "last"))
     opened = runs.Run.open(run)
     if eps is not None or norm is not None:
-        if validation or save_adversarial:
-            raise errors.UnmovedError("--eps, --norm: expected no --validation and no --save-adversarial beside them")
+        if validation or save_adversarial or precision != "auto":
+            raise errors.UnmovedError("--eps, --norm: expected none of --validation, --save-adversarial, --precision")
         _in_balls(opened, norm, eps, attacks, n, weights, batch_size, ask_doctor, allow, device)
         return
     with screen.follow() as advance:

@@ -91,6 +91,11 @@ def _ieee() -> Iterator[None]:
         turn(before)
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of a model's parameters; the CPU if it has none."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
 # Channels that oneDNN's kernels take at a time: 8 with AVX2, 16 with AVX-512.
 _BLOCK = 16
 

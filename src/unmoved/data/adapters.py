@@ -9,12 +9,23 @@ import numpy as np
 import torch
 from PIL import Image as Pillow
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset, default_collate
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    SubsetRandomSampler,
+    TensorDataset,
+    default_collate,
+)
 
 from unmoved.core.errors import UnmovedError
 from unmoved.data.dataset import DataSet
 from unmoved.data.split import ArraySplit, Selection
-from unmoved.data.validation import as_classes
+from unmoved.data.validation import as_labels, numbered
 
 IMAGES = ("image", "images", "img", "x", "pixel_values", "pixels", "inputs")
 LABELS = ("label", "labels", "y", "target", "targets", "fine_label", "class")
@@ -38,7 +49,7 @@ class Table(Protocol):
 
 
 def as_split(
-    data: object, *, classes: Sequence[str] | None = None, num_classes: int | None = None, layout: str | None = None
+    data: object, *, classes: Sequence[str] | None = None, layout: str | None = None
 ) -> tuple[ArraySplit | Selection, list[str]]:
     """Return the images and labels of ``data`` as a split in memory, and notes on what was done to them.
 
@@ -48,7 +59,6 @@ def as_split(
     Args:
         data: one of `FORMS`; of a `DataSet` the test part.
         classes: names; by default those that the data has, else ``"0"``, ``"1"``, ...
-        num_classes: how many names to make where the data has none; by default one more than the largest label.
         layout: as in `ArraySplit.of`.
 
     Raises:
@@ -58,16 +68,16 @@ def as_split(
         return data.test, []
     if isinstance(data, ArraySplit | Selection):
         return data, []
-    names = classes if classes is not None else _names(data)
+    names = classes if classes is not None else names_of(data)
     images, labels = _arrays(data)
     if not len(images):
         raise UnmovedError("data: expected at least one sample, came none")
+    labels = as_labels("data labels", labels, len(images))
+    if names is None:
+        names = numbered("data labels", max(int(labels.max()), 1))
     notes = []
     if images.dtype in (torch.uint8, np.uint8):
         notes.append("images of 0..255 (uint8) were divided by 255")
-    if names is None and num_classes is not None:
-        largest = int(labels.max()) if len(labels) else 0
-        names = as_classes("data classes", None, max(largest, num_classes - 1))
     if layout is None and isinstance(images, Tensor) and images.ndim == 4 and images.shape[1] in (1, 3, 4):
         layout = "NCHW"  # as torch has it, where the shape alone does not tell
     return ArraySplit.of(images, labels, classes=names, layout=layout), notes
@@ -84,14 +94,27 @@ def _arrays(data: object) -> tuple[Arrays, Arrays]:
     if callable(batches := getattr(data, "batches", None)):
         return _gathered((batch.x, batch.y) for batch in batches(256))
     if isinstance(data, DataLoader):
-        if isinstance(data.dataset, IterableDataset):
+        if isinstance(data.dataset, IterableDataset) or data.batch_size is None:
             return _gathered(map(_pair, data))
         collate = _collated if data.collate_fn is default_collate else data.collate_fn
-        size, workers = data.batch_size or 256, data.num_workers
-        return _gathered(map(_pair, DataLoader(data.dataset, size, collate_fn=collate, num_workers=workers)))
+        whole, size, workers = _chosen(data), data.batch_size, data.num_workers
+        return _gathered(map(_pair, DataLoader(whole, size, collate_fn=collate, num_workers=workers)))
     if isinstance(data, Dataset):
         return _gathered(map(_pair, DataLoader(data, 256, collate_fn=_collated)))
     raise UnmovedError(f"data: expected {FORMS}; came a {type(data).__name__}")
+
+
+def _chosen(loader: DataLoader[object]) -> Dataset[object]:
+    """Return the samples that a loader goes through, in the order in which they are stored."""
+    sampler, batches = loader.sampler, loader.batch_sampler
+    if isinstance(sampler, SubsetRandomSampler) and type(batches) is BatchSampler:
+        return Subset(loader.dataset, sorted({int(k) for k in sampler.indices}))
+    if isinstance(sampler, SequentialSampler | RandomSampler) and type(batches) is BatchSampler:
+        return loader.dataset
+    raise UnmovedError(
+        f"data: expected a DataLoader that goes through its data set, came one with a sampler of its own "
+        f"({type(sampler).__name__}, {type(batches).__name__}); hand over torch.utils.data.Subset(dataset, indices)"
+    )
 
 
 def _gathered(batches: Iterable[tuple[Arrays, Arrays]]) -> tuple[Tensor, Tensor]:
@@ -131,11 +154,18 @@ def _collated(samples: list[object]) -> tuple[Tensor, Tensor]:
         raise UnmovedError(
             f"data: expected images of one shape, came {sorted({tuple(x.shape) for x in pixels})}; resize them first"
         )
-    return torch.stack(pixels), torch.as_tensor([int(label) for label in labels])
+    try:
+        return torch.stack(pixels), torch.stack([torch.as_tensor(label) for label in labels])
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UnmovedError(f"data: expected a whole number as each label, came {str(labels[0])[:80]!r}") from error
 
 
 def _pixels(image: object) -> Arrays:
     if isinstance(image, Pillow.Image):
+        if image.mode == "P":  # numbers of a palette's colours
+            image = image.convert("RGB")
+        if image.mode not in ("L", "RGB"):
+            raise UnmovedError(f"data: expected Pillow images of mode L or RGB, came {image.mode}; convert them first")
         values = np.array(image)
         return values[None] if values.ndim == 2 else values.transpose(2, 0, 1)
     if isinstance(image, Tensor | np.ndarray):
@@ -161,10 +191,10 @@ def _table(table: Table) -> tuple[Tensor, Tensor]:
     return _collated(list(samples()))
 
 
-def _names(data: object) -> Sequence[str] | None:
+def names_of(data: object) -> Sequence[str] | None:
     """Return the class names that a data set has, if it has any."""
     if isinstance(data, DataLoader | Subset):
-        return _names(data.dataset)
+        return names_of(data.dataset)
     if isinstance(data, Table):
         feature = next((data.features[name] for name in LABELS if name in data.features), None)
         return list(names) if (names := getattr(feature, "names", None)) else None

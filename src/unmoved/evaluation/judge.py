@@ -14,7 +14,7 @@ from torch import nn
 from unmoved.core.batch import Batch, Image, Label
 from unmoved.core.errors import UnmovedError, require_whole
 from unmoved.core.passes import one_pass, require_distinct
-from unmoved.core.precision import autocast
+from unmoved.core.precision import autocast, device_of
 from unmoved.core.preconditions import require_attack, require_images, require_labels, require_model, require_split
 from unmoved.core.protocols import Attack, Ensemble, Split, draws_of, is_minimum_norm, kind_of, parts_of
 from unmoved.core.threat import ThreatModel, require_threat
@@ -310,7 +310,7 @@ def predicted(model: nn.Module, x: Image, y: Label, draws: int = 1) -> tuple[Lab
 
 def checked_batches(model: nn.Module, split: Split, size: int, threat: ThreatModel) -> Iterator[Batch]:
     """Iterate over a split in batches on the model's device, with images and labels checked."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     for batch in one_pass(split, size):
         require_images(batch.x, threat.bounds)
         require_labels(batch.y)

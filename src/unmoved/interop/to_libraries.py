@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from unmoved.core.batch import Batch, Image, Label, Logits
 from unmoved.core.errors import UnmovedError
+from unmoved.core.precision import device_of
 from unmoved.core.preconditions import require_attack, require_model
 from unmoved.core.protocols import Attack, is_minimum_norm
 from unmoved.core.threat import ThreatModel
@@ -173,7 +174,7 @@ def foolbox_model(model: nn.Module) -> Any:
         UnmovedError: foolbox is missing, or something that is no model.
     """
     require_model(model, "foolbox_model(model)")
-    return load("foolbox", FOOLBOX.package).PyTorchModel(model, bounds=(0.0, 1.0), device=_device(model))
+    return load("foolbox", FOOLBOX.package).PyTorchModel(model, bounds=(0.0, 1.0), device=device_of(model))
 
 
 def art_classifier(model: nn.Module, shape: tuple[int, ...], num_classes: int) -> Any:
@@ -194,12 +195,8 @@ def art_classifier(model: nn.Module, shape: tuple[int, ...], num_classes: int) -
         input_shape=tuple(shape),
         nb_classes=num_classes,
         clip_values=(0.0, 1.0),
-        device_type="gpu" if _device(model).type == "cuda" else "cpu",
+        device_type="gpu" if device_of(model).type == "cuda" else "cpu",
     )
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 def _threat_of(attack: Attack) -> ThreatModel:

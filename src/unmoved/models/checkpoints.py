@@ -26,6 +26,9 @@ KEYS = ("state_dict", "model_state_dict", "model", "ema", "state_dict_ema", "mod
 PREFIXES = ("module.", "_orig_mod.")  # what DataParallel, DDP and torch.compile put in front of names
 MATCHES = ("names", "order")
 _COUNT = "num_batches_tracked"  # BatchNorm counts batches since torch 0.4.1; files from before lack it
+_PLAIN = (Tensor, type(None), bool, int, float, str)  # what a state_dict may hold
+# The kinds of tensors that most modules have, by the last part of their names.
+_KINDS = frozenset({"weight", "bias", "running_mean", "running_var", _COUNT})
 _SHOWN = 8  # names in a message
 _PAGE = re.compile(rb"\s*<(!doctype|html|\?xml|head|body)", re.IGNORECASE)
 
@@ -56,7 +59,8 @@ def load_checkpoint(
     Args:
         path: a .safetensors file, or what ``torch.save`` wrote: a dictionary of tensors by name, alone or under one of
             `KEYS`. It is read with ``weights_only=True`` onto the CPU, wherever it was saved.
-        match: ``"names"``, or ``"order"``: the k-th tensor of the file is the k-th of the model; the shapes must agree.
+        match: ``"names"``, or ``"order"``: the k-th tensor of the file is the k-th of the model; shapes, and what is a
+            weight, a bias or a running mean, must agree. Where all names are the model's they are followed.
         ignore: patterns (as of file names, with ``*`` and ``?``) of names in the file that the model has no place for.
         key: under which key of the file the weights stand; by default the first of `KEYS` that it has.
 
@@ -66,17 +70,20 @@ def load_checkpoint(
     """
     path = Path(path)
     require_choice("match", match, MATCHES)
+    if any(nn.parameter.is_lazy(value) for value in model.state_dict().values()):
+        raise UnmovedError(f"{path}: the model has lazy layers without a shape yet; pass one batch through it first")
     tensors, found_key = read_checkpoint(path, key)
-    tensors, ignored = _without_ignored(path, tensors, ignore)
     own = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    tensors, ignored = _without_ignored(path, _without_prefixes(tensors, own), ignore)
     tensors = _without_prefixes(tensors, own)
-    pairs = _by_order(path, own, tensors) if match == "order" else _by_name(path, own, tensors)
+    is_by_order = match == "order" and {*own} != {*tensors}
+    pairs = _by_order(path, own, tensors) if is_by_order else _by_name(path, own, tensors)
     for name, theirs in pairs.items():
         value = tensors[theirs]
         if value.dtype != own[name].dtype and not (value.is_floating_point() and own[name].is_floating_point()):
             raise UnmovedError(f"{path}: {theirs!r}: expected {own[name].dtype}, came {value.dtype}")
     model.load_state_dict({name: tensors[theirs] for name, theirs in pairs.items()}, strict=False)
-    return Loaded(digest(path), found_key, ignored, match == "order")
+    return Loaded(digest(path), found_key, ignored, is_by_order)
 
 
 def read_checkpoint(path: Path | str, key: str | None = None) -> tuple[dict[str, Tensor], str]:
@@ -108,8 +115,13 @@ def read_checkpoint(path: Path | str, key: str | None = None) -> tuple[dict[str,
 def _unpickled(path: Path) -> object:
     """Read what ``torch.save`` wrote, as tensors and plain containers alone."""
     if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
+        try:
+            with zipfile.ZipFile(path) as archive:
+                members = archive.infolist()
+        except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+            raise UnmovedError(
+                f"{path}: expected a whole file of weights, came: {brief(error)}; save it again"
+            ) from error
         if any(member.filename.endswith("/constants.pkl") for member in members):
             raise UnmovedError(
                 f"{path}: expected weights, came a TorchScript archive, which is a program; where you trust it: "
@@ -145,7 +157,7 @@ def _refused(path: Path, words: str) -> str:
 def _unwrapped(path: Path, content: object, key: str | None) -> tuple[dict[str, Tensor], str]:
     """Return the dictionary of tensors in what was read, and its key."""
     if isinstance(content, Mapping) and key is None and (tensors := _tensors(content)):
-        return tensors, ""
+        return _dense(path, tensors), ""
     if not isinstance(content, Mapping):
         raise UnmovedError(
             f"{path}: expected tensors by name, came a {type(content).__name__}; save model.state_dict()"
@@ -157,22 +169,30 @@ def _unwrapped(path: Path, content: object, key: str | None) -> tuple[dict[str, 
             raise UnmovedError(
                 f"{path}: expected tensors under {key!r}, came them under {', '.join(map(repr, known)) or 'no key'}"
             )
-        return found[key], key
+        return _dense(path, found[key]), key
     if not known or (known[0] not in KEYS and len(known) > 1):
         held = ", ".join(repr(str(name)) for name in list(content)[:_SHOWN])
         which = "none of which holds tensors by name" if not known else "and it is not said which are the weights"
         raise UnmovedError(f"{path}: expected a model's state_dict, came a dictionary of {held}, {which}")
     if len(known) > 1:
         logger.info("%s: the weights under %r were read, not those under %s", path, known[0], ", ".join(known[1:]))
-    return found[known[0]], known[0]
+    return _dense(path, found[known[0]]), known[0]
 
 
 def _tensors(value: object) -> dict[str, Tensor]:
-    """Return a dictionary of tensors by name, without the None that some modules save; empty if it is none."""
-    if not isinstance(value, Mapping):
+    """Return the tensors of a dictionary by name, without plain values beside them; empty if it holds anything else."""
+    if not isinstance(value, Mapping) or any(not isinstance(v, _PLAIN) for v in value.values()):
         return {}
-    kept = {name: tensor for name, tensor in value.items() if tensor is not None}
-    return {str(n): t.detach() for n, t in kept.items()} if all(isinstance(t, Tensor) for t in kept.values()) else {}
+    return {str(name): tensor.detach() for name, tensor in value.items() if isinstance(tensor, Tensor)}
+
+
+def _dense(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Raise `UnmovedError` unless all tensors are dense and hold numbers."""
+    for name, value in tensors.items():
+        if value.layout != torch.strided or value.is_meta or value.is_quantized:
+            kind = "quantized" if value.is_quantized else f"{value.layout} on {value.device}"
+            raise UnmovedError(f"{path}: {name!r}: expected a dense tensor with data, came one that is {kind}")
+    return tensors
 
 
 def _without_ignored(
@@ -208,7 +228,7 @@ def _by_name(path: Path, own: Mapping[str, Tensor], tensors: Mapping[str, Tensor
     if not missing and not others:
         raise UnmovedError(
             f"{path}: the model has no place for {several(extra)}; if they are not needed, leave them out: "
-            + _ignoring(extra)
+            + _ignoring(extra, own)
         )
     if others and not missing and not extra:
         raise UnmovedError(
@@ -229,7 +249,7 @@ def _unfit(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], missing: li
     strange = [name for name in extra if name.rpartition(".")[2] not in kinds]
     kept = {name: value for name, value in tensors.items() if name not in strange}
     if _agree(own, kept):
-        also = f" {_ignoring(strange)}" if strange else ""
+        also = f" {_ignoring(strange, own)}" if strange else ""
         lines.append(f"  the shapes agree one to one in order: if it is the same network, pass --match order{also}")
     elif extra and missing:
         lines.append("  these are the weights of another architecture, or of other settings of it")
@@ -240,7 +260,7 @@ def _by_order(path: Path, own: Mapping[str, Tensor], tensors: Mapping[str, Tenso
     """Map the model's names to the names at the same places of the file."""
     counted = [name for name in own if len(own) == len(tensors) or not name.endswith(_COUNT)]
     for name, theirs in zip(counted, tensors, strict=False):
-        if own[name].shape != tensors[theirs].shape:
+        if own[name].shape != tensors[theirs].shape or _are_other_kinds(name, theirs):
             raise UnmovedError(
                 f"{path}: match order: the model's {name!r} is {tuple(own[name].shape)}, at its place stands "
                 f"{theirs!r} {tuple(tensors[theirs].shape)}; the order differs, or it is another network"
@@ -250,17 +270,23 @@ def _by_order(path: Path, own: Mapping[str, Tensor], tensors: Mapping[str, Tenso
         where = "the file" if len(tensors) > len(counted) else "the model"
         raise UnmovedError(
             f"{path}: match order: expected {len(counted)} tensors, came {len(tensors)}: {where} alone has "
-            f"{several(more)}" + (f"; leave them out: {_ignoring(more)}" if where == "the file" else "")
+            f"{several(more)}" + (f"; leave them out: {_ignoring(more, own)}" if where == "the file" else "")
         )
     return dict(zip(counted, tensors, strict=True))
 
 
 def _agree(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> bool:
-    """Return whether the shapes agree one to one in order, BatchNorm's counts apart."""
-    ours, theirs = (
-        [tuple(value.shape) for name, value in side.items() if not name.endswith(_COUNT)] for side in (own, tensors)
+    """Return whether shapes and kinds agree one to one in order, BatchNorm's counts apart."""
+    ours, theirs = ([name for name in side if not name.endswith(_COUNT)] for side in (own, tensors))
+    return len(ours) == len(theirs) and all(
+        own[a].shape == tensors[b].shape and not _are_other_kinds(a, b) for a, b in zip(ours, theirs, strict=True)
     )
-    return ours == theirs
+
+
+def _are_other_kinds(ours: str, theirs: str) -> bool:
+    """Return whether two names say that one is a weight, say, and the other a running mean."""
+    kinds = {ours.rpartition(".")[2], theirs.rpartition(".")[2]}
+    return len(kinds) == 2 and kinds <= _KINDS
 
 
 def _near(name: str, own: Mapping[str, Tensor], extra: list[str], tensors: Mapping[str, Tensor]) -> str:
@@ -274,10 +300,13 @@ def _difference(ours: Tensor, theirs: Tensor, name: str) -> str:
     return f"{name!r} expected {tuple(ours.shape)}, came {tuple(theirs.shape)}"
 
 
-def _ignoring(names: Sequence[str]) -> str:
-    """Write the options that leave out these names: by their last part where they share it."""
-    patterns = dict.fromkeys(f"*{name.rpartition('.')[2]}" if "." in name else name for name in names)
-    return " ".join(f"--ignore {pattern!r}" for pattern in list(patterns)[:_SHOWN])
+def _ignoring(names: Sequence[str], own: Iterable[str]) -> str:
+    """Write the options that leave out these names: by their last part where no name of the model has it, too."""
+    patterns = []
+    for name in names:
+        short = f"*{name.rpartition('.')[2]}"
+        patterns.append(short if "." in name and not any(fnmatchcase(kept, short) for kept in own) else name)
+    return " ".join(f"--ignore {pattern!r}" for pattern in list(dict.fromkeys(patterns))[:_SHOWN])
 
 
 def _list(items: Iterable[str]) -> str:

@@ -21,6 +21,8 @@ from unmoved.runs import components
 from unmoved.runs import recipe as config
 from unmoved.terms import Sum
 
+IN_PYTHON = "python:data"  # what the recipe of a judgement names where the data was an object
+
 
 class Assembly:
     """Build and hold the objects of a recipe: model, data, phases and what else training and evaluation need.
@@ -46,6 +48,11 @@ class Assembly:
         source: data.DataSet | None = None,
     ) -> None:
         self.recipe, self._allow = recipe, tuple(allow)
+        if source is None and getattr(recipe.data, "use", "") == IN_PYTHON:
+            raise UnmovedError(
+                f"recipe {recipe.name}: its model and data were objects in Python; call unmoved.judge(model, data, "
+                "out=...) there again (`unmoved report` and `unmoved export` need neither)"
+            )
         seed = recipe.training.seed
         self.threat = ThreatModel(recipe.threat.norm, recipe.threat.eps)
         self.source: data.DataSet = (

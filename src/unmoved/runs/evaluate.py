@@ -20,7 +20,7 @@ from unmoved.attacks import PGD, AutoAttack, Quick, Transfer
 from unmoved.core import untrusted
 from unmoved.core.errors import UnmovedError, did_you_mean, require_whole
 from unmoved.core.files import write_atomic
-from unmoved.core.precision import resolve
+from unmoved.core.precision import device_of, resolve
 from unmoved.core.protocols import Attack, kinds_of, notes_of
 from unmoved.core.untrusted import Json
 from unmoved.data import ArraySplit, Selection
@@ -29,6 +29,7 @@ from unmoved.evaluation import curve_and_gallery, judge, successes
 from unmoved.evaluation.doctor import examine
 from unmoved.evaluation.doctor.finding import summary
 from unmoved.evaluation.journal import Journal
+from unmoved.evaluation.outcomes import CLEAN, WORST
 from unmoved.runs import components
 from unmoved.runs.assembly import Assembly
 from unmoved.runs.folder import Run
@@ -90,7 +91,7 @@ def evaluate_run(
     Run.open(run.path)  # before the lock, which would make a missing folder
     with run.alone():
         assembly, model = opened(run, weights, device, allow) if ready is None else ready()
-        precision = resolve(precision, next(model.parameters()).device)  # another machine's "auto" may be another one
+        precision = resolve(precision, device_of(model))  # another machine's "auto" may be another one
         count = n or assembly.recipe.evaluation.n
         split = _judged(run, assembly, count, validation)
         about = question_about(assembly, split, allow)
@@ -299,7 +300,13 @@ def chosen_attacks(
     chosen: dict[str, dict[str, Attack]] = {}
     for text, table in attack_tables(names):
         kind = "verdict" if text in VERDICTS else "evaluation"
-        chosen.setdefault(kind, {}).update(_attacks_of(text, table, assembly, allow))
+        attacks = _attacks_of(text, table, assembly, allow)
+        if twice := [name for name in attacks if name in (CLEAN, WORST) or any(name in of for of in chosen.values())]:
+            raise UnmovedError(
+                f"--attacks: expected each name once and no measure's, came another {twice[0]!r} in {names!r}; "
+                "settings make another name, such as pgd(steps=50)"
+            )
+        chosen.setdefault(kind, {}).update(attacks)
     if not chosen:
         raise UnmovedError("--attacks: expected at least one name, came none")
     if validation:

@@ -211,6 +211,8 @@ class Run:
         path = self.path / f"{which}.safetensors"
         recipe, out = (shlex.quote(str(path)) for path in (self.path / "recipe.toml", self.path))
         train = f"`unmoved train {recipe} --out {out} --resume`"
+        if not self.recipe.get("trained", True):
+            train = "the call of `judge` that made this folder"
         if not os.path.lexists(path):
             raise UnmovedError(f"run folder {self.path}: no {path.name} yet; train first: {train}")
         try:

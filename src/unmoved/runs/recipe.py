@@ -195,8 +195,8 @@ class Recipe(PhaseParts):
     def _trained_by_an_objective(self) -> Recipe:
         if self.trained and not self.objective:
             raise ValueError("objective: expected at least one term, such as [objective.ce], came none")
-        if not self.trained and (self.objective or self.phases or self.attack is not None):
-            raise ValueError("trained = false: expected neither attack, objective nor phases; the model is judged only")
+        if not self.trained and (extra := sorted(self.model_fields_set & {*OF_TRAINING})):
+            raise ValueError(f"trained = false: expected no table about training, came {', '.join(extra)}")
         return self
 
     @model_validator(mode="after")

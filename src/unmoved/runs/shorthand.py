@@ -79,7 +79,9 @@ def data_table(text: str, settings: Sequence[str] = ()) -> Json:
     if colon:
         if not parameters:
             raise UnmovedError(f"--data: expected {name}, which takes no path, came {text!r}")
-        table.setdefault(parameters[0].name, place)
+        if parameters[0].name in table:
+            raise UnmovedError(f"--data: expected {parameters[0].name} once, came it in {text!r} and by --data-set")
+        table[parameters[0].name] = place
     needed = [p.name for p in parameters if p.default is p.empty and p.name not in table]
     if needed:
         raise UnmovedError(f"--data: expected {name}:{needed[0].upper()}, came {text!r} without it")
@@ -136,8 +138,10 @@ def _settings(option: str, settings: Sequence[str]) -> Json:
     found: Json = {}
     for setting in settings:
         key, equals, text = setting.partition("=")
-        if not equals or not key.strip().isidentifier():
+        if not equals or not key.strip().isidentifier() or key.strip() in ("use", "weights", "normalize"):
             raise UnmovedError(f"{option} {setting!r}: expected key=value, such as depth=18")
+        if key.strip() in found:
+            raise UnmovedError(f"{option} {setting!r}: expected each key once, came {key.strip()!r} twice")
         found[key.strip()] = value_of(text.strip(), f"{option} {setting!r:.200}")
     return found
 

@@ -17,8 +17,10 @@ from unmoved.core.untrusted import Json
 from unmoved.runs import recipe as config
 from unmoved.runs.assembly import Assembly
 from unmoved.runs.folder import Run
+from unmoved.runs.judged import is_of_other_weights
 from unmoved.terms.sum import stateful
 from unmoved.training import distributed, loop
+from unmoved.training.checkpoint import NEWEST, PREVIOUS
 from unmoved.training.log import Progress
 from unmoved.training.plan import Plan
 from unmoved.training.rehearsal import rehearse_training, require_trained
@@ -65,7 +67,13 @@ def train_recipe(
         fabric = distributed.prepare(device, devices, nodes)
         # Everything a recipe can get wrong is found before a folder is made, and before other processes are.
         assembly = Assembly(recipe, allow, loading) if build is None else build()
-        model, loaded = assembly.initial_model()
+        is_begun = run is not None and any(os.path.lexists(run.path / name) for name in (NEWEST, PREVIOUS))
+        # What was saved holds the weights: the file that they came from may be gone.
+        model, loaded = (assembly.model(), None) if is_begun else assembly.initial_model()
+        if run is not None and loaded is not None and is_of_other_weights(run.path, loaded.sha256):
+            raise UnmovedError(
+                f"{run.path} was begun with other weights than [model] weights holds now; choose another --out"
+            )
         train_part, validation = assembly.parts()
         _rehearse(model, assembly, train_part, validation, fabric)
         if first:

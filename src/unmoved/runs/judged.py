@@ -1,0 +1,85 @@
+"""Make run folders of models that were trained elsewhere, and tell when they are about another model or other data."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from unmoved import models
+from unmoved.core.errors import UnmovedError
+from unmoved.core.precision import device_of
+from unmoved.core.untrusted import Json
+from unmoved.core.views import eval_logits
+from unmoved.data import ArraySplit, Selection
+from unmoved.runs import recipe as config
+from unmoved.runs.assembly import IN_PYTHON, Assembly
+from unmoved.runs.folder import Run
+
+_LOOKED_AT = 8  # images whose logits stand for what a model computes
+
+
+def tables_of_objects(model: nn.Module, split: ArraySplit | Selection) -> Json:
+    """Return the tables of a recipe for a model and data that are objects in Python.
+
+    They name both by content: the model by its tensors and by its logits of a few images (what it computes may change
+    with its code, or with a setting that is no tensor), the data by its digest.
+    """
+    kind = type(model)
+    use = f"{kind.__module__}:{kind.__qualname__.rpartition('.')[2]}"
+    use = use if use.isascii() else "python:model"
+    return {
+        "trained": False,
+        "model": {"use": use, "content": fingerprint(model, split)},
+        "data": {"use": IN_PYTHON, "content": split.digest},
+    }
+
+
+def fingerprint(model: nn.Module, split: ArraySplit | Selection) -> str:
+    """Compute the sha256 of a model's tensors and of its logits of a few images, rounded to a thousandth."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        if isinstance(value, Tensor):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    x = next(split.batches(min(_LOOKED_AT, len(split)))).x
+    device = device_of(model)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        logits = eval_logits(model, x.to(device)).double().round(decimals=3) + 0.0  # no -0.0
+    digest.update(logits.cpu().contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def is_of_other_weights(path: Path, sha256: str) -> bool:
+    """Return whether there is a run folder of a model whose weights came from another file."""
+    if not os.path.lexists(path / "recipe.toml"):
+        return False
+    return Run.open(path).provenance.get("weights", {}).get("sha256") != sha256
+
+
+def judged_run(path: Path, assembly: Assembly, model: nn.Module, loaded: models.Loaded | None) -> Run:
+    """Make the run folder of a model that was trained elsewhere, or open the one that was made of it before.
+
+    Raises:
+        UnmovedError: the folder holds another run, or one of other weights.
+    """
+    tables, run = assembly.recipe.tables(), Run(path)
+    if os.path.lexists(path / "recipe.toml"):
+        run = Run.open(path)
+        begun = config.parse(run.recipe, str(path / "recipe.toml")).tables()
+        differ = sorted(key for key in {*tables, *begun} if tables.get(key) != begun.get(key))
+        if loaded is not None and run.provenance.get("weights", {}).get("sha256") != loaded.sha256:
+            differ.append("the file of weights")
+        if differ:
+            raise UnmovedError(f"{path} holds another run (it differs in: {', '.join(differ)}); choose another folder")
+        if loaded is not None and models.is_whole(path / "best.safetensors"):
+            return run
+    else:
+        run = Run.create(path, tables, weights=loaded)
+    with run.alone():
+        run.save_weights(model, "best")
+    return run
