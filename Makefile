@@ -21,14 +21,14 @@ help: ## what there is
 	touch $@
 
 demo: .venv/installed ## train, attack and compare on scikit-learn's digits; ends with runs/demo/report.html
-	$(BIN)/unmoved compare $(DEMO:%=recipes/digits/%.toml) --attacks quick --finalists 2 --final-n 100 --analyze softmax,corruption --analysis-n 32 --out runs/demo
+	$(BIN)/unmoved compare $(DEMO:%=digits/%) --attacks quick --finalists 2 --final-n 100 --analyze softmax,corruption --analysis-n 32 --out runs/demo
 
 digits: .venv/installed ## the demo's comparison with three seeds: runs/digits/report.html
-	$(BIN)/unmoved compare $(DEMO:%=recipes/digits/%.toml) --seeds 0,1,2 --out runs/digits
+	$(BIN)/unmoved compare $(DEMO:%=digits/%) --seeds 0,1,2 --out runs/digits
 
 study: .venv/installed ## what docs/analyses says of MNIST: 17 small models, four analyses; MNIST=folder
-	$(BIN)/unmoved compare recipes/mnist/study_at.toml --sweep attack.eps.to=0,0.1,0.2,0.3 --splits 2 --attacks quick --set data.path=$(MNIST) --out runs/study/eps
-	$(BIN)/unmoved compare $(STUDY:%=recipes/mnist/%.toml) --attacks quick --set data.path=$(MNIST) --set training.epochs=3 --set model.width=8 --set evaluation.n=1000 --set 'training.part={of=2,number=0}' --out runs/study/methods
+	$(BIN)/unmoved compare mnist/study_at --sweep attack.eps.to=0,0.1,0.2,0.3 --splits 2 --attacks quick --set data.path=$(MNIST) --out runs/study/eps
+	$(BIN)/unmoved compare $(STUDY:%=mnist/%) --attacks quick --set data.path=$(MNIST) --set training.epochs=3 --set model.width=8 --set evaluation.n=1000 --set 'training.part={of=2,number=0}' --out runs/study/methods
 	for what in softmax 'corruption --no-deep --n 500' tradeoff; do $(BIN)/unmoved analyze $$what $$(dirname runs/study/*/*/*/recipe.toml) --out runs/study/analysis || exit 1; done
 	$(BIN)/unmoved analyze corruption --n 500 runs/study/methods/mnist-at/seed0 --out runs/study/analysis-of-at
 	$(BIN)/unmoved analyze bias-variance $$(dirname runs/study/eps/*/*/recipe.toml) --eps 0,0.1,0.2,0.3 --modes own,shared,joint --out runs/study/analysis
@@ -59,7 +59,7 @@ bench-verdict: .venv/installed $(RUN) ## verdicts alone; RUN=runs/mine for a run
 	$(BIN)/python benchmarks/verdict.py speed $(RUN)
 
 runs/bench: | .venv/installed
-	$(BIN)/unmoved train recipes/digits/trades.toml --out runs/bench
+	$(BIN)/unmoved train digits/trades --out runs/bench
 
 test: .venv/installed-dev ## the whole suite
 	$(BIN)/python -m pytest

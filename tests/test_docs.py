@@ -8,7 +8,7 @@ import tomllib
 
 import pytest
 import torch
-from helpers.cli import ROOT
+from helpers.cli import RECIPES, ROOT
 from torch import nn
 
 from unmoved.runs import recipe as config
@@ -61,7 +61,7 @@ def test_the_guide_recipe_is_a_recipe():
 
 @pytest.mark.parametrize("page", sorted(p.name for p in (ROOT / "docs/methods").glob("*.md")))
 def test_recipe_lines_of_the_method_pages_parse(page):
-    base = tomllib.loads((ROOT / "recipes/digits/trades.toml").read_text())
+    base = tomllib.loads((RECIPES / "digits/trades.toml").read_text())
     for block in blocks(f"docs/methods/{page}", "toml"):
         tables = tomllib.loads(block)
         config.parse({**base, **tables, "objective": base["objective"] | tables.get("objective", {})})
@@ -98,7 +98,7 @@ def test_what_comes_from_other_libraries_runs(number):
 
 def test_attacks_of_other_libraries_in_a_recipe_parse():
     (tables,) = blocks(COMING_FROM, "toml")
-    base = tomllib.loads((ROOT / "recipes/digits/trades.toml").read_text())
+    base = tomllib.loads((RECIPES / "digits/trades.toml").read_text())
     config.parse({**base, **tomllib.loads(tables)})
 
 

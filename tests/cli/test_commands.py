@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from helpers.cli import RECIPE, ROOT, Said, digests, recipe, unmoved
+from helpers.cli import RECIPE, Said, digests, recipe, unmoved
 
 from unmoved.runs import recipe as config
 from unmoved.runs.folder import Run
@@ -105,12 +105,11 @@ def test_help_is_0_and_names_every_command() -> None:
         assert command in said.out
 
 
-def test_list_names_everything_and_the_recipes_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
+def test_list_names_everything_and_the_recipes() -> None:
     lines = unmoved("list").fine().out.splitlines()
     for word in ("trades", "pgd", "awp", "small_cnn", "digits", "one_cycle"):
         assert any(re.match(rf"  {word} +\S", line) for line in lines), word
-    assert any(line.strip().startswith(str(Path("recipes/digits/at.toml"))) for line in lines)
+    assert any(line.strip().startswith("digits/at ") for line in lines)
     assert not any(ANSI.search(line) for line in lines)
 
 

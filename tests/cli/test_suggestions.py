@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from helpers.cli import RECIPE, ROOT, recipe, unmoved
+from helpers.cli import RECIPE, recipe, unmoved
 from torch import nn
 
 from unmoved import cli
@@ -58,13 +57,17 @@ def test_every_full_key_that_is_offered_may_be_set(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("command", "said"),
     [
-        (("show", "trades"), "did you mean 'recipes/digits/trades.toml' or 'recipes/mnist/trades.toml'?"),
-        (("train", "digits/trades", "--out", "x"), "did you mean 'recipes/digits/trades.toml'?"),
-        (("compare", "TRADES.toml"), "did you mean 'recipes/digits/trades.toml' or"),
-        (("show", "digits/trade"), "did you mean 'recipes/digits/trades.toml'?"),
-        (("show", "pgd"), "'pgd' is a name that recipes use, of the kind 'attacks'; expected the path of a recipe"),
-        (("show", "nothing-like-it"), "no such file; `unmoved list` shows the recipes in this folder"),
-        (("evaluate", "recipes/digits/at.toml"), "found a file; train it first: unmoved train recipes/digits/at.toml"),
+        (("show", "trades"), "did you mean 'digits/trades' or 'mnist/trades'?"),
+        (("train", "recipes/digits/trades.toml", "--out", "x"), "did you mean 'digits/trades'?"),
+        (("show", "home"), "did you mean 'recipes/mine/home.toml'?"),
+        (("compare", "TRADES.toml"), "did you mean 'digits/trades' or"),
+        (("show", "digits/trade"), "did you mean 'digits/trades'?"),
+        (
+            ("show", "pgd"),
+            "'pgd' is a name that recipes use, of the kind 'attacks'; expected a recipe: digits/at",
+        ),
+        (("show", "nothing-like-it"), "no such file; correct the path, or take a recipe that `unmoved list` shows"),
+        (("evaluate", "recipes/mine/home.toml"), "found a file; train it first: unmoved train recipes/mine/home.toml"),
         (("report", "one"), "found none; did you mean 'runs/grid/one'?"),
         (("doctor", "nothing-like-it"), "found none; correct the path, or train first"),
         (("report", "runs/grid"), "found a folder of runs; did you mean 'runs/grid/one' or 'runs/grid/two'?"),
@@ -74,8 +77,7 @@ def test_every_full_key_that_is_offered_may_be_set(tmp_path: Path) -> None:
 def test_a_name_in_place_of_a_path_is_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...], said: str
 ) -> None:
-    for folder in ("digits", "mnist"):
-        shutil.copytree(ROOT / "recipes" / folder, tmp_path / "recipes" / folder)
+    recipe(tmp_path / "recipes" / "mine", name="home")
     for name in ("one", "two"):
         Run.create(tmp_path / "runs" / "grid" / name, {"name": name})
     monkeypatch.chdir(tmp_path)

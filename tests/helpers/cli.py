@@ -21,6 +21,7 @@ from unmoved.experiments.jobs import Job
 from unmoved.runs.folder import Run
 
 ROOT = Path(__file__).resolve().parents[2]
+RECIPES = ROOT / "src" / "unmoved" / "recipes"
 
 RECIPE = """
 [data]

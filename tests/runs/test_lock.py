@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from helpers.cli import ROOT, digests, recipe, unmoved
+from helpers.cli import RECIPES, digests, recipe, unmoved
 from helpers.fork_server import Nursery
 
 from unmoved.core import files
@@ -89,7 +89,7 @@ def test_while_a_process_holds_a_run_nobody_else_trains_or_evaluates_it(tmp_path
 def test_a_training_in_progress_is_not_disturbed_by_a_second_or_by_those_who_look(
     nursery: Nursery, tmp_path: Path
 ) -> None:
-    path, run = ROOT / "recipes" / "digits" / "trades_awp.toml", tmp_path / "run"
+    path, run = RECIPES / "digits" / "trades_awp.toml", tmp_path / "run"
     small = ["training.epochs=6", "model.width=4", "data.test=1500", "attack.steps=1", "training.checkpoint_share=1"]
     command = ["train", path, *(part for change in small for part in ("--set", change)), "--resume", "--out"]
     unmoved(*command, tmp_path / "uncut").fine()

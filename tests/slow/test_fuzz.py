@@ -92,7 +92,7 @@ def attempt(target: str, folder: Path, read: Callable[[], object]) -> None:
 
 # --- recipes
 
-RECIPES = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "recipes").glob("*/*.toml"))]
+RECIPES = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "src" / "unmoved" / "recipes").glob("*/*.toml"))]
 TEXTS = [*RECIPES, EVERYTHING]
 TABLES = [tomllib.loads(text) for text in TEXTS]
 

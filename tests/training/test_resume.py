@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers.cli import ROOT, digests, unmoved
+from helpers.cli import RECIPES, digests, unmoved
 from helpers.fork_server import Nursery
 
 from unmoved.core.errors import UnmovedError
@@ -23,7 +23,7 @@ from unmoved.runs.folder import Run
 if not hasattr(os, "fork"):
     pytest.skip("these tests fork", allow_module_level=True)
 
-RECIPE = ROOT / "recipes" / "digits" / "trades_awp.toml"
+RECIPE = RECIPES / "digits" / "trades_awp.toml"
 SMALL = ["training.epochs=5", "model.width=4", "data.test=1500", "attack.steps=1", "training.batch_size=32"]
 SMALL += ["training.checkpoint_share=1"]  # a state of each epoch
 COMMAND = ["train", str(RECIPE), *(part for change in SMALL for part in ("--set", change))]

@@ -38,7 +38,7 @@ def list_() -> None:
     """Everything a recipe can name: terms, attacks, defenses, models, data; and the recipes in this folder."""
     from unmoved.core.errors import UnmovedError
     from unmoved.core.untrusted import regular
-    from unmoved.runs import components
+    from unmoved.runs import components, shipped
 
     for kind, members in components.KINDS.items():
         screen.say(kind, style="bold")
@@ -46,10 +46,12 @@ def list_() -> None:
             summary = (inspect.getdoc(factory) or "").split("\n")[0]
             screen.say(f"  {name:24} {summary}")
     screen.say("recipes", style="bold")
-    for path in sorted(Path("recipes").glob("*/*.toml")):
+    files = {name: shipped.located(Path(name)) for name in shipped.names()}
+    files |= {str(path): path for path in sorted(Path("recipes").glob("*/*.toml"))}
+    for name, path in files.items():
         try:
             with regular(path) as file:
                 first = file.readline(200).decode(errors="replace").removeprefix("#").strip()
         except (OSError, UnmovedError):
             continue
-        screen.say(f"  {path!s:40} {first}")
+        screen.say(f"  {name:24} {first}")

@@ -10,12 +10,15 @@ import typer
 # In help texts a square bracket is markup; a backslash before it makes it a bracket.
 app = typer.Typer(
     help="Train image classifiers that small worst-case perturbations do not move, and measure how far that is true.",
-    epilog="Start with: unmoved compare recipes/digits/standard.toml recipes/digits/at.toml",
+    epilog="Start with: unmoved compare digits/standard digits/at",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, such as recipes/digits/at.toml.")]
+RecipePath = Annotated[
+    Path,
+    typer.Argument(metavar="RECIPE", help="A recipe: a file, or one that comes with the package, such as digits/at."),
+]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder made by 'unmoved train'.")]
 Overrides = Annotated[
     list[str],

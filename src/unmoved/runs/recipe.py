@@ -17,7 +17,7 @@ from unmoved.core.precision import PRECISIONS
 from unmoved.core.threat import ThreatModel
 from unmoved.core.untrusted import LONGEST, Json, JsonValue, readable, require_plain, toml, toml_file
 from unmoved.evaluation.outcomes import CLEAN, WORST
-from unmoved.runs import recipe_keys
+from unmoved.runs import recipe_keys, shipped
 from unmoved.runs.components import (
     KINDS,
     AttackTable,
@@ -251,28 +251,32 @@ def _without_none(value: JsonValue) -> JsonValue:
 
 
 def read(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe file, with ``a.b=value`` overrides.
+    """Read a recipe, with ``a.b=value`` overrides.
+
+    Args:
+        path: a file, or the name of a recipe that comes with the package, such as ``digits/at``; a file wins.
 
     Raises:
         UnmovedError: a file that is missing or not TOML, or a key or value that is wrong: file, key and mend named.
     """
-    path = Path(path)
+    asked = Path(path)
     try:
+        path = shipped.located(asked)
         if path.is_fifo() and path.parent in PIPES:  # what a shell puts in the place of <(...)
             with path.open(encoding="utf-8") as file:
-                tables = toml(file.read(LONGEST + 1), f"recipe {path}")
+                tables = toml(file.read(LONGEST + 1), f"recipe {asked}")
         else:
-            tables = toml_file(path, f"recipe {path}")
+            tables = toml_file(path, f"recipe {asked}")
     except FileNotFoundError:
-        raise UnmovedError(f"recipe {path}: no such file" + recipe_meant(path, KINDS)) from None
+        raise UnmovedError(f"recipe {asked}: no such file" + recipe_meant(asked, KINDS)) from None
     except (OSError, UnicodeError) as error:
-        raise UnmovedError(f"recipe {path}: cannot be read: {error}") from error
+        raise UnmovedError(f"recipe {asked}: cannot be read: {error}") from error
     tables.setdefault(
         "name", readable("/".join(part for part in (path.parent.name, path.stem) if part)).replace("\\", "-")
     )
     for override in overrides:
         _override(tables, override)
-    return parse(tables, str(path))
+    return parse(tables, str(asked))
 
 
 def parse(tables: Json, where: str = "recipe") -> Recipe:

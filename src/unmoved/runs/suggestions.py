@@ -1,10 +1,12 @@
-"""Suggest the recipe or run that was meant by a path that does not exist, such as a bare name."""
+"""Suggest the recipe or run that was meant by a path or name that does not exist."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+
+from unmoved.runs import shipped
 
 MOST = 3  # paths in a message
 
@@ -15,17 +17,14 @@ def recipe_meant(path: Path, parts: Mapping[str, Iterable[str]]) -> str:
     Args:
         parts: kind -> names of what recipes are made of.
     """
-    here = sorted(Path("recipes").glob("*/*.toml"))
-    if near := _of_this_name(path, here) or _near(path, here):
+    known = [*map(Path, shipped.names()), *sorted(Path("recipes").glob("*/*.toml"))]
+    short = Path(path.parent.name, path.stem)  # of a path that ends in a name
+    if near := _of_this_name(path, known) or _of_this_name(short, known) or _near(path, known) or _near(short, known):
         return _meant(near)
     for kind, names in parts.items():
         if str(path) in names:
-            example = here[0] if here else "my/recipe.toml"
-            return (
-                f"; {str(path)!r} is a name that recipes use, of the kind {kind!r}; expected the path of a recipe, "
-                f"such as {example}"
-            )
-    return "; `unmoved list` shows the recipes in this folder" if here else "; correct the path"
+            return f"; {str(path)!r} is a name that recipes use, of the kind {kind!r}; expected a recipe: digits/at"
+    return "; correct the path, or take a recipe that `unmoved list` shows"
 
 
 def run_meant(path: Path) -> str:
