@@ -6,7 +6,7 @@ STUDY := drsl standard at trades mart probscut_trades drsl_at sensible at_apd
 # The long ones first, so that no core waits for another at the end.
 DEMO := at_apd trades_awp probscut_trades at_sam mart trades at sensible drsl standard
 
-.PHONY: help demo digits study interop test processors slow check bench bench-gpu bench-growth bench-scale bench-verdict clean
+.PHONY: help demo digits study interop docs test processors slow check bench bench-gpu bench-growth bench-scale bench-verdict clean
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -37,6 +37,9 @@ interop: .venv/installed-dev ## libraries that the tests of interop need, withou
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps torchattacks requests idna urllib3 certifi charset-normalizer tqdm
 	echo 'setuptools<81' > .venv/constraints && PIP_CONSTRAINT=.venv/constraints $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps adv-lib
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check transformers
+
+docs: .venv/installed-dev ## serve the documentation and open it; nothing of it is fetched from elsewhere
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve --open
 
 bench: .venv/installed ## speeds: steps against a plain reference, what methods add, analyses, verdicts against a peer
 	$(BIN)/python benchmarks/training.py

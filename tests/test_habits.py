@@ -29,7 +29,7 @@ def test_one_version_is_named() -> None:
     assert newest == cited == version
 
 
-@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "SECURITY.md", "docs/pitfalls.md"])
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "SECURITY.md", "docs/adding.md", "docs/pitfalls.md"])
 def test_the_tests_that_a_page_names_are_there(page: str) -> None:
     named = set(re.findall(r"\btests/[\w/]+\.py", text(page)))
     assert named

@@ -1,4 +1,4 @@
-"""A new part costs what CONTRIBUTING says: its own files, added to a copy of the package, are found by everything."""
+"""A new part costs what docs/adding.md says: its own files, added to a copy of the package, are found by everything."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ for name in ("attack Nudge", "objective Brier", "defense Clipped"):
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The package and its exam with a file for each part, as CONTRIBUTING shows it, and an export."""
+    """The package and its exam with a file for each part, as docs/adding.md shows it, and an export."""
     copy = tmp_path_factory.mktemp("copy")
     for part in ("src/unmoved", "tests/helpers", "tests/testing"):
         shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
     for file in ("pyproject.toml", "tests/conftest.py"):
         shutil.copy(ROOT / file, copy / file)
-    shown = re.findall(r"`src/unmoved/(\w+)/(\w+)\.py`:\n\n```python\n(.*?)```", contributing(), flags=re.DOTALL)
+    shown = re.findall(r"`src/unmoved/(\w+)/(\w+)\.py`:\n\n```python\n(.*?)```", page(), flags=re.DOTALL)
     assert [package for package, _, _ in shown] == list(PARTS)
     for package, module, text in shown:
         folder, name = copy / "src" / "unmoved" / package, PARTS[package]
@@ -83,9 +83,7 @@ def with_analysis(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(ROOT / "src/unmoved", copy / "src/unmoved", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "tests/runs/before_0_2/finished", copy / "older")
     studies = copy / "src/unmoved/analyses/studies"
-    shown = re.findall(
-        r"`src/unmoved/analyses/studies/(\w+)\.py`:\n\n```python\n(.*?)```", contributing(), flags=re.DOTALL
-    )
+    shown = re.findall(r"`src/unmoved/analyses/studies/(\w+)\.py`:\n\n```python\n(.*?)```", page(), flags=re.DOTALL)
     assert [module for module, _ in shown] == ["calibration", "calibration_figures"]
     for module, text in shown:
         assert not (studies / f"{module}.py").exists()
@@ -96,8 +94,8 @@ def with_analysis(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return copy
 
 
-def contributing() -> str:
-    return (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+def page() -> str:
+    return (ROOT / "docs/adding.md").read_text(encoding="utf-8")
 
 
 def python(copy: Path, *arguments: str, folder: str = ".") -> str:
@@ -155,7 +153,7 @@ def test_a_recipe_names_them(copy: Path) -> None:
 
 def test_a_column_of_outcomes_is_one_line(with_column: Path) -> None:
     """A run from before opens with it, a new evaluation writes it, and this version reads what that one wrote."""
-    assert COLUMN.strip() in contributing()
+    assert COLUMN.strip() in page()
     python(with_column, "-c", OPENED)
     python(with_column, "-m", "unmoved.cli", "evaluate", "older", "--n", "10", "--no-doctor")
     written = pd.read_csv(with_column / "older" / "evaluation" / "outcomes.csv")
@@ -169,7 +167,7 @@ def test_a_column_of_outcomes_is_one_line(with_column: Path) -> None:
 
 def test_an_analysis_is_its_files_and_one_line(with_analysis: Path) -> None:
     """The command has it and its option, and so has the report of a comparison."""
-    assert ANALYSIS.strip() in contributing()
+    assert ANALYSIS.strip() in page()
     command = ("-m", "unmoved.cli", "analyze", "calibration", "older", "--n", "30", "--out", "out")
     said = python(with_analysis, *command, "--bins", "4")
     assert re.search(r"^- .*: expected calibration error 0\.\d{3}\.$", said, flags=re.MULTILINE)

@@ -14,8 +14,8 @@ from unmoved.core.errors import UnmovedError
 PATHS = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in PATHS}
 IMPORT = re.compile(r"^\s*(from unmoved\S* import [^\n(]+|import unmoved\S*)$", re.MULTILINE)
-# The files that CONTRIBUTING has its readers write.
-NEW = {name.replace("/", ".") for name in re.findall(r"`src/(unmoved/[\w/]+)\.py`", PAGES["CONTRIBUTING.md"])}
+# The files that docs/adding.md has its readers write.
+NEW = {name.replace("/", ".") for name in re.findall(r"`src/(unmoved/[\w/]+)\.py`", PAGES["docs/adding.md"])}
 LINES = sorted({line for text in PAGES.values() for line in IMPORT.findall(text) if line.split()[1] not in NEW})
 TOP = """
 Attack Batch Method ParameterDefense Phases Ramp Run StatefulTerm Term ThreatModel UnmovedError Views doctor evaluate
