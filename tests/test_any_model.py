@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -153,6 +154,9 @@ def test_the_same_command_goes_on_and_another_one_is_refused(folder: Path, train
     assert Path("runs/mine/best.safetensors").stat().st_mtime_ns == before
     other = ["0.2" if word == "0.1" else word for word in COMMAND]
     assert "holds another run (it differs in: threat)" in unmoved(*other).mistake()
+    moved = ["kept.pt" if word == "net.pt" else word for word in COMMAND]
+    shutil.copy("net.pt", "kept.pt")
+    unmoved(*moved).fine()  # the same weights, wherever they lie
     torch.save(Net().state_dict(), "net.pt")
     assert "it differs in: the file of weights" in unmoved(*COMMAND).mistake()
 

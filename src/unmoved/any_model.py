@@ -163,7 +163,7 @@ def judge(
         if out is None:
             undone.callback(shutil.rmtree, folder, ignore_errors=True)
         run = judged_run(folder, assembly, model, None)
-        table = _judged(run, lambda: Opened(assembly, model), attacks, n, doctor, batch_size, allow, progress)
+        table = _evaluated(run, lambda: Opened(assembly, model), attacks, n, doctor, batch_size, allow, progress)
         judgement = Judgement(run, table, tuple(notes), run.doctor if doctor else None)
         weakref.finalize(judgement, undone.pop_all().close)
     return judgement
@@ -219,7 +219,7 @@ def judge_recipe(
     chosen_attacks(attacks, assembly, allow)
     run = judged_run(Path(out), assembly, model, loaded)
     opened = Opened(assembly, model.to(where).eval())
-    table = _judged(run, lambda: opened, attacks, n, doctor, batch_size, allow, progress)
+    table = _evaluated(run, lambda: opened, attacks, n, doctor, batch_size, allow, progress)
     return Judgement(run, table, notes, run.doctor if doctor else None)
 
 
@@ -261,11 +261,11 @@ def judge_in_ball(
     if is_of_other_weights(path, loaded.sha256):
         shutil.rmtree(path)  # as an evaluation of the run itself, what is about former weights is replaced
     folder = judged_run(path, assembly, model, loaded)
-    table = _judged(folder, lambda: Opened(assembly, model), attacks, n, doctor, batch_size, allow, progress)
+    table = _evaluated(folder, lambda: Opened(assembly, model), attacks, n, doctor, batch_size, allow, progress)
     return Judgement(folder, table, (), folder.doctor if doctor else None)
 
 
-def _judged(
+def _evaluated(
     run: Run,
     ready: Callable[[], Opened],
     attacks: str,

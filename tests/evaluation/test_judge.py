@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from unmoved import evaluate, train
-from unmoved.attacks import APGD, FGSM, PGD
+from unmoved.attacks import APGD, FGSM, PGD, Quick
 from unmoved.core.batch import Batch
 from unmoved.core.errors import UnmovedError
 from unmoved.core.protocols import Method
@@ -252,6 +252,8 @@ def moved(by: float) -> Callable[[nn.Module, Batch], Tensor]:
         (lambda m, b: (b.x, 0.1), "attack 'mine': expected a tensor of images, came tuple"),
         (lambda m, b: b.x.double().numpy(), "attack 'mine': expected a tensor of images, came ndarray"),
         (lambda m, b: (b.x * 255).byte(), "attack 'mine': expected images of torch.float32, came torch.uint8"),
+        (PGD(ThreatModel("linf", 0.5)), "attack 'mine': expected eps of at most the threat model's 0.1, came 0.5"),
+        (Quick(ThreatModel("linf", 0.2)), "attack 'mine': expected eps of at most the threat model's 0.1, came 0.2"),
     ],
 )
 def test_an_attack_that_breaks_the_rules_is_named(model: nn.Module, attack: Any, words: str) -> None:

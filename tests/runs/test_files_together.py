@@ -26,7 +26,7 @@ from helpers.cli import RECIPE, recipe, unmoved
 from unmoved.attacks import PGD, Quick
 from unmoved.core import files
 from unmoved.core.errors import UnmovedError
-from unmoved.data import ArraySplit
+from unmoved.data import ArraySplit, digits
 from unmoved.evaluation import judge, outcomes
 from unmoved.evaluation.journal import Journal
 from unmoved.exports.folder import export_run, verify
@@ -482,6 +482,20 @@ def test_a_doctor_speaks_about_autoattacks_figure_where_that_is_shown(run: Run) 
     run.save_weights(Assembly(read(run.path / "recipe.toml")).model(), "best")
     evaluate_run(run)
     assert run.shown == "evaluation", "the verdict is about other weights"
+
+
+def test_a_verdict_on_data_that_was_replaced_is_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    x, y = digits(test=500).test.images, digits(test=500).test.labels
+    command = ("judge", "linear", "--data", "arrays:d.npz", "--eps", "0.1", "--out", "r", "--no-doctor")
+    for images, attacks, n in ((x, "standard", 4), (x, "fgsm", 8), (1 - x, "fgsm", 8)):
+        np.savez("d.npz", x_train=images, y_train=y, x_test=images, y_test=y)
+        unmoved(*command, "--attacks", attacks, "--n", str(n)).fine()
+        is_old = images is not x
+        assert Run("r").shown == ("evaluation" if is_old else "verdict")
+        judged = EvaluatedRun.of(Run("r"))
+        assert (judged.verdict is None) == is_old
+    assert "AutoAttack's verdict is about other data than the evaluation" in judged.stale[0]
 
 
 def test_a_doctor_looks_at_the_weights_and_the_images_that_were_judged(trained: Path, run: Run) -> None:

@@ -70,8 +70,8 @@ def evaluate(
     """
     require_model(model, ORDER)
     require_split(split, ORDER)
-    _require_attacks(attacks)
     require_threat("threat", threat)
+    _require_attacks(attacks, threat)
     batch_size = require_whole("batch_size", batch_size, at_least=1)
     workers = require_whole("workers", workers, at_least=0)
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
@@ -146,7 +146,7 @@ class _Evaluation:
             self.progress(done, self._total, sheet.words(part))
 
 
-def _require_attacks(attacks: Mapping[str, Attack]) -> None:
+def _require_attacks(attacks: Mapping[str, Attack], threat: ThreatModel) -> None:
     if not isinstance(attacks, Mapping) or not attacks:
         came = "none" if isinstance(attacks, Mapping) else type(attacks).__name__
         raise UnmovedError(
@@ -156,7 +156,14 @@ def _require_attacks(attacks: Mapping[str, Attack]) -> None:
         require_attack(f"attack {name!r}", attack)
         kind_of(attack)
         draws_of(attack)
-        is_minimum_norm(attack)
+        may_leave, ball = is_minimum_norm(attack), getattr(attack, "threat", threat)
+        if may_leave or not isinstance(ball, ThreatModel) or ball.norm != threat.norm:
+            continue
+        if ball.radius > threat.radius + threat.tolerance:
+            raise UnmovedError(
+                f"attack {name!r}: expected eps of at most the threat model's {threat.radius:g}, came "
+                f"{ball.radius:g}; leave its eps out, or judge in a ball of that size"
+            )
 
 
 class _Clean:

@@ -32,7 +32,7 @@ def model_card(exported: ExportedRun, weights: str) -> str:
         f"# {text(exported.name)}",
         _opening(exported),
         "## Accuracy",
-        *(_judged(judgement) for judgement in exported.tested),
+        *(_row(judgement) for judgement in exported.tested),
         _bound(exported),
         "## What the doctor says of these figures",
         _doctor(exported),
@@ -162,7 +162,7 @@ def _by(judgement: Judgement) -> str:
     return "By the attacks of its recipe" if is_recipe else "By attacks of the user's choice"
 
 
-def _judged(judgement: Judgement) -> str:
+def _row(judgement: Judgement) -> str:
     """Return a judgement as a table."""
     n = judgement.clean.n
     rows = [

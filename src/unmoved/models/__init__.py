@@ -12,6 +12,7 @@ from unmoved.models.resnets import preact_resnet18, wide_resnet
 from unmoved.models.timm_models import timm
 from unmoved.models.trades_cnn import small_cnn
 from unmoved.models.weights_file import DamagedFile as DamagedFile
+from unmoved.models.weights_file import checksum as checksum
 from unmoved.models.weights_file import is_whole as is_whole
 from unmoved.models.weights_file import load_weights as load_weights
 from unmoved.models.weights_file import require_header as require_header

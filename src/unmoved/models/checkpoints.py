@@ -70,10 +70,11 @@ def load_checkpoint(
     """
     path = Path(path)
     require_choice("match", match, MATCHES)
-    if any(nn.parameter.is_lazy(value) for value in model.state_dict().values()):
+    state = model.state_dict()
+    if any(nn.parameter.is_lazy(value) for value in state.values()):
         raise UnmovedError(f"{path}: the model has lazy layers without a shape yet; pass one batch through it first")
     tensors, found_key = read_checkpoint(path, key)
-    own = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    own = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     tensors, ignored = _without_ignored(path, _without_prefixes(tensors, own), ignore)
     tensors = _without_prefixes(tensors, own)
     is_by_order = match == "order" and {*own} != {*tensors}

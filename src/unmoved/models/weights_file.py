@@ -73,7 +73,7 @@ def save_tensors(state: Mapping[str, object], path: str | os.PathLike[str]) -> N
             value = value.clone(memory_format=torch.contiguous_format)
         memory.add(place)
         tensors[name] = value
-    write_atomic(path, save(tensors, metadata={CHECKSUM: _checksum(tensors)}))
+    write_atomic(path, save(tensors, metadata={CHECKSUM: checksum(tensors)}))
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -214,7 +214,7 @@ def read_tensors(path: Path, fits: Callable[[dict[str, Tensor]], None] | None = 
             fits({name: torch.empty(opened.get_slice(name).get_shape(), device="meta") for name in names})
         expected = (opened.metadata() or {}).get(CHECKSUM)  # files from elsewhere have none
         tensors = {name: opened.get_tensor(name) for name in names}
-        is_same = expected is None or expected == _checksum(tensors)
+        is_same = expected is None or expected == checksum(tensors)
     if not is_same:
         raise DamagedFile(f"{path}: changed since it was saved (its checksum differs); copy or save it again")
     return tensors
@@ -242,10 +242,11 @@ def _named(path: Path) -> Iterator[str]:
         yield str(path)
 
 
-def _checksum(tensors: Mapping[str, Tensor]) -> str:
+def checksum(tensors: Mapping[str, Tensor]) -> str:
+    """Compute the sha256 of names, types, shapes and values, in the order of names."""
     told = hashlib.sha256()
     for name in sorted(tensors):
-        value = tensors[name]
+        value = tensors[name].detach().cpu().contiguous()
         told.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
         told.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return told.hexdigest()

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -93,10 +94,10 @@ def evaluate_run(
         assembly, model = opened(run, weights, device, allow) if ready is None else ready()
         precision = resolve(precision, device_of(model))  # another machine's "auto" may be another one
         count = n or assembly.recipe.evaluation.n
-        split = _judged(run, assembly, count, validation)
-        about = question_about(assembly, split, allow)
+        images = _images(run, assembly, count, validation)
+        about = question_about(assembly, images.split, allow)
         kinds = chosen_attacks(attacks, assembly, allow, validation)
-        asked = _Asked(run, assembly, model, split, count, attacks, weights, precision, batch_size, workers, about)
+        asked = _Asked(run, assembly, model, *images, count, attacks, weights, precision, batch_size, workers, about)
         tables: dict[str, pd.DataFrame] = {}
         for number, (kind, chosen) in enumerate(kinds.items()):
             report = partial(_report, progress, number, len(kinds))
@@ -116,6 +117,7 @@ class _Asked:
 
     Attributes:
         split: the images that are judged.
+        data: the digest of the part of the data that they were drawn from.
         count: how many were asked for; None for all.
         attacks: as they were asked for.
         precision: ``"float32"`` or ``"bf16"``.
@@ -126,6 +128,7 @@ class _Asked:
     assembly: Assembly
     model: nn.Module
     split: ArraySplit | Selection
+    data: str
     count: int | None
     attacks: str
     weights: str
@@ -179,6 +182,7 @@ class _Asked:
         threat, num_classes = self.assembly.threat, self.split.num_classes
         return {
             "images": self.split.digest,
+            "data": self.data,
             "n": len(self.split),
             "asked_n": self.count,
             "split": self.split.name,
@@ -210,18 +214,31 @@ class _Asked:
         )
 
 
-def _judged(run: Run, assembly: Assembly, count: int | None, validation: bool) -> ArraySplit | Selection:
-    """Return the images to judge, all or ``count`` of them; no others are held in memory."""
-    if not validation:
-        images = assembly.data.test
-    else:
-        held_out = assembly.parts()[1]
-        if held_out is None:
-            raise UnmovedError(
-                f"{run.path}: expected a run with validation images, came training.validation = 0: nothing was held "
-                "out; train it with some, or judge test images"
-            )
-        images = held_out.select(torch.arange(len(held_out)))
+class _Images(NamedTuple):
+    """Hold the images that are judged, and the digest of the part of the data that they were drawn from."""
+
+    split: ArraySplit | Selection
+    data: str
+
+
+def _images(run: Run, assembly: Assembly, count: int | None, validation: bool) -> _Images:
+    """Return images of the test part, or of what training held out."""
+    part = _held_out(run, assembly) if validation else assembly.data.test
+    return _Images(_some(part, count), part.digest)
+
+
+def _held_out(run: Run, assembly: Assembly) -> ArraySplit:
+    held_out = assembly.parts()[1]
+    if held_out is None:
+        raise UnmovedError(
+            f"{run.path}: expected a run with validation images, came training.validation = 0: nothing was held "
+            "out; train it with some, or judge test images"
+        )
+    return held_out.select(torch.arange(len(held_out)))
+
+
+def _some(images: ArraySplit, count: int | None) -> ArraySplit | Selection:
+    """Return ``count`` of the images, drawn by a fixed seed, or all; no others are held in memory."""
     if count is None or count >= len(images):
         return images
     rows = drawn(images, count, seed=0)
@@ -258,7 +275,7 @@ def examine_run(
         )
     assembly, model = opened(run, facts["weights"], device, allow) if ready is None else ready()
     test = assembly.data.test  # held: it is let go when nobody does, and read again
-    images = _judged(run, assembly, facts.get("asked_n"), validation=False).digest
+    images = _some(test, facts.get("asked_n")).digest
     if facts.get("images", images) != images:
         raise UnmovedError(
             f"{run.path}: expected the images that were evaluated, came others: its data changed since; "

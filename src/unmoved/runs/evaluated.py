@@ -1,4 +1,4 @@
-"""Read an evaluated run: its outcomes, AutoAttack's and the doctor's findings, if all are about the same weights."""
+"""Read an evaluated run: its outcomes, AutoAttack's and the doctor's findings, all about one model and its data."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pandas as pd
 from unmoved.core.errors import UnmovedError
 from unmoved.core.untrusted import Json
 from unmoved.evaluation.outcomes import CLEAN, ROBUST
-from unmoved.runs.records import Doctor, Evaluation, Provenance
+from unmoved.runs.records import Doctor, Evaluation, Provenance, difference
 
 if TYPE_CHECKING:
     from unmoved.runs.folder import Run
@@ -38,7 +38,7 @@ class EvaluatedRun:
     """Hold an evaluated run, read from its folder once (a `Run` reads its files anew each time it is asked).
 
     ``autoattack`` holds AutoAttack's outcomes and ``verdict`` its facts; ``stale`` says what is not shown, because it
-    is about other weights than the evaluation.
+    is about other weights or other data than the evaluation.
     """
 
     path: Path
@@ -77,9 +77,9 @@ class EvaluatedRun:
                 f"{run.path}: expected an evaluated run, came none; run `unmoved evaluate {run.path}` first"
             )
         _require_whole(run, evaluation, table)
-        if verdict is not None and verdict["weights_sha256"] != evaluation["weights_sha256"]:
+        if verdict is not None and (other := difference(evaluation, verdict)):
             which = "" if evaluation["weights"] == "best" else f" --weights {evaluation['weights']}"
-            stale.append(_stale("AutoAttack's verdict", run, f"evaluate {run.path} --attacks standard{which}"))
+            stale.append(_stale("AutoAttack's verdict", run, f"evaluate {run.path} --attacks standard{which}", other))
             verdict = None
         if verdict is not None and verdict is not evaluation and (autoattack := run.verdict_outcomes) is not None:
             _require_whole(run, verdict, autoattack)

@@ -271,11 +271,11 @@ class Run:
 
     @property
     def shown(self) -> str:
-        """Return where the number shown is from: "verdict" if AutoAttack judged the weights, or "evaluation"."""
+        """Return where the number shown is from: "verdict" where AutoAttack judged the same, or "evaluation"."""
         evaluation, verdict = self.evaluation, self.verdict
         if evaluation is None or verdict is None:
             return "evaluation" if verdict is None else "verdict"
-        return "verdict" if evaluation["weights_sha256"] == verdict["weights_sha256"] else "evaluation"
+        return "evaluation" if records.difference(evaluation, verdict) else "verdict"
 
     @property
     def validation(self) -> records.Evaluation | None:

@@ -40,11 +40,8 @@ def tables_of_objects(model: nn.Module, split: ArraySplit | Selection) -> Json:
 
 def fingerprint(model: nn.Module, split: ArraySplit | Selection) -> str:
     """Compute the sha256 of a model's tensors and of its logits of a few images, rounded to a thousandth."""
-    digest = hashlib.sha256()
-    for name, value in model.state_dict().items():
-        if isinstance(value, Tensor):
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    tensors = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    digest = hashlib.sha256(models.checksum(tensors).encode())
     x = next(split.batches(min(_LOOKED_AT, len(split)))).x
     device = device_of(model)
     with torch.random.fork_rng(devices=[]):
@@ -70,11 +67,11 @@ def judged_run(path: Path, assembly: Assembly, model: nn.Module, loaded: models.
     tables, run = assembly.recipe.tables(), Run(path)
     if os.path.lexists(path / "recipe.toml"):
         run = Run.open(path)
-        begun = config.parse(run.recipe, str(path / "recipe.toml")).tables()
-        differ = sorted(key for key in {*tables, *begun} if tables.get(key) != begun.get(key))
-        if loaded is not None and run.provenance.get("weights", {}).get("sha256") != loaded.sha256:
-            differ.append("the file of weights")
-        if differ:
+        is_other = loaded is not None and is_of_other_weights(path, loaded.sha256)
+        begun = config.parse(run.recipe, str(path / "recipe.toml"))
+        if begun.model.weights and assembly.recipe.model.weights:  # known by its content, wherever it lies
+            begun.model.weights.file = assembly.recipe.model.weights.file
+        if differ := config.differing(begun, tables) + ["the file of weights"] * is_other:
             raise UnmovedError(f"{path} holds another run (it differs in: {', '.join(differ)}); choose another folder")
         if loaded is not None and models.is_whole(path / "best.safetensors"):
             return run

@@ -292,6 +292,15 @@ def parse(tables: Json, where: str = "recipe") -> Recipe:
         raise UnmovedError("\n".join(f"{where}: {message}" for message in messages(error, tables))) from None
 
 
+def differing(saved: Recipe, tables: Json) -> list[str]:
+    """Return the keys in which a saved recipe differs from the tables of another one.
+
+    It is parsed: one of an older version lacks the keys that were added since, which have their defaults.
+    """
+    begun = saved.tables()
+    return sorted(key for key in {*tables, *begun} if tables.get(key) != begun.get(key))
+
+
 def _override(tables: Json, override: str) -> None:
     """Apply ``a.b=value``; the value is TOML where it can be, else a string."""
     key, equals, text = override.partition("=")

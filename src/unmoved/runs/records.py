@@ -52,6 +52,7 @@ class Evaluation(TypedDict):
     Attributes:
         question: the sha256 of what the answers depend on.
         images: the digest of the images.
+        data: the digest of the whole part of the data that they were drawn from.
         asked, asked_n: the attacks and the number of images, as the user asked for them.
         attacks: name -> the constructor call that makes it.
         kinds: attack -> kind of each of its parts, as `protocols.kinds_of`.
@@ -60,6 +61,7 @@ class Evaluation(TypedDict):
 
     question: NotRequired[str | None]
     images: NotRequired[str | None]
+    data: NotRequired[str | None]
     n: Count
     asked_n: NotRequired[Count | None]
     split: NotRequired[str]
@@ -147,6 +149,14 @@ class RecipeHead(BaseModel):
 
 PROVENANCE, EVALUATION, DOCTOR = TypeAdapter(Provenance), TypeAdapter(Evaluation), TypeAdapter(Doctor)
 _EPOCH, _BY_CLASS, _RECIPE_HEAD = TypeAdapter(Epoch), TypeAdapter(ByClass), TypeAdapter(RecipeHead)
+
+
+def difference(one: Evaluation, other: Evaluation) -> str:
+    """Return what two evaluations are not both about, ``"weights"`` or ``"data"``, or ``""`` where they agree."""
+    if one["weights_sha256"] != other["weights_sha256"]:
+        return "weights"
+    ours, theirs = one.get("data"), other.get("data")  # older versions did not write it
+    return "data" if ours is not None and theirs is not None and ours != theirs else ""
 
 
 def _checked(kind: TypeAdapter[RecordT], value: Json, where: str, mend: str) -> RecordT:

@@ -164,10 +164,7 @@ def _begun(out: Path | str, tables: Json) -> Run | None:
     if not os.path.lexists(Path(out) / "recipe.toml"):
         return None
     run = Run.open(out)
-    # Parsed: a folder of an older version lacks the keys that were added since, which have their defaults.
-    begun = config.parse(run.recipe, str(run.path / "recipe.toml")).tables()
-    if begun != tables:
-        keys = sorted(key for key in {*tables, *begun} if tables.get(key) != begun.get(key))
+    if keys := config.differing(config.parse(run.recipe, str(run.path / "recipe.toml")), tables):
         raise UnmovedError(
             f"{out} holds a run of another recipe (it differs in: {', '.join(keys)}); choose another --out, "
             f"or pass {Path(out) / 'recipe.toml'} to go on with that one"

@@ -166,7 +166,7 @@ class BiasVariance(StudyKind):
         sizes = family.groupby("method")["train_eps"].nunique()
         swept = family[family["method"].isin(sizes[sizes > 2].index)]
         same = _attacked_as_trained(swept, self.modes)
-        claims = _judged(swept, same)
+        claims = _evidence(swept, same)
         sentences = ["Three training eps of one recipe are needed to say how bias and variance move with it."]
         tables = {"decompositions": merged, "target_probability": targets}
         if claims is not None:
@@ -215,7 +215,7 @@ def _decompositions(
     return merged, pd.concat(targets, ignore_index=True)
 
 
-def _judged(swept: pd.DataFrame, same: pd.DataFrame) -> pd.DataFrame | None:
+def _evidence(swept: pd.DataFrame, same: pd.DataFrame) -> pd.DataFrame | None:
     """Judge the claims at each evaluation eps and at that of the training; None if no recipe has three."""
     judged = [claims_of(swept, by=["method"])] if len(swept) else []
     judged += [claims_of(same.drop(columns="eval_eps"), by=["method"]).assign(eval_eps=SAME)] if len(same) else []
