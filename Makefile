@@ -1,30 +1,31 @@
 PYTHON ?= python3
 BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 RUN ?= runs/bench
 MNIST ?= data/mnist
 STUDY := drsl standard at trades mart probscut_trades drsl_at sensible at_apd
 # The long ones first, so that no core waits for another at the end.
-DEMO := at_apd trades_awp probscut_trades at_sam mart trades at sensible drsl standard
+DIGITS := at_apd trades_awp probscut_trades at_sam mart trades at sensible drsl standard
 
 .PHONY: help demo digits study interop docs test processors slow check bench bench-gpu bench-growth bench-scale bench-verdict clean
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-.venv/installed: pyproject.toml
+.venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	$(PIP) --constraint constraints.txt --editable .
 	touch $@
 
 .venv/installed-dev: .venv/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(PIP) --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 demo: .venv/installed ## train, attack and compare on scikit-learn's digits; ends with runs/demo/report.html
-	$(BIN)/unmoved compare $(DEMO:%=digits/%) --attacks quick --finalists 2 --final-n 100 --analyze softmax,corruption --analysis-n 32 --out runs/demo
+	$(BIN)/unmoved demo
 
-digits: .venv/installed ## the demo's comparison with three seeds: runs/digits/report.html
-	$(BIN)/unmoved compare $(DEMO:%=digits/%) --seeds 0,1,2 --out runs/digits
+digits: .venv/installed ## the demo's recipes with three seeds: runs/digits/report.html
+	$(BIN)/unmoved compare $(DIGITS:%=digits/%) --seeds 0,1,2 --out runs/digits
 
 study: .venv/installed ## what docs/analyses says of MNIST: 17 small models, four analyses; MNIST=folder
 	$(BIN)/unmoved compare mnist/study_at --sweep attack.eps.to=0,0.1,0.2,0.3 --splits 2 --attacks quick --set data.path=$(MNIST) --out runs/study/eps
@@ -34,9 +35,9 @@ study: .venv/installed ## what docs/analyses says of MNIST: 17 small models, fou
 	$(BIN)/unmoved analyze bias-variance $$(dirname runs/study/eps/*/*/recipe.toml) --eps 0,0.1,0.2,0.3 --modes own,shared,joint --out runs/study/analysis
 
 interop: .venv/installed-dev ## libraries that the tests of interop need, without what they pin
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps torchattacks requests idna urllib3 certifi charset-normalizer tqdm
-	echo 'setuptools<81' > .venv/constraints && PIP_CONSTRAINT=.venv/constraints $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps adv-lib
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check transformers
+	$(PIP) --no-deps torchattacks requests idna urllib3 certifi charset-normalizer tqdm
+	echo 'setuptools<81' > .venv/constraints && PIP_CONSTRAINT=.venv/constraints $(PIP) --no-deps adv-lib
+	$(PIP) transformers
 
 docs: .venv/installed-dev ## serve the documentation and open it; nothing of it is fetched from elsewhere
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve --open
@@ -58,7 +59,7 @@ bench-growth: .venv/installed ## how time, memory and bytes grow with classes, i
 	$(BIN)/python benchmarks/growth.py
 
 bench-verdict: .venv/installed $(RUN) ## verdicts alone; RUN=runs/mine for a run of yours, AUTOATTACK=path for the reference
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps torchattacks requests idna urllib3 certifi charset-normalizer tqdm
+	$(PIP) --no-deps torchattacks requests idna urllib3 certifi charset-normalizer tqdm
 	$(BIN)/python benchmarks/verdict.py speed $(RUN)
 
 runs/bench: | .venv/installed

@@ -192,7 +192,7 @@ def prepare(what: str, size: int, folder: Path) -> Callable[[], dict[str, float]
         if not first.exists():
             made = recipe(folder, 100_000)
             for words in (("train", made, "--out", first), ("evaluate", first)):
-                subprocess.run([sys.executable, "-m", "unmoved.cli", *map(str, words)], check=True, capture_output=True)
+                subprocess.run([sys.executable, "-m", "unmoved", *map(str, words)], check=True, capture_output=True)
         copies = [folder / f"analysed{size}-{k}" for k in range(size)]  # of their own: what is known is kept in them
         for copy in copies:
             shutil.copytree(first, copy)

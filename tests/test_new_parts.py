@@ -143,8 +143,8 @@ def test_a_recipe_names_them(copy: Path) -> None:
         assert old in text
         text = text.replace(old, new)
     (copy / "tiny.toml").write_text(text)
-    python(copy, "-m", "unmoved.cli", "train", "tiny.toml", "--out", "run")
-    python(copy, "-m", "unmoved.cli", "evaluate", "run")
+    python(copy, "-m", "unmoved", "train", "tiny.toml", "--out", "run")
+    python(copy, "-m", "unmoved", "evaluate", "run")
     outcomes = pd.read_csv(copy / "run" / "evaluation" / "outcomes.csv")
     assert set(outcomes["attack"]) == {"nudge"}
     assert len(outcomes) == 30
@@ -155,7 +155,7 @@ def test_a_column_of_outcomes_is_one_line(with_column: Path) -> None:
     """A run from before opens with it, a new evaluation writes it, and this version reads what that one wrote."""
     assert COLUMN.strip() in page()
     python(with_column, "-c", OPENED)
-    python(with_column, "-m", "unmoved.cli", "evaluate", "older", "--n", "10", "--no-doctor")
+    python(with_column, "-m", "unmoved", "evaluate", "older", "--n", "10", "--no-doctor")
     written = pd.read_csv(with_column / "older" / "evaluation" / "outcomes.csv")
     assert written["moved"].tolist() == (written["distance"] > 0).tolist()
     assert written["moved"].any()
@@ -168,14 +168,14 @@ def test_a_column_of_outcomes_is_one_line(with_column: Path) -> None:
 def test_an_analysis_is_its_files_and_one_line(with_analysis: Path) -> None:
     """The command has it and its option, and so has the report of a comparison."""
     assert ANALYSIS.strip() in page()
-    command = ("-m", "unmoved.cli", "analyze", "calibration", "older", "--n", "30", "--out", "out")
+    command = ("-m", "unmoved", "analyze", "calibration", "older", "--n", "30", "--out", "out")
     said = python(with_analysis, *command, "--bins", "4")
     assert re.search(r"^- .*: expected calibration error 0\.\d{3}\.$", said, flags=re.MULTILINE)
     bins = pd.read_csv(with_analysis / "out/calibration/bins.csv")
     assert bins["n"].sum() == 30
     assert bins["bin"].max() <= 3
     assert "<figure>" in (with_analysis / "out/calibration/index.html").read_text(encoding="utf-8")
-    shown = re.sub(r"\W+", " ", python(with_analysis, "-m", "unmoved.cli", "analyze", "--help"))
+    shown = re.sub(r"\W+", " ", python(with_analysis, "-m", "unmoved", "analyze", "--help"))
     assert "softmax corruption bias variance tradeoff or calibration" in shown
     assert "calibration intervals of confidence of one width" in shown
     python(with_analysis, "-c", CHAPTER)

@@ -111,7 +111,7 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE 
 
 
 def test_every_module_is_in_a_package_or_a_facade() -> None:
-    assert {path.stem for path in PACKAGE.glob("*.py")} == {"__init__", *LOOSE, *FACADES}
+    assert {path.stem for path in PACKAGE.glob("*.py")} == {"__init__", "__main__", *LOOSE, *FACADES}
     folders = {path.name for path in PACKAGE.iterdir() if path.is_dir()} - {"__pycache__", *FILES_ALONE}
     assert folders == RANK.keys() - {*LOOSE}
     for name in FACADES:

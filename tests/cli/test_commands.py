@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -45,7 +46,7 @@ def ours(trained: tuple[Path, Path], tmp_path: Path) -> tuple[Path, Path]:
 def in_a_process(*arguments: object, cwd: Path | None = None, **environment: str) -> Said:
     """The command in a process of its own."""
     done = subprocess.run(
-        [sys.executable, "-m", "unmoved.cli", *map(str, arguments)],
+        [sys.executable, "-m", "unmoved", *map(str, arguments)],
         cwd=cwd,
         env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
         capture_output=True,
@@ -121,7 +122,7 @@ def test_show_prints_the_resolved_recipe_and_the_schema(tmp_path: Path) -> None:
     assert unmoved("show", tmp_path / "again.toml").out == said.out
     schema = json.loads(unmoved("show", "--schema").fine().out)
     assert schema["title"] == "Recipe"
-    assert "expected a recipe file or --schema" in unmoved("show").mistake()
+    assert "expected a recipe, the name of a part or --schema, came none" in unmoved("show").mistake()
 
 
 # --- mistakes of training
@@ -417,7 +418,7 @@ def test_an_interrupt_is_130_and_says_how_to_go_on(tmp_path: Path, monkeypatch: 
         patch.setattr(loop, "train", interrupted)
         said = unmoved(*train)
     assert said.code == 130
-    assert "nothing was saved yet: the same command begins anew" in said.err
+    assert f"nothing was saved yet; this begins anew:\n  {shlex.join(['unmoved', *map(str, train)])}\n" in said.err
     unmoved(*train).fine()
 
 

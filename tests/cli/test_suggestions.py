@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -57,17 +58,19 @@ def test_every_full_key_that_is_offered_may_be_set(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("command", "said"),
     [
-        (("show", "trades"), "did you mean 'digits/trades' or 'mnist/trades'?"),
+        (("train", "trades", "--out", "x"), "did you mean 'digits/trades' or 'mnist/trades'?"),
         (("train", "recipes/digits/trades.toml", "--out", "x"), "did you mean 'digits/trades'?"),
         (("show", "home"), "did you mean 'recipes/mine/home.toml'?"),
         (("compare", "TRADES.toml"), "did you mean 'digits/trades' or"),
         (("show", "digits/trade"), "did you mean 'digits/trades'?"),
         (
-            ("show", "pgd"),
+            ("train", "pgd", "--out", "x"),
             "'pgd' is a name that recipes use, of the kind 'attacks'; expected a recipe: digits/at",
         ),
+        (("show", "pdg"), "the nearest name is 'pgd': `unmoved show pgd`"),
         (("show", "nothing-like-it"), "no such file; correct the path, or take a recipe that `unmoved list` shows"),
         (("evaluate", "recipes/mine/home.toml"), "found a file; train it first: unmoved train recipes/mine/home.toml"),
+        (("evaluate", "digits/at"), "found a recipe; train it first: unmoved train digits/at --out RUN"),
         (("report", "one"), "found none; did you mean 'runs/grid/one'?"),
         (("doctor", "nothing-like-it"), "found none; correct the path, or train first"),
         (("report", "runs/grid"), "found a folder of runs; did you mean 'runs/grid/one' or 'runs/grid/two'?"),
@@ -97,17 +100,18 @@ def test_advice_after_an_interruption_is_of_a_command_that_exists(
         said = unmoved("train", path, "--out", run)
     assert (said.code, said.out) == (130, "")
     assert "--resume" not in said.err, "nothing was saved"
-    assert "the same command begins anew" in said.err
+    assert "this begins anew" in said.err
     unmoved("train", path, "--out", run).fine()
     with monkeypatch.context() as patch:
         patch.setattr(train, "train_recipe", interrupt)
-        assert "the same command with --resume goes on" in unmoved("train", path, "--out", run, "--resume").err
-        assert "the same command with --resume goes on" in unmoved("train", path, f"--out={run}").err
+        for words in (["train", str(path), f"--out={run}", "--resume"], ["train", str(path), "--out", str(run)]):
+            went = ["unmoved", *words] + ["--resume"] * ("--resume" not in words)
+            assert f"goes on after the last saved epoch:\n  {shlex.join(went)}\n" in unmoved(*words).err
     with monkeypatch.context() as patch:
         patch.setattr(evaluate, "evaluate_run", interrupt)
         said = unmoved("evaluate", run)
     assert said.code == 130
-    assert "the same command goes on" in said.err
+    assert f"this goes on from there:\n  unmoved evaluate {run}\n" in said.err
     assert "--resume" not in said.err
 
 
@@ -118,9 +122,12 @@ def test_a_training_of_which_nothing_was_saved_begins_anew(tmp_path: Path) -> No
     assert "already holds a run: pass --resume" in unmoved("train", path, "--out", run).mistake()
 
 
-@pytest.mark.parametrize("command", ["compare", "analyze", "evaluate", "show", "report", "doctor", "list"])
-def test_only_train_is_told_to_resume(command: str) -> None:
-    assert "--resume" not in cli._how_to_go_on([command, "x", "--out", "."])
+@pytest.mark.parametrize("command", [one.name or one.callback.__name__ for one in cli.app.registered_commands])
+def test_every_command_says_how_it_goes_on_and_only_train_resumes(command: str) -> None:
+    words = [command, "x", "--out", "a folder"]
+    advice, line = cli.how_to_go_on(words).split(":\n  ")
+    assert advice == ("nothing was saved yet; this begins anew" if command == "train" else cli.INTERRUPTED[command])
+    assert shlex.split(line) == ["unmoved", *words]
 
 
 def test_an_interruption_waits_for_a_pass_and_not_for_the_attack() -> None:

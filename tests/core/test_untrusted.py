@@ -18,7 +18,7 @@ from helpers.cli import RECIPE, recipe, unmoved
 
 from unmoved import models
 from unmoved.analyses.studies.table_cache import TableCache
-from unmoved.cli.screen import epochs_done
+from unmoved.cli.grid_watch import epochs_done
 from unmoved.core import untrusted
 from unmoved.core.errors import UnmovedError
 from unmoved.data import arrays, cifar10, folder, mnist
@@ -321,7 +321,7 @@ def test_no_reader_waits_for_a_pipe_or_follows_a_device(tmp_path: Path, make: Ca
             read()
     assert not models.is_whole(path)
     assert Slot(path, "stamp").load() is None
-    assert epochs_done(type("Job", (), {"path": str(tree)})) == 0
+    assert epochs_done(type("Job", (), {"path": str(tree), "epochs": 1})) == 0
 
 
 @posix

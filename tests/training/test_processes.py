@@ -84,7 +84,7 @@ def commands(folder: Path) -> dict[str, subprocess.CompletedProcess[str]]:
     outside = {name: value for name, value in os.environ.items() if name != "LOCAL_RANK"} | {"OMP_NUM_THREADS": "1"}
     started = {
         name: subprocess.Popen(
-            [sys.executable, "-m", "unmoved.cli", *command(name), "--devices", "2"],
+            [sys.executable, "-m", "unmoved", *command(name), "--devices", "2"],
             cwd=folder,
             env=outside | more,
             stdout=subprocess.PIPE,

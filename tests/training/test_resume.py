@@ -95,7 +95,7 @@ def test_the_real_command_killed_after_its_first_epoch(uncut: tuple[Path, float]
     """Without the nursery, and resumed in this process: another process, the same bits."""
     run = tmp_path / "run"
     process = subprocess.Popen(
-        [sys.executable, "-m", "unmoved.cli", *COMMAND, "--out", str(run)],
+        [sys.executable, "-m", "unmoved", *COMMAND, "--out", str(run)],
         stdout=subprocess.DEVNULL,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )

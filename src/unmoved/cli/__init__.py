@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 
 from unmoved.cli import export_command, grid_commands, info_commands, judge_command, run_commands, screen
 from unmoved.cli.options import app
 
 __all__ = ["app", "main", "export_command", "grid_commands", "info_commands", "judge_command", "run_commands"]
+
+KEPT = "what is done is kept; this goes on from there"
+# The commands in the order of the help, and what to do after an interruption of each.
+INTERRUPTED = {
+    "demo": KEPT,
+    "compare": KEPT,
+    "train": "what was saved is intact; this goes on after the last saved epoch",
+    "evaluate": KEPT,
+    "doctor": "nothing was changed; this asks the doctor again",
+    "analyze": KEPT,
+    "report": "no report was written; this draws it",
+    "judge": KEPT,
+    "export": "an export is written whole or not at all; this writes it",
+    "show": "this shows it again",
+    "list": "this shows it again",
+}
+_ORDER = {name: number for number, name in enumerate(INTERRUPTED)}
+app.registered_commands.sort(key=lambda command: _ORDER[command.name or str(getattr(command.callback, "__name__", ""))])
 
 
 def main() -> None:
@@ -25,20 +45,25 @@ def main() -> None:
         sys.exit(1)
     except SystemExit as end:
         if end.code == 130:  # typer's answer to Ctrl-C, which says nothing
-            screen.say(f"interrupted; {_how_to_go_on(sys.argv[1:])}", error=True)
+            screen.say(f"interrupted; {how_to_go_on(sys.argv[1:])}", error=True)
         raise
 
 
-def _how_to_go_on(words: Sequence[str]) -> str:
+def how_to_go_on(words: Sequence[str]) -> str:
+    """Return what an interrupted command has left, and the command line that goes on."""
     command = next((word for word in words if not word.startswith("-")), "")
-    if command in ("evaluate", "judge", "compare", "analyze"):
-        return "what is done is kept: the same command goes on from there"
-    if command != "train":
-        return "the same command begins anew"
-    from unmoved.runs.folder import Run
+    advice, words = INTERRUPTED.get(command, "to begin anew"), list(words)
+    if command == "train" and not _is_begun(words):
+        advice = "nothing was saved yet; this begins anew"
+    elif command == "train" and "--resume" not in words:
+        words.append("--resume")
+    return f"{advice}:\n  {shlex.join(['unmoved', *words])}"
+
+
+def _is_begun(words: Sequence[str]) -> bool:
+    """Return whether anything was saved in the run folder that a command line of train names."""
+    from unmoved.runs import records  # without torch, whose import may be what was interrupted: it bears no second try
 
     out = [right for left, right in pairwise(words) if left == "--out"]
     out += [word.removeprefix("--out=") for word in words if word.startswith("--out=")]
-    if any(Run(path).is_begun() for path in out):
-        return "what was saved is intact: the same command with --resume goes on after the last saved epoch"
-    return "nothing was saved yet: the same command begins anew"
+    return any(records.is_begun(Path(path)) for path in out)

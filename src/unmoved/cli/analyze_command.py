@@ -16,7 +16,12 @@ from unmoved.cli.options import Allow, Device
 from unmoved.core.errors import require_choice
 from unmoved.runs.folder import Run
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 *OTHERS, LAST = STUDIES
 
 
@@ -32,7 +37,7 @@ def analyze(
     device: Device = "auto",
     **options: object,
 ) -> None:
-    """Why is it robust, and at what price: tables, figures, and what they say. Goes on where it was interrupted."""
+    """Say why models are robust, and at what price. Tables and figures; goes on where interrupted."""
     require_choice("analyze", what, STUDIES)
     require_choice("--weights", weights, ("best", "last"))
     sources = {name: context.get_parameter_source(name) for name in options}
@@ -50,7 +55,7 @@ def analyze(
 def _parameter(name: str, declared: dict[str, Field[object]]) -> inspect.Parameter:
     """Return the option of one or several analyses, given by their names, as typer reads it."""
     options: dict[str, Option] = {kind: one.metadata["option"] for kind, one in declared.items()}
-    words = " ".join(f"{kind}: {option.help}" for kind, option in options.items()).replace("[", "\\[")
+    words = " ".join(f"{kind}: {option.help}" for kind, option in options.items())
     option, default = next(iter(options.values())), next(iter(declared.values())).default
     flag = f"--{name}/--no-{name}" if default is True else f"--{name}"
     return inspect.Parameter(

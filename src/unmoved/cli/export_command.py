@@ -28,7 +28,10 @@ def export(
     ] = [],  # noqa: B006
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of evidence.json instead.")] = False,
 ) -> None:
-    """Hand a judged model on: weights, model card, RobustBench's entry, evidence with hashes, findings in SARIF."""
+    """Hand a judged model on, with evidence of its verdict.
+
+    Weights, model card, RobustBench's entry, evidence with hashes, findings in SARIF.
+    """
     from unmoved.core.errors import UnmovedError
     from unmoved.exports import evidence
     from unmoved.exports import folder as exports

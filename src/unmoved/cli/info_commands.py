@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import json
 import sys
+from collections.abc import Mapping
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated
 
@@ -12,46 +14,95 @@ import tomli_w
 import typer
 
 from unmoved.cli import screen
-from unmoved.cli.options import Overrides, app
+from unmoved.cli.options import Overrides, app, complete_recipe
 
 
 @app.command()
 def show(
-    recipe: Annotated[Path | None, typer.Argument(metavar="[RECIPE]", help="The recipe to resolve.")] = None,
+    name: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="NAME",
+            autocompletion=complete_recipe,
+            help="A recipe, such as digits/at or a file; or a part, such as pgd.",
+        ),
+    ] = None,
     overrides: Overrides = [],  # noqa: B006
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of recipes instead.")] = False,
 ) -> None:
-    """Print a recipe fully resolved, as TOML that can be trained; or the JSON schema that editors complete from."""
+    """Print a recipe in full, or what a part is and can be set to.
+
+    A recipe is printed with every default filled in, as TOML that can be trained: unmoved show digits/at > mine.toml
+    """
     from unmoved.core import errors
     from unmoved.runs import recipe as config
+    from unmoved.runs import shipped
 
     if schema:
         sys.stdout.write(json.dumps(config.Recipe.model_json_schema(), indent=2) + "\n")
-    elif recipe is None:
-        raise errors.UnmovedError("show: expected a recipe file or --schema, came neither")
-    else:
-        sys.stdout.write(tomli_w.dumps(config.read(recipe, overrides).tables()))
+        return
+    if name is None:
+        raise errors.UnmovedError("show: expected a recipe, the name of a part or --schema, came none")
+    file = shipped.located(name)
+    kinds = {} if file.exists() else _kinds()
+    if parts := {kind: members[str(name)] for kind, members in kinds.items() if str(name) in members}:
+        from unmoved.cli.part_description import described
+
+        if overrides:
+            raise errors.UnmovedError(f"--set: {name} is no recipe, whose keys could be changed")
+        screen.say("\n\n".join(described(kind, str(name), part) for kind, part in parts.items()))
+        return
+    tables = config.read(name, overrides).tables()
+    if file != name and tables["name"] == name.as_posix():
+        del tables["name"]  # a copy is called by its own file
+    if file.is_file():
+        with file.open(encoding="utf-8") as lines:
+            sys.stdout.writelines(takewhile(lambda line: line.startswith("#"), lines))
+    sys.stdout.write(tomli_w.dumps(tables))
 
 
 @app.command("list")
-def list_() -> None:
-    """Everything a recipe can name: terms, attacks, defenses, models, data; and the recipes in this folder."""
+def list_(
+    kind: Annotated[str | None, typer.Argument(metavar="KIND", help="Only these, such as attacks or recipes.")] = None,
+) -> None:
+    """List what there is: parts of recipes, analyses, recipes. 'unmoved show' says more of each."""
+    from unmoved.core.errors import require_choice
+
+    kinds = {name: {key: _summary(part) for key, part in members.items()} for name, members in _kinds().items()}
+    kinds["recipes"] = _recipes()
+    if kind is not None:
+        require_choice("list", kind, kinds)
+    for name, members in kinds.items():
+        if kind in (None, name):
+            screen.say(name, style="bold")
+            screen.say_each(members)
+
+
+def _kinds() -> dict[str, Mapping[str, object]]:
+    """Return the parts by kind and name: those that recipes can name, and analyses."""
+    from unmoved.analyses.studies import STUDIES
+    from unmoved.runs.components import KINDS
+
+    return {**KINDS, "analyses": STUDIES}
+
+
+def _summary(part: object) -> str:
+    return (inspect.getdoc(part) or "").split("\n")[0]
+
+
+def _recipes() -> dict[str, str]:
+    """Return the first line of each recipe of the package, and of those in the folder ``recipes`` here."""
     from unmoved.core.errors import UnmovedError
     from unmoved.core.untrusted import regular
-    from unmoved.runs import components, shipped
+    from unmoved.runs import shipped
 
-    for kind, members in components.KINDS.items():
-        screen.say(kind, style="bold")
-        for name, factory in sorted(members.items()):
-            summary = (inspect.getdoc(factory) or "").split("\n")[0]
-            screen.say(f"  {name:24} {summary}")
-    screen.say("recipes", style="bold")
     files = {name: shipped.located(Path(name)) for name in shipped.names()}
     files |= {str(path): path for path in sorted(Path("recipes").glob("*/*.toml"))}
+    lines: dict[str, str] = {}
     for name, path in files.items():
         try:
             with regular(path) as file:
-                first = file.readline(200).decode(errors="replace").removeprefix("#").strip()
+                lines[name] = file.readline(200).decode(errors="replace").removeprefix("#").strip()
         except (OSError, UnmovedError):
             continue
-        screen.say(f"  {name:24} {first}")
+    return lines

@@ -57,7 +57,7 @@ def judge(
     allow: Allow = [],  # noqa: B006
     device: Device = "auto",
 ) -> None:
-    """Judge a model that was trained anywhere: verdict, doctor and report in one command."""
+    """Judge a model that was trained anywhere. Verdict, doctor and report in one command."""
     from unmoved import any_model
     from unmoved.core import errors, messages
     from unmoved.runs import recipe as config

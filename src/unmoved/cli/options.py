@@ -2,22 +2,64 @@
 
 from __future__ import annotations
 
+import glob
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-# In help texts a square bracket is markup; a backslash before it makes it a bracket.
+from unmoved.cli import screen
+
 app = typer.Typer(
     help="Train image classifiers that small worst-case perturbations do not move, and measure how far that is true.",
-    epilog="Start with: unmoved compare digits/standard digits/at",
+    epilog="Start with: unmoved demo",
     no_args_is_help=True,
-    add_completion=False,
+    rich_markup_mode=None,  # it takes square brackets in help texts for markup
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _version(is_asked: bool) -> None:
+    if is_asked:
+        import unmoved
+
+        screen.say(f"unmoved {unmoved.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _before_any_command(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_version, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Define the options that stand before a command."""
+
+
+def complete_recipe(begun: str) -> list[str]:
+    """Return the recipes of the package, the TOML files and the folders whose names begin so."""
+    from unmoved.runs import shipped
+
+    here = sorted(glob.glob(f"{glob.escape(begun)}*"))
+    paths = [path + os.sep if os.path.isdir(path) else path for path in here]
+    return [name for name in shipped.names() if name.startswith(begun)] + [
+        path for path in paths if path.endswith((os.sep, ".toml"))
+    ]
+
+
 RecipePath = Annotated[
     Path,
-    typer.Argument(metavar="RECIPE", help="A recipe: a file, or one that comes with the package, such as digits/at."),
+    typer.Argument(
+        metavar="RECIPE", autocompletion=complete_recipe, help="A recipe of the package, such as digits/at, or a file."
+    ),
+]
+RecipePaths = Annotated[
+    list[Path],
+    typer.Argument(
+        metavar="RECIPE...", autocompletion=complete_recipe, help="Recipes of the package, such as digits/at, or files."
+    ),
 ]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder made by 'unmoved train'.")]
 Overrides = Annotated[

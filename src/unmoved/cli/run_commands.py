@@ -45,7 +45,10 @@ def train(
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also log to RUN/tensorboard.")] = False,
 ) -> None:
     """Train one recipe into a run folder."""
-    from unmoved.core import messages
+    from unmoved.core import child_process, messages
+
+    if devices * nodes > 1 and child_process.is_started_by_first():
+        child_process.leave_interrupts_to_parent()  # before what takes seconds to import
     from unmoved.runs import recipe as config
     from unmoved.runs import train as training
     from unmoved.training import distributed
@@ -205,7 +208,7 @@ def doctor(
     allow: Allow = [],  # noqa: B006
     device: Device = "auto",
 ) -> None:
-    """Is the verdict on an evaluated run to be believed? Signs of masked gradients and of attacks that failed."""
+    """Say whether a verdict is to be believed. Looks for masked gradients and attacks that failed."""
     from unmoved.runs import evaluate as evaluation
     from unmoved.runs import folder as runs
 

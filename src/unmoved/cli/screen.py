@@ -13,31 +13,41 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
 from unmoved.core.messages import printable as plain
 
 if TYPE_CHECKING:
     import pandas as pd
+    from rich.progress import Progress
 
-    from unmoved.experiments.jobs import Job
     from unmoved.runs.records import Doctor
     from unmoved.training.log import EpochRecord
 
 _console = partial(Console, markup=False, emoji=False, highlight=False)
 console, complaints = _console(), _console(stderr=True)
 
-WORDS = TextColumn("{task.description}", markup=False)
-Advance = Callable[[float], None]
+
+class Advance(Protocol):
+    """Move a progress bar to ``done``; ``words`` replace its label."""
+
+    def __call__(self, done: float, words: str | None = None) -> None: ...
 
 
 def say(text: str, *, style: str | None = None, error: bool = False) -> None:
     """Print text as it is, on standard output or standard error."""
     (complaints if error else console).print(plain(text), style=style, soft_wrap=True)
+
+
+def say_each(lines: Mapping[str, str]) -> None:
+    """Print names and what each is, cut where a line would be wider than the screen."""
+    for name, words in lines.items():
+        start = f"  {plain(name):24} "
+        room = max(20, console.width - len(start))
+        cut = plain(words)
+        say(start + (cut if len(cut) <= room else f"{cut[: room - 3].rsplit(' ', 1)[0]}..."))
 
 
 def speak_any_language() -> None:
@@ -57,27 +67,46 @@ def _escape(error: UnicodeError) -> tuple[str, int]:
 
 
 @contextmanager
-def bars() -> Iterator[Callable[[str, float], Advance]]:
-    """Show progress bars on a terminal, each made with (label, total); nothing where lines are read by a program."""
+def bars(*, timed: bool = True) -> Iterator[Callable[[str, float], Advance]]:
+    """Show progress bars on a terminal, each made with (label, total); nothing where lines are read by a program.
+
+    Args:
+        timed: whether the time left is shown, at the speed of the last half minute.
+    """
     if not console.is_terminal:
-        yield lambda label, total: lambda done: None
+        yield lambda label, total: lambda done, words=None: None
         return
-    columns = (WORDS, BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    with _progress("words", "bar", "elapsed", *(["left"] if timed else [])) as progress:
 
         def add(label: str, total: float) -> Advance:
             task = progress.add_task(plain(label), total=total)
-            return lambda done: progress.update(task, completed=done)
+
+            def advance(done: float, words: str | None = None) -> None:
+                progress.update(task, completed=done, description=plain(words or label))
+
+            return advance
 
         yield add
+
+
+def _progress(*columns: str) -> Progress:
+    """Make a display of bars with these columns: words, bar, elapsed, left."""
+    from rich import progress  # `unmoved --help` must not wait for it
+
+    made = {
+        "words": progress.TextColumn("{task.description}", markup=False),
+        "bar": progress.BarColumn(),
+        "elapsed": progress.TimeElapsedColumn(),
+        "left": progress.TimeRemainingColumn(),
+    }
+    return progress.Progress(*(made[name] for name in columns), console=console, transient=True)
 
 
 @contextmanager
 def follow() -> Iterator[Callable[[float, str], None]]:
     """Show one bar with what is known so far; where lines are read by a program, one line per part of the work."""
     if console.is_terminal:
-        columns = (BarColumn(), TimeElapsedColumn(), TimeRemainingColumn(), WORDS)
-        with Progress(*columns, console=console, transient=True) as progress:
+        with _progress("bar", "elapsed", "left", "words") as progress:
             task = progress.add_task("attacking", total=1)
             yield lambda share, words: progress.update(task, completed=share, description=plain(words))
         return
@@ -125,19 +154,10 @@ def say_epoch(record: EpochRecord, epochs: int) -> None:
     say(line + f", {record['seconds']:.0f} s")
 
 
-def epochs_done(job: Job) -> int:
-    """Return how many epochs of a job are in its log."""
-    from unmoved.core import untrusted
-    from unmoved.core.errors import UnmovedError
-
-    try:
-        return untrusted.content(Path(job.path) / "metrics.jsonl", 2**30).count(b"\n")
-    except (OSError, UnmovedError):
-        return 0
-
-
 def print_summary(tables: Mapping[str, pd.DataFrame | None]) -> None:
     """Print the accuracies of runs, by name, as one table; those without outcomes are left out."""
+    from rich.table import Table
+
     from unmoved.evaluation import outcomes
 
     view = Table(title="accuracy in %; under attack it is an upper bound", title_justify="left")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -25,6 +26,20 @@ def nothing_from_here() -> Iterator[None]:
     """
     with variable(SAFE, "1"):
         yield
+
+
+def is_started_by_first() -> bool:
+    """Return whether the first process of a training has started this one, by fabric; torchrun ends its own."""
+    return os.environ.get("LOCAL_RANK", "0") != "0" and "TORCHELASTIC_RUN_ID" not in os.environ
+
+
+def leave_interrupts_to_parent() -> None:
+    """Ignore Ctrl-C, which reaches all processes of a terminal: the one that started this process ends it.
+
+    Otherwise each would say something of its own, and lightning-fabric ends the first when another ends before it.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def end_with_parent(line: Connection | None = None) -> None:

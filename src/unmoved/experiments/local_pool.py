@@ -11,7 +11,7 @@ from multiprocessing.connection import Connection
 from typing import TypeVar
 
 from unmoved.core import messages
-from unmoved.core.child_process import end_with_parent, nothing_from_here
+from unmoved.core.child_process import end_with_parent, leave_interrupts_to_parent, nothing_from_here
 
 JobT = TypeVar("JobT")
 DEATHS = 2  # of a job's process, and it is given up
@@ -74,6 +74,7 @@ def each(
 
 def _begin(line: Connection) -> None:
     """Prepare a process: it ends with its parent, and shows what is logged in it."""
+    leave_interrupts_to_parent()
     end_with_parent(line)
     messages.show()
 

@@ -66,7 +66,7 @@ class Run:
             weights: what was read of the file of weights that the recipe names; the provenance says it.
         """
         run = cls(path)
-        if run.is_begun():
+        if records.is_begun(run.path):
             raise UnmovedError(f"{run.path} already holds a run: pass --resume to go on with it, or another --out")
         write_atomic(run.path / "provenance.json", _json({"format": FORMAT, **provenance(recipe, weights)}))
         write_atomic(run.path / "recipe.toml", tomli_w.dumps(recipe).encode())
@@ -95,11 +95,6 @@ class Run:
                 "use the version of unmoved that wrote it, or train again"
             )
         return run
-
-    def is_begun(self) -> bool:
-        """Return whether anything of its training was saved."""
-        names = ("trainer.pt", "trainer.previous.pt", "last.safetensors", "best.safetensors", METRICS)
-        return any(os.path.lexists(self.path / name) for name in names)
 
     @cached_property
     def _recipe(self) -> tuple[Json, records.RecipeHead]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal, NotRequired, TypeVar
@@ -21,6 +22,12 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 RecordT = TypeVar("RecordT")
 ANY_VERSION = ConfigDict(strict=True, extra="allow")
+
+
+def is_begun(folder: Path) -> bool:
+    """Return whether anything of a training was saved in the folder."""
+    names = ("trainer.pt", "trainer.previous.pt", "last.safetensors", "best.safetensors", "metrics.jsonl")
+    return any(os.path.lexists(folder / name) for name in names)
 
 
 def _a_grade(value: str) -> str:

@@ -24,6 +24,9 @@ def recipe_meant(path: Path, parts: Mapping[str, Iterable[str]]) -> str:
     for kind, names in parts.items():
         if str(path) in names:
             return f"; {str(path)!r} is a name that recipes use, of the kind {kind!r}; expected a recipe: digits/at"
+    every = [name for names in parts.values() for name in names]
+    if close := difflib.get_close_matches(str(path).lower(), every, n=1, cutoff=0.6):
+        return f"; the nearest name is {close[0]!r}: `unmoved show {close[0]}`"
     return "; correct the path, or take a recipe that `unmoved list` shows"
 
 
@@ -34,6 +37,8 @@ def run_meant(path: Path) -> str:
         return f", found a file{train}"
     if path.is_dir():
         return f", found a folder of runs{_meant(inside)}" if (inside := _runs_below(path)) else ""
+    if shipped.located(path) != path:
+        return f", found a recipe; train it first: unmoved train {path} --out RUN"
     here = _runs_below(Path("runs"))
     near = _of_this_name(path, here) or _near(path, here)
     return ", found none" + (_meant(near) if near else "; correct the path, or train first")

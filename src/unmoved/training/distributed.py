@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from unmoved.core.child_process import SAFE, end_with_parent
+from unmoved.core.child_process import SAFE, end_with_parent, is_started_by_first, leave_interrupts_to_parent
 from unmoved.core.errors import UnmovedError, require_whole
 from unmoved.core.phases import Phases
 from unmoved.core.precision import require_device
@@ -99,13 +99,14 @@ def together(fabric: Fabric) -> Iterator[None]:
         UnmovedError: another process ended.
     """
     several, before = fabric.world_size > 1, dict(os.environ)
-    if several and "LOCAL_RANK" in os.environ and not dist.is_torchelastic_launched():
+    if several and is_started_by_first():
         end_with_parent()
-    if several:
-        if sys.flags.safe_path:  # python -P: fabric repeats the command, but not the options of Python
-            os.environ[SAFE] = "1"
-        fabric.launch()
+        leave_interrupts_to_parent()
     try:
+        if several:
+            if sys.flags.safe_path:  # python -P: fabric repeats the command, but not the options of Python
+                os.environ[SAFE] = "1"
+            fabric.launch()
         yield
     except RuntimeError as error:
         _end(fabric)
@@ -129,11 +130,12 @@ def together(fabric: Fabric) -> Iterator[None]:
 
 def _end(fabric: Fabric) -> None:
     """End the processes that this one started; they would wait for it until a timeout."""
-    children: list[subprocess.Popen[bytes]] = getattr(fabric.strategy.launcher, "procs", [])
+    started: list[subprocess.Popen[bytes]] = getattr(fabric.strategy.launcher, "procs", [])
+    children = list(started)
+    started.clear()  # lightning's observer, who has the same list, would kill this process before it has spoken
     for process in children:
         process.kill()
         process.wait()
-    children.clear()  # lightning's observer, who has the same list, would kill this process before it has spoken
 
 
 def _is_lost(error: RuntimeError) -> bool:
