@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
+import datetime
 import io
 import pickle
 import re
+import shutil
 import tarfile
 import warnings
 import zipfile
@@ -13,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -136,6 +140,24 @@ def test_what_the_model_has_no_place_for_is_named_and_left_out_when_asked(tmp_pa
         load_checkpoint(model, tmp_path / "net.pt", ignore=["*.bond"])
 
 
+@pytest.mark.parametrize(
+    ("content", "key"),
+    [
+        ({"state_dict": [state()], "err": 0.1}, "state_dict.0"),
+        ({"model": {"state_dict": state(), "width": 3}, "epoch": 3}, "model.state_dict"),
+        ([state()], "0"),
+        ({"net": state(), "args": argparse.Namespace(lr=0.1), "acc": np.float64(0.5), "at": Path("a")}, "net"),
+        ({"net": {**state(), "steps": np.int64(4)}, "made": datetime.date(2020, 1, 1)}, "net"),
+    ],
+    ids=["list of one", "one step deeper", "list", "settings and metrics", "metrics among the tensors"],
+)
+def test_weights_are_found_beside_objects_that_are_not_made(tmp_path: Path, content: object, key: str) -> None:
+    torch.save(content, tmp_path / "net.pt")
+    model = made(seed=2)
+    assert load_checkpoint(model, tmp_path / "net.pt").key == key
+    assert same(model, made())
+
+
 def archive(path: Path) -> None:
     """A zip as `torch.save` writes it, but compressed: what unpacks to any size."""
     torch.save(state(), path.with_suffix(".whole"))
@@ -182,7 +204,14 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "list": (lambda path: torch.save([torch.ones(2)], path), "expected tensors by name, came a list"),
     "tensor": (lambda path: torch.save(torch.ones(2), path), "expected tensors by name, came a Tensor"),
     "numbers": (lambda path: torch.save({"epoch": 1, "lr": 0.1}, path), "dictionary of 'epoch', 'lr', none of which"),
-    "two unknown": (lambda path: torch.save({"a": state(), "b": state()}, path), "not said which are the weights"),
+    "two unknown": (
+        lambda path: torch.save({"a": state(), "b": state()}, path),
+        "not said which are the weights: choose with --key one of 'a', 'b'",
+    ),
+    "two in a list": (
+        lambda path: torch.save({"state_dict": [state(), state()]}, path),
+        "choose with --key one of 'state_dict.0', 'state_dict.1'",
+    ),
     "compressed": (archive, "came a compressed one"),
     "broken directory": (lambda path: broken_directory(path), "not a whole file|expected a whole file"),
     "sparse": (lambda path: torch.save({"w": torch.eye(3).to_sparse()}, path), "'w': expected a dense tensor"),
@@ -272,7 +301,15 @@ def test_reading_runs_no_code(tmp_path: Path) -> None:
         def __reduce__(self) -> tuple[Any, ...]:
             return (Path(tmp_path / "ran").touch, ())
 
+    class Remover:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return shutil.rmtree, (tmp_path / "kept",)
+
+    (tmp_path / "kept").mkdir()
     for old in (True, False):
+        torch.save({"net": state(), "beside": Remover()}, tmp_path / "net.pt", _use_new_zipfile_serialization=not old)
+        load_checkpoint(made(), tmp_path / "net.pt")
+        assert (tmp_path / "kept").exists()
         torch.save({"state_dict": {"w": Bomb()}}, tmp_path / "net.pt", _use_new_zipfile_serialization=not old)
         with pytest.raises(UnmovedError, match=r"runs code when it is loaded|as weights alone"):
             load_checkpoint(made(), tmp_path / "net.pt")

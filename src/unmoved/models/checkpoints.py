@@ -26,11 +26,24 @@ KEYS = ("state_dict", "model_state_dict", "model", "ema", "state_dict_ema", "mod
 PREFIXES = ("module.", "_orig_mod.")  # what DataParallel, DDP and torch.compile put in front of names
 MATCHES = ("names", "order")
 _COUNT = "num_batches_tracked"  # BatchNorm counts batches since torch 0.4.1; files from before lack it
-_PLAIN = (Tensor, type(None), bool, int, float, str)  # what a state_dict may hold
+_MOST_CLASSES = 100  # names of classes in a pickle that nothing is made of
 # The kinds of tensors that most modules have, by the last part of their names.
 _KINDS = frozenset({"weight", "bias", "running_mean", "running_var", _COUNT})
 _SHOWN = 8  # names in a message
 _PAGE = re.compile(rb"\s*<(!doctype|html|\?xml|head|body)", re.IGNORECASE)
+
+
+class _StandIn:
+    """Take the place of an object of any class but tensors and plain containers; it holds nothing."""
+
+    def __new__(cls, *_: object, **__: object) -> _StandIn:
+        return super().__new__(cls)
+
+    def __setstate__(self, _: object) -> None:
+        pass
+
+
+_PLAIN = (Tensor, type(None), bool, int, float, str, _StandIn)  # what a state_dict may hold
 
 
 class Loaded(NamedTuple):
@@ -57,12 +70,13 @@ def load_checkpoint(
     The prefixes ``module.`` and ``_orig_mod.`` are taken off. Floating tensors are converted to the model's type.
 
     Args:
-        path: a .safetensors file, or what ``torch.save`` wrote: a dictionary of tensors by name, alone or under one of
-            `KEYS`. It is read with ``weights_only=True`` onto the CPU, wherever it was saved.
+        path: a .safetensors file, or what ``torch.save`` wrote: a dictionary of tensors by name, alone, under one of
+            `KEYS` or one step deeper. It is read with ``weights_only=True`` onto the CPU, wherever it was saved;
+            objects of other classes that stand beside the tensors (settings, metrics) are not made.
         match: ``"names"``, or ``"order"``: the k-th tensor of the file is the k-th of the model; shapes, and what is a
             weight, a bias or a running mean, must agree. Where all names are the model's they are followed.
         ignore: patterns (as of file names, with ``*`` and ``?``) of names in the file that the model has no place for.
-        key: under which key of the file the weights stand; by default the first of `KEYS` that it has.
+        key: under which key of the file the weights stand, ``"a.b"`` for b in a; by default the first of `KEYS`.
 
     Raises:
         UnmovedError: no such file; a file that holds no tensors by name (a pickled module, a TorchScript archive, a web
@@ -110,11 +124,11 @@ def read_checkpoint(path: Path | str, key: str | None = None) -> tuple[dict[str,
         raise UnmovedError(f"{path}: expected a file of weights, came a Git LFS pointer to one; run `git lfs pull`")
     if start[8:9] == b"{":
         return weights_file.read_tensors(path), ""
-    return _unwrapped(path, _unpickled(path), key)
+    return _unwrapped(path, *_unpickled(path), key)
 
 
-def _unpickled(path: Path) -> object:
-    """Read what ``torch.save`` wrote, as tensors and plain containers alone."""
+def _unpickled(path: Path) -> tuple[object, list[str]]:
+    """Read what ``torch.save`` wrote, as tensors and plain containers; name the classes that `_StandIn` stands for."""
     if zipfile.is_zipfile(path):
         try:
             with zipfile.ZipFile(path) as archive:
@@ -130,54 +144,84 @@ def _unpickled(path: Path) -> object:
             )
         if any(member.compress_type != zipfile.ZIP_STORED for member in members):  # what unpacks to any size
             raise UnmovedError(f"{path}: expected an archive as torch.save writes it, came a compressed one; unpack it")
-    try:
-        with regular(path) as file:
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UnmovedError(_refused(path, str(error))) from error
-    except Exception as error:  # torch's readers raise anything for what is damaged
-        if is_want_of_memory(error) or isinstance(error, OSError):
-            raise UnmovedError(f"{path}: cannot be read at the moment ({error or 'out of memory'})") from error
-        raise UnmovedError(f"{path}: expected a whole file of weights, came: {brief(error)}; save it again") from error
+    left_out: list[str] = []
+    while True:
+        try:
+            with regular(path) as file, torch.serialization.safe_globals([(_StandIn, name) for name in left_out]):
+                return torch.load(file, map_location="cpu", weights_only=True), left_out
+        except pickle.UnpicklingError as error:
+            named = re.findall(r"GLOBAL ([\w.]+)", str(error))
+            if not named or named[0] in left_out or len(left_out) == _MOST_CLASSES:
+                raise UnmovedError(_refused(path, named or left_out)) from error
+            left_out.append(named[0])
+        except Exception as error:  # torch's readers raise anything for what is damaged
+            if is_want_of_memory(error) or isinstance(error, OSError):
+                raise UnmovedError(f"{path}: cannot be read at the moment ({error or 'out of memory'})") from error
+            raise UnmovedError(
+                f"{path}: expected a whole file of weights, came: {brief(error)}; save it again"
+            ) from error
 
 
-def _refused(path: Path, words: str) -> str:
+def _refused(path: Path, classes: Sequence[str]) -> str:
     """Say why torch does not read a pickle as weights alone."""
-    named = re.search(r"GLOBAL ([\w.]+)", words)
-    if named is None:
+    if not classes:
         return (
             f"{path}: expected weights, came a file that torch does not read as weights alone; where you trust it, "
             "load it in the program that saved it and torch.save(model.state_dict(), 'weights.pt')"
         )
     return (
-        f"{path}: expected tensors by name, came a pickle of more ({named[1]}), which runs code when it is loaded; in "
-        "the program that saved it: torch.save(model.state_dict(), 'weights.pt')"
+        f"{path}: expected tensors by name, came a pickle of more ({classes[0]}), which runs code when it is loaded; "
+        "in the program that saved it: torch.save(model.state_dict(), 'weights.pt')"
     )
 
 
-def _unwrapped(path: Path, content: object, key: str | None) -> tuple[dict[str, Tensor], str]:
+def _unwrapped(path: Path, content: object, left_out: Sequence[str], key: str | None) -> tuple[dict[str, Tensor], str]:
     """Return the dictionary of tensors in what was read, and its key."""
     if isinstance(content, Mapping) and key is None and (tensors := _tensors(content)):
         return _dense(path, tensors), ""
-    if not isinstance(content, Mapping):
-        raise UnmovedError(
-            f"{path}: expected tensors by name, came a {type(content).__name__}; save model.state_dict()"
-        )
-    found = {str(name): tensors for name, value in content.items() if (tensors := _tensors(value))}
-    known = sorted(found, key=lambda name: KEYS.index(name) if name in KEYS else len(KEYS))
+    members = _members(content)
+    found = {name: tensors for name, value in members.items() if (tensors := _tensors(value))}
+    if not found or key not in (None, *found):
+        deeper = {f"{name}.{inner}": v for name, value in members.items() for inner, v in _members(value).items()}
+        found |= {name: tensors for name, value in deeper.items() if (tensors := _tensors(value))}
+    known = sorted(found, key=_place)
     if key is not None:
         if key not in found:
             raise UnmovedError(
                 f"{path}: expected tensors under {key!r}, came them under {', '.join(map(repr, known)) or 'no key'}"
             )
         return _dense(path, found[key]), key
-    if not known or (known[0] not in KEYS and len(known) > 1):
-        held = ", ".join(repr(str(name)) for name in list(content)[:_SHOWN])
-        which = "none of which holds tensors by name" if not known else "and it is not said which are the weights"
-        raise UnmovedError(f"{path}: expected a model's state_dict, came a dictionary of {held}, {which}")
+    if not known and left_out:
+        raise UnmovedError(_refused(path, left_out))
+    if not known and not isinstance(content, Mapping):
+        raise UnmovedError(
+            f"{path}: expected tensors by name, came a {type(content).__name__}; save model.state_dict()"
+        )
+    if not known:
+        held = ", ".join(map(repr, list(members)[:_SHOWN]))
+        raise UnmovedError(
+            f"{path}: expected a model's state_dict, came a dictionary of {held}, none of which holds tensors by name"
+        )
+    if len(known) > 1 and _place(known[0]) == _place(known[1]):
+        raise UnmovedError(
+            f"{path}: expected a model's state_dict, came several, and it is not said which are the weights: choose "
+            f"with --key one of {', '.join(map(repr, known[:_SHOWN]))}"
+        )
     if len(known) > 1:
         logger.info("%s: the weights under %r were read, not those under %s", path, known[0], ", ".join(known[1:]))
     return _dense(path, found[known[0]]), known[0]
+
+
+def _place(key: str) -> int:
+    """Return the place in `KEYS` of a key, or of the likeliest step that leads to it."""
+    return min(KEYS.index(step) if step in KEYS else len(KEYS) for step in key.split("."))
+
+
+def _members(value: object) -> dict[str, object]:
+    """Return what a dictionary or a list holds, by name or place."""
+    if isinstance(value, Mapping):
+        return {str(name): member for name, member in value.items()}
+    return {str(place): member for place, member in enumerate(value)} if isinstance(value, list | tuple) else {}
 
 
 def _tensors(value: object) -> dict[str, Tensor]:
