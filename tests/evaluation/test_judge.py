@@ -377,6 +377,21 @@ def test_the_gallery_shows_what_the_model_got_right(model: nn.Module) -> None:
     assert curve_and_gallery.gallery(model, wrong, attack, THREAT) == {}
 
 
+def test_the_gallery_is_of_what_broke_the_model_from_each_class_in_turn(model: nn.Module) -> None:
+    attack = PGD(THREAT, steps=3)
+    table = evaluate(model, TEST, {"pgd": attack, "weak": PGD(THREAT, steps=1)}, THREAT)
+    broken = curve_and_gallery.broken_by(table, "pgd")
+    rows = table[table["attack"] == "pgd"].set_index("index")
+    won = rows[rows["success"] & (rows["clean_prediction"] == rows["label"])]
+    assert sorted(broken) == sorted(won.index)
+    classes = won["label"].nunique()
+    assert rows.loc[broken[:classes], "label"].nunique() == classes > 3
+    shown = curve_and_gallery.gallery(model, TEST, attack, THREAT, count=5, name="pgd", broken=broken)
+    assert len(shown["label"]) == 5
+    assert (shown["label"] == shown["clean_prediction"]).all()
+    assert (shown["label"] != shown["adversarial_prediction"]).all()
+
+
 def test_radii_of_the_curve_stay_in_the_box_for_linf_alone() -> None:
     assert curve_and_gallery.radii(ThreatModel("linf", 0.8)) == pytest.approx([0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
     assert curve_and_gallery.radii(ThreatModel("l2", 2.0)) == [0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0]

@@ -181,13 +181,49 @@ def luminance(color: str) -> float:
 def test_series_differ_in_colour_and_without_colour() -> None:
     looks = [drawing.look(k) for k in range(40)]
     assert len({(look["marker"], str(look["linestyle"])) for look in looks}) == 40
-    assert len({look["color"] for look in looks[:7]}) == 7
-    okabe_ito = {"#000000", "#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7", drawing.INK}
-    assert set(drawing.COLOURS) <= okabe_ito
+    assert len({look["marker"] for look in looks[: drawing.MOST]}) == drawing.MOST
     clean, worst = runs.MEASURES.values()
     assert clean["marker"] != worst["marker"]
     assert clean["linestyle"] != worst["linestyle"]
-    assert abs(luminance(clean["color"]) - luminance(worst["color"])) > 0.03
+
+
+# Linear RGB as the colour-blind see it (Machado et al. 2009, severity 1): protanopia, deuteranopia, tritanopia.
+SIGHTS = {
+    "ordinary": np.eye(3),
+    "protan": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deutan": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    "tritan": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+}
+
+
+@pytest.mark.parametrize("sight", SIGHTS)
+def test_twelve_recipes_have_twelve_colours_in_the_eyes_of_the_colour_blind_too(sight: str) -> None:
+    """Any two lie 15 units of CIELAB (1976) apart, where 2 are seen side by side; and none is the ink's."""
+    rgb = np.array([to_rgb(color) for color in (*drawing.COLOURS, drawing.INK)])
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    seen = np.clip(linear @ np.array(SIGHTS[sight]).T, 0, 1)
+    xyz = seen @ np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]).T
+    f = np.cbrt(xyz / [0.9505, 1.0, 1.089])
+    lab = np.stack([116 * f[:, 1] - 16, 500 * (f[:, 0] - f[:, 1]), 200 * (f[:, 1] - f[:, 2])], axis=1)
+    apart = np.linalg.norm(lab[:, None] - lab[None], axis=2) + 1e3 * np.eye(len(lab))
+    assert len(lab) == 13
+    assert apart.min() > 15
+
+
+def test_a_recipe_has_one_look_in_all_pictures_and_shares_it_with_its_seeds_alone() -> None:
+    runs_of = ["at seed 0", "at seed 1", "mart seed 0"]
+    ours = drawing.looks(runs_of)
+    assert ours["at seed 0"] == ours["at seed 1"] == drawing.looks(["at", "mart"])["at"]
+    assert ours["mart seed 0"]["color"] != ours["at seed 0"]["color"]
+    many = [f"m{k}" for k in range(40)]
+    told = drawing.looks(many, many[20:32])  # where there are too many, those that are told apart have the colours
+    assert len({look["color"] for look in told.values()}) == drawing.MOST == len(told)
+
+
+def test_names_lose_a_folder_that_all_share() -> None:
+    assert drawing.short_names(["digits/at", "digits/mart"]) == {"digits/at": "at", "digits/mart": "mart"}
+    for names in (["digits/at", "mnist/at"], ["digits/at"], ["digits/at", "mart"]):
+        assert drawing.short_names(names) == {name: name for name in names}
 
 
 # --- each figure shows its table
@@ -196,7 +232,7 @@ def test_series_differ_in_colour_and_without_colour() -> None:
 def test_tradeoff_shows_means_hulls_names_and_single_seeds() -> None:
     table = tradeoff_table(seeds=3)
     (axes,) = (figure := figures.tradeoff(table)).axes
-    assert {"digits/plain", "digits/at"} <= set(words(figure))
+    assert {"plain", "at"} <= set(words(figure))
     faint = [line for line in axes.lines if line.get_alpha() == 0.35]
     strong = [container.lines[0] for container in axes.containers]
     for k, (_, rows) in enumerate(table.groupby("recipe", sort=False)):
@@ -340,8 +376,8 @@ def test_training_curves_show_the_log_and_mark_the_best_epoch() -> None:
     (axes,) = (figure := figures.training_curves(metrics_table())).axes
     lines = {str(line.get_label()): line for line in axes.lines}
     assert lines["best epoch"].get_xydata().tolist() == [[3, 50]]
-    np.testing.assert_allclose(lines["validation, under attack"].get_ydata(), [20, 50, 50, 30])
-    np.testing.assert_allclose(lines["training, as trained on"].get_ydata(), [30, 60, 70, 80])
+    np.testing.assert_allclose(lines["validation, attacked"].get_ydata(), [20, 50, 50, 30])
+    np.testing.assert_allclose(lines["training"].get_ydata(), [30, 60, 70, 80])
     assert "epoch by validation: 3." in str(figure.get_label())
 
 
@@ -355,7 +391,7 @@ def test_the_best_epoch_is_the_one_that_training_keeps() -> None:
 
 def test_without_validation_the_training_line_stands_alone() -> None:
     figure = figures.training_curves(metrics_table()[["epoch", "train_accuracy"]])
-    assert [str(line.get_label()) for line in figure.axes[0].lines] == ["training, as trained on"]
+    assert [str(line.get_label()) for line in figure.axes[0].lines] == ["training"]
     assert "no validation" in words(figure)
     assert "no best epoch" in str(figure.get_label())
 
@@ -368,9 +404,7 @@ def test_seeds_of_a_recipe_share_one_legend() -> None:
 
 
 def test_classes_are_named_and_the_least_robust_are_shown_where_there_are_many() -> None:
-    assert {"cat", "dog", "ship", "n = 20 to 22 test images per class; bars: 95 % Wilson intervals"} <= set(
-        words(drawn("per_class"))
-    )
+    assert {"cat", "dog", "ship", "n = 20 to 22 test images per class"} <= set(words(drawn("per_class")))
     few = figures.per_class(class_table(40), most=5)
     assert [label.get_text() for label in few.axes[0].get_yticklabels()] == ["0", "1", "2", "3", "4"]
     assert "the 5 least robust of 40" in str(few.get_label())
@@ -383,7 +417,12 @@ def test_what_broke_it_adds_up_from_left_to_right_in_the_order_of_attacks() -> N
     figure = breakdown(table)
     (axes,) = figure.axes
     labels = [container.get_label() for container in axes.containers]
-    assert labels == ["misclassified as it is", "broken by apgd-ce", "broken by fab-t", "still robust"]
+    assert labels == [
+        "misclassified as it is",
+        "broken by apgd-ce",
+        "broken by fab-t",
+        "still robust (the recipe's colour)",
+    ]
     shares = [(bars[0].get_x(), bars[0].get_width()) for bars in axes.containers]
     np.testing.assert_allclose(shares, [(0, 25), (25, 40), (65, 5), (70, 30)])
     np.testing.assert_allclose([bars[1].get_width() for bars in axes.containers], [0, 0, 0, 100])
@@ -400,8 +439,8 @@ def test_what_broke_it_is_told_apart_without_colour() -> None:
     rows += [{"recipe": "a", "source": "x", "by": by, "place": k, "share": 0.2, "n": 9} for by, k in ends]
     (axes,) = breakdown(pd.DataFrame(rows)).axes
     bars = {container.get_label(): container[0] for container in axes.containers}
-    clean, robust = bars.pop("misclassified as it is"), bars.pop("still robust")
-    assert len({bar.get_hatch() for bar in bars.values()}) == len({bar.get_facecolor() for bar in bars.values()}) == 6
+    clean, robust = bars.pop("misclassified as it is"), bars.pop("still robust (the recipe's colour)")
+    assert len({bar.get_hatch() for bar in bars.values()}) == 6
     assert clean.get_hatch() is robust.get_hatch() is None
     assert luminance(clean.get_facecolor()[:3]) < 0.05 < 0.9 < luminance(robust.get_facecolor()[:3])
 
@@ -422,24 +461,31 @@ def test_a_recipe_with_a_long_name_keeps_its_bar_apart() -> None:
 @pytest.mark.parametrize(("channels", "shape"), [(1, (6, 6)), (3, (6, 6, 3)), (4, (6, 6))])
 def test_the_gallery_shows_clean_perturbation_and_sum(channels: int, shape: tuple[int, ...]) -> None:
     arrays = pictures(channels)
-    figure = figures.gallery(arrays, ["cat", "dog", "ship"], rows=2)
-    assert len(figure.axes) == 6
-    first = [axes.images[0].get_array() for axes in figure.axes[:3]]
+    figure = figures.gallery(arrays, ["cat", "dog", "ship"], most=2)
+    assert len(figure.axes) == 6  # a column an image
+    first = [axes.images[0].get_array() for axes in figure.axes[::2]]
     assert first[0].shape == shape
     if channels == 3:
         np.testing.assert_allclose(first[0], arrays["x"][0].transpose(1, 2, 0))
         np.testing.assert_allclose(first[1], 0.5 + 5 * (first[2] - first[0]), atol=1e-6)  # 5 * 0.1 fills half the range
         np.testing.assert_allclose(first[2], arrays["x_adv"][0].transpose(1, 2, 0))
     text = words(figure)
-    assert "perturbation x 5" in text
-    assert {"label cat", "seen as cat", "seen as ship", "wrong", "pgd"} <= set(text)
+    assert "attack x 5" in text
+    assert {"cat", "dog", "ship"} <= set(text)
+    assert "(pgd)" in str(figure.get_label())
 
 
 @pytest.mark.parametrize(("size", "magnified"), [(0.0, 500), (8 / 255, 10), (0.9, 1)])
 def test_the_magnification_never_clips_and_is_stated(size: float, magnified: int) -> None:
     figure = figures.gallery(pictures(size=size, count=1))
-    assert figure.axes[1].get_title() == f"perturbation x {magnified}"
+    assert f"attack x {magnified}" in words(figure)
     assert f"magnified {magnified} times" in str(figure.get_label())
+
+
+def test_the_gallery_of_a_report_is_of_attacks_that_broke_the_model() -> None:
+    arrays = pictures()  # the attack leaves class 2 in its place
+    arrays["clean_prediction"] = np.array([0, 2, 2])  # and 1 is wrong as it is
+    assert figures.successes(arrays)["label"].tolist() == [0]
 
 
 def test_a_gallery_of_nothing_or_of_unequal_lengths_is_refused() -> None:

@@ -65,7 +65,7 @@ def test_seeds_that_disagree_show_nothing():
     )
     table = beside([base, mixed]).set_index("recipe")
     assert "[+" in table.loc["mixed", "robust"]
-    assert table.loc["mixed", "in words"].endswith("robust: no difference shown")
+    assert table.loc["mixed", "conclusion"].endswith("robust: no difference shown")
 
 
 def test_a_real_gain_near_zero_is_not_called_help():
@@ -74,7 +74,7 @@ def test_a_real_gain_near_zero_is_not_called_help():
     gain = verdict("gain", {0: outcomes_of(full, np.arange(300) < 12)}, base="base")
     table = beside([base, gain]).set_index("recipe")
     assert table.loc["gain", "robust"].startswith("4.0 (+4.0 [+1")
-    assert table.loc["gain", "in words"].endswith("robust: next to nothing either way")
+    assert table.loc["gain", "conclusion"].endswith("robust: next to nothing either way")
 
 
 def test_words_and_rows():
@@ -87,9 +87,9 @@ def test_words_and_rows():
     other_seed = verdict("other seed", {5: outcomes_of(full, full)}, base="base")
     table = beside([base, better, worse, same, stranger, other_seed]).set_index("recipe")
     assert list(table.index) == ["better", "worse", "same"]
-    assert table.loc["better", "in words"] == "clean: no difference shown; robust: helps"
-    assert table.loc["worse", "in words"] == "clean: hurts; robust: hurts"
-    assert table.loc["same", "in words"] == "clean: no difference shown; robust: no difference shown"
+    assert table.loc["better", "conclusion"] == "clean: no difference shown; robust: helps"
+    assert table.loc["worse", "conclusion"] == "clean: hurts; robust: hurts"
+    assert table.loc["same", "conclusion"] == "clean: no difference shown; robust: no difference shown"
     assert table.loc["better", "robust"].startswith("100.0 (+50.0 [")
     assert set(table["n"]) == {300}
     assert beside([base, stranger]).empty
@@ -107,7 +107,7 @@ def test_autoattack_is_compared_where_it_has_judged_both():
     assert list(table.columns).index("AutoAttack") == list(table.columns).index("robust") + 1
     assert table.loc["one", "AutoAttack"] == "50.0 (+0.0 [+0.0, +0.0]), n = 100, 1 of 2 seeds"
     said = "clean: no difference shown; robust: helps; AutoAttack: no difference shown"
-    assert table.loc["one", "in words"] == said  # the gain was over a weak attack
+    assert table.loc["one", "conclusion"] == said  # the gain was over a weak attack
     assert table.loc["none", "AutoAttack"] == "-"
     rand = {seed: rows.assign(attack="autoattack-rand") for seed, rows in strong.items()}
     other = verdict("other", weak, base="base", autoattack=rand)

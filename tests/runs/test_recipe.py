@@ -15,9 +15,11 @@ from helpers.cli import EVERYTHING, RECIPE, RECIPES, recipe
 from unmoved import attacks, defenses
 from unmoved.core.errors import UnmovedError
 from unmoved.core.phases import Ramp
-from unmoved.runs import components
+from unmoved.runs import components, train
 from unmoved.runs import recipe as config
 from unmoved.runs.assembly import Assembly
+from unmoved.runs.by_recipe import without_seeds
+from unmoved.runs.folder import Run
 
 OURS = sorted(RECIPES.glob("*/*.toml"))
 assert OURS
@@ -53,6 +55,25 @@ def test_a_recipe_with_everything_in_it_survives_printing() -> None:
     assert again == parsed
     assert again.tables() == parsed.tables()
     assert again.phase_parts() == parsed.phase_parts()
+
+
+def test_the_first_comment_describes_a_recipe_and_decides_nothing(tmp_path: Path) -> None:
+    described, silent, own = (tmp_path / name / "at.toml" for name in ("described", "silent", "own"))
+    for path, words in (
+        (described, "# What it is.\n#   And more.\n\n# Not this.\n"),
+        (silent, ""),
+        (own, "# No.\ndescription = 'Mine.'\n"),
+    ):
+        path.parent.mkdir()
+        path.write_text(words + RECIPE, encoding="utf-8")
+    recipes = [config.read(path, ["name=at"]) for path in (described, silent, own)]
+    assert [recipe.description for recipe in recipes] == ["What it is.\nAnd more.", None, "Mine."]
+    assert recipes[0].setting() == recipes[1].setting() == recipes[2].setting()
+    assert without_seeds(recipes[0].tables()) == without_seeds(recipes[1].tables())
+    run = Run.create(tmp_path / "run", recipes[0].tables())
+    begun = train._begun(run.path, recipes[1].tables())  # the folder of one is gone on with by the other
+    assert begun is not None
+    assert begun.path == run.path
 
 
 def test_what_is_not_said_is_spelled_out() -> None:

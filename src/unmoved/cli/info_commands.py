@@ -6,7 +6,6 @@ import inspect
 import json
 import sys
 from collections.abc import Mapping
-from itertools import takewhile
 from pathlib import Path
 from typing import Annotated
 
@@ -55,9 +54,8 @@ def show(
     tables = config.read(name, overrides).tables()
     if file != name and tables["name"] == name.as_posix():
         del tables["name"]  # a copy is called by its own file
-    if file.is_file():
-        with file.open(encoding="utf-8") as lines:
-            sys.stdout.writelines(takewhile(lambda line: line.startswith("#"), lines))
+    words = str(tables.pop("description", ""))
+    sys.stdout.writelines(f"# {line}\n" for line in words.splitlines())
     sys.stdout.write(tomli_w.dumps(tables))
 
 

@@ -125,19 +125,28 @@ def toml(text: str, where: str) -> Json:
     return tables
 
 
+def text_file(path: Path, where: str) -> str:
+    """Read a text file.
+
+    Raises:
+        FileNotFoundError: there is none.
+        UnmovedError: as `content`; text that is not UTF-8.
+    """
+    try:
+        return content(path, 4 * LONGEST).decode()
+    except UnicodeDecodeError as error:
+        raise UnmovedError(f"{where}: expected text in UTF-8, came something else: {brief(error)}") from error
+
+
 def toml_file(path: Path, where: str = "") -> Json:
     """Read the tables of a TOML file.
 
     Raises:
         FileNotFoundError: there is none.
-        UnmovedError: as `content` and `toml`; text that is not UTF-8.
+        UnmovedError: as `text_file` and `toml`.
     """
     where = where or str(path)
-    try:
-        text = content(path, 4 * LONGEST).decode()
-    except UnicodeDecodeError as error:
-        raise UnmovedError(f"{where}: expected text in UTF-8, came something else: {brief(error)}") from error
-    return toml(text, where)
+    return toml(text_file(path, where), where)
 
 
 def json_object(text: str | bytes, where: str) -> Json:

@@ -49,12 +49,28 @@ def curve(
 
 
 def gallery(
-    model: nn.Module, split: Split, attack: Attack, threat: ThreatModel, count: int = 8, name: str = "attack"
+    model: nn.Module,
+    split: Split,
+    attack: Attack,
+    threat: ThreatModel,
+    count: int = 8,
+    name: str = "attack",
+    broken: Sequence[int] = (),
 ) -> dict[str, np.ndarray]:
-    """Attack the first samples that the model gets right; return arrays that `unmoved.Run` saves."""
+    """Attack some samples that the model gets right; return arrays that `unmoved.Run` saves.
+
+    Args:
+        broken: the identities of samples that the attack is known to break, of which the first ``count`` are taken;
+            where there are none, the first of the split.
+    """
     parts: list[dict[str, np.ndarray]] = []
     missing = count = require_whole("count", count, at_least=1)
+    wanted = torch.tensor(broken[:count], dtype=torch.int64)
     for batch in judge.checked_batches(model, split, 4 * count, threat):
+        if len(wanted):
+            batch = batch.take(torch.isin(batch.index.cpu(), wanted).to(batch.index.device))
+            if len(batch) == 0:
+                continue
         clean = judge.predict(model, batch.x, batch.y)
         chosen = torch.nonzero(clean == batch.y).flatten()[:missing]
         if len(chosen) == 0:
@@ -77,6 +93,14 @@ def gallery(
     if not parts:
         return {}
     return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+
+
+def broken_by(table: pd.DataFrame, attack: str) -> list[int]:
+    """Return the identities of the samples that were right and that an attack broke, from each class in turn."""
+    won = (table["attack"] == attack) & table["success"] & (table["clean_prediction"] == table["label"])
+    rows = table[won].sort_values("index")
+    rows = rows.assign(turn=rows.groupby("label").cumcount()).sort_values(["turn", "index"])
+    return [int(index) for index in rows["index"]]
 
 
 def radii(threat: ThreatModel) -> list[float]:

@@ -1,14 +1,15 @@
 """Style and lay out figures: colours, fonts, labels that do not overlap, and SVG with the same bytes each time.
 
-No pyplot, and matplotlib's settings are put back after each use. Colours are Okabe and Ito's, which the colour-blind
-tell apart; markers and line styles alone suffice in black and white.
+No pyplot, and matplotlib's settings are put back after each use. A recipe has one colour and one marker in all pictures
+of a page. The first six colours are Okabe and Ito's; six more were chosen to lie far from them and from each other in
+the eyes of the colour-blind too. Markers and line styles alone suffice in black and white.
 """
 
 from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Hashable, Iterator, Sequence, Sized
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar, Unpack
@@ -22,6 +23,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.markers import MarkerStyle
 from matplotlib.transforms import Bbox
 from matplotlib.typing import LineStyleType
 
@@ -30,10 +32,13 @@ from unmoved.core.errors import UnmovedError
 Key = TypeVar("Key")
 Segment = Sequence[tuple[float, float]]  # both ends (x, y)
 INK, GRID, PAPER = "#1b1b1a", "#dcdcd9", "#fefefd"  # no data has these colours, so a page may exchange them (dark mode)
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", INK)
-MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
+COLOURS = (
+    *("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"),
+    *("#a860f0", "#6000d8", "#90a860", "#900078", "#604800", "#d80030"),
+)
+MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*", "<", ">", "p", "h")
 LINES: tuple[LineStyleType, ...] = ("-", "--", "-.", ":", (0, (6, 1.5, 1, 1.5, 1, 1.5)))
-MOST = 12  # series that a reader tells apart in one picture; where there are more, the others are grey
+MOST = len(COLOURS)  # series that a reader tells apart in one picture; where there are more, the others are grey
 STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 10.0,
@@ -56,6 +61,10 @@ STYLE: dict[Any, Any] = {
     "svg.hashsalt": "unmoved",
     **dict.fromkeys(["text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"], INK),
 }
+
+
+# Of small multiples: many panels side by side on a page, each a file.
+SMALL = {"font.size": 7.5, "legend.fontsize": 7.0, "figure.labelsize": 6.5, "lines.linewidth": 1.2}
 
 
 class Look(TypedDict, total=False):
@@ -83,21 +92,60 @@ class Fill(TypedDict, total=False):
 
 
 @contextmanager
-def style() -> Iterator[None]:
+def style(*, small: bool = False) -> Iterator[None]:
     """Use our settings of matplotlib inside the block, the caller's after it; ``@style()`` does so for a function."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # a user's own matplotlibrc must not change what a figure looks like
-        matplotlib.rcParams.update(STYLE)
+        matplotlib.rcParams.update(STYLE | SMALL if small else STYLE)
         yield
 
 
 def look(k: int) -> Look:
-    """Return colour, marker and line style of the k-th series; without the colour they repeat after 40 series."""
+    """Return colour, marker and line style of the k-th series; the first `MOST` share no colour and no marker."""
     return {
         "color": COLOURS[k % len(COLOURS)],
         "marker": MARKERS[k % len(MARKERS)],
         "linestyle": LINES[k % len(LINES)],
     }
+
+
+def looks(names: Sequence[str], shown: Sequence[str] = ()) -> dict[str, Look]:
+    """Return the look of each name by its recipe, in order; the seeds of a recipe (``"at seed 1"``) have one look.
+
+    Args:
+        names: of all recipes or runs, in the order of the page.
+        shown: those that a picture tells apart, which have colours of their own where there are more than `MOST`
+            recipes; without it colours repeat.
+    """
+    recipes = {name: re.sub(r" seed \d+$", "", name) for name in names}
+    places = list(dict.fromkeys(recipes.values()))
+    if len(places) > MOST and shown:
+        recipes = {name: recipes[name] for name in shown}
+        places = list(dict.fromkeys(recipes.values()))
+    return {name: look(places.index(recipe)) for name, recipe in recipes.items()}
+
+
+def short_names(names: Sequence[str]) -> dict[str, str]:
+    """Return each name without the folder that all of them share: ``digits/at`` and ``digits/mart`` are at and mart."""
+    folders = {name.partition("/")[0] for name in names}
+    shared = len(set(names)) > 1 and len(folders) == 1 and all("/" in name for name in names)
+    return {name: name.partition("/")[2] if shared else name for name in names}
+
+
+def key(looks: Look) -> str:
+    """Draw the marker of a look as an element of a page, the size of a letter."""
+    marker = MarkerStyle(looks.get("marker") or "o")
+    path = marker.get_path().transformed(marker.get_transform())
+    polygons = [points / np.abs(path.vertices).max() * (1, -1) for points in path.to_polygons()]
+    outline = "".join("M" + "L".join(f"{x:.2f} {y:.2f}" for x, y in points) + "Z" for points in polygons)
+    drawn = f'<path d="{outline}" fill="{paint(looks)}"/>'
+    return f'<svg class="key" viewBox="-1.1 -1.1 2.2 2.2" aria-hidden="true">{drawn}</svg>'
+
+
+def paint(looks: Look) -> str:
+    """Return the colour of a look as a page's variable, which is another one in the dark."""
+    color = looks.get("color", INK)
+    return f"var(--c{COLOURS.index(color)})" if color in COLOURS else "var(--ink)"
 
 
 def canvas(width: float, height: float) -> Figure:
@@ -141,6 +189,13 @@ def front(x: pd.Series, y: pd.Series) -> list[Hashable]:
             best = y[label]
     places = np.linspace(0, len(undominated) - 1, min(MOST, len(undominated)))
     return [undominated[k] for k in places.round().astype(int)]
+
+
+def leading(points: Mapping[str, tuple[float, float]]) -> list[str]:
+    """Return the names of `MOST` points (x, y) at most: those on the front, then the highest."""
+    places = pd.DataFrame(points.values(), index=list(points), columns=["x", "y"])
+    top = front(places["x"], places["y"])
+    return foremost(list(points), lambda name: (name not in top, -points[name][1]))[0]
 
 
 def draw_others(
@@ -260,7 +315,7 @@ def to_html(svg: str, name: str, label: str) -> str:
     so that a page may choose others in the dark; ``label`` is what a screen reader says.
     """
     variables = {INK: "var(--ink)", GRID: "var(--grid)", PAPER: "var(--paper)"}
-    variables |= {color: f"var(--c{k})" for k, color in enumerate(COLOURS[:-1])}
+    variables |= {color: f"var(--c{k})" for k, color in enumerate(COLOURS)}
     root = ElementTree.fromstring(svg)
     for parent in list(root.iter()):
         for child in [c for c in parent if c.tag.endswith("}style")]:

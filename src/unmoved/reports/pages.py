@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,16 @@ from unmoved.core.files import write_set
 from unmoved.core.threat import eps_text
 from unmoved.reports import drawing
 
+# What columns and values of tables are called on a page; others lose their underscores.
+WORDS = {
+    "rho": "Spearman's rho",
+    "low": "95 % interval from",
+    "high": "to",
+    "i_max": "worst loss change (nats)",
+    "i_ave": "random loss change (nats)",
+    "train_eps": "eps in training",
+    "eval_eps": "eps of the attack",
+}
 Drawn = Mapping[str, Iterable[tuple[str, Figure | Callable[[], Figure]]]]
 
 
@@ -134,7 +145,14 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": _percent, "eps": eps_text, "duration": _duration, "cell": _cell, "flat": _flat}
+    environment.filters |= {
+        "percent": _percent,
+        "eps": eps_text,
+        "duration": _duration,
+        "cell": _cell,
+        "flat": _flat,
+        "words": _words,
+    }
     return environment
 
 
@@ -152,4 +170,11 @@ def _duration(seconds: float) -> str:
 
 
 def _cell(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return "-" if math.isnan(value) else f"{value:.4g}"
+    return WORDS.get(str(value), str(value))
+
+
+def _words(column: object) -> str:
+    """Return what a column of a table is called on a page."""
+    return WORDS.get(str(column), str(column).replace("_", " "))

@@ -17,7 +17,7 @@ from unmoved.runs.evaluated import require_same_samples
 # Below this accuracy a difference may be real, and is still no use to anybody.
 NEXT_TO_NOTHING = 0.05
 _by_sample = partial(outcomes.by_sample, is_checked=True)
-COLUMNS = ("recipe", "base", "seeds", "n", "clean", "robust", "in words")
+COLUMNS = ("recipe", "conclusion", "beside", "clean", "robust", "n", "seeds")
 
 
 def difference(
@@ -64,7 +64,7 @@ def beside(results: Sequence[RecipeResult]) -> pd.DataFrame:
         seeds = sorted(ours.keys() & theirs.keys())
         if not seeds:
             continue
-        cells: dict[str, object] = {"recipe": result.name, "base": base.name, "seeds": len(seeds)}
+        cells: dict[str, object] = {"recipe": result.name, "beside": base.name, "seeds": len(seeds)}
         tables = [ours[s] for s in seeds], [theirs[s] for s in seeds]
         compared = {column: _compared(*tables, measure) for column, measure in (("clean", CLEAN), ("robust", WORST))}
         settled = _settled(result, base)
@@ -76,7 +76,7 @@ def beside(results: Sequence[RecipeResult]) -> pd.DataFrame:
             compared["AutoAttack"] = cell, words
         cells |= {column: cell for column, (cell, _) in compared.items()}
         cells["n"] = result.runs[0].setting.n
-        cells["in words"] = "; ".join(f"{name}: {words}" for name, (_, words) in compared.items())
+        cells["conclusion"] = "; ".join(f"{name}: {words}" for name, (_, words) in compared.items())
         rows.append(cells)
     columns = list(COLUMNS)
     if any("AutoAttack" in cells for cells in rows):

@@ -18,6 +18,7 @@ import pandas as pd
 from unmoved.core.errors import UnmovedError
 from unmoved.core.untrusted import Json
 from unmoved.evaluation import outcomes
+from unmoved.evaluation.doctor import lost_classes
 from unmoved.evaluation.doctor.finding import DO_NOT_BELIEVE, GRADES, LOOK_CLOSER, Finding, summary
 from unmoved.evaluation.outcomes import CLEAN, WORST
 from unmoved.runs.evaluated import EvaluatedRun, EvaluationSetting, require_same_samples
@@ -59,6 +60,19 @@ class SharedFinding(NamedTuple):
     why: str
     do: str
     measured: list[tuple[int, str]]
+
+
+class LostClass(NamedTuple):
+    """A class that a recipe's models have lost.
+
+    Attributes:
+        clean: lost on clean images; otherwise under attack, by what is right clean.
+        hits: (seed, how many are right or robust, of how many) at each seed that lost it.
+    """
+
+    clean: bool
+    label: int
+    hits: list[tuple[int, int, int]]
 
 
 class DoctorSummary(NamedTuple):
@@ -154,6 +168,31 @@ class RecipeResult:
         return DoctorSummary(grade, said, ordered, [run for run in self.runs if run.doctor is None])
 
     @cached_property
+    def lost_classes(self) -> list[LostClass]:
+        """Return the classes that the doctor's rule calls lost, of all images of the evaluation; clean ones first.
+
+        The doctor itself looks at AutoAttack's images alone where it has judged, which may be too few to tell.
+        """
+        lost: dict[tuple[bool, int], LostClass] = {}
+        for run in self.runs:
+            samples = outcomes.by_sample(run.outcomes, is_checked=True)
+            label, right, robust = (samples[name].to_numpy() for name in ("label", CLEAN, WORST))
+            clean = lost_classes.lost_clean(label, right)
+            known = {one.label for one in clean}
+            attacked = [one for one in lost_classes.lost_under_attack(label, right, robust) if one.label not in known]
+            for is_clean, found in ((True, clean), (False, attacked)):
+                for one in found:
+                    entry = lost.setdefault((is_clean, one.label), LostClass(is_clean, one.label, []))
+                    entry.hits.append((run.seed, one.hits, one.n))
+        return [lost[key] for key in sorted(lost, key=lambda key: (not key[0], key[1]))]
+
+    @property
+    def description(self) -> str:
+        """Return what the recipe says it is, or what it trains with; lines end in line breaks."""
+        recipe = self.runs[0].recipe
+        return str(recipe.get("description") or _parts_of(recipe))
+
+    @cached_property
     def by_seed(self) -> pd.DataFrame:
         """Return `outcomes.summary` of each run, with columns recipe and seed."""
         rows = [_summary(run.outcomes).assign(recipe=self.name, seed=run.seed) for run in self.runs]
@@ -200,6 +239,23 @@ class RecipeResult:
 
     def _across(self, measure: Callable[[pd.DataFrame], pd.DataFrame]) -> pd.DataFrame:
         return outcomes.across_seeds([run.outcomes for run in self.runs], measure)
+
+
+def _parts_of(recipe: Json) -> str:
+    """Describe a recipe that says nothing of itself by the names of its parts; "" where it has none."""
+    if not recipe.get("trained", True):
+        return f"Judged, not trained: {_use(recipe, 'model')} on {_use(recipe, 'data')}."
+    objective = recipe.get("objective")
+    if not isinstance(objective, dict):
+        return ""
+    defense = _use(recipe, "defense")
+    against = f" against {_use(recipe, 'attack')}" if recipe.get("attack") else " without an attack"
+    return f"Trained on {' + '.join(objective)}{against}{f', {defense}' if defense not in ('', 'plain') else ''}."
+
+
+def _use(recipe: Json, part: str) -> str:
+    table = recipe.get(part)
+    return str(table.get("use", "")) if isinstance(table, dict) else str(table or "")
 
 
 def results_by_recipe(runs: Sequence[Run]) -> list[RecipeResult]:
@@ -280,13 +336,14 @@ def _where_all_are_settled(runs: Sequence[EvaluatedRun]) -> tuple[EvaluatedRun, 
 
 
 def without_seeds(recipe: Json) -> Json:
-    """Remove from a recipe what tells its runs apart: training.seed, and which part of training.part it took.
+    """Remove what tells runs of a recipe apart, training.seed and which part of training.part it took, and its words.
 
     Every other seed is a setting: data.seed chooses the test images.
     """
+    recipe = {key: value for key, value in recipe.items() if key != "description"}
     training = recipe.get("training")
     if not isinstance(training, dict):
-        return dict(recipe)
+        return recipe
     training = {key: value for key, value in training.items() if key != "seed"}
     if isinstance(part := training.get("part"), dict):
         training["part"] = {"of": part.get("of")}

@@ -168,7 +168,14 @@ class _Asked:
         gallery = None
         if kind == "evaluation":
             name, shown = next(reversed(chosen.items()))
-            gallery = curve_and_gallery.gallery(self.model, self.split, shown, self.assembly.threat, name=name)
+            gallery = curve_and_gallery.gallery(
+                self.model,
+                self.split,
+                shown,
+                self.assembly.threat,
+                name=name,
+                broken=curve_and_gallery.broken_by(table, name),
+            )
         facts["question"], facts["seconds"] = digest, round(time.monotonic() - began, 1)
         facts["finished"] = datetime.now(UTC).isoformat(timespec="seconds")
         self.run.save_evaluation(

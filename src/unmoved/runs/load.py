@@ -77,7 +77,7 @@ def _digest(path: Path, stamp: tuple[int, ...]) -> str:
 
 def question_about(assembly: Assembly, split: ArraySplit | Selection, allow: Collection[str]) -> Json:
     """Return what any result about a run's model depends on, beside its weights and the settings: data and code."""
-    recipe = json.dumps(assembly.recipe.tables(), sort_keys=True, default=str)
+    recipe = json.dumps(assembly.recipe.setting(), sort_keys=True, default=str)
     return {
         "images": split.digest,
         "recipe": hashlib.sha256(recipe.encode()).hexdigest(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ from unmoved import data
 from unmoved.core.errors import UnmovedError, did_you_mean
 from unmoved.core.precision import PRECISIONS
 from unmoved.core.threat import ThreatModel
-from unmoved.core.untrusted import LONGEST, Json, JsonValue, readable, require_plain, toml, toml_file
+from unmoved.core.untrusted import LONGEST, Json, JsonValue, readable, require_plain, text_file, toml
 from unmoved.evaluation.outcomes import CLEAN, WORST
 from unmoved.runs import recipe_keys, shipped
 from unmoved.runs.components import (
@@ -167,6 +168,9 @@ class Recipe(PhaseParts):
     """A run, described in full. ``[objective.NAME]`` tables are terms; ``use`` defaults to NAME."""
 
     name: str = "recipe"
+    description: str | None = Field(
+        None, max_length=2000, description="what it is; the file's first comment by default"
+    )
     trained: bool = Field(True, description="false where a model is judged that was trained elsewhere")
     base: str | None = Field(None, description="the name of the recipe that the report sets this one beside")
     swept: SweptFrom | None = Field(None, description="set by `unmoved compare --sweep`")
@@ -219,9 +223,13 @@ class Recipe(PhaseParts):
             result.append((phase.from_epoch, _merged(result[-1][1], changes)))
         return result
 
+    def setting(self) -> Json:
+        """Return what decides the result: `tables` without the description."""
+        return {key: value for key, value in self.tables().items() if key != "description"}
+
     def tables(self) -> Json:
         """Return the fully resolved recipe as plain data, which `unmoved show` prints."""
-        order = ["name", "trained", "base", "swept", "data", "model", "threat"]
+        order = ["name", "description", "trained", "base", "swept", "data", "model", "threat"]
         order += ["training", "optimizer", "schedule", "average"]
         tables = {key: _without_none(part) for key, part in self.model_dump(by_alias=True, exclude_none=True).items()}
         for key in ("trained",) if self.trained else OF_TRAINING:
@@ -264,9 +272,10 @@ def read(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         path = shipped.located(asked)
         if path.is_fifo() and path.parent in PIPES:  # what a shell puts in the place of <(...)
             with path.open(encoding="utf-8") as file:
-                tables = toml(file.read(LONGEST + 1), f"recipe {asked}")
+                text = file.read(LONGEST + 1)
         else:
-            tables = toml_file(path, f"recipe {asked}")
+            text = text_file(path, f"recipe {asked}")
+        tables = toml(text, f"recipe {asked}")
     except FileNotFoundError:
         raise UnmovedError(f"recipe {asked}: no such file" + recipe_meant(asked, KINDS)) from None
     except (OSError, UnicodeError) as error:
@@ -274,9 +283,17 @@ def read(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     tables.setdefault(
         "name", readable("/".join(part for part in (path.parent.name, path.stem) if part)).replace("\\", "-")
     )
+    if words := _first_comment(text):
+        tables.setdefault("description", words)
     for override in overrides:
         _override(tables, override)
     return parse(tables, str(asked))
+
+
+def _first_comment(text: str) -> str:
+    """Return the comment that a file begins with, one line for each of its lines; "" where there is none."""
+    head = itertools.takewhile(lambda line: line.startswith("#"), text.splitlines())
+    return "\n".join(line.lstrip("# ") for line in head)[:2000].strip()
 
 
 def parse(tables: Json, where: str = "recipe") -> Recipe:
@@ -293,12 +310,12 @@ def parse(tables: Json, where: str = "recipe") -> Recipe:
 
 
 def differing(saved: Recipe, tables: Json) -> list[str]:
-    """Return the keys in which a saved recipe differs from the tables of another one.
+    """Return the keys in which a saved recipe differs from the tables of another one, whatever they call themselves.
 
     It is parsed: one of an older version lacks the keys that were added since, which have their defaults.
     """
     begun = saved.tables()
-    return sorted(key for key in {*tables, *begun} if tables.get(key) != begun.get(key))
+    return sorted(key for key in {*tables, *begun} - {"description"} if tables.get(key) != begun.get(key))
 
 
 def _override(tables: Json, override: str) -> None:

@@ -13,9 +13,7 @@ from matplotlib.typing import LineStyleType
 
 from unmoved.core.errors import UnmovedError, require_columns
 from unmoved.reports.drawing import (
-    COLOURS,
     INK,
-    MARKERS,
     PAPER,
     Fill,
     Look,
@@ -26,7 +24,7 @@ from unmoved.reports.drawing import (
     draw_others,
     finished,
     foremost,
-    look,
+    looks,
     name_points,
     style,
 )
@@ -54,6 +52,7 @@ def corruption_curves(table: pd.DataFrame) -> Figure:
     require_columns(table, [*keys, "mean", "low", "high", "draws", "images"], "corruption_curves")
     _require_single(table, keys, "corruption_curves")
     runs, others = _flattest(table)
+    styles = looks(list(dict.fromkeys(table["run"])), runs)
     figure = canvas(5.0, 5.2 + 0.2 * math.ceil((len(runs) + bool(others)) / 2))
     top, bottom = figure.subplots(2, 1, sharex=True)
     panels = (("loss", top, 1.0, "loss change (nats)"), ("accuracy", bottom, 100.0, "accuracy change (points)"))
@@ -61,16 +60,16 @@ def corruption_curves(table: pd.DataFrame) -> Figure:
         of = table[(table["measure"] == measure) & (table["kind"] == "adversarial")].sort_values("eps_relative")
         lines = [(rows["eps_relative"], scale * rows["mean"]) for run, rows in of.groupby("run") if run in set(others)]
         rest = draw_others(axes, lines, "runs")
-        for k, run in enumerate(runs):
-            looks: Look = {"color": COLOURS[k % len(COLOURS)], "marker": MARKERS[k % len(MARKERS)]}
+        for run in runs:
+            ours: Look = {"color": styles[run]["color"], "marker": styles[run]["marker"]}
             for kind, line in KINDS.items():
                 rows = table[(table["measure"] == measure) & (table["run"] == run) & (table["kind"] == kind)]
                 rows = rows.sort_values("eps_relative")
                 x, mean, low, high = (rows[c].to_numpy(float) for c in ("eps_relative", "mean", "low", "high"))
                 if kind == "random":
-                    axes.fill_between(x, scale * low, scale * high, color=looks["color"], alpha=0.15, linewidth=0)
-                face = PAPER if kind == "random" else looks["color"]
-                axes.plot(x, scale * mean, linestyle=line, label=f"{run} ({kind})", markerfacecolor=face, **looks)
+                    axes.fill_between(x, scale * low, scale * high, color=ours["color"], alpha=0.15, linewidth=0)
+                face = PAPER if kind == "random" else ours["color"]
+                axes.plot(x, scale * mean, linestyle=line, label=f"{run} ({kind})", markerfacecolor=face, **ours)
         axes.axhline(0, color=INK, linewidth=0.9, zorder=1)
         axes.set_ylabel(label)
     drawn = table.loc[table["measure"] == "loss", ["mean", "low", "high"]]
@@ -114,6 +113,7 @@ def corruption_layers(table: pd.DataFrame) -> Figure:
         raise UnmovedError(f"corruption_layers: expected one eps_relative, came {sizes}; choose the rows of one")
     _require_single(table, ["run", "scope", "kind"], "corruption_layers")
     (runs, others), scopes = _flattest(table), list(dict.fromkeys(table["scope"]))
+    styles = looks(list(dict.fromkeys(table["run"])), runs)
     thick = 0.8 / len(runs)
     figure = canvas(5.0, 1.4 + 0.2 * len(runs) + (0.16 + 0.2 * len(runs)) * len(scopes))
     axes = figure.add_subplot()
@@ -121,12 +121,14 @@ def corruption_layers(table: pd.DataFrame) -> Figure:
         places = np.arange(len(scopes)) + (k - (len(runs) - 1) / 2) * thick
         of = table[table["run"] == run]
         worst, random = (of[of["kind"] == kind].set_index("scope").reindex(scopes) for kind in KINDS)
-        hatched: Fill = {"facecolor": COLOURS[k % len(COLOURS)], "edgecolor": PAPER, "hatch": HATCHES[k % len(HATCHES)]}
+        hatched: Fill = {"facecolor": styles[run]["color"], "edgecolor": PAPER, "hatch": HATCHES[k % len(HATCHES)]}
         axes.barh(places, worst["mean"], 0.92 * thick, label=f"{run} (adversarial)", linewidth=0.6, **hatched)
         ends = np.nan_to_num(bar(random["low"], random["mean"], random["high"]))
-        looks: Look = {"color": INK, "marker": MARKERS[k % len(MARKERS)], "markerfacecolor": PAPER, "linestyle": "none"}
+        hollow: Look = {"color": INK, "markerfacecolor": PAPER, "linestyle": "none"}
         label = f"{run} (random mean)"
-        axes.errorbar(random["mean"], places, xerr=ends, label=label, elinewidth=1, markersize=4.5, **looks)
+        axes.errorbar(
+            random["mean"], places, xerr=ends, label=label, elinewidth=1, markersize=4.5, **styles[run] | hollow
+        )
     axes.axvline(0, color=INK, linewidth=0.9)
     axes.set_yticks(range(len(scopes)), [str(scope) for scope in scopes])
     axes.set_ylim(len(scopes) - 0.4, -0.6)
@@ -166,10 +168,11 @@ def loss_lines(table: pd.DataFrame) -> Figure:
     require_columns(table, ["direction", "a", "eps", "loss", "images"], "loss_lines")
     figure = canvas(5.0, 3.4)
     axes = figure.add_subplot()
-    for k, (name, line) in enumerate((("worst", "-"), ("random", KINDS["random"]))):
+    for name, line in (("worst", "-"), ("random", KINDS["random"])):
         rows = table[table["direction"] == name].sort_values("a")
-        looks: Look = {"color": COLOURS[k], "marker": MARKERS[k], "linestyle": line, "markersize": 4}
-        axes.plot(rows["a"], rows["loss"], label=f"{name} direction", **looks)
+        face = PAPER if name == "random" else INK
+        looked: Look = {"color": INK, "marker": "o", "markerfacecolor": face, "linestyle": line, "markersize": 4}
+        axes.plot(rows["a"], rows["loss"], label=f"{name} direction", **looked)
     axes.axvline(0, color=INK, linewidth=0.9, zorder=1)
     axes.set_xlabel("distance from the weights, in units of eps")
     axes.set_ylabel("loss (nats)")
@@ -244,12 +247,13 @@ def flatness(table: pd.DataFrame, sentence: str = "") -> Figure:
     shown, others = foremost(range(len(table)), lambda k: -accuracy[k])
     grey = [(float(table["i_max"].iloc[k]), float(accuracy[k])) for k in others]
     rest = draw_others(axes, grey, "runs", marker="o", linestyle="none")
-    for k, row in enumerate(table.iloc[shown].to_dict("records")):
+    styles = looks(list(table["name"].astype(str)), list(table["name"].iloc[shown].astype(str)))
+    for row in table.iloc[shown].to_dict("records"):
         x, y = float(row["i_max"]), 100 * float(row["robust_accuracy"])
-        looks = look(k) | {"linestyle": "none", "markersize": 9, "markeredgecolor": PAPER}
+        ours = styles[str(row["name"])] | {"linestyle": "none", "markersize": 9, "markeredgecolor": PAPER}
         low, high = (100 * float(row.get(name, row["robust_accuracy"])) for name in ("low", "high"))
         label = str(row["name"])
-        axes.errorbar(x, y, yerr=bar([low], [y], [high]), label=label, elinewidth=1, **looks)
+        axes.errorbar(x, y, yerr=bar([low], [y], [high]), label=label, elinewidth=1, **ours)
         points.append((x, y, label))
         segments.append(((x, low), (x, high)))
     axes.margins(0.12)

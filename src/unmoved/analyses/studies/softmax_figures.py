@@ -11,7 +11,6 @@ from matplotlib.figure import Figure
 
 from unmoved.core.errors import UnmovedError, require_columns
 from unmoved.reports.drawing import (
-    COLOURS,
     INK,
     PAPER,
     Look,
@@ -21,7 +20,7 @@ from unmoved.reports.drawing import (
     draw_others,
     finished,
     foremost,
-    look,
+    looks,
     name_points,
     percent_limits,
     style,
@@ -68,13 +67,19 @@ def within(table: pd.DataFrame, *, view: str = "clean", measure: str = "AUC") ->
     figure = canvas(5.6, 1.2 + pitch * len(names) + 0.2 * math.ceil(len(runs) / 2))
     axes = figure.add_subplot()
     lanes = (np.arange(len(runs)) - (len(runs) - 1) / 2) * 0.13 / pitch
-    for k, (run, rows) in enumerate(table.groupby("run", sort=False)):
-        rows = rows.set_index("statistic").reindex(names)
+    styles = looks([str(run) for run in runs])
+    for k, run in enumerate(styles):
+        rows = table[table["run"].astype(str) == run].set_index("statistic").reindex(names)
         middle = rows["value"].to_numpy(float)
         low, high = (rows[end].to_numpy(float) for end in ("low", "high"))
         ends = np.where(np.isnan(low) | np.isnan(middle), 0, bar(low, middle, high))
         axes.errorbar(
-            middle, np.arange(len(names)) + lanes[k], xerr=ends, label=str(run), elinewidth=1, **look(k) | POINTS
+            middle,
+            np.arange(len(names)) + lanes[k],
+            xerr=ends,
+            label=run,
+            elinewidth=1,
+            **styles[run] | POINTS,
         )
     chance = 0.5 if measure == "AUC" else 0.0
     axes.axvline(chance, **CHANCE)
@@ -112,6 +117,7 @@ def landings(table: pd.DataFrame, *, most: int = 20) -> Figure:
     require_columns(table, ["run", "rank", "share", "low", "high", "n", "uniform"], "landings")
     ranks = int(table["rank"].max())
     stand = ", ".join(dict.fromkeys(table.loc[table["share"].isna(), "run"].astype(str)))
+    styles = looks(list(table["run"].astype(str)))
     table = table[(table["rank"] <= most) & table["share"].notna()]
     if table.empty:
         raise UnmovedError("landings: expected a run where an attack succeeded, came none; there is nothing to draw")
@@ -122,9 +128,9 @@ def landings(table: pd.DataFrame, *, most: int = 20) -> Figure:
     panels = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
     for axes, (run, rows) in zip(panels.flat, runs, strict=False):
         share, low, high = (100 * rows[name].to_numpy(float) for name in ("share", "low", "high"))
-        axes.bar(rows["rank"], share, 0.75, color=COLOURS[5], edgecolor=INK, linewidth=0.6)
-        looks = {"color": INK, "linestyle": "none", "elinewidth": 1, "capsize": 2 if drawn <= 10 else 0}
-        axes.errorbar(rows["rank"], share, yerr=bar(low, share, high), **looks)
+        axes.bar(rows["rank"], share, 0.75, color=styles[str(run)]["color"], edgecolor=INK, linewidth=0.6)
+        black = {"color": INK, "linestyle": "none", "elinewidth": 1, "capsize": 2 if drawn <= 10 else 0}
+        axes.errorbar(rows["rank"], share, yerr=bar(low, share, high), **black)
         axes.axhline(100 * rows["uniform"].iloc[0], **CHANCE)
         axes.set_title("\n".join([*textwrap.wrap(str(run), 24 if columns > 1 else 48), count(rows["n"])]), fontsize=9)
         axes.grid(visible=False, axis="x")
@@ -175,9 +181,10 @@ def across(
     points = [(x, y, run) for run, x, y in zip(*columns, strict=True)]
     shown, others = foremost(range(len(points)), lambda k: -points[k][1])
     rest = draw_others(axes, [points[k][:2] for k in others], "runs", marker="o", linestyle="none")
+    styles = looks([run for *_, run in points], [points[k][2] for k in shown])
     points = [points[k] for k in shown]
-    for k, (x, y, run) in enumerate(points):
-        axes.plot([x], [y], label=run, markersize=9, **look(k) | POINTS)
+    for x, y, run in points:
+        axes.plot([x], [y], label=run, markersize=9, **styles[run] | POINTS)
     axes.margins(0.15)
     name = NAMES.get(statistic, statistic).replace("\n", " ")
     unit = UNITS.get(statistic)

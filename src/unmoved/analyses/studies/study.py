@@ -18,6 +18,7 @@ from unmoved.core.errors import UnmovedError, require_whole
 from unmoved.data import ArraySplit, DataSet
 from unmoved.evaluation.outcomes import CLEAN, WORST, by_sample
 from unmoved.reports import pages
+from unmoved.reports.drawing import short_names
 from unmoved.reports.pages import Section
 from unmoved.runs.assembly import Assembly
 from unmoved.runs.evaluated import EvaluatedRun, require_same_samples, samples_of
@@ -151,10 +152,8 @@ def names_of(runs: Sequence[Run]) -> list[str]:
 
     With the run's folder where that does not tell them apart: no two names are the same.
     """
-    plain = [run.name for run in runs]
-    folders = {name.partition("/")[0] for name in plain if "/" in name}
-    if len(plain) > 1 and len(folders) == 1 and all("/" in name for name in plain):
-        plain = [name.partition("/")[2] for name in plain]
+    short = short_names([run.name for run in runs])
+    plain = [short[run.name] for run in runs]
     seeded = [
         name if plain.count(name) == 1 else f"{name} seed {run.seed}" for name, run in zip(plain, runs, strict=True)
     ]

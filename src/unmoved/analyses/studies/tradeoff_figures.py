@@ -21,7 +21,7 @@ from unmoved.reports.drawing import (
     draw_others,
     finished,
     foremost,
-    look,
+    looks,
     place_names,
     style,
 )
@@ -57,11 +57,12 @@ def pareto(points: pd.DataFrame) -> Figure:
     lines = 0 if named else -(-(len(shown) + bool(others)) // 2)
     figure = canvas(5.0, 3.9 + 0.2 * lines)
     axes = figure.add_subplot()
+    styles = looks(list(methods), shown)
     segments: list[Segment] = []
     grey = [(methods[name]["clean"], methods[name]["robust"]) for name in others]
     rest = draw_others(axes, grey, "methods", marker="o", markersize=3)
-    for k, name in enumerate(shown):
-        segments += _draw_method(axes, methods[name], look(k))
+    for name in shown:
+        segments += _draw_method(axes, methods[name], styles[name])
     axes.margins(0.12)
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
     axes.set(xlim=(left, min(right, 102)), ylim=(bottom, min(top, 102)))
@@ -74,7 +75,7 @@ def pareto(points: pd.DataFrame) -> Figure:
     if named:
         place_names(figure, list(zip(points["clean"], points["robust"], names, strict=True)), segments)
     else:
-        figure.legend(*_keys(axes, shown, rest), loc="outside upper center", ncols=2)
+        figure.legend(*_keys(axes, {name: styles[name] for name in shown}, rest), loc="outside upper center", ncols=2)
     n = count(points["n"])
     bars = "bars: 95 % bootstrap intervals" if points[WANTED].notna().all(axis=None) else "no intervals"
     figure.supxlabel(f"{n} test images; {bars}\ngrey band: the front; hollow: off it")
@@ -86,17 +87,17 @@ def pareto(points: pd.DataFrame) -> Figure:
     )
 
 
-def _draw_method(axes: Axes, rows: pd.DataFrame, looks: Look) -> list[Segment]:
+def _draw_method(axes: Axes, rows: pd.DataFrame, look: Look) -> list[Segment]:
     """Draw a method's settings, joined in the order of their strength; return the ends of its error bars."""
-    axes.plot(rows["clean"], rows["robust"], linewidth=1.2, **looks | {"marker": ""})
+    axes.plot(rows["clean"], rows["robust"], linewidth=1.2, **look | {"marker": ""})
     for on_front, some in rows.groupby("on_front"):
-        face = looks["color"] if on_front else PAPER
-        marks = looks | {"linestyle": "none", "markersize": 7, "markerfacecolor": face}
+        face = look["color"] if on_front else PAPER
+        marks = look | {"linestyle": "none", "markersize": 7, "markerfacecolor": face}
         axes.plot(some["clean"], some["robust"], zorder=3, **marks)
     measured = rows.dropna(subset=WANTED)
     x, y = ([measured[f"{axis}{end}"].to_numpy() for end in ENDS] for axis in ("clean", "robust"))
     xerr, yerr = bar(x[1], x[0], x[2]), bar(y[1], y[0], y[2])
-    axes.errorbar(x[0], y[0], xerr=xerr, yerr=yerr, fmt="none", ecolor=looks["color"], elinewidth=0.9)
+    axes.errorbar(x[0], y[0], xerr=xerr, yerr=yerr, fmt="none", ecolor=look["color"], elinewidth=0.9)
     segments = [((a, c), (b, c)) for a, b, c in zip(x[1], x[2], y[0], strict=True)]
     return [*segments, *(((c, a), (c, b)) for a, b, c in zip(y[1], y[2], x[0], strict=True))]
 
@@ -113,7 +114,7 @@ def _staircase(front: pd.DataFrame, left: float, bottom: float) -> tuple[np.ndar
     return x, y
 
 
-def _keys(axes: Axes, methods: list[str], rest: str) -> tuple[list[Line2D], list[str]]:
+def _keys(axes: Axes, styles: dict[str, Look], rest: str) -> tuple[list[Line2D], list[str]]:
     """Make one key a method, line and marker together; what is grey has drawn its own."""
     grey = [line for line in axes.lines if rest and line.get_label() == rest]
-    return [axes.plot([], [], **look(k))[0] for k in range(len(methods))] + grey, methods + [rest] * len(grey)
+    return [axes.plot([], [], **look)[0] for look in styles.values()] + grey, [*styles, *[rest] * len(grey)]

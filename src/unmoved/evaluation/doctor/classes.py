@@ -5,15 +5,18 @@ Where there is a table of outcomes all its samples count, otherwise those that a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import scipy
 
 from unmoved.evaluation import outcomes
+from unmoved.evaluation.doctor import lost_classes
 from unmoved.evaluation.doctor.confidence import LEVEL, by_luck, grade, grade_of_gain, lower, upper
 from unmoved.evaluation.doctor.evidence import Evidence
-from unmoved.evaluation.doctor.finding import DO_NOT_BELIEVE, GRADES, LOOK_CLOSER, NOTE, Finding
+from unmoved.evaluation.doctor.finding import DO_NOT_BELIEVE, LOOK_CLOSER, NOTE, Finding
+from unmoved.evaluation.doctor.lost_classes import LostClass
 
 # Shares of the samples of other classes that are given to the one class that is always predicted.
 CONSTANT_CLOSER, CONSTANT_WRONG = 0.5, 0.75
@@ -21,10 +24,6 @@ CONSTANT_CLOSER, CONSTANT_WRONG = 0.5, 0.75
 LUCK_CLOSER, LUCK_WRONG = 0.5, 0.25
 # Accuracy gained by other names of the classes: none in honest models, 2 / K where two names are exchanged.
 NAMES_CLOSER, NAMES_WRONG = 0.05, 0.15
-# The recall of a class, at most, over that of the others, at least: for a recall of 0, and for any.
-NONE_CLOSER, SOME_CLOSER, SOME_NOTE = 0.5, 0.25, 0.5
-# The same under attack, where honest models differ more from class to class.
-NONE_ROBUST, SOME_ROBUST = 1 / 3, 0.1
 MOST_NAMED = 5
 
 
@@ -142,17 +141,11 @@ def lost_clean(evidence: Evidence) -> Finding | None:
     """Find classes that the model does not know: recall 0, or far below that of the others."""
     if constant(evidence) is not None or names(evidence) is not None:
         return None
-    answers, grades = Answers.of(evidence), {}
-    counts = _counts(answers.label, answers.right)
-    for label, (hits, n, others) in counts.items():
-        bound = upper(hits, n) / max(others, 1e-12)
-        bars = ((DO_NOT_BELIEVE, NONE_CLOSER if hits == 0 else 0.0), (LOOK_CLOSER, SOME_CLOSER), (NOTE, SOME_NOTE))
-        grades[label] = next((grade for grade, bar in bars if bound <= bar), None)
+    answers = Answers.of(evidence)
     return _lost(
         evidence,
         "class lost",
-        grades,
-        counts,
+        lost_classes.lost_clean(answers.label, answers.right),
         "{} of {} samples of {} are right",
         "the mean over classes hides it: on this class there is nothing that an attack could take",
         "look whether training knew the class, by this name; report each class's accuracy",
@@ -161,50 +154,24 @@ def lost_clean(evidence: Evidence) -> Finding | None:
 
 def lost_under_attack(evidence: Evidence) -> Finding | None:
     """Find classes of which nothing is left under attack, while the others hold."""
-    answers, grades = Answers.of(evidence, attacked=True), {}
-    counts = _counts(answers.label[answers.right], answers.robust[answers.right])
-    for label, (hits, n, others) in counts.items():
-        bound = upper(hits, n) / max(others, 1e-12)
-        bars = ((LOOK_CLOSER, NONE_ROBUST if hits == 0 else SOME_ROBUST), (NOTE, SOME_NOTE if hits == 0 else 0.0))
-        grades[label] = next((grade for grade, bar in bars if bound <= bar), None)
+    answers = Answers.of(evidence, attacked=True)
     return _lost(
         evidence,
         "class lost under attack",
-        grades,
-        counts,
+        lost_classes.lost_under_attack(answers.label, answers.right, answers.robust),
         "{} of {} samples of {} that are right clean are robust",
         "the mean over classes hides it: whoever relies on this class has no robustness at all",
         "report each class's robust accuracy, or the lowest of them; weigh the class up in training",
     )
 
 
-def _counts(label: np.ndarray, hit: np.ndarray) -> dict[int, tuple[int, int, float]]:
-    """Map each class to (hits, samples, lower bound of the share of hits among all other samples)."""
-    total, n = int(hit.sum()), len(hit)
-    found = {}
-    for k in np.unique(label):
-        own, mine = int(hit[label == k].sum()), int((label == k).sum())
-        found[int(k)] = own, mine, lower(total - own, n - mine)
-    return found
-
-
-def _lost(
-    evidence: Evidence,
-    check: str,
-    grades: dict[int, str | None],
-    counts: dict[int, tuple[int, int, float]],
-    words: str,
-    why: str,
-    do: str,
-) -> Finding | None:
-    """Make the finding of the classes that are lost, the gravest first; each others' bound is that of the first."""
-    order = sorted((GRADES.index(grade), label) for label, grade in grades.items() if grade is not None)
-    if not order:
+def _lost(evidence: Evidence, check: str, lost: Sequence[LostClass], words: str, why: str, do: str) -> Finding | None:
+    """Make the finding of the classes that are lost, the gravest first; the others' bound is that of the first."""
+    if not lost:
         return None
-    said = [words.format(*counts[label][:2], _name(evidence, label)) for _, label in order[:MOST_NAMED]]
-    said += [f"and so on for {len(order) - MOST_NAMED} more"] if len(order) > MOST_NAMED else []
-    others = counts[order[0][1]][2]
-    return Finding(check, GRADES[order[0][0]], f"{', '.join(said)}; of the others at least {others:.0%}", why, do)
+    said = [words.format(one.hits, one.n, _name(evidence, one.label)) for one in lost[:MOST_NAMED]]
+    said += [f"and so on for {len(lost) - MOST_NAMED} more"] if len(lost) > MOST_NAMED else []
+    return Finding(check, lost[0].grade, f"{', '.join(said)}; of the others at least {lost[0].others:.0%}", why, do)
 
 
 def _cross_fitted(answers: Answers, classes: int) -> np.ndarray:

@@ -1,6 +1,25 @@
 """Draw the figures of a report from tables, one file per theme; no model is used here."""
 
 from unmoved.reports.figures.broken_by import breakdown
-from unmoved.reports.figures.runs import best_epoch, gallery, per_class, robustness_curve, tradeoff, training_curves
+from unmoved.reports.figures.runs import (
+    AUTOATTACK,
+    best_epoch,
+    gallery,
+    per_class,
+    robustness_curve,
+    successes,
+    tradeoff,
+    training_curves,
+)
 
-__all__ = ["best_epoch", "breakdown", "gallery", "per_class", "robustness_curve", "tradeoff", "training_curves"]
+__all__ = [
+    "AUTOATTACK",
+    "best_epoch",
+    "breakdown",
+    "gallery",
+    "per_class",
+    "robustness_curve",
+    "successes",
+    "tradeoff",
+    "training_curves",
+]

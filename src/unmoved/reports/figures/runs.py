@@ -6,16 +6,17 @@ gives them: 95 % Wilson intervals of the n test images; for several seeds the hu
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from unmoved.core.errors import UnmovedError, require_columns
 from unmoved.evaluation.outcomes import CLEAN, WORST
 from unmoved.reports.drawing import (
-    COLOURS,
     INK,
     PAPER,
     Look,
@@ -26,30 +27,37 @@ from unmoved.reports.drawing import (
     draw_others,
     finished,
     foremost,
-    front,
+    leading,
     legend_above,
-    look,
+    looks,
     name_points,
     percent_limits,
+    short_names,
     style,
 )
 
+# In a recipe's own colour: hollow and thin without an attack, filled and thick under it.
 MEASURES: dict[str, Look] = {
-    CLEAN: {"color": COLOURS[0], "marker": "o", "linestyle": "-"},
-    WORST: {"color": COLOURS[1], "marker": "s", "linestyle": "--"},
+    CLEAN: {"marker": "o", "linestyle": "-", "markerfacecolor": PAPER, "linewidth": 0.9},
+    WORST: {"marker": "s", "linestyle": "--", "linewidth": 1.5},
 }
+AUTOATTACK = "AutoAttack"
 INTERVALS, HULL = "95 % Wilson intervals", " (with several seeds, from the lowest to the highest of theirs)"
+DOTS: Look = {"markersize": 3.5, "linewidth": 0.8}
 DOTTED: Look = {"color": INK, "linewidth": 0.9, "linestyle": (0, (2, 2)), "zorder": 1}
 
 
 @style()
-def tradeoff(table: pd.DataFrame) -> Figure:
+def tradeoff(table: pd.DataFrame, styles: Mapping[str, Look] | None = None, *, attacks: str = "") -> Figure:
     """Draw clean against worst-case accuracy: one marker and name per recipe, single seeds as faint points.
 
     Of more than `MOST` recipes some on the front have a name, then the most robust; the others are grey points.
 
     Args:
         table: recipe, seed, measure, accuracy, low, high (shares), n: `outcomes.summary` of each run, one below other.
+            Rows of the measure ``"AutoAttack"``, where there are any, become hollow markers.
+        styles: the looks of the recipes that are told apart; chosen here unless given.
+        attacks: the name of what the worst case is over.
 
     Raises:
         UnmovedError: a column is missing, or there is no row.
@@ -58,52 +66,69 @@ def tradeoff(table: pd.DataFrame) -> Figure:
     _require_measures(table, "tradeoff")
     figure = canvas(5.0, 3.7)
     axes = figure.add_subplot()
-    points, segments, seeds = [], list[Segment](), 1
+    settled, table = table[table["measure"] == AUTOATTACK], table[table["measure"] != AUTOATTACK]
+    points, segments = [], list[Segment]()
     means = table.groupby(["recipe", "measure"], sort=False)["accuracy"].mean().unstack()
-    top = front(means[CLEAN], means[WORST])
-    recipes = list(dict.fromkeys(table["recipe"]))
-    shown, others = foremost(recipes, lambda recipe: (recipe not in top, -means.loc[recipe, WORST]))
-    grey = 100 * means.loc[others, list(MEASURES)].to_numpy(float)
-    rest = draw_others(axes, [(x, y) for x, y in grey], "recipes", marker="o", linestyle="none")
-    for k, recipe in enumerate(shown):
-        rows, looks = table[table["recipe"] == recipe], look(k)
-        looks["linestyle"] = "none"
-        x, y = (100 * rows[rows["measure"] == name].set_index("seed")[["accuracy", "low", "high"]] for name in MEASURES)
-        if len(x) > 1:
-            seeds = max(seeds, len(x))
-            axes.plot(x["accuracy"], y["accuracy"].loc[x.index], alpha=0.35, markeredgewidth=0, **looks)
-        (left, middle, right), (down, centre, up) = (
-            (z["low"].min(), z["accuracy"].mean(), z["high"].max()) for z in (x, y)
-        )
-        xerr, yerr = bar([left], [middle], [right]), bar([down], [centre], [up])
-        looks |= {"markersize": 9, "markeredgecolor": PAPER}
-        axes.errorbar(middle, centre, xerr=xerr, yerr=yerr, label=str(recipe), elinewidth=1, **looks)
-        points.append((middle, centre, str(recipe)))
-        segments += [((left, centre), (right, centre)), ((middle, down), (middle, up))]
+    places = {str(recipe): (means.loc[recipe, CLEAN], means.loc[recipe, WORST]) for recipe in means.index}
+    recipes = list(places)
+    styles, named = styles or looks(recipes, leading(places)), short_names(recipes)
+    others = [recipe for recipe in recipes if recipe not in styles]
+    grey = [(100 * places[recipe][0], 100 * places[recipe][1]) for recipe in others]
+    rest = draw_others(axes, grey, "recipes", marker="o", linestyle="none")
+    for recipe in (name for name in recipes if name in styles):
+        point, lines = _draw_recipe(axes, table[table["recipe"] == recipe], named[recipe], styles[recipe])
+        points.append((*point, named[recipe]))
+        segments += lines
+        if len(shares := 100 * settled.loc[settled["recipe"] == recipe, "accuracy"]):
+            hollow: Look = {"markerfacecolor": PAPER, "markeredgecolor": styles[recipe]["color"], "zorder": 1.9}
+            below = point[0], float(shares.mean())
+            axes.plot(*below, **styles[recipe] | {"linestyle": "none", "markersize": 7} | hollow)
+            segments.append((below, below))
     axes.margins(0.12)
     axes.set_xlabel("clean accuracy (%)")
-    axes.set_ylabel("worst-case accuracy (%)")
+    axes.set_ylabel(f"accuracy under {attacks} (%)" if attacks else "worst-case accuracy (%)")
     n = count(table["n"])
-    figure.supxlabel(f"{n} test images; bars: {INTERVALS}" + (f"\ngrey: {rest}" if rest else ""))
+    hollow_words = f"hollow: {AUTOATTACK}, {count(settled['n'])}" if len(settled) else ""
+    said = [f"{n} test images; bars: {INTERVALS}", hollow_words, f"grey: {rest}" if rest else ""]
+    figure.supxlabel("\n".join(filter(None, said)))
     axes.set(xlim=percent_limits(*axes.get_xlim()), ylim=percent_limits(*axes.get_ylim()))
     name_points(figure, points, segments, others)
-    several = f"{HULL}. Faint points are single seeds." if seeds > 1 else "."
+    several = f"{HULL}. Faint points are single seeds." if table["seed"].nunique() > 1 else "."
     return finished(
         figure,
         "Clean against worst-case accuracy: further up is more robust, further right is more accurate without an "
         f"attack. {n} test images, bars are {INTERVALS}{several}"
-        + (f" Named are {len(shown)}: along the front, then the most robust; grey: {rest}." if rest else ""),
+        + (f" Hollow markers: what {AUTOATTACK} leaves, {count(settled['n'])}." if len(settled) else "")
+        + (f" Named are {len(points)}: along the front, then the most robust; grey: {rest}." if rest else ""),
     )
 
 
+def _draw_recipe(axes: Axes, rows: pd.DataFrame, name: str, look: Look) -> tuple[tuple[float, float], list[Segment]]:
+    """Draw a recipe's mean with its intervals, and its seeds; return the point and the ends of its error bars."""
+    look = look | {"linestyle": "none"}
+    x, y = (100 * rows[rows["measure"] == name].set_index("seed")[["accuracy", "low", "high"]] for name in MEASURES)
+    if len(x) > 1:
+        axes.plot(x["accuracy"], y["accuracy"].loc[x.index], alpha=0.35, markeredgewidth=0, **look)
+    (left, middle, right), (down, centre, up) = (
+        (z["low"].min(), z["accuracy"].mean(), z["high"].max()) for z in (x, y)
+    )
+    xerr, yerr = bar([left], [middle], [right]), bar([down], [centre], [up])
+    look |= {"markersize": 9, "markeredgecolor": PAPER}
+    axes.errorbar(middle, centre, xerr=xerr, yerr=yerr, label=name, elinewidth=1, **look)
+    return (middle, centre), [((left, centre), (right, centre)), ((middle, down), (middle, up))]
+
+
 @style()
-def robustness_curve(table: pd.DataFrame, *, norm: str = "", eps: float | None = None) -> Figure:
+def robustness_curve(
+    table: pd.DataFrame, styles: Mapping[str, Look] | None = None, *, norm: str = "", eps: float | None = None
+) -> Figure:
     """Draw accuracy against eps, one line with its band per recipe (and attack, where there are several).
 
     Of more than `MOST` lines those of the highest accuracy at ``eps`` are told apart, and the others are grey.
 
     Args:
         table: recipe, attack, eps, accuracy, low, high (shares), n: from `outcomes.curve_summary`.
+        styles: the looks of the recipes that are told apart; chosen here unless given. A second attack is dotted.
         norm: the norm in which eps is measured, for the axis.
         eps: the eps of the verdict, marked by a line.
 
@@ -111,19 +136,23 @@ def robustness_curve(table: pd.DataFrame, *, norm: str = "", eps: float | None =
         UnmovedError: a column is missing, or there is no row.
     """
     require_columns(table, ["recipe", "attack", "eps", "accuracy", "low", "high", "n"], "robustness_curve")
-    lines = {keys: rows.sort_values("eps") for keys, rows in table.groupby(["recipe", "attack"], sort=False)}
-    shown, others = foremost(list(lines), lambda keys: -_at(lines[keys], eps))
+    groups = table.groupby(["recipe", "attack"], sort=False)
+    lines = {(str(recipe), str(attack)): rows.sort_values("eps") for (recipe, attack), rows in groups}
+    attacks = [str(name) for name in table["attack"].unique()]
+    if styles is None:
+        leaders, _ = foremost(list(lines), lambda keys: -_at(lines[keys], eps))
+        styles = looks([recipe for recipe, _ in lines], [recipe for recipe, _ in leaders])
+    named = short_names([recipe for recipe, _ in lines])
+    shown, others = ([keys for keys in lines if (keys[0] in styles) is told] for told in (True, False))
     figure = canvas(5.0, 3.3 + 0.1 * (len(shown) + bool(others)))
     axes = figure.add_subplot()
-    attacks = [str(name) for name in table["attack"].unique()]
     rest = draw_others(axes, [(lines[keys]["eps"], 100 * lines[keys]["accuracy"]) for keys in others], "lines")
-    for k, keys in enumerate(shown):
-        rows, looks = lines[keys], look(k)
-        name = "{} ({})".format(*keys) if len(attacks) > 1 else str(keys[0])
-        axes.fill_between(
-            rows["eps"], 100 * rows["low"], 100 * rows["high"], color=looks["color"], alpha=0.15, linewidth=0
-        )
-        axes.plot(rows["eps"], 100 * rows["accuracy"], label=name, **looks)
+    for keys in shown:
+        rows, ours = lines[keys], styles[keys[0]] | ({} if keys[1] == attacks[0] else {"linestyle": ":"})
+        name = named[keys[0]] + (f" ({keys[1]})" if len(attacks) > 1 else "")
+        low, middle, high = (100 * rows[end] for end in ("low", "accuracy", "high"))
+        axes.fill_between(rows["eps"], low, high, color=ours["color"], alpha=0.12, linewidth=0)
+        axes.plot(rows["eps"], middle, label=name, **ours)
     if eps is not None:
         axes.axvline(eps, **DOTTED)
         axes.annotate(
@@ -170,37 +199,37 @@ def best_epoch(metrics: pd.DataFrame) -> int | None:
     return int(metrics["epoch"].iloc[scores.index(max(scores))])
 
 
-@style()
-def training_curves(table: pd.DataFrame) -> Figure:
+@style(small=True)
+def training_curves(table: pd.DataFrame, color: str = INK) -> Figure:
     """Draw training, clean and robust validation accuracy against the epoch; the best epoch is marked.
 
     Args:
         table: metrics of one recipe: epoch, train_accuracy; where there was validation also validation_clean,
             validation_robust (shares) and validation_n; with several runs also seed.
+        color: the recipe's.
 
     Raises:
         UnmovedError: a column is missing, or there is no row.
     """
+    own: Look = {"color": color, "marker": None}
     lines: dict[str, tuple[str, Look]] = {
-        "train_accuracy": ("training, as trained on", {"color": INK, "linestyle": ":"}),
-        "validation_clean": ("validation, clean", MEASURES[CLEAN] | {"marker": None}),
-        "validation_robust": ("validation, under attack", MEASURES[WORST] | {"marker": None}),
+        "train_accuracy": ("training", {"color": INK, "linestyle": ":"}),
+        "validation_clean": ("validation, clean", MEASURES[CLEAN] | own),
+        "validation_robust": ("validation, attacked", MEASURES[WORST] | own),
     }
     require_columns(table, ["epoch", "train_accuracy"], "training_curves")
-    figure = canvas(5.0, 3.4)
+    figure = canvas(2.7, 2.2)
     axes = figure.add_subplot()
     runs = [rows for _, rows in table.groupby("seed")] if "seed" in table else [table]
     best = [best_epoch(rows) for rows in runs]
     for k, (rows, epoch) in enumerate(zip(runs, best, strict=True)):
-        for name, (words, looks) in lines.items():
+        for name, (words, ours) in lines.items():
             if name in rows and rows[name].notna().any():
                 alpha = 1.0 if len(runs) == 1 else 0.65
-                axes.plot(
-                    rows["epoch"], 100 * rows[name].astype(float), label="_" if k else words, alpha=alpha, **looks
-                )
+                axes.plot(rows["epoch"], 100 * rows[name].astype(float), label="_" if k else words, alpha=alpha, **ours)
         if epoch is not None:
             height = 100 * rows.loc[rows["epoch"] == epoch, "validation_robust"].iloc[0]
-            star: Look = {"color": INK, "marker": "*", "markersize": 10, "linestyle": "none", "zorder": 5}
+            star: Look = {"color": INK, "marker": "*", "markersize": 7, "linestyle": "none", "zorder": 5}
             axes.axvline(epoch, **DOTTED)
             axes.plot([epoch], [height], label="_" if k else "best epoch", **star)
     axes.set_ylim(0, 102)
@@ -219,13 +248,14 @@ def training_curves(table: pd.DataFrame) -> Figure:
     )
 
 
-@style()
-def per_class(table: pd.DataFrame, classes: Sequence[str] = (), most: int = 30) -> Figure:
+@style(small=True)
+def per_class(table: pd.DataFrame, classes: Sequence[str] = (), color: str = INK, *, most: int = 30) -> Figure:
     """Draw clean and worst-case accuracy of each class (of the ``most`` least robust ones, where there are more).
 
     Args:
         table: class, measure, accuracy, low, high (shares), n: from `outcomes.per_class`.
         classes: names by class number; the numbers themselves where there is none.
+        color: the recipe's.
 
     Raises:
         UnmovedError: a column is missing, or there is no row.
@@ -234,13 +264,13 @@ def per_class(table: pd.DataFrame, classes: Sequence[str] = (), most: int = 30) 
     _require_measures(table, "per_class")
     robust = table[table["measure"] == WORST].set_index("class")["accuracy"]
     shown = sorted(robust.nsmallest(most).index)
-    figure = canvas(5.0, 1.3 + 0.24 * len(shown))
+    figure = canvas(2.7, 0.95 + 0.19 * len(shown))
     axes = figure.add_subplot()
-    for (measure, looks), shift in zip(MEASURES.items(), (-0.13, 0.13), strict=True):
+    for (measure, ours), shift in zip(MEASURES.items(), (-0.13, 0.13), strict=True):
         rows = table[table["measure"] == measure].set_index("class").loc[shown]
         middle, low, high = (100 * rows[name].to_numpy() for name in ("accuracy", "low", "high"))
         places, ends = np.arange(len(shown)) + shift, bar(low, middle, high)
-        axes.errorbar(middle, places, xerr=ends, label=measure, elinewidth=1, **looks | {"linestyle": "none"})
+        axes.errorbar(middle, places, xerr=ends, label=measure, **ours | {"linestyle": "none", "color": color, **DOTS})
     axes.set_yticks(range(len(shown)), [_name(label, classes) for label in shown])
     axes.set_ylim(len(shown) - 0.5, -0.5)
     axes.set_xlim(-2, 102)
@@ -248,16 +278,23 @@ def per_class(table: pd.DataFrame, classes: Sequence[str] = (), most: int = 30) 
     axes.set_ylabel("class")
     legend_above(figure, grow=False)
     n, part = count(table["n"]), f", the {most} least robust of {len(robust)}" if len(robust) > most else ""
-    figure.supxlabel(f"{n} test images per class{part}; bars: {INTERVALS}")
+    figure.supxlabel(f"{n} test images per class{part}\nbars: {INTERVALS}")
     return finished(
         figure,
         f"Clean and worst-case accuracy by class{part}; {n} test images per class, bars are {INTERVALS}{_hull(table)}.",
     )
 
 
-@style()
-def gallery(arrays: Mapping[str, np.ndarray], classes: Sequence[str] = (), rows: int = 5) -> Figure:
-    """Draw the first ``rows`` images: clean, what the attack added (magnified; grey is no change), and their sum.
+def successes(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return the images of a gallery that were right as they are and wrong after the attack."""
+    label = arrays["label"]
+    broken = (arrays["clean_prediction"] == label) & (arrays["adversarial_prediction"] != label)
+    return {name: values[broken] for name, values in arrays.items()}
+
+
+@style(small=True)
+def gallery(arrays: Mapping[str, np.ndarray], classes: Sequence[str] = (), most: int = 4) -> Figure:
+    """Draw the first ``most`` images as columns: clean, what the attack added (magnified; grey is none), their sum.
 
     Args:
         arrays: x and x_adv (M, C, H, W) in [0, 1]; label, clean_prediction, adversarial_prediction and attack (M,).
@@ -270,29 +307,32 @@ def gallery(arrays: Mapping[str, np.ndarray], classes: Sequence[str] = (), rows:
     lengths = {name: len(arrays[name]) if name in arrays else None for name in names}
     if len(set(lengths.values())) > 1 or not lengths["x"]:
         raise UnmovedError(f"gallery: expected arrays of one length >= 1, came {lengths}; evaluate the run again")
-    number = min(rows, lengths["x"])
+    number = min(most, lengths["x"])
+    attacks = list(dict.fromkeys(map(str, arrays["attack"][:number])))
     x, x_adv = (np.asarray(arrays[name][:number], dtype=float) for name in ("x", "x_adv"))
     largest = float(np.abs(x_adv - x).max())
     magnified = max((m for m in (1, 2, 5, 10, 20, 50, 100, 200, 500) if m * largest <= 0.501), default=1)
-    figure = canvas(4.6, 0.3 + 1.75 * number)
-    grid = figure.subplots(number, 3, squeeze=False)
+    figure = canvas(2.9, 2.75)
+    grid = figure.subplots(3, most, squeeze=False)
+    for axes in grid.flat:
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
+        axes.grid(False)
     for k in range(number):
-        label, clean, adversarial = (int(arrays[name][k]) for name in names[2:5])
-        seen = f"seen as {_name(adversarial, classes)}\n" + ("right" if adversarial == label else "wrong")
-        words = f"label {_name(label, classes)}\nseen as {_name(clean, classes)}", str(arrays["attack"][k]), seen
-        for axes, image, text in zip(
-            grid[k], (x[k], 0.5 + magnified * (x_adv[k] - x[k]), x_adv[k]), words, strict=True
-        ):
+        label, clean, adversarial = (_name(int(arrays[name][k]), classes) for name in names[2:5])
+        images = x[k], 0.5 + magnified * (x_adv[k] - x[k]), x_adv[k]
+        seen = clean if clean == label else f"{clean} (is {label})"
+        by = str(arrays["attack"][k]) if len(attacks) > 1 else ""
+        for axes, image, text in zip(grid[:, k], images, (seen, by, adversarial), strict=True):
             picture = (image.transpose(1, 2, 0) if len(image) == 3 else image.mean(0)).clip(0, 1)
             axes.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="none")
-            axes.set(xticks=[], yticks=[])
-            axes.set_xlabel(text, fontsize=9)
-            axes.spines[:].set_visible(False)
-            axes.grid(False)
-    for axes, text in zip(grid[0], ("clean", f"perturbation x {magnified}", "adversarial"), strict=True):
-        axes.set_title(text, fontsize=10)
+            axes.set_xlabel("\n".join(textwrap.wrap(text, 11)[:3]), labelpad=2)
+    for axes, text in zip(grid[:, 0], ("clean", f"attack x {magnified}", "attacked"), strict=True):
+        axes.set_ylabel(text)
     return finished(
-        figure, f"{number} test images; the perturbation is magnified {magnified} times, grey is no change."
+        figure,
+        f"{number} test images, with what the model sees in them before and after the attack ({', '.join(attacks)}); "
+        f"what the attack adds is magnified {magnified} times, grey is no change.",
     )
 
 
