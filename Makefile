@@ -7,7 +7,7 @@ STUDY := drsl standard at trades mart probscut_trades drsl_at sensible at_apd
 # The long ones first, so that no core waits for another at the end.
 DIGITS := at_apd trades_awp probscut_trades at_sam mart trades at sensible drsl standard
 
-.PHONY: help demo digits study interop docs test processors slow check bench bench-gpu bench-growth bench-scale bench-verdict clean
+.PHONY: help demo digits study interop docs tour test processors slow check bench bench-gpu bench-growth bench-scale bench-verdict clean
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -41,6 +41,10 @@ interop: .venv/installed-dev ## libraries that the tests of interop need, withou
 
 docs: .venv/installed-dev ## serve the documentation and open it; nothing of it is fetched from elsewhere
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve --open
+
+tour: .venv/installed-dev ## run docs/tour.ipynb anew, and make its page docs/tour.md of it
+	OMP_NUM_THREADS=1 $(BIN)/python -m nbconvert --log-level WARN --to notebook --execute --inplace docs/tour.ipynb
+	$(BIN)/python -m nbconvert --log-level WARN --to markdown docs/tour.ipynb
 
 bench: .venv/installed ## speeds: steps against a plain reference, what methods add, analyses, verdicts against a peer
 	$(BIN)/python benchmarks/training.py

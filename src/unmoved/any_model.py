@@ -6,12 +6,14 @@ import logging
 import shutil
 import sys
 import tempfile
+import time
 import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from html import escape
+from importlib import import_module
 from pathlib import Path
 
 import pandas as pd
@@ -103,9 +105,11 @@ class Judgement:
         return "\n".join(self._lines())
 
     def _repr_html_(self) -> str:
-        table = (100 * self.summary[["accuracy", "low", "high"]]).round(1).assign(n=self.summary["n"].astype(int))
-        words = self._lines()[len(table) + 2 :]
-        return table.to_html() + "".join(f"<p>{escape(line)}</p>" for line in words)
+        share = (100 * self.summary[["accuracy", "low", "high"]]).round(1)
+        interval = share["low"].astype(str) + " to " + share["high"].astype(str)
+        columns = {"accuracy, %": share["accuracy"], "95 % interval": interval, "n": self.summary["n"].astype(int)}
+        words = self._lines()[len(share) + 2 :]
+        return pd.DataFrame(columns).rename_axis(None).to_html(border=0) + "".join(f"<p>{escape(w)}</p>" for w in words)
 
 
 def judge(
@@ -359,7 +363,10 @@ def _outputs(model: nn.Module, split: ArraySplit | Selection) -> int:
 @contextmanager
 def _bar(progress: Progress | bool) -> Iterator[Progress | None]:
     """Show a bar where somebody looks: in a terminal or a notebook."""
-    if progress is not True or not (sys.stdout.isatty() or "ipykernel" in sys.modules):
+    if progress is True and "ipykernel" in sys.modules:
+        yield from _notebook_bar()
+        return
+    if progress is not True or not sys.stdout.isatty():
         yield progress if callable(progress) else None
         return
     from rich import progress as bars
@@ -368,3 +375,21 @@ def _bar(progress: Progress | bool) -> Iterator[Progress | None]:
     with bars.Progress(*columns, transient=True) as shown:
         task = shown.add_task("judging", total=1.0)
         yield lambda share, words: shown.update(task, completed=share, description=printable(words))
+
+
+def _notebook_bar() -> Iterator[Progress]:
+    """Show an HTML bar, gone at the end: that of rich needs ipywidgets in a notebook, and complains without them."""
+    ipython = import_module("IPython.display")
+    handle = ipython.display(ipython.HTML("<progress></progress> judging"), display_id=True)
+    last = 0.0
+
+    def show(share: float, words: str) -> None:
+        nonlocal last
+        if time.monotonic() - last > 0.2:  # each is a message to the browser
+            last = time.monotonic()
+            handle.update(ipython.HTML(f"<progress value={share:.4f}></progress> {escape(printable(words))}"))
+
+    try:
+        yield show
+    finally:
+        handle.update(ipython.HTML(""))
