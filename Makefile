@@ -77,7 +77,7 @@ processors: .venv/installed-dev ## the suite as an older processor computes: wit
 	ONEDNN_MAX_CPU_ISA=SSE41 ATEN_CPU_CAPABILITY=default $(BIN)/python -m pytest
 
 slow: .venv/installed-dev ## what takes minutes: kills at many moments, fuzzing, the GPU bench in miniature
-	$(BIN)/python -m pytest -m slow tests/slow
+	$(BIN)/python -m pytest -m slow tests/slow tests/cli/test_interrupts.py
 
 check: .venv/installed-dev ## lint, formatting, types, then the suite
 	$(BIN)/ruff check .

@@ -43,8 +43,9 @@ def say(text: str, *, style: str | None = None, error: bool = False) -> None:
 
 def say_each(lines: Mapping[str, str]) -> None:
     """Print names and what each is, cut where a line would be wider than the screen."""
+    widest = max(map(len, lines), default=0)
     for name, words in lines.items():
-        start = f"  {plain(name):24} "
+        start = f"  {plain(name):{widest}}  "
         room = max(20, console.width - len(start))
         cut = plain(words)
         say(start + (cut if len(cut) <= room else f"{cut[: room - 3].rsplit(' ', 1)[0]}..."))
