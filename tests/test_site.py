@@ -56,6 +56,12 @@ def test_every_page_stands_in_the_navigation() -> None:
     assert nav() | decided == {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")}
 
 
+def test_every_page_begins_with_a_sentence() -> None:
+    """Below its title, before any list, table or code."""
+    pages = {path.relative_to(DOCS).as_posix(): path.read_text() for path in DOCS.rglob("*.md")}
+    assert [name for name, text in pages.items() if not re.match(r"# .*\n\n(?!#|\||- |```|!\[|<|\[)\S", text)] == []
+
+
 @pytest.mark.parametrize("name", [*KINDS["attacks"], "transfer"])
 def test_each_attack_has_a_page(name: str) -> None:
     title = "Settings\n\n::: unmoved.attacks."
