@@ -652,7 +652,7 @@ def test_the_page_says_which_model_has_lost_which_class(tmp_path: Path) -> None:
         table.loc[table["label"] == 2, ["adversarial_prediction", "success", "by"]] = 0, True, "pgd"
     words = page(runs, tmp_path / "r.html").said
     assert "It has lost class ship (0 of 20 right without an attack)." in words  # the best one, at once
-    assert "Class ship is lost without an attack by a (0 of 20 right), b (0 of 20)." in words
+    assert "Class ship , lost without an attack: a (0 of 20 right), b (0 of 20)." in words
     assert "Classes lost: ship" in words
     assert "No class is lost" in page([bare()], tmp_path / "r.html").said
 

@@ -31,20 +31,21 @@ def next_steps(results: Sequence[RecipeResult], contenders: Sequence[RecipeResul
     """
     runs = [run for result in contenders for run in result.runs]
     n, steps = runs[0].setting.n, list[Step]()
+    whose = "it" if len(results) == 1 else "the best"
     if unseen := [run for result in results for run in result.doctor_summary.unseen]:
         steps.append(Step("Ask the doctor whether the figures are to be believed", _each("doctor", "", unseen)))
     unsettled = [run for run in runs if (n if run.verdict is None else run.verdict["n"]) < n or run.autoattack is None]
     if unsettled:
-        whose = "what is left" if len(contenders) == 1 else "which of them is best"
+        asked = "what is left" if len(contenders) == 1 else "which of them is best"
         steps.append(
-            Step(f"Let AutoAttack say, on all {n} images, {whose}", _each("evaluate", " --attacks standard", unsettled))
+            Step(f"Let AutoAttack say, on all {n} images, {asked}", _each("evaluate", " --attacks standard", unsettled))
         )
     few = [result for result in contenders if result.is_trained and len(result.runs) < SEEDS]
     if few:
-        steps.append(Step(f"Train {SEEDS} seeds of each: one says nothing of the next", _more_seeds(few)))
+        steps.append(Step(f"Train {SEEDS} seeds: one says nothing of the next", _more_seeds(few)))
     if not analysed:
         steps.append(Step("See why, and at what price", _each("analyze softmax", "", runs[:1])))
-    steps.append(Step("Hand the best on: weights, model card, evidence", f"unmoved export {_quoted(runs[0].path)}"))
+    steps.append(Step(f"Hand {whose} on: weights, model card, evidence", f"unmoved export {_quoted(runs[0].path)}"))
     return steps
 
 

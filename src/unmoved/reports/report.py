@@ -157,10 +157,10 @@ def ranking(results: Sequence[RecipeResult]) -> list[Group]:
     sound = [result for result in ranked if result not in objected]
     settled = [result for result in sound if result.autoattack is not None]
     looser = [result for result in sound if result.autoattack is None]
-    names = ", ".join(results[0].runs[0].setting.attacks)
+    judged = f"Judged by {', '.join(results[0].runs[0].setting.attacks)}"
     groups = (
         Group("Judged by AutoAttack", settled),
-        Group(f"Judged by {names} alone: looser upper bounds, not to be ranked with those above", looser),
+        Group(f"{judged} alone: looser upper bounds, not to be ranked with those above" if settled else judged, looser),
         Group(OBJECTED, objected),
     )
     return [group for group in groups if group.results]

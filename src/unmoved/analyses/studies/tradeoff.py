@@ -16,6 +16,14 @@ from unmoved.evaluation.outcomes import CLEAN, WORST
 from unmoved.reports.pages import Section
 
 TITLE = "The price of robustness"
+STRETCHES = {
+    "method": "method",
+    "strength": "strength",
+    "from": "on the front from clean accuracy",
+    "to": "to",
+    "robust": "robust accuracy",
+    "share": "share of bootstraps",
+}
 
 
 @dataclass(frozen=True)
@@ -59,11 +67,16 @@ class TradeOff(StudyKind):
             TITLE,
             tables | {"verdict": verdict},
             list(verdict["words"]),
-            [Section("pareto", TITLE, text, result.stretches, [tradeoff_figures.pareto(result.points)])],
+            [Section("pareto", TITLE, text, _shown(result.stretches), [tradeoff_figures.pareto(result.points)])],
             n,
             folders(runs),
             {"robust_accuracy": source},
         )
+
+
+def _shown(stretches: pd.DataFrame) -> pd.DataFrame:
+    """Return the stretches of the front as the page shows them; without strengths where no method has one."""
+    return stretches[list(STRETCHES)].dropna(axis="columns", how="all").rename(columns=STRETCHES)
 
 
 def _setting(subject: AnalysedRun) -> tuple[str, float]:
