@@ -819,7 +819,7 @@ def crowded(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "base": "digits/method-0",
             "description": "What this is, in a sentence of its own (A et al. 2020).",
         }
-    table = pd.DataFrame({f"some_column_{k}": ["digits/method-0", "digits/b"] for k in range(7)})
+    table = pd.DataFrame({f"some_column_{k}": ["a_name_that_is_long_and_whole", "b"] for k in range(7)})
     figure = figures.per_class(results_by_recipe([runs[0]])[0].classes)
     section = Section("analysis", "An analysis", ["What it asks.", "What it found."], table, [figure])
     path = tmp_path_factory.mktemp("crowded") / "r.html"
