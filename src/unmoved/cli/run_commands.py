@@ -45,10 +45,7 @@ def train(
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also log to RUN/tensorboard.")] = False,
 ) -> None:
     """Train one recipe into a run folder."""
-    from unmoved.core import child_process, messages
-
-    if devices * nodes > 1 and child_process.is_started_by_first():
-        child_process.leave_interrupts_to_parent()  # before what takes seconds to import
+    from unmoved.core import messages
     from unmoved.runs import recipe as config
     from unmoved.runs import train as training
     from unmoved.training import distributed

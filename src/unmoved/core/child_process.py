@@ -28,18 +28,21 @@ def nothing_from_here() -> Iterator[None]:
         yield
 
 
-def is_started_by_first() -> bool:
-    """Return whether the first process of a training has started this one, by fabric; torchrun ends its own."""
-    return os.environ.get("LOCAL_RANK", "0") != "0" and "TORCHELASTIC_RUN_ID" not in os.environ
+@contextmanager
+def out_of_reach_of_interrupts() -> Iterator[None]:
+    """Start processes inside the block that Ctrl-C does not reach: whoever starts them ends them.
 
-
-def leave_interrupts_to_parent() -> None:
-    """Ignore Ctrl-C, which reaches all processes of a terminal: the one that started this process ends it.
-
-    Otherwise each would say something of its own, and lightning-fabric ends the first when another ends before it.
+    A terminal sends it to all of its processes. Each would say something of its own, and lightning-fabric ends the
+    first when another ends before it. Processes inherit which signals are blocked; this one hears it after the block.
     """
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def end_with_parent(line: Connection | None = None) -> None:

@@ -11,7 +11,7 @@ from multiprocessing.connection import Connection
 from typing import TypeVar
 
 from unmoved.core import messages
-from unmoved.core.child_process import end_with_parent, leave_interrupts_to_parent, nothing_from_here
+from unmoved.core.child_process import end_with_parent, nothing_from_here, out_of_reach_of_interrupts
 
 JobT = TypeVar("JobT")
 DEATHS = 2  # of a job's process, and it is given up
@@ -40,6 +40,7 @@ def each(
     pools = [_Pool() for _ in range(count)]
     waiting, deaths = deque(range(len(jobs))), Counter[int]()
     busy: dict[Future[object], tuple[int, int]] = {}
+    is_done = False
     try:
         while waiting or busy:
             for slot in set(range(count)) - {slot for slot, _ in busy.values()}:
@@ -65,16 +66,18 @@ def each(
                 yield number, error
             if poll is not None:
                 poll()
+        is_done = True
     finally:
-        for slot, _ in busy.values():
-            pools[slot].end()
         for pool in pools:
+            if (
+                not is_done
+            ):  # each, for an interruption may come between the start of a job and the note that it is busy
+                pool.end()
             pool.close()
 
 
 def _begin(line: Connection) -> None:
     """Prepare a process: it ends with its parent, and shows what is logged in it."""
-    leave_interrupts_to_parent()
     end_with_parent(line)
     messages.show()
 
@@ -89,7 +92,7 @@ class _Pool:
             self._pool = ProcessPoolExecutor(1, mp_context=spawn, initializer=_begin, initargs=(there,))
 
     def submit(self, act: Callable[[JobT], object], job: JobT) -> Future[object]:
-        with nothing_from_here():  # the first job starts the process
+        with nothing_from_here(), out_of_reach_of_interrupts():  # the first job starts the process
             return self._pool.submit(act, job)
 
     def end(self) -> None:

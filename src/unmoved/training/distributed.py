@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from unmoved.core.child_process import SAFE, end_with_parent, is_started_by_first, leave_interrupts_to_parent
+from unmoved.core.child_process import SAFE, end_with_parent, out_of_reach_of_interrupts
 from unmoved.core.errors import UnmovedError, require_whole
 from unmoved.core.phases import Phases
 from unmoved.core.precision import require_device
@@ -99,14 +99,14 @@ def together(fabric: Fabric) -> Iterator[None]:
         UnmovedError: another process ended.
     """
     several, before = fabric.world_size > 1, dict(os.environ)
-    if several and is_started_by_first():
+    if several and "LOCAL_RANK" in os.environ and not dist.is_torchelastic_launched():
         end_with_parent()
-        leave_interrupts_to_parent()
     try:
         if several:
             if sys.flags.safe_path:  # python -P: fabric repeats the command, but not the options of Python
                 os.environ[SAFE] = "1"
-            fabric.launch()
+            with out_of_reach_of_interrupts():
+                fabric.launch()
         yield
     except RuntimeError as error:
         _end(fabric)
