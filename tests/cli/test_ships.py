@@ -84,7 +84,8 @@ def test_a_shown_recipe_of_the_package_is_a_recipe_of_its_own(tmp_path: Path, mo
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.toml").write_text(unmoved("show", "mnist/fast").fine().out)
     head = (RECIPES / "mnist" / "fast.toml").read_text().split("\n\n")[0]
-    assert (tmp_path / "mine.toml").read_text().startswith(head + "\n")
+    shown = (tmp_path / "mine.toml").read_text().split("\nphases")[0]
+    assert shown.split() == head.split()
     theirs = config.read("mnist/fast").tables()
     assert config.read("mine.toml").tables() == theirs | {"name": "mine"}
 

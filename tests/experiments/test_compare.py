@@ -129,7 +129,7 @@ def test_failures_are_named_and_stop_nobody_else(
     assert message.startswith("2 of 4 runs failed; the others are finished, and the same command goes on")
     assert re.search(r"bad seed 0: the loss became (nan|inf) at step \d", message)
     assert "killed seed 0: its process was ended from outside (out of memory, or killed)" in message
-    assert sorted(said.out.splitlines()) == [
+    assert sorted(line.partition(" (")[0] for line in said.out.splitlines()) == [
         f"done: {compared.name}/one seed 0",
         "done: new seed 0",
         "failed: bad seed 0",

@@ -55,7 +55,7 @@ def show(
     if file != name and tables["name"] == name.as_posix():
         del tables["name"]  # a copy is called by its own file
     words = str(tables.pop("description", ""))
-    sys.stdout.writelines(f"# {line}\n" for line in words.splitlines())
+    sys.stdout.writelines(f"# {line}".rstrip() + "\n" for line in words.splitlines())
     sys.stdout.write(tomli_w.dumps(tables))
 
 
