@@ -12,7 +12,7 @@ from torch import nn
 
 from unmoved import data, models
 from unmoved.attacks import APGD, PGD
-from unmoved.core.errors import UnmovedError, is_want_of_memory
+from unmoved.core.errors import UnmovedError
 from unmoved.core.phases import Phases
 from unmoved.core.protocols import Attack, Method, Term
 from unmoved.core.threat import ThreatModel
@@ -133,10 +133,9 @@ class Assembly:
             try:
                 model = self._build("models", self.recipe.model, **self.given)
             except (RuntimeError, MemoryError, OverflowError) as error:  # torch's words for what is too large
-                mend = "make it smaller" if is_want_of_memory(error) else "look at them and at the model's own code"
                 raise UnmovedError(
                     f"recipe {self.recipe.name}: model.use = {self.recipe.model.use!r} cannot be made with these "
-                    f"settings: {str(error)[:300]}; {mend}"
+                    f"settings: {str(error)[:300]}; if it is too large, make it smaller"
                 ) from error
         if not isinstance(model, nn.Module):
             raise UnmovedError(f"model.use: expected a function that returns an nn.Module, came {type(model).__name__}")
