@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,17 +42,21 @@ def test_the_time_left_is_that_of_the_work_left(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(grid_watch.time, "monotonic", lambda: clock[0])
     jobs = [job(tmp_path / "before", 4 * LINE), job(tmp_path / "one", b""), job(tmp_path / "two", b"")]
     watch = GridWatch(jobs)
-    assert watch.words() == "4 of 12 epochs, 0 of 3 runs"
+    assert watch.look()[1] == "4 of 12 epochs, 0 of 3 runs"
     clock[0] += 30  # the processes start
     job(tmp_path / "one", LINE)
-    assert watch.words() == "5 of 12 epochs, 0 of 3 runs"
+    assert watch.look()[1] == "5 of 12 epochs, 0 of 3 runs"
     job(tmp_path / "one", 3 * LINE)
     clock[0] += 20 * (1 - grid_watch.JUDGING)  # 10 s an epoch, judging included
-    assert watch.share() == pytest.approx((1 - grid_watch.JUDGING) * 7 / 12)
-    left = 10 * (12 - 7 * (1 - grid_watch.JUDGING))
-    assert watch.words() == f"7 of 12 epochs, 0 of 3 runs, about {left:.0f} s left"
+    reads = Counter[str]()
+    monkeypatch.setattr(grid_watch, "epochs_done", lambda job: reads.update([job.path]) or epochs_done(job))
+    share, words = watch.look()
+    assert set(reads.values()) == {1}
+    assert share == pytest.approx((1 - grid_watch.JUDGING) * 7 / 12)
+    # 10 (12 - 7 (1 - JUDGING)) = 71 s, up to whole tens
+    assert words == "7 of 12 epochs, 0 of 3 runs, about 1 min 20 s left"
     watch.ended = {one.path for one in jobs}
-    assert (watch.share(), watch.words()) == (1.0, "7 of 12 epochs, 3 of 3 runs")
+    assert watch.look() == (1.0, "7 of 12 epochs, 3 of 3 runs")
 
 
 def test_the_bar_of_a_comparison_says_epochs_and_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,3 +46,18 @@ def test_a_program_that_asks_for_nothing_hears_of_damage_alone() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True)
     assert (done.stdout, done.stderr) == ("", "damaged\n")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.25, "0.2 s"),
+        (9.96, "10 s"),
+        (59.7, "1 min 00 s"),
+        (75, "1 min 15 s"),
+        (3599.9, "1 h 00 min"),
+        (7260, "2 h 01 min"),
+    ],
+)
+def test_durations_are_written_as_people_write_them(seconds: float, text: str) -> None:
+    assert messages.duration(seconds) == text

@@ -380,21 +380,6 @@ def test_eps_is_written_as_people_write_it(eps: float, text: str) -> None:
     assert eps_text(eps) == text
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (0.25, "0.2 s"),
-        (9.96, "10 s"),
-        (59.7, "1 min 00 s"),
-        (75, "1 min 15 s"),
-        (3599.9, "1 h 00 min"),
-        (7260, "2 h 01 min"),
-    ],
-)
-def test_durations_are_written_as_people_write_them(seconds: float, text: str) -> None:
-    assert pages._duration(seconds) == text
-
-
 # --- AutoAttack and the doctor
 
 

@@ -135,10 +135,10 @@ def _made(jobs: list[Job], workers: int | None, cluster: Cluster | None) -> list
 
         def done(job: Job, error: str | None) -> None:
             watch.ended.add(job.path)
-            screen.say(f"{'failed' if error else 'done'}: {job.label} ({watch.words()})")
+            screen.say(f"{'failed' if error else 'done'}: {job.label} ({watch.look()[1]})")
 
         def poll() -> None:
-            advance(watch.share(), watch.words())
+            advance(*watch.look())
 
         return grid.compare(jobs, workers=workers, on_done=done, poll=poll, cluster=cluster)
 

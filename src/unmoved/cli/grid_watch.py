@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from unmoved.core.messages import duration
 
 if TYPE_CHECKING:
     from unmoved.experiments.jobs import Job
@@ -22,24 +25,27 @@ class GridWatch:
 
     def __init__(self, jobs: Sequence[Job]) -> None:
         self.jobs, self.ended = jobs, set[str]()
-        self._began, self._first = 0.0, self.share()
+        self._began, self._first = 0.0, math.inf
+        self._first, _ = self.look()
 
-    def share(self) -> float:
-        """Return the share of the work that is done, counting an epoch as much in each run."""
-        done = sum(job.epochs if job.path in self.ended else (1 - JUDGING) * epochs_done(job) for job in self.jobs)
-        return done / max(1, sum(job.epochs for job in self.jobs))
+    def look(self) -> tuple[float, str]:
+        """Return the share of the work that is done, counting an epoch as much in each run, and words for it.
 
-    def words(self) -> str:
-        """Return ``"37 of 150 epochs, 2 of 10 runs, about 1 min left"``."""
-        epochs, all_epochs = sum(map(epochs_done, self.jobs)), sum(job.epochs for job in self.jobs)
-        words = f"{epochs} of {all_epochs} epochs, {len(self.ended)} of {len(self.jobs)} runs"
-        share = self.share()
+        Such as ``"37 of 150 epochs, 2 of 10 runs, about 1 min 10 s left"``.
+        """
+        trained, epochs = [epochs_done(job) for job in self.jobs], sum(job.epochs for job in self.jobs)
+        done = [
+            job.epochs if job.path in self.ended else (1 - JUDGING) * n
+            for job, n in zip(self.jobs, trained, strict=True)
+        ]
+        share = sum(done) / max(1, epochs)
+        words = f"{sum(trained)} of {epochs} epochs, {len(self.ended)} of {len(self.jobs)} runs"
         if not self._began and share > self._first:  # what starting the processes takes says nothing about the rest
             self._began, self._first = time.monotonic(), share
         if not self._first < share < 1:
-            return words
+            return share, words
         left = (time.monotonic() - self._began) / (share - self._first) * (1 - share)
-        return f"{words}, about {_duration(left)} left"
+        return share, f"{words}, about {duration(10 * math.ceil(left / 10))} left"
 
 
 def epochs_done(job: Job) -> int:
@@ -51,9 +57,3 @@ def epochs_done(job: Job) -> int:
         return min(job.epochs, untrusted.content(Path(job.path) / "metrics.jsonl", 2**30).count(b"\n"))
     except (OSError, UnmovedError):
         return 0
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.0f} h"

@@ -26,6 +26,16 @@ def to_stderr(words: str) -> None:
     sys.stderr.write(printable(words) + "\n")
 
 
+def duration(seconds: float) -> str:
+    """Return a time as people write it: ``"9.4 s"``, ``"1 min 15 s"``, ``"2 h 01 min"``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s" if whole >= 10 else f"{seconds:.1f} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
 class Notes(logging.Handler):
     """Hand each record to ``say`` as ``note: ...``."""
 

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from unmoved.core.errors import UnmovedError
 from unmoved.core.files import write_set
+from unmoved.core.messages import duration
 from unmoved.core.threat import eps_text
 from unmoved.reports import drawing
 
@@ -148,7 +149,7 @@ def _environment() -> jinja2.Environment:
     environment.filters |= {
         "percent": _percent,
         "eps": eps_text,
-        "duration": _duration,
+        "duration": duration,
         "cell": _cell,
         "flat": _flat,
         "words": _words,
@@ -158,15 +159,6 @@ def _environment() -> jinja2.Environment:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.1f}"
-
-
-def _duration(seconds: float) -> str:
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s" if whole >= 10 else f"{seconds:.1f} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
 def _cell(value: object) -> str:
