@@ -64,7 +64,12 @@ def test_seeds_join_a_comparison_and_nothing_else(path: str, out: str) -> None:
 
 
 def test_a_model_from_elsewhere_is_not_trained_and_its_code_allowed() -> None:
-    recipe = {"trained": False, "model": {"use": "my_models:net", "weights": {"file": "x"}}, "data": {"use": "digits"}}
+    recipe = {
+        "trained": False,
+        "model": {"use": "my_models.nets:net", "weights": {"file": "my_files:x"}},
+        "data": {"use": "digits"},
+        "phases": [{"from_epoch": 1, "attack": {"use": "my_attacks:Mine"}}],
+    }
     said = commands([result(run("net", path=Path("judged"), recipe=recipe), trained=False)])
-    assert "unmoved evaluate judged --attacks standard --allow my_models" in said
+    assert "unmoved evaluate judged --attacks standard --allow my_attacks --allow my_models" in said
     assert not any(" compare " in command for command in said)

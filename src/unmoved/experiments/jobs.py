@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 from unmoved.core.errors import UnmovedError
 from unmoved.core.untrusted import Json
 from unmoved.runs import recipe as config
+from unmoved.runs.folder import folder_name
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def jobs_of(
         UnmovedError: two recipes of one name, or a seed twice (they would write into one folder); one split; splits
             with several seeds.
     """
-    folders = [re.sub(r"[/\s]+", "-", recipe.name) for recipe in recipes]
+    folders = [folder_name(recipe.name) for recipe in recipes]
     for recipe, folder in zip(recipes, folders, strict=True):
         if folders.count(folder) > 1:
             raise UnmovedError(

@@ -14,10 +14,10 @@ from unmoved.core.messages import printable
 from unmoved.evaluation.outcomes import CLEAN, WORST
 from unmoved.exports.exported_run import ExportedRun, Judgement, Result
 from unmoved.exports.robustbench import architecture
+from unmoved.runs.assembly import IN_PYTHON
 from unmoved.runs.components import KINDS
+from unmoved.runs.foreign import is_foreign
 
-HANDED_OVER = "python:data"  # the data of a recipe whose model and data came as objects of Python
-_FOREIGN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # how a recipe names code that is not part of unmoved
 _MARKS = re.compile(r"([\\`*_{}\[\]<>#!|~&$])")
 
 
@@ -218,11 +218,11 @@ def _loading(exported: ExportedRun, weights: str) -> Iterator[str]:
     settings = [f"{key}={value!r}" for key, value in model.items() if key.isidentifier() and key != "weights"]
     shape = ", ".join(map(str, exported.shape or ("channels", "height", "width")))
     classes = len(exported.classes) or "classes"
-    if exported.table("data").get("use") == HANDED_OVER:
+    if exported.table("data").get("use") == IN_PYTHON:
         name = _code(use.partition(":")[2])
         yield f"The model came as an object of Python, of class `{name}`: build it as its author does, then:"
         lines = ["from unmoved import models", ""]
-    elif _FOREIGN.fullmatch(use):
+    elif is_foreign(use):
         module, _, name = use.partition(":")
         yield "The model is built by code that is not part of unmoved:"
         lines = ["import inspect", "", f"from {module} import {name}", "from unmoved import models", ""]

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from unmoved.core.untrusted import Json, JsonValue
 from unmoved.runs.by_recipe import RecipeResult
 from unmoved.runs.evaluated import EvaluatedRun
+from unmoved.runs.folder import folder_name
+from unmoved.runs.foreign import packages_of
 
 SEEDS = 3  # fewer say little of the next one
 
@@ -75,18 +75,10 @@ def _quoted(path: Path) -> str:
 
 
 def _is_of_a_comparison(run: EvaluatedRun) -> bool:
-    return run.path.name == f"seed{run.seed}" and run.path.parent.name == re.sub(r"[/\s]+", "-", run.name)
+    return run.path.name == f"seed{run.seed}" and run.path.parent.name == folder_name(run.name)
 
 
 def _allow(runs: Sequence[EvaluatedRun]) -> str:
     """Return the options that allow the code outside this package which the recipes name."""
-    modules = {module for run in runs for module in _modules(run.recipe)}
-    return "".join(f" --allow {shlex.quote(module)}" for module in sorted(modules))
-
-
-def _modules(value: JsonValue | Json) -> Iterator[str]:
-    if isinstance(value, dict):
-        if isinstance(use := value.get("use"), str) and ":" in use:
-            yield use.partition(":")[0]
-        for part in value.values():
-            yield from _modules(part)
+    packages = {package for run in runs for package in packages_of(run.recipe)}
+    return "".join(f" --allow {shlex.quote(package)}" for package in sorted(packages))

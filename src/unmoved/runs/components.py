@@ -123,7 +123,7 @@ class Foreign(Component):
     """A class or function of another package, ``use = "module:Name"``; its other keys are its arguments."""
 
     model_config = ConfigDict(extra="allow")
-    use: str = Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
+    use: str = Field(pattern=f"^{foreign.NAMED}$")
 
 
 class WeightsFile(Settings):

@@ -34,10 +34,11 @@ from unmoved.evaluation.outcomes import CLEAN, WORST
 from unmoved.runs import components
 from unmoved.runs.assembly import Assembly
 from unmoved.runs.folder import Run
+from unmoved.runs.foreign import is_foreign
 from unmoved.runs.load import Opened, opened, question_about, weights_digest
 from unmoved.runs.provenance import versions
 from unmoved.runs.records import Doctor, Evaluation
-from unmoved.runs.shorthand import attack_tables, is_foreign
+from unmoved.runs.shorthand import attack_tables
 
 CURVE_SAMPLES = 500
 VERDICTS = ("standard", "rand")

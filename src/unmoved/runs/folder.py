@@ -22,6 +22,7 @@ import io
 import json
 import logging
 import os
+import re
 import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -49,6 +50,11 @@ from unmoved.training.state import SavedState, Tensors
 logger = logging.getLogger("unmoved")
 FORMAT = 1
 GALLERY = ("x", "x_adv", "label", "clean_prediction", "adversarial_prediction", "attack")
+
+
+def folder_name(recipe: str) -> str:
+    """Return what a comparison calls the folder of a recipe's runs: its name, with hyphens for slashes and spaces."""
+    return re.sub(r"[/\s]+", "-", recipe)
 
 
 class Run:

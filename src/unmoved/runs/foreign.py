@@ -13,18 +13,21 @@ import importlib
 import importlib.machinery
 import inspect
 import os
+import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from unmoved.core.errors import UnmovedError, did_you_mean
+from unmoved.core.untrusted import JsonValue
 
 Factory = Callable[..., Any]
+NAMED = r"[A-Za-z_][\w.]*:[A-Za-z_]\w*"  # how a recipe names code that is not part of unmoved
 _added: list[str] = []  # the folder that this module has put at the end of sys.path, if any
 _UNKNOWN = object()  # a return annotation that is missing, or says nothing
 
@@ -100,6 +103,20 @@ def find(use: str, allow: Collection[str], place: Place) -> Factory:
     _require_kind(use, thing, place, is_own=is_own)
     factory: Factory = thing
     return factory
+
+
+def is_foreign(use: str) -> bool:
+    """Return whether this names a stranger's part, ``module:Name``."""
+    return re.fullmatch(NAMED, use) is not None
+
+
+def packages_of(value: JsonValue) -> set[str]:
+    """Return the packages that must be allowed for the tables of a recipe: those of each ``use = "module:Name"``."""
+    if isinstance(value, Mapping):
+        use, parts = value.get("use"), value.values()
+        named = {use.partition(":")[0].split(".")[0]} if isinstance(use, str) and is_foreign(use) else set()
+        return named.union(*map(packages_of, parts))
+    return set().union(*map(packages_of, value)) if isinstance(value, list | tuple) else set()
 
 
 def require_made(use: str, made: object, place: Place) -> None:

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from unmoved.core.errors import UnmovedError, did_you_mean
 from unmoved.core.untrusted import Json, JsonValue, toml
 from unmoved.runs.components import INJECTED, KINDS, parse_number
+from unmoved.runs.foreign import is_foreign
 
-_FOREIGN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 _CALL = re.compile(r"(?P<use>[^()]+?)\s*(?:\((?P<settings>.*)\))?", re.DOTALL)
 
 
@@ -108,11 +108,6 @@ def attack_tables(text: str) -> list[tuple[str, Json]]:
         settings = _settings("--attacks", _split(match["settings"])) if match["settings"] else {}
         found.append((part, {"use": match["use"], **settings}))
     return found
-
-
-def is_foreign(use: str) -> bool:
-    """Return whether this names a stranger's part, ``module:Name``."""
-    return _FOREIGN.fullmatch(use) is not None
 
 
 def _split(text: str) -> list[str]:
