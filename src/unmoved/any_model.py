@@ -18,16 +18,15 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from unmoved import models
 from unmoved.core.errors import UnmovedError
 from unmoved.core.messages import printable
-from unmoved.core.precision import device_of, require_device
+from unmoved.core.precision import require_device
 from unmoved.core.preconditions import require_model
 from unmoved.core.threat import ThreatModel
 from unmoved.core.untrusted import Json
-from unmoved.core.views import eval_logits
 from unmoved.data import ArraySplit, DataSet, Selection
 from unmoved.data.adapters import as_split, names_of
 from unmoved.data.validation import numbered
@@ -40,7 +39,7 @@ from unmoved.runs.assembly import Assembly
 from unmoved.runs.components import parse_number
 from unmoved.runs.evaluate import chosen_attacks, evaluate_run, examine_run
 from unmoved.runs.folder import Run
-from unmoved.runs.judged import is_of_other_weights, judged_run, tables_of_objects
+from unmoved.runs.judged import first_logits, is_of_other_weights, judged_run, tables_of_objects
 from unmoved.runs.load import Opened, opened, weights_digest
 from unmoved.runs.records import Doctor
 
@@ -156,9 +155,9 @@ def judge(
         raise UnmovedError(
             f'judge: expected names as attacks, such as "quick" or "pgd(steps=50)", came {attacks!r:.80}'
         )
-    split, notes = _fitting(model, data, classes, layout)
+    split, logits, notes = _fitting(model, data, classes, layout)
     about: Json = {"name": name or type(model).__name__, "threat": {"norm": norm, "eps": parsed_eps(eps)}}
-    recipe = config.parse({**about, **tables_of_objects(model, split)}, "judge")
+    recipe = config.parse({**about, **tables_of_objects(model, split, logits)}, "judge")
     held = split if isinstance(split, ArraySplit) else split.select(torch.arange(len(split)))
     assembly = Assembly(recipe, allow, source=DataSet(held, held, "data"))
     chosen_attacks(attacks, assembly, allow)  # a wrong name is refused before a folder is made
@@ -175,16 +174,17 @@ def judge(
 
 def _fitting(
     model: nn.Module, data: object, classes: Sequence[str] | None, layout: str | None
-) -> tuple[ArraySplit | Selection, list[str]]:
-    """Return the data as a split whose classes are the model's outputs, and notes."""
+) -> tuple[ArraySplit | Selection, Tensor, list[str]]:
+    """Return the data as a split whose classes are the model's outputs, logits of a few of its images, and notes."""
     split, notes = as_split(data, classes=classes, layout=layout)
-    outputs = _outputs(model, split)
+    logits = first_logits(model, split)
+    outputs = logits.shape[1]
     if isinstance(split, ArraySplit) and split is not data and classes is None and names_of(data) is None:
         split = replace(split, classes=numbered("classes", max(outputs, int(split.labels.max()) + 1) - 1))
     require_outputs(outputs, split)
     if model.training:
         notes.append("the model is in training mode; it was judged in evaluation mode")
-    return split, notes
+    return split, logits, notes
 
 
 def judge_recipe(
@@ -217,7 +217,7 @@ def judge_recipe(
     require_device(device)
     assembly = Assembly(recipe, allow, loading)
     model, loaded = assembly.initial_model()
-    require_outputs(_outputs(model, assembly.data.test), assembly.data.test)
+    require_outputs(first_logits(model, assembly.data.test).shape[1], assembly.data.test)
     notes = () if loaded is not None else ("no file of weights was given: the model was judged as it is made",)
     where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     chosen_attacks(attacks, assembly, allow)
@@ -352,12 +352,6 @@ def require_outputs(outputs: int, split: ArraySplit | Selection) -> None:
         f"the model has {outputs} outputs, the data {split.num_classes} classes: expected as many; take the outputs of "
         "these classes alone in the model's forward, or name all the classes that the model knows"
     )
-
-
-def _outputs(model: nn.Module, split: ArraySplit | Selection) -> int:
-    """Return the number of logits that the model gives for an image of the data."""
-    device = device_of(model)
-    return int(eval_logits(model, next(split.batches(min(2, len(split)))).x.to(device)).shape[1])
 
 
 @contextmanager

@@ -386,7 +386,7 @@ def test_the_gallery_is_of_what_broke_the_model_from_each_class_in_turn(model: n
     assert sorted(broken) == sorted(won.index)
     classes = won["label"].nunique()
     assert rows.loc[broken[:classes], "label"].nunique() == classes > 3
-    shown = curve_and_gallery.gallery(model, TEST, attack, THREAT, count=5, name="pgd", broken=broken)
+    shown = curve_and_gallery.gallery(model, TEST, attack, THREAT, count=5, name="pgd", table=table)
     assert len(shown["label"]) == 5
     assert (shown["label"] == shown["clean_prediction"]).all()
     assert (shown["label"] != shown["adversarial_prediction"]).all()

@@ -55,16 +55,17 @@ def gallery(
     threat: ThreatModel,
     count: int = 8,
     name: str = "attack",
-    broken: Sequence[int] = (),
+    table: pd.DataFrame | None = None,
 ) -> dict[str, np.ndarray]:
     """Attack some samples that the model gets right; return arrays that `unmoved.Run` saves.
 
     Args:
-        broken: the identities of samples that the attack is known to break, of which the first ``count`` are taken;
-            where there are none, the first of the split.
+        table: outcomes of the attack of this name: of the samples that it broke, some of each class are taken; without
+            them the first of the split.
     """
     parts: list[dict[str, np.ndarray]] = []
     missing = count = require_whole("count", count, at_least=1)
+    broken = [] if table is None else broken_by(table, name)
     wanted = torch.tensor(broken[:count], dtype=torch.int64)
     for batch in judge.checked_batches(model, split, 4 * count, threat):
         if len(wanted):

@@ -170,12 +170,7 @@ class _Asked:
         if kind == "evaluation":
             name, shown = next(reversed(chosen.items()))
             gallery = curve_and_gallery.gallery(
-                self.model,
-                self.split,
-                shown,
-                self.assembly.threat,
-                name=name,
-                broken=curve_and_gallery.broken_by(table, name),
+                self.model, self.split, shown, self.assembly.threat, name=name, table=table
             )
         facts["question"], facts["seconds"] = digest, round(time.monotonic() - began, 1)
         facts["finished"] = datetime.now(UTC).isoformat(timespec="seconds")

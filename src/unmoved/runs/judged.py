@@ -22,32 +22,36 @@ from unmoved.runs.folder import Run
 _LOOKED_AT = 8  # images whose logits stand for what a model computes
 
 
-def tables_of_objects(model: nn.Module, split: ArraySplit | Selection) -> Json:
+def first_logits(model: nn.Module, split: ArraySplit | Selection) -> Tensor:
+    """Return a model's logits (B, K) of a few images of the data, the same at each call."""
+    x = next(split.batches(min(_LOOKED_AT, len(split)))).x
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return eval_logits(model, x.to(device_of(model)))
+
+
+def tables_of_objects(model: nn.Module, split: ArraySplit | Selection, logits: Tensor) -> Json:
     """Return the tables of a recipe for a model and data that are objects in Python.
 
-    They name both by content: the model by its tensors and by its logits of a few images (what it computes may change
-    with its code, or with a setting that is no tensor), the data by its digest.
+    They name both by content: the model by its tensors and by its `first_logits` (what it computes may change with its
+    code, or with a setting that is no tensor), the data by its digest.
     """
     kind = type(model)
     use = f"{kind.__module__}:{kind.__qualname__.rpartition('.')[2]}"
     use = use if use.isascii() else "python:model"
     return {
         "trained": False,
-        "model": {"use": use, "content": fingerprint(model, split)},
+        "model": {"use": use, "content": fingerprint(model, logits)},
         "data": {"use": IN_PYTHON, "content": split.digest},
     }
 
 
-def fingerprint(model: nn.Module, split: ArraySplit | Selection) -> str:
-    """Compute the sha256 of a model's tensors and of its logits of a few images, rounded to a thousandth."""
+def fingerprint(model: nn.Module, logits: Tensor) -> str:
+    """Compute the sha256 of a model's tensors and of some of its logits, rounded to a thousandth."""
     tensors = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     digest = hashlib.sha256(models.checksum(tensors).encode())
-    x = next(split.batches(min(_LOOKED_AT, len(split)))).x
-    device = device_of(model)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        logits = eval_logits(model, x.to(device)).double().round(decimals=3) + 0.0  # no -0.0
-    digest.update(logits.cpu().contiguous().numpy().data)
+    rounded = logits.double().round(decimals=3) + 0.0  # no -0.0
+    digest.update(rounded.cpu().contiguous().numpy().data)
     return digest.hexdigest()
 
 
