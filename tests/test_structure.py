@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -191,6 +192,12 @@ def test_no_relative_imports() -> None:
 def test_files_are_ascii() -> None:
     for path in FILES:
         assert path.read_text(encoding="utf-8").isascii(), path
+
+
+def test_no_two_files_of_tests_have_one_name() -> None:
+    """pytest would take the second for the first, and end before any test."""
+    names = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+    assert [name for name, count in names.items() if count > 1] == []
 
 
 # --- nothing of this machine
