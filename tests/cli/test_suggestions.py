@@ -130,6 +130,28 @@ def test_every_command_says_how_it_goes_on_and_only_train_resumes(command: str) 
     assert shlex.split(line) == ["unmoved", *words]
 
 
+@pytest.mark.parametrize(
+    ("nodes", "program"),
+    [
+        (1, "torchrun --nproc-per-node 2 -m unmoved"),
+        (3, "torchrun --nproc-per-node 2 --nnodes 3 ... -m unmoved"),
+    ],
+)
+def test_what_torchrun_started_goes_on_under_torchrun_and_says_so_once(
+    nodes: int, program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, run = recipe(tmp_path), tmp_path / "run"
+    monkeypatch.setattr(train, "train_recipe", interrupt)
+    variables = {"TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": str(2 * nodes)}
+    for rank in range(2 * nodes):
+        for name, value in (variables | {"RANK": str(rank)}).items():
+            monkeypatch.setenv(name, value)
+        said = unmoved("train", path, "--out", run)
+        assert said.code == 130
+        line = f"interrupted; nothing was saved yet; this begins anew:\n  {program} train {path} --out {run}\n"
+        assert said.err == ("" if rank else line)
+
+
 def test_an_interruption_waits_for_a_pass_and_not_for_the_attack() -> None:
     ended: list[int] = []
 

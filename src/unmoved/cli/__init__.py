@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ INTERRUPTED = {
     "show": "this shows it again",
     "list": "this shows it again",
 }
+UNDER_TORCHRUN = "TORCHELASTIC_RUN_ID"  # a variable that torchrun sets
 _ORDER = {name: number for number, name in enumerate(INTERRUPTED)}
 app.registered_commands.sort(key=lambda command: _ORDER[command.name or str(getattr(command.callback, "__name__", ""))])
 
@@ -44,7 +46,8 @@ def main() -> None:
         screen.say(f"error: {words}", style="red", error=True)
         sys.exit(1)
     except SystemExit as end:
-        if end.code == 130:  # typer's answer to Ctrl-C, which says nothing
+        # 130 is typer's answer to Ctrl-C, which says nothing; of the processes of torchrun the first one speaks.
+        if end.code == 130 and not (UNDER_TORCHRUN in os.environ and os.environ.get("RANK", "0") != "0"):
             screen.say(f"interrupted; {how_to_go_on(sys.argv[1:])}", error=True)
         raise
 
@@ -57,7 +60,17 @@ def how_to_go_on(words: Sequence[str]) -> str:
         advice = "nothing was saved yet; this begins anew"
     elif command == "train" and "--resume" not in words:
         words.append("--resume")
-    return f"{advice}:\n  {shlex.join(['unmoved', *words])}"
+    return f"{advice}:\n  {shlex.join([*_program(), *words])}"
+
+
+def _program() -> list[str]:
+    """Return what this command was started by: ``unmoved``, or ``torchrun``, as the environment tells."""
+    if UNDER_TORCHRUN not in os.environ:
+        return ["unmoved"]
+    here, world = (int(os.environ.get(name, "1")) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
+    # How several machines find each other stands in no variable.
+    nodes = ["--nnodes", str(world // here), "..."] if world > here else []
+    return ["torchrun", "--nproc-per-node", str(here), *nodes, "-m", "unmoved"]
 
 
 def _is_begun(words: Sequence[str]) -> bool:
