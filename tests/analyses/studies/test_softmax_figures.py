@@ -150,6 +150,26 @@ def test_the_forest_leaves_a_gap_where_nothing_is_known() -> None:
     assert any(s[0] == s[1] == values[1] for s in segments)
 
 
+def test_of_many_runs_the_forest_tells_the_foremost_apart_and_counts_the_others() -> None:
+    names = tuple(f"m{k}" for k in range(40))
+    table = within_table(names)
+    figure = softmax_figures.within(table, foremost_runs=names[-12:])
+    (axes,) = figure.axes
+    looked = {(c.lines[0].get_color(), c.lines[0].get_marker()) for c in axes.containers}
+    assert [c.get_label() for c in axes.containers] == list(names[-12:])
+    assert len(looked) == 12
+    said = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert set(said) == {*names[-12:], "28 other runs"}
+    assert "28 other runs" in str(figure.get_label())
+    (grey,) = (line for line in axes.lines if line.get_label() == "28 other runs")
+    rows = table[(table["view"] == "clean") & (table["measure"] == "AUC") & table["run"].isin(names[:-12])]
+    assert sorted(grey.get_xdata()[np.isfinite(grey.get_xdata())]) == pytest.approx(sorted(rows["value"]))
+    taken = np.concatenate([c.lines[0].get_ydata() for c in axes.containers])
+    assert not np.isclose(np.asarray(grey.get_ydata())[:, None], taken).any(), "in a lane of their own"
+    first = softmax_figures.within(table)
+    assert [c.get_label() for c in first.axes[0].containers] == list(names[:12])
+
+
 def test_landings_show_shares_intervals_and_uniform() -> None:
     table = landing_table(("a", "b"))
     figure = softmax_figures.landings(table)

@@ -23,6 +23,7 @@ from unmoved.analyses.studies.study import (
     part_of,
 )
 from unmoved.attacks import APGD, FMN
+from unmoved.reports.drawing import foremost
 from unmoved.reports.pages import Section
 
 CHUNK = 250  # samples that an interruption may cost
@@ -98,7 +99,11 @@ class Softmax(StudyKind):
 
 
 def _figures(tables: Mapping[str, pd.DataFrame]) -> list[Figure]:
-    figures = [softmax_figures.within(tables["within"], measure=measure) for measure in ("AUC", "Spearman")]
+    accuracy = dict(zip(tables["summary"]["run"].astype(str), tables["summary"]["robust_accuracy"], strict=True))
+    best, _ = foremost(list(accuracy), lambda run: -accuracy[run])
+    figures = [
+        softmax_figures.within(tables["within"], measure=measure, foremost_runs=best) for measure in ("AUC", "Spearman")
+    ]
     if tables["landings"]["share"].notna().any():
         figures.append(softmax_figures.landings(tables["landings"]))
     summary, correlations = tables["summary"], tables["across"]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import textwrap
+from collections.abc import Collection
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from unmoved.core.errors import UnmovedError, require_columns
@@ -47,14 +49,19 @@ POINTS: Look = {"linestyle": "none", "markeredgecolor": PAPER, "markeredgewidth"
 
 
 @style()
-def within(table: pd.DataFrame, *, view: str = "clean", measure: str = "AUC") -> Figure:
+def within(
+    table: pd.DataFrame, *, view: str = "clean", measure: str = "AUC", foremost_runs: Collection[str] = ()
+) -> Figure:
     """Draw a forest of intervals: how well each statistic tells who falls, by statistic and run; 0.5 (or 0) is chance.
+
+    Of more than `MOST` runs the foremost are told apart, and the others are grey points in a lane of their own.
 
     Args:
         table: run, view, statistic, measure, value, low, high, n: `analyses.softmax.within` of each run, one below the
             other. Without an interval a marker stands alone; without a value there is none.
         view: which view's rows.
         measure: ``"AUC"`` (against success) or ``"Spearman"`` (against the minimal eps).
+        foremost_runs: which those are; by default the first.
 
     Raises:
         UnmovedError: a column is missing, or there is no row of this view and measure.
@@ -62,25 +69,19 @@ def within(table: pd.DataFrame, *, view: str = "clean", measure: str = "AUC") ->
     require_columns(table, ["run", "view", "statistic", "measure", "value", "low", "high", "n"], "within")
     table = table[(table["view"] == view) & (table["measure"] == measure)]
     require_columns(table, ["run"], f"within, view {view!r}, measure {measure!r}")
-    runs, names = (list(dict.fromkeys(table[column])) for column in ("run", "statistic"))
-    pitch = 0.13 * len(runs) + 0.24
-    figure = canvas(5.6, 1.2 + pitch * len(names) + 0.2 * math.ceil(len(runs) / 2))
+    names = list(dict.fromkeys(table["statistic"]))
+    runs = {str(run): rows.set_index("statistic").reindex(names) for run, rows in table.groupby("run", sort=False)}
+    shown, others = foremost(list(runs), lambda run: run not in foremost_runs)
+    lanes = len(shown) + bool(others)
+    pitch = 0.13 * lanes + 0.24
+    figure = canvas(5.6, 1.2 + pitch * len(names) + 0.2 * math.ceil(lanes / 2))
     axes = figure.add_subplot()
-    lanes = (np.arange(len(runs)) - (len(runs) - 1) / 2) * 0.13 / pitch
-    styles = looks([str(run) for run in runs])
-    for k, run in enumerate(styles):
-        rows = table[table["run"].astype(str) == run].set_index("statistic").reindex(names)
-        middle = rows["value"].to_numpy(float)
-        low, high = (rows[end].to_numpy(float) for end in ("low", "high"))
-        ends = np.where(np.isnan(low) | np.isnan(middle), 0, bar(low, middle, high))
-        axes.errorbar(
-            middle,
-            np.arange(len(names)) + lanes[k],
-            xerr=ends,
-            label=run,
-            elinewidth=1,
-            **styles[run] | POINTS,
-        )
+    heights = np.arange(len(names)) + (np.arange(lanes)[:, None] - (lanes - 1) / 2) * 0.13 / pitch
+    styles = looks(list(runs), shown)
+    for run, height in zip(shown, heights, strict=False):
+        _forest(axes, runs[run], height, run, styles[run])
+    grey = [(runs[run]["value"], heights[-1]) for run in others]
+    rest = draw_others(axes, grey, "runs", marker="o", linestyle="none")
     chance = 0.5 if measure == "AUC" else 0.0
     axes.axvline(chance, **CHANCE)
     for border in np.arange(1, len(names)) - 0.5:
@@ -99,8 +100,16 @@ def within(table: pd.DataFrame, *, view: str = "clean", measure: str = "AUC") ->
         figure,
         f"What each statistic of the {view} image says of the attack, by run ({measure}). {n} images that the model "
         f"gets right, bars are 95 % bootstrap intervals over images. At {chance:g} (dashed) a statistic says nothing; "
-        "one that lies nearer to it than the margin says less than the margin.",
+        "one that lies nearer to it than the margin says less than the margin."
+        + (f" In grey: {rest}." if rest else ""),
     )
+
+
+def _forest(axes: Axes, rows: pd.DataFrame, height: np.ndarray, run: str, style: Look) -> None:
+    """Draw a run's values with their intervals, each at its height."""
+    middle, low, high = (rows[name].to_numpy(float) for name in ("value", "low", "high"))
+    ends = np.where(np.isnan(low) | np.isnan(middle), 0, bar(low, middle, high))
+    axes.errorbar(middle, height, xerr=ends, label=run, elinewidth=1, **style | POINTS)
 
 
 @style()
