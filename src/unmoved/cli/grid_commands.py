@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -98,7 +99,7 @@ def compare(
         with screen.follow() as follow:
             best = grid.finals(runs, finalists, final_n, allow=allow, progress=follow)
         screen.print_summary({run.name: run.verdict_outcomes for run in best})
-    extra = _analysed(runs, chapters, analysis_n, allow, out / "analysis") if chapters else []
+    extra = _analysed(runs, chapters, analysis_n, allow, out) if chapters else []
     path = reports.write(runs, out / "report.html", extra=extra, title=f"{_count(parsed, 'recipe')}, {runs_words}")
     screen.print_summary({f"{run.name} seed {run.seed}" if runs_each > 1 else run.name: run.outcomes for run in runs})
     screen.say(f"report: {path}")
@@ -114,14 +115,14 @@ def _seeds(seeds: str) -> list[int]:
 
 
 def _chapters(analyze: str) -> tuple[str, ...]:
-    """Return the names of the analyses in ``--analyze``."""
+    """Return the names of the analyses in ``--analyze``, each once, in their own order."""
     from unmoved.analyses import studies
     from unmoved.core.errors import require_choice
 
-    chapters = tuple(name.strip() for name in analyze.split(",") if name.strip())
-    for name in chapters:
+    asked = [name.strip() for name in analyze.split(",") if name.strip()]
+    for name in asked:
         require_choice("--analyze", name, studies.STUDIES)
-    return chapters
+    return tuple(name for name in studies.STUDIES if name in asked)
 
 
 def _made(jobs: list[Job], workers: int | None, cluster: Cluster | None) -> list[Run]:
@@ -143,17 +144,27 @@ def _made(jobs: list[Job], workers: int | None, cluster: Cluster | None) -> list
         return grid.compare(jobs, workers=workers, on_done=done, poll=poll, cluster=cluster)
 
 
-def _analysed(runs: Sequence[Run], chapters: Sequence[str], n: int, allow: Sequence[str], out: Path) -> list[Section]:
+def _analysed(runs: Sequence[Run], names: Sequence[str], n: int, allow: Sequence[str], out: Path) -> list[Section]:
     """Analyse the runs, save what came out, and return its chapters for the report."""
-    from unmoved.analyses import studies
+    from unmoved.experiments.chapters import FOLDER, chapters
+
+    with screen.follow() as follow:
+        return chapters(runs, names, n, allow=allow, out=out / FOLDER, progress=follow)
+
+
+def _analysed_before(runs: Sequence[Run], allow: Sequence[str]) -> list[Section]:
+    """Return the chapters that the comparison of these runs had; without those that cannot be made here, and say so."""
+    from unmoved.core.errors import UnmovedError
+    from unmoved.experiments.chapters import analysed, chapters
 
     sections: list[Section] = []
-    subjects = studies.subjects(runs, n, allow=allow)
-    with screen.follow() as follow:
-        for name in chapters:
-            study = studies.STUDIES[name].for_report()(subjects, follow)
-            study.write(out)
-            sections += study.sections
+    try:
+        with screen.follow() as follow:
+            found = analysed(runs)
+            for n, names in groupby(found, key=lambda name: found[name]):
+                sections += chapters(runs, [*names], n, allow=allow, progress=follow)
+    except UnmovedError as error:
+        screen.say(f"note: the report lacks analyses that the comparison of these runs has: {error}", error=True)
     return sections
 
 
@@ -190,10 +201,12 @@ def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Evaluated run folders.")],
     out: Annotated[Path, typer.Option(help="The HTML file to write.")] = Path("report.html"),
     title: Annotated[str, typer.Option(help="Its heading.")] = "Robustness report",
+    allow: Allow = [],  # noqa: B006
 ) -> None:
-    """Draw one self-contained HTML report of evaluated runs."""
+    """Draw one self-contained HTML report of evaluated runs, with the analyses that a comparison of them has."""
     from unmoved.reports import report as reports
     from unmoved.runs import folder as folders
 
-    path = reports.write([folders.Run.open(run) for run in runs], out, title=title)
+    opened = [folders.Run.open(run) for run in runs]
+    path = reports.write(opened, out, title=title, extra=_analysed_before(opened, allow))
     screen.say(f"report: {path}")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -52,6 +54,38 @@ def test_compare_puts_every_chapter_into_the_report_and_its_tables_on_disk(train
         assert (folder / "index.html").read_text(encoding="utf-8").count("<figure>") == len(
             list(folder.glob("index-figures/*.svg"))
         )
+
+
+def test_a_report_of_the_same_runs_is_the_page_of_the_comparison_and_computes_nothing(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(trained, moved)
+    page = (trained / "report.html").read_text(encoding="utf-8")
+    (title,) = re.findall("<title>(.*)</title>", page)
+    runs = [moved / Path(run).relative_to(trained) for run in facts_of(trained, "softmax")["settings"]["runs"]]
+    monkeypatch.setattr(torch.nn.Linear, "forward", lambda *_: pytest.fail("a pass that is on the shelf"))
+    (moved / "report.html").unlink()
+    shutil.rmtree(moved / "report-figures")
+    unmoved("report", *runs, "--out", moved / "report.html", "--title", title).fine()
+    assert (moved / "report.html").read_text(encoding="utf-8").replace(str(moved), str(trained)) == page
+    fewer = unmoved("report", *runs[1:], "--out", tmp_path / "fewer.html").fine()
+    assert "Softmax over the wrong classes" not in (tmp_path / "fewer.html").read_text(encoding="utf-8")
+    assert fewer.err == "", "some of the runs alone never had an analysis"
+
+
+def test_a_report_whose_chapters_cannot_be_made_says_so(trained: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(trained, moved)
+    (moved / "analysis/corruption/verdict.json").write_text("{")
+    said = unmoved("report", *paths(moved), "--out", tmp_path / "r.html")
+    assert said.code == 0
+    assert "note: the report lacks analyses" in said.err
+    assert "verdict.json" in said.err
+
+
+def facts_of(out: Path, name: str) -> Any:
+    return json.loads((out / "analysis" / name / "verdict.json").read_text())
 
 
 @pytest.mark.parametrize("what", studies.STUDIES)
