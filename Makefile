@@ -7,7 +7,7 @@ STUDY := drsl standard at trades mart probscut_trades drsl_at sensible at_apd
 # The long ones first, so that no core waits for another at the end.
 DIGITS := at_apd trades_awp probscut_trades at_sam mart trades at sensible drsl standard
 
-.PHONY: help demo digits study interop docs tour test processors slow check bench bench-gpu bench-growth bench-scale bench-verdict clean
+.PHONY: help demo picture digits study interop docs tour test processors slow check bench bench-gpu bench-growth bench-scale bench-verdict clean
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -23,6 +23,9 @@ help: ## what there is
 
 demo: .venv/installed ## train, attack and compare on scikit-learn's digits; ends with runs/demo/report.html
 	$(BIN)/unmoved demo
+
+picture: demo ## README's picture of the demo, as its report draws it; README's table is to be of the same run
+	cp runs/demo/report-figures/tradeoff.svg docs/images/demo-tradeoff.svg
 
 digits: .venv/installed ## the demo's recipes with three seeds: runs/digits/report.html
 	$(BIN)/unmoved compare $(DIGITS:%=digits/%) --seeds 0,1,2 --out runs/digits
