@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from unmoved.core import views as seen
 from unmoved.core.batch import Batch, Image, Label, Logits, PerSample, per_image
 from unmoved.core.errors import UnmovedError
+from unmoved.core.heap import keep_freed_memory
 from unmoved.core.model_errors import cause_in_graph
 from unmoved.core.precision import float32_only
 from unmoved.core.preconditions import require_images, values_of
@@ -32,6 +33,7 @@ def attacking(model: nn.Module, batch: Batch, threat: ThreatModel, mode: str = "
         UnmovedError: as `require_attackable`; with the first logits, labels that they have no column for.
     """
     require_attackable(model, batch, threat)
+    keep_freed_memory()
     with torch.inference_mode(False), torch.enable_grad(), evaluating(model, mode):
         yield Views(model, replace(batch, x=_usable(batch.x), y=_usable(batch.y), index=_usable(batch.index)))
 
@@ -110,10 +112,10 @@ _DIFFERENTIABLE = (
 )
 
 
-def value_at(base: Views, x_adv: Image, loss: Term) -> tuple[PerSample, Logits]:
-    """Compute the loss (B,) and the logits (B, K) at ``x_adv``, without a gradient."""
+def value_at(base: Views, x_adv: Image, loss: Term, logits: Logits | None = None) -> tuple[PerSample, Logits]:
+    """Compute the loss (B,) and the logits (B, K) at ``x_adv``, unless these are known, without a gradient."""
     with torch.no_grad():
-        views = base.at(x_adv)
+        views = base.at(x_adv, logits)
         return values_of(loss, views, "attack loss"), views.adv
 
 

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from unmoved.attacks.calling import takes_images
 from unmoved.attacks.gradients import Best, broken, value_at
+from unmoved.attacks.incremental import Incremental
 from unmoved.attacks.minimum_norm import searching
 from unmoved.attacks.square_proposals import Draws, Flips, Tiles, mosaic, stripes
+from unmoved.attacks.watched_layers import first_layers
 from unmoved.core.batch import Batch, Image, PerSample
 from unmoved.core.errors import UnmovedError, flag_field, keep_field, number_field, require_seed, whole_field
 from unmoved.core.preconditions import require_loss
@@ -52,7 +54,9 @@ class Square:
     Deviations: each sample has windows and signs of its own (the authors' code shares them within a batch). A window
     may reach the last row and column, as in the paper (the code never moves them). The code asks once more than
     ``queries``. A proposal that changes no pixel is not computed, since a deterministic model would repeat itself, but
-    counts as a query. A rise within the rounding of the loss is none.
+    counts as a query. A rise within the rounding of the loss is none. In linf on a CPU the first layers are computed
+    where a window reaches alone, if that is cheaper (`Incremental`): a few queries are asked both ways, before that is
+    trusted, and each success is confirmed by a pass over the whole image.
     """
 
     threat: ThreatModel
@@ -94,22 +98,30 @@ class Square:
         start, kind = (stripes, Flips) if self.threat.norm == "linf" else (mosaic, Tiles)
         stream = restart << 32
         x_best = start(self.threat, base.batch, self.seed, stream)
-        value, logits = value_at(base, x_best, self.loss)
+        # In l2 and l1 a proposal changes every pixel, since it is scaled.
+        with first_layers(base.model, x_best, self.threat.norm == "linf") as layers:
+            value, logits = value_at(base, x_best, self.loss)
         wrong = broken(base.model, x_best, logits, base.y)
         rows = torch.arange(len(wrong), device=wrong.device)
-        part = base
+        part, known, was = base, Incremental(base.model, [], x_best, 1), 0
         for first, length, side in self._blocks(*x_best.shape[2:]):
-            left = torch.nonzero(~wrong).flatten()
-            if len(left) == 0:
+            kept = torch.nonzero(~wrong[rows]).flatten()
+            if len(kept) == 0:
                 break
-            if len(left) < len(rows):
-                rows, part = left, base.take(left)
+            if len(kept) < len(rows):
+                rows = rows[kept]
+                part = base.take(rows)
+                known.take(kept)
+            if side != was:
+                known, was = Incremental(base.model, [] if known.is_wrong else layers, x_best[rows], side), side
             propose = kind(self.threat, part.batch, Draws(side, length, self.seed, stream + 1 + first))
-            x_best[rows], value[rows], wrong[rows] = self._block(part, propose, length, x_best[rows], value[rows])
+            x_best[rows], value[rows], wrong[rows] = self._block(
+                part, propose, length, x_best[rows], value[rows], known
+            )
         return x_best, value, wrong
 
     def _block(
-        self, base: Views, propose: Flips | Tiles, length: int, x_best: Image, value: PerSample
+        self, base: Views, propose: Flips | Tiles, length: int, x_best: Image, value: PerSample, known: Incremental
     ) -> tuple[Image, PerSample, Tensor]:
         """Iterate over samples that are not misclassified; ``x_best`` and ``value`` are written to."""
         wrong, layout = torch.zeros_like(value, dtype=torch.bool), _layout(base.model)
@@ -119,13 +131,20 @@ class Square:
                 continue
             part = base if len(rows) == len(wrong) else base.take(rows)
             x_new = x_new.contiguous(memory_format=layout)
-            new, logits = value_at(part, x_new, self.loss)
-            lost = broken(base.model, x_new, logits, part.y)
+            logits = known.logits(x_new, rows, *propose.place(turn, rows)) if known.is_on else None
+            new, logits = value_at(part, x_new, self.loss, logits)
+            lost = logits.argmax(dim=1) != part.y
+            if lost.any():  # as it rarely is
+                lost = broken(base.model, x_new, logits, part.y)
+            if known.is_on:
+                lost = _confirmed(part, x_new, lost)
             old = value.index_select(0, rows)
             better = torch.nonzero(lost | (new - old > 32 * torch.finfo(new.dtype).eps * old.abs())).flatten()
             where = rows.index_select(0, better)
             for best, proposed in ((x_best, x_new), (value, new), (wrong, lost)):
                 best.index_copy_(0, where, proposed.index_select(0, better))
+            if known.is_on:
+                known.accept(where, better)
         return x_best, value, wrong
 
     def _blocks(self, height: int, width: int) -> Iterator[tuple[int, int, int]]:
@@ -142,6 +161,17 @@ class Square:
     def _halvings(self, iteration: int) -> int:
         scheduled = int(iteration / self.queries * SCHEDULED) if self.rescale_schedule else iteration
         return sum(scheduled > threshold for threshold in HALVINGS)
+
+
+def _confirmed(views: Views, x_adv: Image, lost: Tensor) -> Tensor:
+    """Return which of the proposals that are ``lost`` a pass over whole images finds misclassified, too, (B,) bool."""
+    asked = torch.nonzero(lost).flatten()
+    if len(asked) == 0:
+        return lost
+    few, x = views.take(asked), x_adv.index_select(0, asked)
+    with torch.no_grad():
+        wrong = broken(few.model, x, few.at(x).adv, few.y)
+    return torch.zeros_like(lost).index_copy_(0, asked, wrong)
 
 
 def _layout(model: nn.Module) -> torch.memory_format:

@@ -42,6 +42,7 @@ class Flips:
         draw = draws.uniform(batch, 2 + batch.x.shape[1])
         # Pixels are numbered along the flattened image; the upper edges follow the lower ones.
         self.corner, self.inside = _window(draw[..., 0], draw[..., 1], batch.x, draws.side)
+        self.top, self.left = self.corner[..., 0] // batch.x.shape[3], self.corner[..., 0] % batch.x.shape[3]
         self.edges = torch.cat([edge.flatten(1) for edge in _edges(threat, batch.x)], dim=1)
         self.shift = (draw[..., 2:] < 0.5).long().repeat_interleave(draws.side**2, dim=2) * batch.x[0].numel()
 
@@ -54,6 +55,10 @@ class Flips:
         x_new = x_best.index_select(0, rows)
         x_new.flatten(1).scatter_(1, pixels.index_select(0, rows), edge.index_select(0, rows))
         return rows, x_new
+
+    def place(self, turn: int, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the first row and column of the windows of these proposals, two (n,) int64."""
+        return self.top[turn].index_select(0, rows), self.left[turn].index_select(0, rows)
 
 
 def stripes(threat: ThreatModel, batch: Batch, seed: int, stream: int) -> Image:
@@ -97,6 +102,10 @@ class Tiles:
         x_new = _fill(self.threat, self.x, delta.reshape(x_best.shape))
         rows = torch.nonzero(undecided).flatten()
         return rows, x_new if len(rows) == count else x_new.index_select(0, rows)
+
+    def place(self, turn: int, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return where the whole image begins, which is what changes: two (n,) int64."""
+        return torch.zeros_like(rows), torch.zeros_like(rows)
 
     def _length(self, v: Tensor) -> Tensor:
         norms: Tensor = torch.linalg.vector_norm(v, ord=self.order, dim=-1, keepdim=True)

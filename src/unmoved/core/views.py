@@ -112,9 +112,14 @@ class Views:
                 views._fit(value)
         return views
 
-    def at(self, x_adv: Image) -> Views:
-        """Return views of the batch with other adversarial images; clean logits are computed once and constant."""
+    def at(self, x_adv: Image, logits: Logits | None = None) -> Views:
+        """Return views of the batch with other adversarial images; clean logits are computed once and constant.
+
+        Args:
+            logits: (B, K) of these images, where they are known already.
+        """
         views = Views(self.model, self.batch, x_adv)
+        views._adv = logits
         views._base, views._target, views._fits = self, self._target, self._fits
         return views
 
