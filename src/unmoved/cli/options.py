@@ -79,5 +79,13 @@ Attacks = Annotated[
     ),
 ]
 Number = Annotated[int | None, typer.Option("--n", min=1, help="Images to judge; all unless this or the recipe says.")]
+Sample = Annotated[
+    int | None,
+    typer.Option("--sample", min=1, help="With standard: ask AutoAttack about this many of those that quick leaves."),
+]
+Within = Annotated[
+    float | None,
+    typer.Option("--within", help="... about as many as give a 95 % interval of this many points each way."),
+]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images a pass; the verdict does not depend on it.")]
 AskDoctor = Annotated[bool, typer.Option("--doctor/--no-doctor", help="Ask the doctor too whether to believe it.")]

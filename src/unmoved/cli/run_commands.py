@@ -18,6 +18,8 @@ from unmoved.cli.options import (
     Overrides,
     RecipePath,
     RunPath,
+    Sample,
+    Within,
     app,
 )
 
@@ -97,6 +99,8 @@ def evaluate(
     run: RunPath,
     n: Number = None,
     attacks: Attacks = "recipe",
+    sample: Sample = None,
+    within: Within = None,
     eps: Radii = None,
     norm: Norm = None,
     weights: Annotated[str, typer.Option(help="best (by validation robust accuracy) or last.")] = "best",
@@ -122,8 +126,10 @@ def evaluate(
     errors.require_choice("--weights", weights, ("best", "last"))
     opened = runs.Run.open(run)
     if eps is not None or norm is not None:
-        if validation or save_adversarial or precision != "auto":
-            raise errors.UnmovedError("--eps, --norm: expected none of --validation, --save-adversarial, --precision")
+        if validation or save_adversarial or precision != "auto" or sample or within:
+            raise errors.UnmovedError(
+                "--eps, --norm: expected none of --validation, --save-adversarial, --precision, --sample, --within"
+            )
         _in_balls(opened, norm, eps, attacks, n, weights, batch_size, ask_doctor, allow, device)
         return
     with screen.follow() as advance:
@@ -137,12 +143,17 @@ def evaluate(
             device=device,
             save_adversarial=save_adversarial,
             validation=validation,
+            sample=sample,
+            within=within,
             allow=allow,
             progress=advance,
         )
     for kind, table in tables.items():
         screen.print_summary({opened.name: table})
         facts = opened.facts(kind)
+        screen.print_estimate(facts)
+        if kind == "verdict" and (sample or within):
+            screen.say("every image that quick left was to be asked about: this is AutoAttack's complete verdict")
         for note in [] if facts is None else facts.get("notes", []):
             screen.say(f"note: {note}")
         screen.say(f"saved: {run / kind}")

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from rich.progress import Progress
 
-    from unmoved.runs.records import Doctor
+    from unmoved.runs.records import Doctor, Evaluation
     from unmoved.training.log import EpochRecord
 
 _console = partial(Console, markup=False, emoji=False, highlight=False)
@@ -175,6 +175,15 @@ def print_summary(tables: Mapping[str, pd.DataFrame | None]) -> None:
         worst = rows.loc[outcomes.WORST]
         view.add_row(plain(name), *cells, f"{100 * worst.low:.1f} - {100 * worst.high:.1f}", f"{worst['n']:.0f}")
     (console if console.is_terminal else _console(width=1000)).print(view)  # nothing is cut off in a file
+
+
+def print_estimate(facts: Evaluation | None) -> None:
+    """Print what a sampled verdict estimates, with its intervals; nothing of another evaluation."""
+    from unmoved.runs import records
+
+    if (estimate := records.estimate(facts)) is not None:
+        low, high = (100 * share for share in estimate.population)
+        say(f"{estimate.words()}\nfor other images of the same distribution: {low:.1f} to {high:.1f}")
 
 
 def print_findings(answer: Doctor) -> None:

@@ -37,6 +37,7 @@ def evaluate(
     batch_size: int = 128,
     precision: str = "float32",
     workers: int = 1,
+    among: np.ndarray | None = None,
     journal: Journal | None = None,
     keep: Keep | None = None,
     progress: Progress | None = None,
@@ -55,6 +56,8 @@ def evaluate(
         batch_size: images a pass; the verdict does not depend on it.
         precision: of the search alone: ``"float32"``, ``"bf16"`` or ``"auto"``.
         workers: threads that attack at a time on a CPU, each with a copy of the model; 0 for as many as torch uses.
+        among: positions in the split: these samples alone are attacked, and the table has no others. A journal that is
+            kept is the same for any of them.
         journal: where answers are written as they come, and read back from after an interruption.
         keep: called with (part, batch, proposals, which are successes) for whoever wants the images; a part of several
             attacks comes as ``attack,part``.
@@ -78,7 +81,7 @@ def evaluate(
     # A randomised model draws from the global generator: its draws are fixed, and the caller's state is put back.
     with torch.random.fork_rng(devices), Workers(model, workers) as pool:
         torch.manual_seed(0)
-        run = _Evaluation(model, split, attacks, threat, batch_size, precision, pool, journal, keep, progress)
+        run = _Evaluation(model, split, attacks, threat, batch_size, precision, pool, among, journal, keep, progress)
         tables = [run.outcomes(name) for name in attacks]
     return pd.concat(tables, ignore_index=True).sort_values(["attack", "index"], kind="stable", ignore_index=True)
 
@@ -94,16 +97,17 @@ class _Evaluation:
     batch_size: int
     precision: str
     pool: Workers
+    among: np.ndarray | None
     journal: Journal | None
     keep: Keep | None
     progress: Progress | None
 
     def __post_init__(self) -> None:
-        self.clean = _Clean(self.model, self.split, self.batch_size, self.threat)
+        self.clean = _Clean(self.model, self.split, self.batch_size, self.threat, self.among)
         self.parts = {name: parts_of(name, attack, self.clean.num_classes) for name, attack in self.attacks.items()}
         self._attacks_of_part = Counter(part for parts in self.parts.values() for part in parts)
         # Work is counted in samples: each part is as much as there are samples that the model gets right.
-        self._right = int(self.clean.right.sum())
+        self._right = int(self.clean.attacked.sum())
         self._done, self._total = 0.0, float(sum(map(len, self.parts.values())) * max(self._right, 1))
 
     def outcomes(self, name: str) -> pd.DataFrame:
@@ -167,9 +171,11 @@ def _require_attacks(attacks: Mapping[str, Attack], threat: ThreatModel) -> None
 
 
 class _Clean:
-    """Hold the model's predictions for the clean images."""
+    """Hold the model's predictions for the clean images, and which of these are judged, and attacked."""
 
-    def __init__(self, model: nn.Module, split: Split, size: int, threat: ThreatModel) -> None:
+    def __init__(
+        self, model: nn.Module, split: Split, size: int, threat: ThreatModel, among: np.ndarray | None
+    ) -> None:
         index: list[np.ndarray] = []
         label: list[np.ndarray] = []
         prediction: list[np.ndarray] = []
@@ -182,7 +188,11 @@ class _Clean:
             prediction.append(guess.cpu().numpy())
         self.index, self.label, self.prediction = map(np.concatenate, (index, label, prediction))
         require_distinct(torch.from_numpy(self.index))
-        self.right = self.prediction == self.label
+        self.judged = np.ones(len(self.label), dtype=bool)
+        if among is not None:
+            self.judged[:] = False
+            self.judged[among] = True
+        self.attacked = self.judged & (self.prediction == self.label)
 
 
 class _Sheet:
@@ -191,8 +201,8 @@ class _Sheet:
     def __init__(self, name: str, clean: _Clean, threat: ThreatModel, cumulative: bool) -> None:
         self.name, self.clean, self.threat, self.cumulative = name, clean, threat, cumulative
         self.prediction, self.distance = clean.prediction.copy(), np.zeros(len(clean.label))
-        self.by = np.where(clean.right, ROBUST, CLEAN).astype(object)
-        self.open = clean.right.copy()
+        self.by = np.where(clean.prediction == clean.label, ROBUST, CLEAN).astype(object)
+        self.open = clean.attacked.copy()
         self._asked = np.zeros_like(self.open)
 
     def begin(self) -> None:
@@ -228,7 +238,7 @@ class _Sheet:
         self.open[position[won]] = False
 
     def words(self, part: str) -> str:
-        return f"{part}: robust accuracy at most {self.open.mean():.1%}"
+        return f"{part}: robust accuracy at most {self.open[self.clean.judged].mean():.1%}"
 
     def table(self) -> pd.DataFrame:
         table = pd.DataFrame(
@@ -245,7 +255,7 @@ class _Sheet:
                 "by": self.by,
             }
         )
-        return completed(table)
+        return completed(table[self.clean.judged])
 
 
 _Chunk = tuple[np.ndarray, Batch]

@@ -25,6 +25,7 @@ from unmoved.runs.assembly import Assembly
 from unmoved.runs.evaluate import evaluate_run, examine_run
 from unmoved.runs.folder import Run
 from unmoved.runs.load import Opened, opened, weights_digest
+from unmoved.runs.records import digest_of_outcomes
 from unmoved.runs.train import train_recipe
 
 ERROR = "error.txt"  # of a run folder: the traceback of a job that failed
@@ -93,7 +94,7 @@ def _is_examined(run: Run) -> bool:
     doctor, shown = run.doctor, run.facts(run.shown)
     if doctor is None or doctor["weights_sha256"] != weights_digest(run, "best"):
         return False
-    return doctor.get("evaluation") == (None if shown is None else shown.get("files", {}).get("outcomes.csv"))
+    return doctor.get("evaluation") == (None if shown is None else digest_of_outcomes(shown))
 
 
 def processes(jobs: int, workers: int | None = None) -> int:

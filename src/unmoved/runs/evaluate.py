@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import json
-import time
 from collections.abc import Callable, Collection
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -15,32 +11,27 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from torch import nn
 
-from unmoved.attacks import PGD, AutoAttack, Quick, Transfer
-from unmoved.core import untrusted
+from unmoved.attacks import AutoAttack, Quick, Transfer
 from unmoved.core.errors import UnmovedError, did_you_mean, require_whole
 from unmoved.core.files import write_atomic
 from unmoved.core.precision import device_of, resolve
-from unmoved.core.protocols import Attack, kinds_of, notes_of
+from unmoved.core.protocols import Attack
 from unmoved.core.untrusted import Json
 from unmoved.data import ArraySplit, Selection
 from unmoved.data.split import drawn
-from unmoved.evaluation import curve_and_gallery, judge, successes
 from unmoved.evaluation.doctor import examine
 from unmoved.evaluation.doctor.finding import summary
-from unmoved.evaluation.journal import Journal
 from unmoved.evaluation.outcomes import CLEAN, WORST
-from unmoved.runs import components
+from unmoved.runs import components, sampled
+from unmoved.runs.asked import Asked
 from unmoved.runs.assembly import Assembly
 from unmoved.runs.folder import Run
 from unmoved.runs.foreign import is_foreign
 from unmoved.runs.load import Opened, opened, question_about, weights_digest
-from unmoved.runs.provenance import versions
-from unmoved.runs.records import Doctor, Evaluation
+from unmoved.runs.records import Doctor, attacks_of, digest_of_outcomes
 from unmoved.runs.shorthand import attack_tables
 
-CURVE_SAMPLES = 500
 VERDICTS = ("standard", "rand")
 
 
@@ -56,6 +47,8 @@ def evaluate_run(
     device: str = "auto",
     save_adversarial: bool = False,
     validation: bool = False,
+    sample: int | None = None,
+    within: float | None = None,
     allow: Collection[str] = (),
     progress: Callable[[float, str], None] | None = None,
     ready: Callable[[], Opened] | None = None,
@@ -66,6 +59,8 @@ def evaluate_run(
     and a gallery. Interrupted, the same call goes on with the samples that are not decided yet.
     With ``validation`` the images that training held out are judged, and all outcomes go to the folder ``validation``,
     which no report takes for a verdict: settings chosen on test images make a verdict on them too high.
+    With ``sample`` or ``within`` AutoAttack is asked about a random sample of what a cheap search leaves; see
+    `sampled.answer`.
 
     Args:
         run: a run folder.
@@ -78,6 +73,9 @@ def evaluate_run(
         save_adversarial: also keep the successful images, as ``adversarial/*.npz`` beside the outcomes, when all are
             there. Without it those of an evaluation that answered the same question stay, others go.
         validation: judge what ``training.validation`` held out instead of the test part.
+        sample: with ``"standard"``, ask AutoAttack about this many survivors of `Quick` alone.
+        within: with ``"standard"``, ask until the 95 % interval reaches this many points each way, at most; about
+            ``sample`` survivors, where both are given.
         allow: packages of strangers whose code may run.
         progress: called with (share of the work, what is known so far).
         ready: gives what `opened` gives for these weights, where it was called already.
@@ -87,9 +85,18 @@ def evaluate_run(
 
     Raises:
         UnmovedError: as `judge.evaluate`; an unknown name; weights that are missing or do not fit; ``validation`` of
-            a run that held nothing out; a run that another process trains or evaluates.
+            a run that held nothing out; a run that another process trains or evaluates; a sample of other attacks
+            than ``"standard"``, or as `sampled.answer`.
     """
     n = None if n is None else require_whole("n", n, at_least=1)
+    size = None
+    if sample is not None or within is not None:
+        size = sampled.Size(sample, within)
+        if attacks != "standard" or save_adversarial or validation:
+            raise UnmovedError(
+                "--sample, --within: expected --attacks standard, without --save-adversarial and --validation, came "
+                f"--attacks {attacks}; a sample estimates what AutoAttack's standard version leaves of test images"
+            )
     Run.open(run.path)  # before the lock, which would make a missing folder
     with run.alone():
         assembly, model = opened(run, weights, device, allow) if ready is None else ready()
@@ -98,7 +105,9 @@ def evaluate_run(
         images = _images(run, assembly, count, validation)
         about = question_about(assembly, images.split, allow)
         kinds = chosen_attacks(attacks, assembly, allow, validation)
-        asked = _Asked(run, assembly, model, *images, count, attacks, weights, precision, batch_size, workers, about)
+        asked = Asked(run, assembly, model, *images, count, attacks, weights, precision, batch_size, workers, about)
+        if size is not None:
+            return sampled.answer(asked, kinds["verdict"], size, partial(_report, progress, 0, 1))
         tables: dict[str, pd.DataFrame] = {}
         for number, (kind, chosen) in enumerate(kinds.items()):
             report = partial(_report, progress, number, len(kinds))
@@ -110,111 +119,6 @@ def _report(progress: Callable[[float, str], None] | None, number: int, count: i
     """Report a share of the work for one of several folders as a share of the work for all."""
     if progress is not None:
         progress((number + share) / count, text)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Asked:
-    """The arguments of `evaluate_run`, and what was made of them.
-
-    Attributes:
-        split: the images that are judged.
-        data: the digest of the part of the data that they were drawn from.
-        count: how many were asked for; None for all.
-        attacks: as they were asked for.
-        precision: ``"float32"`` or ``"bf16"``.
-        about: what else the answers depend on, of `question_about`.
-    """
-
-    run: Run
-    assembly: Assembly
-    model: nn.Module
-    split: ArraySplit | Selection
-    data: str
-    count: int | None
-    attacks: str
-    weights: str
-    precision: str
-    batch_size: int
-    workers: int
-    about: Json
-
-    def answer(
-        self, kind: str, chosen: dict[str, Attack], save_adversarial: bool, report: Callable[[float, str], None]
-    ) -> pd.DataFrame:
-        """Judge by some attacks, save the outcomes in the folder ``kind`` and return them."""
-        began, folder = time.monotonic(), self.run.path / kind
-        steps = curve_and_gallery.radii(self.assembly.threat) if kind == "evaluation" else []
-        most = 0.8 if steps else 1.0  # of the work is attacks, the rest is the curve
-        facts = self._facts(chosen)
-        # Anything that could change an answer in the journal.
-        question: Json = {"weights": facts["weights_sha256"], "attacks": {**facts["attacks"]}, "asked": self.attacks}
-        question |= {"precision": self.precision, **self.about}
-        digest = hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()
-        images = f".adversarial-{digest[:16]}" if save_adversarial else None
-        journal = Journal(folder / "journal.jsonl", question | {"kept": images})
-        successes.clear(folder, images)
-        table = judge.evaluate(
-            self.model,
-            self.split,
-            chosen,
-            self.assembly.threat,
-            batch_size=self.batch_size,
-            precision=self.precision,
-            workers=self.workers,
-            journal=journal,
-            keep=None if images is None else successes.keeper(folder / images),
-            progress=lambda done, total, words: report(most * done / total, words),
-        )
-        curve = self._curve(steps, report) if kind == "evaluation" else None
-        gallery = None
-        if kind == "evaluation":
-            name, shown = next(reversed(chosen.items()))
-            gallery = curve_and_gallery.gallery(
-                self.model, self.split, shown, self.assembly.threat, name=name, table=table
-            )
-        facts["question"], facts["seconds"] = digest, round(time.monotonic() - began, 1)
-        facts["finished"] = datetime.now(UTC).isoformat(timespec="seconds")
-        self.run.save_evaluation(
-            table, facts, kind=kind, curve=curve, gallery=gallery, images=images, journal=journal.path.name
-        )
-        journal.close()
-        return table
-
-    def _facts(self, attacks: dict[str, Attack]) -> Evaluation:
-        """Return what is written beside the outcomes, but for the time and the question."""
-        threat, num_classes = self.assembly.threat, self.split.num_classes
-        return {
-            "images": self.split.digest,
-            "data": self.data,
-            "n": len(self.split),
-            "asked_n": self.count,
-            "split": self.split.name,
-            "shape": list(self.assembly.shape),
-            "weights": "last" if self.weights == "last" else "best",
-            "weights_sha256": weights_digest(self.run, self.weights),
-            "precision": self.precision,
-            "threat": {"norm": threat.norm, "eps": threat.radius},
-            "asked": untrusted.readable(self.attacks),
-            "attacks": {name: repr(attack) for name, attack in attacks.items()},
-            "kinds": {name: kinds_of(name, attack, num_classes) for name, attack in attacks.items()},
-            "notes": [note for attack in attacks.values() for note in notes_of(attack, num_classes)],
-            "classes": list(self.assembly.data.classes),
-            "versions": versions(),
-        }
-
-    def _curve(self, steps: list[float], report: Callable[[float, str], None]) -> pd.DataFrame:
-        """Measure accuracy against eps on some of the images."""
-        threat = self.assembly.threat
-        return curve_and_gallery.curve(
-            self.model,
-            self.split.take(min(CURVE_SAMPLES, len(self.split)), seed=0),
-            PGD(threat, steps=20, keep="best", seed=self.assembly.recipe.training.seed),
-            threat,
-            steps,
-            batch_size=self.batch_size,
-            workers=self.workers,
-            progress=lambda done, total: report(0.8 + 0.2 * done / total, "accuracy against eps"),
-        )
 
 
 class _Images(NamedTuple):
@@ -267,8 +171,7 @@ def examine_run(
         UnmovedError: a run that was not evaluated; as `unmoved.evaluation.doctor.examine.examine`.
     """
     n = require_whole("n", n, at_least=1)
-    by_autoattack = run.shown == "verdict"
-    facts, table = (run.verdict, run.verdict_outcomes) if by_autoattack else (run.evaluation, run.outcomes)
+    facts, table = run.facts(run.shown), run.shown_outcomes
     if facts is None or table is None:
         raise UnmovedError(f"{run.path}: expected an evaluated run, came none; run `unmoved evaluate {run.path}` first")
     if weights_digest(run, facts["weights"]) != facts["weights_sha256"]:
@@ -291,14 +194,14 @@ def examine_run(
         split,
         assembly.threat,
         outcomes=table,
-        attacks={**facts["attacks"], **facts.get("kinds", {})},
+        attacks=attacks_of(facts),
         n=min(n, len(split)),
         seed=assembly.recipe.training.seed,
         progress=None if progress is None else lambda done, total, words: progress(done / total, f"doctor: {words}"),
     )
     answer: Doctor = {
         "weights_sha256": facts["weights_sha256"],
-        "evaluation": facts.get("files", {}).get("outcomes.csv"),
+        "evaluation": digest_of_outcomes(facts),
         "n": min(n, len(split)),
         "sentence": summary(findings),
         "findings": [

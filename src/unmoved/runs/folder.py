@@ -10,6 +10,7 @@ trainer.pt           everything that --resume needs; written after the weights, 
 trainer.previous.pt  the one before, for when trainer.pt is damaged
 evaluation/          outcomes.csv, curve.csv, gallery.npz, evaluation.json
 verdict/             outcomes.csv, verdict.json: AutoAttack's
+sampled/             outcomes.csv, asked.csv, sampled.json: a cheap search's, and AutoAttack's of a sample it left
 validation/          outcomes.csv, validation.json: of images held out of training, to choose settings by
 export/              what `unmoved export` wrote
 error.txt            the traceback of a run of `unmoved compare` that failed, until it succeeds
@@ -39,7 +40,7 @@ from unmoved.core import untrusted
 from unmoved.core.errors import UnmovedError
 from unmoved.core.files import finish_set, latest, remove_leftovers, write_atomic, write_set
 from unmoved.core.untrusted import Json
-from unmoved.evaluation import outcomes
+from unmoved.evaluation import outcomes, sampling
 from unmoved.runs import lock, records
 from unmoved.runs.provenance import provenance
 from unmoved.runs.suggestions import run_meant
@@ -49,6 +50,7 @@ from unmoved.training.state import SavedState, Tensors
 
 logger = logging.getLogger("unmoved")
 FORMAT = 1
+KINDS = ("evaluation", "verdict", "sampled", "validation")  # folders of outcomes
 GALLERY = ("x", "x_adv", "label", "clean_prediction", "adversarial_prediction", "attack")
 
 
@@ -155,7 +157,7 @@ class Run:
         """
         with lock.alone(self.path):
             remove_leftovers(self.path, spare="doctor.json")
-            for kind in ("evaluation", "verdict", "validation"):
+            for kind in KINDS:
                 finish_set(self.path / kind, kind)
                 remove_leftovers(self.path / kind)
                 for folder in (self.path / kind).glob("*adversarial*"):
@@ -229,6 +231,7 @@ class Run:
         facts: records.Evaluation,
         *,
         kind: str = "evaluation",
+        asked: pd.DataFrame | None = None,
         curve: pd.DataFrame | None = None,
         gallery: dict[str, np.ndarray] | None = None,
         images: str | None = None,
@@ -238,13 +241,15 @@ class Run:
 
         Args:
             facts: with a ``question``, the images of an evaluation that answered the same one are kept.
+            asked: the outcomes of AutoAttack on a sample.
             images: the folder in there whose images become ``adversarial``.
             journal: the file in there that has done its work; it is emptied.
         """
         folder = self.path / kind
         files = {"outcomes.csv": outcomes.as_csv(table, str(folder / "outcomes.csv"))}
-        if curve is not None:
-            files["curve.csv"] = outcomes.as_csv(curve, str(folder / "curve.csv"))
+        for name, more in (("asked.csv", asked), ("curve.csv", curve)):
+            if more is not None:
+                files[name] = outcomes.as_csv(more, str(folder / name))
         if gallery is not None:
             buffer = io.BytesIO()
             np.savez_compressed(buffer, **gallery)  # type: ignore[arg-type]
@@ -271,12 +276,23 @@ class Run:
         return self.facts("verdict")
 
     @property
+    def sampled(self) -> records.Evaluation | None:
+        """Return the facts of an evaluation in which AutoAttack was asked about a sample, or None."""
+        return self.facts("sampled")
+
+    @property
     def shown(self) -> str:
-        """Return where the number shown is from: "verdict" where AutoAttack judged the same, or "evaluation"."""
-        evaluation, verdict = self.evaluation, self.verdict
-        if evaluation is None or verdict is None:
-            return "evaluation" if verdict is None else "verdict"
-        return "evaluation" if records.difference(evaluation, verdict) else "verdict"
+        """Return where the number shown is from: a folder of outcomes.
+
+        That of the complete verdict by AutoAttack, "verdict", or of the sampled one, "sampled", if it is about the same
+        model and data as the evaluation, whichever is about more images; or "evaluation".
+        """
+        found = {kind: facts for kind in ("verdict", "sampled") if (facts := self.facts(kind)) is not None}
+        evaluation = self.evaluation or next(iter(found.values()), None)
+        if evaluation is None:
+            return "evaluation"
+        same = {kind: facts["n"] for kind, facts in found.items() if not records.difference(evaluation, facts)}
+        return max(same, key=lambda kind: same[kind], default="evaluation")
 
     @property
     def validation(self) -> records.Evaluation | None:
@@ -312,6 +328,24 @@ class Run:
     def verdict_outcomes(self) -> pd.DataFrame | None:
         """Return the outcomes of the evaluation with AutoAttack, or None."""
         return self._outcomes("verdict", "outcomes.csv")
+
+    @property
+    def sampled_outcomes(self) -> pd.DataFrame | None:
+        """Return the outcomes of the cheap search of a sampled verdict, or None."""
+        return self._outcomes("sampled", "outcomes.csv")
+
+    @property
+    def asked_outcomes(self) -> pd.DataFrame | None:
+        """Return the outcomes of AutoAttack on the sample that it was asked about, or None."""
+        return self._outcomes("sampled", "asked.csv")
+
+    @property
+    def shown_outcomes(self) -> pd.DataFrame | None:
+        """Return the outcomes that the number shown is from; of a sampled verdict those of both attacks together."""
+        if (kind := self.shown) != "sampled":
+            return self._outcomes(kind, "outcomes.csv")
+        cheap, asked = self.sampled_outcomes, self.asked_outcomes
+        return None if cheap is None or asked is None else sampling.together(cheap, asked)
 
     @property
     def validation_outcomes(self) -> pd.DataFrame | None:

@@ -14,6 +14,7 @@ from unmoved.core import untrusted
 from unmoved.core.errors import UnmovedError
 from unmoved.core.untrusted import Json
 from unmoved.evaluation.doctor.finding import GRADES
+from unmoved.evaluation.sampling import Estimate
 
 MOST_LOG = 2**26  # bytes of a training log
 MOST_PER_CLASS = 2**30  # of what it says of each class
@@ -53,8 +54,28 @@ class Ball(TypedDict):
 
 
 @with_config(ANY_VERSION)
+class Sample(TypedDict):
+    """What `unmoved.evaluation.sampling.Estimate` is made of, and the attack that was asked about the sample.
+
+    Attributes:
+        attack: the constructor call that makes it.
+        kinds: of its parts.
+    """
+
+    n: Count
+    survivors: int
+    near: int
+    near_broken: int
+    far_asked: int
+    far_broken: int
+    error: Finite
+    attack: str
+    kinds: dict[str, str]
+
+
+@with_config(ANY_VERSION)
 class Evaluation(TypedDict):
-    """``evaluation.json``, ``verdict.json`` and ``validation.json``: what was judged, and how.
+    """``evaluation.json``, ``verdict.json``, ``sampled.json`` and ``validation.json``: what was judged, and how.
 
     Attributes:
         question: the sha256 of what the answers depend on.
@@ -63,6 +84,7 @@ class Evaluation(TypedDict):
         asked, asked_n: the attacks and the number of images, as the user asked for them.
         attacks: name -> the constructor call that makes it.
         kinds: attack -> kind of each of its parts, as `protocols.kinds_of`.
+        sample: in ``sampled.json``, what AutoAttack said of a sample of the survivors.
         files: name -> sha256 of the tables and arrays beside it.
     """
 
@@ -85,6 +107,7 @@ class Evaluation(TypedDict):
     versions: NotRequired[dict[str, str | None]]
     seconds: NotRequired[Finite]
     finished: NotRequired[str | None]
+    sample: NotRequired[Sample | None]
     files: NotRequired[dict[str, str]]
 
 
@@ -156,6 +179,54 @@ class RecipeHead(BaseModel):
 
 PROVENANCE, EVALUATION, DOCTOR = TypeAdapter(Provenance), TypeAdapter(Evaluation), TypeAdapter(Doctor)
 _EPOCH, _BY_CLASS, _RECIPE_HEAD = TypeAdapter(Epoch), TypeAdapter(ByClass), TypeAdapter(RecipeHead)
+
+
+def digest_of_outcomes(facts: Evaluation) -> str | None:
+    """Return the sha256 of the outcomes that an evaluation's number is from, of a sampled one AutoAttack's."""
+    files = facts.get("files", {})
+    return files.get("asked.csv", files.get("outcomes.csv"))
+
+
+def estimate(facts: Evaluation | None) -> Estimate | None:
+    """Return the estimate of a sampled verdict; None where there is none.
+
+    Raises:
+        UnmovedError: numbers that are of no sample.
+    """
+    sample = None if facts is None else facts.get("sample")
+    if sample is None:
+        return None
+    return Estimate(
+        n=sample["n"],
+        survivors=sample["survivors"],
+        near=sample["near"],
+        near_broken=sample["near_broken"],
+        far_asked=sample["far_asked"],
+        far_broken=sample["far_broken"],
+        error=sample["error"],
+    )
+
+
+def sample(estimate: Estimate, attack: str, kinds: dict[str, str]) -> Sample:
+    """Return what `estimate` reads."""
+    return {
+        "n": estimate.n,
+        "survivors": estimate.survivors,
+        "near": estimate.near,
+        "near_broken": estimate.near_broken,
+        "far_asked": estimate.far_asked,
+        "far_broken": estimate.far_broken,
+        "error": estimate.error,
+        "attack": attack,
+        "kinds": kinds,
+    }
+
+
+def attacks_of(facts: Evaluation) -> dict[str, object]:
+    """Return the attacks behind the number that an evaluation shows, as `unmoved.evaluation.doctor` takes them."""
+    sample = facts.get("sample")
+    asked: dict[str, object] = {} if sample is None else {"autoattack": sample["kinds"]}
+    return {**facts["attacks"], **facts.get("kinds", {}), **asked}
 
 
 def difference(one: Evaluation, other: Evaluation) -> str:
