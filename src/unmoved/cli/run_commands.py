@@ -24,6 +24,8 @@ from unmoved.cli.options import (
 )
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from unmoved.runs.folder import Run
     from unmoved.training.log import EpochRecord, StepRecord
 
@@ -127,9 +129,8 @@ def evaluate(
     opened = runs.Run.open(run)
     if eps is not None or norm is not None:
         if validation or save_adversarial or precision != "auto" or sample or within:
-            raise errors.UnmovedError(
-                "--eps, --norm: expected none of --validation, --save-adversarial, --precision, --sample, --within"
-            )
+            others = "--validation, --save-adversarial, --precision, --sample, --within"
+            raise errors.UnmovedError(f"--eps, --norm: expected none of {others}")
         _in_balls(opened, norm, eps, attacks, n, weights, batch_size, ask_doctor, allow, device)
         return
     with screen.follow() as advance:
@@ -149,21 +150,33 @@ def evaluate(
             progress=advance,
         )
     for kind, table in tables.items():
-        screen.print_summary({opened.name: table})
-        facts = opened.facts(kind)
-        screen.print_estimate(facts)
-        if kind == "verdict" and (sample or within):
-            screen.say("every image that quick left was to be asked about: this is AutoAttack's complete verdict")
-        for note in [] if facts is None else facts.get("notes", []):
-            screen.say(f"note: {note}")
-        screen.say(f"saved: {run / kind}")
+        _say_evaluated(opened, kind, table, is_sample=sample is not None or within is not None)
     if validation:
         return  # neither a report nor the doctor reads it
     if ask_doctor:
-        with screen.follow() as advance:
-            answer = evaluation.examine_run(opened, allow=allow, device=device, progress=advance)
-        screen.say(f"doctor: {answer['sentence'] or 'no objection'}")
+        _examine(opened, allow, device)
     screen.say(f"next: unmoved report {run}")
+
+
+def _say_evaluated(run: Run, kind: str, table: pd.DataFrame, is_sample: bool) -> None:
+    """Print what an evaluation found, and where it lies; say where a sample that was asked for is all there is."""
+    screen.print_summary({run.name: table})
+    facts = run.facts(kind)
+    screen.print_estimate(facts)
+    for note in [] if facts is None else facts.get("notes", []):
+        screen.say(f"note: {note}")
+    if kind == "verdict" and is_sample:
+        screen.say("every image that quick left was to be asked about: this is AutoAttack's complete verdict")
+    screen.say(f"saved: {run.path / kind}")
+
+
+def _examine(run: Run, allow: list[str], device: str) -> None:
+    """Ask the doctor, and print its sentence."""
+    from unmoved.runs import evaluate as evaluation
+
+    with screen.follow() as advance:
+        answer = evaluation.examine_run(run, allow=allow, device=device, progress=advance)
+    screen.say(f"doctor: {answer['sentence'] or 'no objection'}")
 
 
 def _in_balls(

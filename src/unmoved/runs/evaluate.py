@@ -57,62 +57,56 @@ def evaluate_run(
 
     AutoAttack's outcomes go to the folder ``verdict``; those of all other attacks to ``evaluation``, with an eps curve
     and a gallery. Interrupted, the same call goes on with the samples that are not decided yet.
-    With ``validation`` the images that training held out are judged, and all outcomes go to the folder ``validation``,
-    which no report takes for a verdict: settings chosen on test images make a verdict on them too high.
-    With ``sample`` or ``within`` AutoAttack is asked about a random sample of what a cheap search leaves; see
-    `sampled.answer`.
 
     Args:
         run: a run folder.
         attacks: ``"recipe"`` (what it says), ``"quick"``, ``"standard"`` or ``"rand"`` (AutoAttack), attacks by name
             (``"pgd(steps=100)"``, ``"my_lab:Mine"``) or ``"transfer:RUN"``; several with commas between.
-        n: judge this many images, drawn by a fixed seed; by default what the recipe says, or all.
+        n: judge this many images, drawn by a fixed seed; what the recipe says, or all.
         weights: ``"best"`` (highest validation robust accuracy) or ``"last"``.
         workers: threads that attack at a time on a CPU; 0 for as many as torch uses.
         precision: of the search alone; every success is judged in float32.
-        save_adversarial: also keep the successful images, as ``adversarial/*.npz`` beside the outcomes, when all are
-            there. Without it those of an evaluation that answered the same question stay, others go.
-        validation: judge what ``training.validation`` held out instead of the test part.
-        sample: with ``"standard"``, ask AutoAttack about this many survivors of `Quick` alone.
-        within: with ``"standard"``, ask until the 95 % interval reaches this many points each way, at most; about
-            ``sample`` survivors, where both are given.
+        save_adversarial: keep the successful images too, as ``adversarial/*.npz``; else those there stay or go.
+        validation: judge what ``training.validation`` held out; the outcomes go to the folder ``validation``, which no
+            report takes for a verdict: settings chosen on test images make a verdict on them too high.
+        sample, within: with ``"standard"``, ask AutoAttack about a sample of what `Quick` leaves; see `sampled.Size`.
         allow: packages of strangers whose code may run.
         progress: called with (share of the work, what is known so far).
         ready: gives what `opened` gives for these weights, where it was called already.
 
     Returns:
-        Folder name -> the outcomes table of `judge.evaluate`.
+        Folder name -> the outcomes table of `judge.evaluate`; see `sampled.answer` for a sample.
 
     Raises:
-        UnmovedError: as `judge.evaluate`; an unknown name; weights that are missing or do not fit; ``validation`` of
-            a run that held nothing out; a run that another process trains or evaluates; a sample of other attacks
-            than ``"standard"``, or as `sampled.answer`.
+        UnmovedError: as `judge.evaluate` and `sampled.answer`; an unknown name; weights that are missing or do not fit;
+            ``validation`` of a run that held nothing out; a run that another process trains or evaluates.
     """
-    n = None if n is None else require_whole("n", n, at_least=1)
-    size = None
-    if sample is not None or within is not None:
-        size = sampled.Size(sample, within)
-        if attacks != "standard" or save_adversarial or validation:
-            raise UnmovedError(
-                "--sample, --within: expected --attacks standard, without --save-adversarial and --validation, came "
-                f"--attacks {attacks}; a sample estimates what AutoAttack's standard version leaves of test images"
-            )
+    size = _size(sample, within, attacks, is_plain=not (save_adversarial or validation))
     Run.open(run.path)  # before the lock, which would make a missing folder
     with run.alone():
         assembly, model = opened(run, weights, device, allow) if ready is None else ready()
         precision = resolve(precision, device_of(model))  # another machine's "auto" may be another one
-        count = n or assembly.recipe.evaluation.n
+        count = assembly.recipe.evaluation.n if n is None else require_whole("n", n, at_least=1)
         images = _images(run, assembly, count, validation)
         about = question_about(assembly, images.split, allow)
         kinds = chosen_attacks(attacks, assembly, allow, validation)
         asked = Asked(run, assembly, model, *images, count, attacks, weights, precision, batch_size, workers, about)
         if size is not None:
             return sampled.answer(asked, kinds["verdict"], size, partial(_report, progress, 0, 1))
-        tables: dict[str, pd.DataFrame] = {}
-        for number, (kind, chosen) in enumerate(kinds.items()):
-            report = partial(_report, progress, number, len(kinds))
-            tables[kind] = asked.answer(kind, chosen, save_adversarial, report)
-    return tables
+        parts = [partial(_report, progress, number, len(kinds)) for number in range(len(kinds))]
+        return {k: asked.answer(k, kinds[k], save_adversarial, part) for k, part in zip(kinds, parts, strict=True)}
+
+
+def _size(sample: int | None, within: float | None, attacks: str, is_plain: bool) -> sampled.Size | None:
+    """Return how large a sample is wanted; None for none."""
+    if sample is None and within is None:
+        return None
+    if attacks != "standard" or not is_plain:
+        raise UnmovedError(
+            "--sample, --within: expected --attacks standard, without --save-adversarial and --validation, came "
+            f"--attacks {attacks}; a sample estimates what AutoAttack's standard version leaves of test images"
+        )
+    return sampled.Size(sample, within)
 
 
 def _report(progress: Callable[[float, str], None] | None, number: int, count: int, share: float, text: str) -> None:
