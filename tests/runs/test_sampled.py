@@ -188,7 +188,7 @@ def test_each_look_spends_its_own_share_of_the_error_on_a_larger_sample() -> Non
     lost = Survivors(np.arange(200), np.arange(200), np.full(200, np.inf))
     found = sampled._until(lost, sampled.Size(within=2.0), 220, ask)
     assert found is not None
-    assert len(asked) > 2  # else it stopped at once, and nothing is tested
+    assert len(asked) > 1  # else it stopped at once, and nothing is tested
     assert asked == sorted(set(asked))
     assert errors == [error_of_look(look) for look in range(len(asked))]
     assert found[1].half_width <= 0.02

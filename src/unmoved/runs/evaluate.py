@@ -66,7 +66,7 @@ def evaluate_run(
         weights: ``"best"`` (highest validation robust accuracy) or ``"last"``.
         workers: threads that attack at a time on a CPU; 0 for as many as torch uses.
         precision: of the search alone; every success is judged in float32.
-        save_adversarial: keep the successful images too, as ``adversarial/*.npz``; else those there stay or go.
+        save_adversarial: keep the successful images too, as ``adversarial/*.npz`` beside the outcomes.
         validation: judge what ``training.validation`` held out; the outcomes go to the folder ``validation``, which no
             report takes for a verdict: settings chosen on test images make a verdict on them too high.
         sample, within: with ``"standard"``, ask AutoAttack about a sample of what `Quick` leaves; see `sampled.Size`.
