@@ -161,11 +161,20 @@ def test_a_randomised_model_is_refused(run: Run) -> None:
         evaluate_run(run, attacks="standard", n=N, sample=20, ready=lambda: Opened(assembly, Noisy(model).eval()))
 
 
+def test_survivors_are_found_where_the_data_holds_them() -> None:
+    """Identities in any order; who stayed right, whatever the scout's last image was, has no boundary."""
+    columns = {"index": [4, 7, 9], "label": [1, 1, 2], "adversarial_prediction": [0, 1, 0], "distance": [0.2, 0.1, 0.3]}
+    ours = sampled.survivors_of(np.array([9, 3, 7, 4]), pd.DataFrame(columns), seed=5)
+    assert ours.position.tolist() == [3, 2, 0]
+    assert ours.distance.tolist() == [0.2, np.inf, 0.3]
+    assert (ours.index.tolist(), ours.seed) == ([4, 7, 9], 5)
+
+
 # --- until the interval is short enough
 
 
 def truth(breaks: np.ndarray, n: int, asked: list[int]):  # type: ignore[no-untyped-def]
-    """AutoAttack's answers, as `sampled._until` asks for them."""
+    """AutoAttack's answers, as `sampled.estimated` asks for them."""
 
     def ask(design: Design, error: float) -> tuple[pd.DataFrame, Estimate]:
         asked.append(len(design.near) + len(design.drawn))
@@ -186,7 +195,7 @@ def test_each_look_spends_its_own_share_of_the_error_on_a_larger_sample() -> Non
         return answer(design, error)  # type: ignore[no-any-return]
 
     lost = Survivors(np.arange(200), np.arange(200), np.full(200, np.inf))
-    found = sampled._until(lost, sampled.Size(within=2.0), 220, ask)
+    found = sampled.estimated(lost, sampled.Size(within=2.0), 220, ask)
     assert found is not None
     assert len(asked) > 1  # else it stopped at once, and nothing is tested
     assert asked == sorted(set(asked))
@@ -197,7 +206,7 @@ def test_each_look_spends_its_own_share_of_the_error_on_a_larger_sample() -> Non
 def test_what_cannot_be_reached_says_what_was() -> None:
     breaks, asked = np.zeros(300, dtype=bool), []  # type: ignore[var-annotated]
     lost = Survivors(np.arange(300), np.arange(300), np.full(300, np.inf))
-    found = sampled._until(lost, sampled.Size(20, 1.0), 300, truth(breaks, 300, asked))
+    found = sampled.estimated(lost, sampled.Size(20, 1.0), 300, truth(breaks, 300, asked))
     assert found is not None
     assert asked == [20]
     assert found[1].half_width > 0.01

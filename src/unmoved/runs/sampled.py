@@ -14,6 +14,7 @@ import torch
 from unmoved.attacks import FAB, Quick
 from unmoved.core.errors import UnmovedError, require_number, require_whole
 from unmoved.core.protocols import Attack, kinds_of
+from unmoved.core.threat import ThreatModel
 from unmoved.evaluation import judge, sampling
 from unmoved.evaluation.doctor.evidence import Evidence
 from unmoved.evaluation.sampling import Design, Estimate, Survivors
@@ -77,15 +78,14 @@ def answer(asked: Asked, chosen: dict[str, Attack], size: Size, report: Report) 
     _require_deterministic(asked)
     seed = asked.assembly.recipe.training.seed
     cheap: dict[str, Attack] = {"quick": Quick(threat, seed=seed)}
-    scout: dict[str, Attack] = {"scout": FAB(threat, steps=6, targets=2, seed=seed)}
+    scout: dict[str, Attack] = {"scout": scout_of(threat, seed)}
     journal = asked.journal("sampled", cheap | scout)
     table = asked.judged(cheap, journal, partial(_part, report, 0.0, CHEAP))
     standing = np.flatnonzero(~_succeeded(asked, table, np.arange(n)))
     if len(standing) < FEWEST or (size.within is None and (size.sample or 0) >= len(standing)):
         return {"verdict": asked.answer("verdict", chosen, False, partial(_part, report, CHEAP, 1.0))}
     near = asked.judged(scout, journal, partial(_part, report, CHEAP, SCOUT), among=standing)
-    distance = near["distance"].where(near["adversarial_prediction"] != near["label"], np.inf).to_numpy()
-    survivors = Survivors(standing, near["index"].to_numpy(), distance, seed)
+    survivors = survivors_of(asked.split.index.numpy(), near, seed)
     answers = asked.journal("verdict", chosen)
 
     def ask(design: Design, error: float) -> tuple[pd.DataFrame, Estimate]:
@@ -94,7 +94,7 @@ def answer(asked: Asked, chosen: dict[str, Attack], size: Size, report: Report) 
         near_broken, far_broken = (int(_succeeded(asked, rows, part).sum()) for part in design)
         return rows, Estimate(n, len(standing), len(design.near), near_broken, len(design.drawn), far_broken, error)
 
-    found = _until(survivors, size, n, ask)
+    found = estimated(survivors, size, n, ask)
     if found is None:
         return {"verdict": asked.answer("verdict", chosen, False, partial(_part, report, SCOUT, 1.0))}
     rows, estimate = found
@@ -110,7 +110,26 @@ def answer(asked: Asked, chosen: dict[str, Attack], size: Size, report: Report) 
     return {"sampled": table}
 
 
-def _until(
+def scout_of(threat: ThreatModel, seed: int) -> Attack:
+    """Return the attack that finds how far the decision boundary is: a few steps of FAB towards two classes."""
+    return FAB(threat, steps=6, targets=2, seed=seed)
+
+
+def survivors_of(identities: np.ndarray, scouted: pd.DataFrame, seed: int) -> Survivors:
+    """Return the survivors with the distances that a scout found: infinity where it did not leave the class.
+
+    Args:
+        identities: (n,) of all images, in the order of the data.
+        scouted: the scout's outcomes on the survivors.
+        seed: of the draw.
+    """
+    distance = scouted["distance"].where(scouted["adversarial_prediction"] != scouted["label"], np.inf)
+    index, order = scouted["index"].to_numpy(), np.argsort(identities)
+    position = order[np.searchsorted(identities, index, sorter=order)]
+    return Survivors(position, index, distance.to_numpy(), seed)
+
+
+def estimated(
     survivors: Survivors, size: Size, n: int, ask: Callable[[Design, float], tuple[pd.DataFrame, Estimate]]
 ) -> tuple[pd.DataFrame, Estimate] | None:
     """Ask about a sample, a larger one until the interval is as short as wanted; None where all are to be asked."""

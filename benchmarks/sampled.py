@@ -1,0 +1,144 @@
+"""Does the interval of a sampled verdict hold, and what does it cost? Against complete verdicts that were made before.
+
+    unmoved evaluate RUN --attacks standard --n 1000            # the complete verdict, for each run
+    python benchmarks/sampled.py coverage RUN... [--sample 200] [--draws 1000]
+    python benchmarks/sampled.py coverage RUN... --within 1 [--draws 1000]
+    python benchmarks/sampled.py speed RUN [--within 0.5] [--n N]
+
+``coverage``: the cheap search and the scout run once; each draw is a sampled verdict whose answers are read from the
+complete one. One line of JSON a run: the share of intervals that hold what both attacks together leave, the mean of the
+estimates beside it, how far the intervals reach, how many were asked. ``speed``: a sampled verdict and then a complete
+one, both from nothing and one after the other, in copies of the run folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from unmoved.attacks import Quick
+from unmoved.evaluation import judge, sampling
+from unmoved.evaluation.sampling import Design, Estimate
+from unmoved.runs import records, sampled
+from unmoved.runs.evaluate import evaluate_run
+from unmoved.runs.folder import Run
+from unmoved.runs.load import opened
+from unmoved.runs.provenance import hardware
+
+
+def coverage(folder: Path, size: sampled.Size, draws: int) -> dict[str, object]:
+    """Draw sampled verdicts of a run again and again, and hold each against its complete verdict."""
+    run = Run.open(folder)
+    complete = run.verdict_outcomes
+    if complete is None:
+        raise SystemExit(f"{folder}: no complete verdict; run `unmoved evaluate {folder} --attacks standard` first")
+    complete = complete.set_index("index")
+    assembly, model = opened(run, "best", "auto", ())
+    test, seed = assembly.data.test, assembly.recipe.training.seed
+    split = test.lent(torch.from_numpy(np.isin(assembly.data.index("test").cpu().numpy(), complete.index)))
+    began = time.monotonic()
+    cheap = judge.evaluate(model, split, {"quick": Quick(assembly.threat, seed=seed)}, assembly.threat, workers=0)
+    identities = split.index.numpy()
+    standing = np.flatnonzero(np.isin(identities, cheap.loc[~cheap["success"], "index"]))
+    scout = {"scout": sampled.scout_of(assembly.threat, seed)}
+    scouted = judge.evaluate(model, split, scout, assembly.threat, workers=0, among=standing)
+    seconds = time.monotonic() - began
+    survivors = sampled.survivors_of(identities, scouted, seed)
+    breaks = complete.loc[identities, "success"].to_numpy(bool)
+    n, left = len(split), len(standing) - int(breaks[standing].sum())
+    found: list[Estimate] = []
+    for draw in range(draws):
+        drawn = sampled.estimated(replace(survivors, seed=1 + draw), size, n, _asked(breaks, n, len(standing)))
+        found += [] if drawn is None else [drawn[1]]
+    return {
+        "run": run.name,
+        "n": n,
+        "clean": int((complete["clean_prediction"] == complete["label"]).sum()),
+        "quick": len(standing),
+        "standard": int((~complete["success"]).sum()),
+        "both": left,
+        "quick_seconds": round(seconds, 1),
+        **_held(found, left, n, draws),
+    }
+
+
+def _asked(breaks: np.ndarray, n: int, survivors: int) -> Callable[[Design, float], tuple[pd.DataFrame, Estimate]]:
+    """Return what answers a design from a complete verdict."""
+
+    def ask(design: Design, error: float) -> tuple[pd.DataFrame, Estimate]:
+        near, far = (int(breaks[part].sum()) for part in design)
+        return pd.DataFrame(), Estimate(n, survivors, len(design.near), near, len(design.drawn), far, error)
+
+    return ask
+
+
+def _held(found: list[Estimate], left: int, n: int, draws: int) -> dict[str, object]:
+    """Summarise estimates; a draw that asked everybody is exact."""
+    exact = draws - len(found)
+    holds = sum(low <= left <= high for low, high in (estimate.interval for estimate in found))
+    mean = (sum(estimate.left for estimate in found) + exact * left) / draws
+    reach = [100 * estimate.half_width for estimate in found] + [0.0] * exact
+    return {
+        "draws": draws,
+        "coverage": (holds + exact) / draws,
+        "bias_points": round(100 * (mean - left) / n, 3),
+        "reach_points": [round(float(q), 2) for q in np.quantile(reach, (0.5, 0.95))],
+        "asked": float(np.mean([estimate.asked for estimate in found])) if found else left,
+        "exact": exact,
+    }
+
+
+def speed(folder: Path, size: sampled.Size, n: int | None) -> dict[str, object]:
+    """Time a sampled verdict, and the complete one after it, from nothing."""
+    seconds: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        runs = {}
+        for kind, settings in (("sampled", {"sample": size.sample, "within": size.within}), ("complete", {})):
+            run = Run.open(shutil.copytree(folder, Path(scratch) / kind))
+            for old in ("verdict", "sampled"):
+                shutil.rmtree(run.path / old, ignore_errors=True)
+            began = time.monotonic()
+            evaluate_run(run, attacks="standard", n=n, **settings)
+            seconds[kind], runs[kind] = time.monotonic() - began, run
+        estimate, complete = records.estimate(runs["sampled"].sampled), runs["complete"].verdict_outcomes
+    assert complete is not None
+    return {
+        "run": str(folder),
+        "n": len(complete),
+        "estimate": None if estimate is None else estimate.words(),
+        "interval": None if estimate is None else [100 * count / estimate.n for count in estimate.interval],
+        "complete": int((~complete["success"]).sum()),
+        "seconds": {kind: round(value, 1) for kind, value in seconds.items()},
+        "ratio": round(seconds["complete"] / seconds["sampled"], 2),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("coverage", "speed"))
+    parser.add_argument("runs", nargs="+", type=Path)
+    parser.add_argument("--sample", type=int)
+    parser.add_argument("--within", type=float)
+    parser.add_argument("--draws", type=int, default=1000)
+    parser.add_argument("--n", type=int)
+    args = parser.parse_args()
+    if args.sample is None and args.within is None:
+        args.sample, args.within = (200, None) if args.what == "coverage" else (None, 0.5)
+    size = sampled.Size(args.sample, args.within)
+    for folder in args.runs:
+        row = coverage(folder, size, args.draws) if args.what == "coverage" else speed(folder, size, args.n)
+        print(json.dumps({**row, "level": sampling.LEVEL, "torch": torch.__version__, **hardware()}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
