@@ -170,8 +170,9 @@ def test_windows_fall_everywhere_alike():
     """Each place is equally likely, the last row and column included, and each sign."""
     batch = Batch(torch.full((4000, 1, 6, 7), 0.5), torch.zeros(4000, dtype=torch.long))
     moves = Flips(BALLS["linf"], batch, Draws(side=3, length=2, seed=0, stream=1))
-    rows, x_new = moves(batch.x.clone(), 1, torch.ones(4000, dtype=torch.bool))
-    assert torch.equal(rows, torch.arange(4000))
+    rows = torch.arange(4000)
+    which, x_new = moves(batch.x.clone(), rows, torch.ones_like(rows))
+    assert torch.equal(which, rows)
     changed = (x_new != batch.x)[:, 0]
     assert torch.equal(changed.sum((1, 2)), torch.full((4000,), 9))
     place = changed.flatten(1).float().argmax(1)

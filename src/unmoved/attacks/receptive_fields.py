@@ -12,7 +12,7 @@ from torch import Tensor
 Pair = tuple[int, int]
 
 # What else than multiplications costs, in multiplications: to write one number, and to call what one stretch calls.
-WRITING, CALLING = 16, 100_000
+WRITING, CALLING = 16, 300_000
 
 
 @dataclass(frozen=True)

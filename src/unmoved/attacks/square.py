@@ -14,6 +14,7 @@ from unmoved.attacks.calling import takes_images
 from unmoved.attacks.gradients import Best, broken, value_at
 from unmoved.attacks.incremental import Incremental
 from unmoved.attacks.minimum_norm import searching
+from unmoved.attacks.rounds import ROWS
 from unmoved.attacks.square_proposals import Draws, Flips, Tiles, mosaic, stripes
 from unmoved.attacks.watched_layers import first_layers
 from unmoved.core.batch import Batch, Image, PerSample
@@ -55,8 +56,9 @@ class Square:
     may reach the last row and column, as in the paper (the code never moves them). The code asks once more than
     ``queries``. A proposal that changes no pixel is not computed, since a deterministic model would repeat itself, but
     counts as a query. A rise within the rounding of the loss is none. In linf on a CPU the first layers are computed
-    where a window reaches alone, if that is cheaper (`Incremental`): a few queries are asked both ways, before that is
-    trusted, and each success is confirmed by a pass over the whole image.
+    where a window reaches alone, if that is cheaper (`Incremental`): a few queries are asked both ways before that is
+    trusted, each success is confirmed by a pass over the whole image, and the model may see some of the next proposals
+    along with one that is kept; they are made anew, and count once.
     """
 
     threat: ThreatModel
@@ -123,15 +125,26 @@ class Square:
     def _block(
         self, base: Views, propose: Flips | Tiles, length: int, x_best: Image, value: PerSample, known: Incremental
     ) -> tuple[Image, PerSample, Tensor]:
-        """Iterate over samples that are not misclassified; ``x_best`` and ``value`` are written to."""
+        """Iterate over samples that are not misclassified; ``x_best`` and ``value`` are written to.
+
+        Where patches are computed, which costs a call little but calls much, several iterations of a sample share a
+        pass if few proposals are kept. Those after the first that is kept were made for another image: they are thrown
+        away, and made anew.
+        """
         wrong, layout = torch.zeros_like(value, dtype=torch.bool), _layout(base.model)
-        for turn in range(length):
-            rows, x_new = propose(x_best, turn, ~wrong)
-            if len(rows) == 0:
+        at, together = torch.zeros_like(base.y), 1
+        while len(left := torch.nonzero(~wrong & (at < length)).flatten()):
+            turns = at.index_select(0, left)[:, None] + torch.arange(together, device=at.device)
+            row, column = torch.nonzero(turns < length, as_tuple=True)
+            rows, turns = left.index_select(0, row), turns[row, column]
+            at[left] += together
+            which, x_new = propose(x_best, rows, turns)
+            if len(which) == 0:
                 continue
-            part = base if len(rows) == len(wrong) else base.take(rows)
+            rows, turns = rows.index_select(0, which), turns.index_select(0, which)
+            part = base if together == 1 and len(rows) == len(wrong) else base.take(rows)
             x_new = x_new.contiguous(memory_format=layout)
-            logits = known.logits(x_new, rows, *propose.place(turn, rows)) if known.is_on else None
+            logits = known.logits(x_new, rows, *propose.place(rows, turns)) if known.is_on else None
             new, logits = value_at(part, x_new, self.loss, logits)
             lost = logits.argmax(dim=1) != part.y
             if lost.any():  # as it rarely is
@@ -140,11 +153,16 @@ class Square:
                 lost = _confirmed(part, x_new, lost)
             old = value.index_select(0, rows)
             better = torch.nonzero(lost | (new - old > 32 * torch.finfo(new.dtype).eps * old.abs())).flatten()
-            where = rows.index_select(0, better)
-            for best, proposed in ((x_best, x_new), (value, new), (wrong, lost)):
-                best.index_copy_(0, where, proposed.index_select(0, better))
+            kept = rows.index_select(0, better)
+            is_first = torch.ones_like(kept, dtype=torch.bool)
+            is_first[1:] = kept[1:] != kept[:-1]
+            better, kept = better[is_first], kept[is_first]
+            for best, proposed in ((x_best, x_new), (value, new), (wrong, lost), (at, turns + 1)):
+                best.index_copy_(0, kept, proposed.index_select(0, better))
             if known.is_on:
-                known.accept(where, better)
+                known.accept(kept, better)
+                # At most about a tenth is thrown away.
+                together = max(1, min(ROWS // len(left), len(rows) // (4 * len(kept) + 1)))
         return x_best, value, wrong
 
     def _blocks(self, height: int, width: int) -> Iterator[tuple[int, int, int]]:

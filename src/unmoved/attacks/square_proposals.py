@@ -46,19 +46,23 @@ class Flips:
         self.edges = torch.cat([edge.flatten(1) for edge in _edges(threat, batch.x)], dim=1)
         self.shift = (draw[..., 2:] < 0.5).long().repeat_interleave(draws.side**2, dim=2) * batch.x[0].numel()
 
-    def __call__(self, x_best: Image, turn: int, undecided: Tensor) -> tuple[Tensor, Image]:
-        """Return the proposals that are not ``x_best`` itself: their positions (n,) and images (n, C, H, W)."""
-        pixels = self.corner[turn] + self.inside
-        edge = self.edges.gather(1, pixels + self.shift[turn])
-        differs = (edge != x_best.flatten(1).gather(1, pixels)).view(torch.uint8).amax(1).bool()
-        rows = torch.nonzero(differs & undecided).flatten()
-        x_new = x_best.index_select(0, rows)
-        x_new.flatten(1).scatter_(1, pixels.index_select(0, rows), edge.index_select(0, rows))
-        return rows, x_new
+    def __call__(self, x_best: Image, rows: Tensor, turns: Tensor) -> tuple[Tensor, Image]:
+        """Make the proposals of these iterations (m,) for these samples (m,).
 
-    def place(self, turn: int, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the first row and column of the windows of these proposals, two (n,) int64."""
-        return self.top[turn].index_select(0, rows), self.left[turn].index_select(0, rows)
+        Returns:
+            (n,) int64, which of them change their sample's ``x_best``; their images (n, C, H, W).
+        """
+        pixels = self.corner[turns, rows] + self.inside
+        edge = self.edges[rows[:, None], pixels + self.shift[turns, rows]]
+        differs = (edge != x_best.flatten(1)[rows[:, None], pixels]).view(torch.uint8).amax(1).bool()
+        which = torch.nonzero(differs).flatten()
+        x_new = x_best.index_select(0, rows.index_select(0, which))
+        x_new.flatten(1).scatter_(1, pixels.index_select(0, which), edge.index_select(0, which))
+        return which, x_new
+
+    def place(self, rows: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the first row and column of the windows of these proposals, two (m,) int64."""
+        return self.top[turns, rows], self.left[turns, rows]
 
 
 def stripes(threat: ThreatModel, batch: Batch, seed: int, stream: int) -> Image:
@@ -80,31 +84,29 @@ class Tiles:
         tile = _both_ways(draws.side, self.order).to(batch.x).flatten(1)[(draw[..., 4] < 0.5).long()]
         self.tile = tile[:, :, None] * ((draw[..., 5:] < 0.5).to(batch.x.dtype) * 2 - 1)[..., None]
 
-    def __call__(self, x_best: Image, turn: int, undecided: Tensor) -> tuple[Tensor, Image]:
-        """Return the proposals of an iteration: their positions (n,) and images (n, C, H, W)."""
-        eps, (count, channels) = self.threat.radius, x_best.shape[:2]
-        delta = (x_best - self.x).flatten(1)
+    def __call__(self, x_best: Image, rows: Tensor, turns: Tensor) -> tuple[Tensor, Image]:
+        """Make the proposals of these iterations (m,) for these samples (m,): all positions (m,), and the images."""
+        eps, (count, channels), x = self.threat.radius, (len(rows), x_best.shape[1]), self.x.index_select(0, rows)
+        delta = (x_best.index_select(0, rows) - x).flatten(1)
         whole = self._length(delta)
-        pixels, others = self.corner[turn] + self.inside, self.other[turn] + self.inside
+        pixels, others = self.corner[turns, rows] + self.inside, self.other[turns, rows] + self.inside
         first = delta.gather(1, pixels)
         delta.scatter_(1, pixels, 0)
         second = delta.gather(1, others)  # without what both windows share
         delta.scatter_(1, others, 0)
         first, second = (window.reshape(count, channels, -1) for window in (first, second))
         held = self._length(first)
-        new = self.tile[turn] + first / (held + 1e-12)
+        new = self.tile[turns, rows] + first / (held + 1e-12)
         if self.order == 2:
             spare = (eps**2 - whole**2).clamp_min(0)[..., None] / channels
             mass = (spare + held**2 + self._length(second) ** 2).sqrt()
         else:
             mass = (eps - whole).clamp_min(0)[..., None] + (held + self._length(second)) * channels
         delta.scatter_(1, pixels, (new * (mass / (self._length(new) + 1e-12))).flatten(1))
-        x_new = _fill(self.threat, self.x, delta.reshape(x_best.shape))
-        rows = torch.nonzero(undecided).flatten()
-        return rows, x_new if len(rows) == count else x_new.index_select(0, rows)
+        return torch.arange(count, device=x.device), _fill(self.threat, x, delta.reshape(x.shape))
 
-    def place(self, turn: int, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Return where the whole image begins, which is what changes: two (n,) int64."""
+    def place(self, rows: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
+        """Return where the whole image begins, which is what changes: two (m,) int64."""
         return torch.zeros_like(rows), torch.zeros_like(rows)
 
     def _length(self, v: Tensor) -> Tensor:
