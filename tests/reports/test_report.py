@@ -43,7 +43,13 @@ class FakeRun:
     evaluation: dict[str, Any] | None
     verdict: dict[str, Any] | None = None
     verdict_outcomes: pd.DataFrame | None = None
+    sampled: dict[str, Any] | None = None
+    sampled_outcomes: pd.DataFrame | None = None
     doctor: dict[str, Any] | None = None
+    shown = Run.shown
+
+    def facts(self, kind: str) -> dict[str, Any] | None:
+        return cast("dict[str, Any] | None", getattr(self, kind))
 
 
 def attacked(right_clean: int, right_attacked: int, attack: str, eps: float) -> pd.DataFrame:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -21,35 +21,12 @@ from unmoved.evaluation import outcomes
 from unmoved.evaluation.doctor import lost_classes
 from unmoved.evaluation.doctor.finding import DO_NOT_BELIEVE, GRADES, LOOK_CLOSER, Finding, summary
 from unmoved.evaluation.outcomes import CLEAN, WORST
+from unmoved.runs import accuracy
+from unmoved.runs.accuracy import Measure
 from unmoved.runs.evaluated import EvaluatedRun, EvaluationSetting, require_same_samples
 
 if TYPE_CHECKING:
     from unmoved.runs.folder import Run
-
-# A run's tables were looked through when they were read.
-_summary, _per_class, _curve_summary = (
-    partial(measure, is_checked=True) for measure in (outcomes.summary, outcomes.per_class, outcomes.curve_summary)
-)
-
-
-class Measure(NamedTuple):
-    """A row of `outcomes.across_seeds`: an accuracy in the mean over seeds, and how it spreads.
-
-    Attributes:
-        measure: "clean", an attack's name or "worst case".
-        n: images of each seed; the smallest number if they differ.
-        std: divided by seeds - 1; NaN for a single seed.
-        low, high: the ends of the seeds' 95 % Wilson intervals, the lowest and the highest.
-    """
-
-    measure: str
-    eps: float
-    seeds: int
-    n: int
-    accuracy: float
-    std: float
-    low: float
-    high: float
 
 
 class SharedFinding(NamedTuple):
@@ -101,28 +78,39 @@ class RecipeResult:
     @cached_property
     def measures(self) -> dict[str, Measure]:
         """Return the accuracy by measure: "clean", each attack, "worst case"."""
-        return {row.measure: row for row in _rows([run.outcomes for run in self.runs], _summary)}
+        return {row.measure: row for row in accuracy.rows_of([run.outcomes for run in self.runs])}
 
     @cached_property
     def settled(self) -> tuple[EvaluatedRun, ...]:
-        """Return the runs that AutoAttack has judged."""
-        return tuple(run for run in self.runs if run.autoattack is not None)
+        """Return the runs that AutoAttack has judged, completely or by a sample."""
+        return tuple(run for run in self.runs if run.autoattack is not None or run.estimate is not None)
+
+    @property
+    def sampled(self) -> tuple[EvaluatedRun, ...]:
+        """Return those of `settled` of which AutoAttack was asked about a sample."""
+        return tuple(run for run in self.settled if run.estimate is not None)
 
     @cached_property
     def autoattack_by_seed(self) -> dict[int, Measure]:
-        """Return the accuracy under AutoAttack of each seed that it judged."""
-        return {run.seed: _rows([run.autoattack], worst)[0] for run in self.runs if run.autoattack is not None}
+        """Return the accuracy under AutoAttack of each seed that it judged; a sampled one as `of_estimate`."""
+        judged: dict[int, Measure] = {}
+        for run in self.settled:
+            if run.estimate is not None:
+                judged[run.seed] = accuracy.of_estimate(run.estimate, run.setting.eps)
+            elif run.autoattack is not None:
+                judged[run.seed] = accuracy.rows_of([run.autoattack], accuracy.worst)[0]
+        return judged
 
     @cached_property
     def autoattack(self) -> Measure | None:
         """Return the accuracy under AutoAttack over the seeds; None if it has judged no seed."""
-        tables = [run.autoattack for run in self.runs if run.autoattack is not None]
-        return _rows(tables, worst)[0] if tables else None
+        return accuracy.across(list(self.autoattack_by_seed.values())) if self.settled else None
 
     @property
     def versions(self) -> str:
         """Return which versions of AutoAttack judged, other than the standard one: ``"rand"``."""
-        names = {str(name) for run in self.settled if run.autoattack is not None for name in run.autoattack["attack"]}
+        names = {str(name) for run in self.runs if run.autoattack is not None for name in run.autoattack["attack"]}
+        names |= {"autoattack" for _ in self.sampled}
         return "" if names <= {"autoattack"} else ", ".join(n.partition("-")[2] or "standard" for n in sorted(names))
 
     @property
@@ -134,16 +122,19 @@ class RecipeResult:
     def broken(self) -> pd.DataFrame:
         """Average `EvaluatedRun.broken` over the seeds that AutoAttack judged: recipe, source, by, place, share, n.
 
-        In the mean over all seeds where it judged none.
+        In the mean over all seeds where it judged none completely: what it would have broken of a sample's others,
+        nobody knows.
         """
-        runs = self.settled or self.runs
+        complete = tuple(run for run in self.runs if run.autoattack is not None)
+        runs = complete or self.runs
         tables = pd.concat([run.broken for run in runs])
         shares = tables.groupby("by").agg(place=("place", "min"), share=("share", "sum")).reset_index()
         shares["share"] /= len(runs)
         source = ", ".join(name for name in self.measures if name not in (CLEAN, WORST))
-        if self.settled:
+        if complete:
             source = "AutoAttack" + (f" {self.versions}" if self.versions else "")
-        return shares.sort_values("place").assign(recipe=self.name, source=source, n=self.robust.n)
+        n = self.robust.n if complete else self.measures[WORST].n
+        return shares.sort_values("place").assign(recipe=self.name, source=source, n=n)
 
     @cached_property
     def doctor_summary(self) -> DoctorSummary:
@@ -195,13 +186,13 @@ class RecipeResult:
     @cached_property
     def by_seed(self) -> pd.DataFrame:
         """Return `outcomes.summary` of each run, with columns recipe and seed."""
-        rows = [_summary(run.outcomes).assign(recipe=self.name, seed=run.seed) for run in self.runs]
+        rows = [accuracy.summary(run.outcomes).assign(recipe=self.name, seed=run.seed) for run in self.runs]
         return pd.concat(rows, ignore_index=True)
 
     @cached_property
     def classes(self) -> pd.DataFrame:
         """Return `outcomes.per_class` across the seeds."""
-        return self._across(_per_class)
+        return self._across(accuracy.per_class)
 
     @cached_property
     def curve(self) -> pd.DataFrame | None:
@@ -209,7 +200,7 @@ class RecipeResult:
         tables = [run.curve for run in self.runs if run.curve is not None]
         if not tables:
             return None
-        return outcomes.across_seeds(tables, _curve_summary).assign(recipe=self.name)
+        return outcomes.across_seeds(tables, accuracy.curve_summary).assign(recipe=self.name)
 
     @cached_property
     def metrics(self) -> pd.DataFrame | None:
@@ -290,17 +281,6 @@ def results_by_recipe(runs: Sequence[Run]) -> list[RecipeResult]:
     ]
 
 
-def worst(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the "worst case" row of `outcomes.summary`, of a table that is checked already."""
-    rows = _summary(table)
-    return rows[rows["measure"] == WORST]
-
-
-def _rows(tables: Sequence[pd.DataFrame], measure: Callable[[pd.DataFrame], pd.DataFrame]) -> list[Measure]:
-    table = outcomes.across_seeds(tables, measure)[list(Measure._fields)]
-    return [Measure(*row) for row in table.itertuples(index=False, name=None)]
-
-
 def _require_alike(runs: Sequence[EvaluatedRun]) -> None:
     first = runs[0]
     for run in runs[1:]:
@@ -316,23 +296,37 @@ def _require_alike(runs: Sequence[EvaluatedRun]) -> None:
 def _where_all_are_settled(runs: Sequence[EvaluatedRun]) -> tuple[EvaluatedRun, ...]:
     """Cut AutoAttack's outcomes of each seed of a recipe down to the images on which it judged all seeds.
 
+    Sampled verdicts cannot be cut down: they are left out where they are not all about the images of the others.
+
     Raises:
         UnmovedError: it judged no image in all of them.
     """
-    judged = [set(run.autoattack["index"]) for run in runs if run.autoattack is not None]
+    tables = [run.autoattack if run.searched is None else run.searched for run in runs]
+    judged = [set(table["index"]) for table in tables if table is not None]
     if not judged or all(images == judged[0] for images in judged):
         return tuple(runs)
-    shared, counts = set.intersection(*judged), ", ".join(str(len(images)) for images in judged)
+    counts = ", ".join(str(len(images)) for images in judged)
+    said = f"{runs[0].name}: AutoAttack judged {counts} images of its seeds; "
+    if any(run.estimate is not None for run in runs):
+        note = said + "a sampled verdict on other images than those of the other seeds is not shown"
+        return _where_all_are_settled([_without_estimate(run, note) for run in runs])
+    shared = set.intersection(*judged)
     if not shared:
         paths = ", ".join(str(run.path) for run in runs)
         raise UnmovedError(f"expected AutoAttack on the same images of all seeds, came none in common in {paths}")
-    note = f"{runs[0].name}: AutoAttack judged {counts} images of its seeds; shown are the {len(shared)} in all of them"
+    note = f"{said}shown are the {len(shared)} in all of them"
     return tuple(
         run
         if run.autoattack is None
         else replace(run, autoattack=run.autoattack[run.autoattack["index"].isin(shared)], stale=(*run.stale, note))
         for run in runs
     )
+
+
+def _without_estimate(run: EvaluatedRun, note: str) -> EvaluatedRun:
+    if run.estimate is None:
+        return run
+    return replace(run, estimate=None, sampled=None, searched=None, stale=(*run.stale, note))
 
 
 def without_seeds(recipe: Json) -> Json:

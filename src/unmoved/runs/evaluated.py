@@ -14,7 +14,9 @@ import pandas as pd
 from unmoved.core.errors import UnmovedError
 from unmoved.core.untrusted import Json
 from unmoved.evaluation.outcomes import CLEAN, ROBUST
-from unmoved.runs.records import Doctor, Evaluation, Provenance, difference
+from unmoved.evaluation.sampling import Estimate
+from unmoved.runs import records
+from unmoved.runs.records import Doctor, Evaluation, Provenance, difference, digest_of_outcomes
 
 if TYPE_CHECKING:
     from unmoved.runs.folder import Run
@@ -37,8 +39,13 @@ class EvaluationSetting(NamedTuple):
 class EvaluatedRun:
     """Hold an evaluated run, read from its folder once (a `Run` reads its files anew each time it is asked).
 
-    ``autoattack`` holds AutoAttack's outcomes and ``verdict`` its facts; ``stale`` says what is not shown, because it
-    is about other weights or other data than the evaluation.
+    What `Run.shown` names is held of AutoAttack, and nothing else: a complete verdict, or an estimate of one.
+
+    Attributes:
+        verdict, autoattack: the facts and the outcomes of AutoAttack's complete verdict.
+        sampled, searched: the facts of a sampled verdict, and the outcomes of its cheap search on all n images.
+        estimate: of what that search and AutoAttack together leave robust.
+        stale: what is not shown, and why: it is about other weights or other data than the evaluation, or fewer images.
     """
 
     path: Path
@@ -53,45 +60,39 @@ class EvaluatedRun:
     evaluation: Evaluation
     autoattack: pd.DataFrame | None = None
     verdict: Evaluation | None = None
+    sampled: Evaluation | None = None
+    searched: pd.DataFrame | None = None
+    estimate: Estimate | None = None
     doctor: Doctor | None = None
     stale: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, run: Run) -> EvaluatedRun:
-        """Read a run; one that only AutoAttack has judged is reported from its outcomes.
+        """Read a run; one that only AutoAttack has judged, or a sampled verdict, is reported from that's outcomes.
 
         Raises:
             UnmovedError: it was not evaluated, or its outcomes do not hold the samples that its evaluation names.
         """
-        evaluation, verdict, doctor, metrics = run.evaluation, run.verdict, run.doctor, run.metrics
-        stale: list[str] = []
+        evaluation, metrics, shown = run.evaluation, run.metrics, run.shown
         table = None if evaluation is None else run.outcomes
         # What lies beside an evaluation that was broken off is of nobody knows which weights.
         curve, gallery = (None, {}) if table is None else (run.curve, run.gallery or {})
-        autoattack = None
+        verdict = autoattack = sampled = searched = None
+        if shown == "sampled":
+            sampled, searched = run.sampled, run.sampled_outcomes
+        elif shown == "verdict" or table is None:
+            verdict, autoattack = run.verdict, run.verdict_outcomes
+        judged = [(verdict, autoattack), (sampled, searched)]
         if table is None:
-            evaluation = verdict
-            table = autoattack = None if verdict is None else run.verdict_outcomes
+            evaluation, table = judged[shown == "sampled"]
         if evaluation is None or table is None:
             raise UnmovedError(
                 f"{run.path}: expected an evaluated run, came none; run `unmoved evaluate {run.path}` first"
             )
-        _require_whole(run, evaluation, table)
-        if verdict is not None and (other := difference(evaluation, verdict)):
-            which = "" if evaluation["weights"] == "best" else f" --weights {evaluation['weights']}"
-            stale.append(_stale("AutoAttack's verdict", run, f"evaluate {run.path} --attacks standard{which}", other))
-            verdict = None
-        if verdict is not None and verdict is not evaluation and (autoattack := run.verdict_outcomes) is not None:
-            _require_whole(run, verdict, autoattack)
-        if doctor is not None:
-            digest = (evaluation if verdict is None else verdict).get("files", {}).get("outcomes.csv")
-            if doctor["weights_sha256"] != evaluation["weights_sha256"]:
-                stale.append(_stale("the doctor's opinion", run, f"doctor {run.path}"))
-                doctor = None
-            elif digest is not None and doctor.get("evaluation") != digest:
-                than = "the evaluation" if verdict is None else "AutoAttack's"
-                stale.append(_stale("the doctor's opinion", run, f"doctor {run.path}", "outcomes", than))
-                doctor = None
+        for facts, rows in [(evaluation, table), *judged]:
+            if facts is not None and rows is not None:
+                _require_whole(run, facts, rows)
+        doctor, stale = _opinion(run, evaluation, verdict or sampled)
         if len(gallery.get("x", ())):
             _require_images(run, gallery)
         return cls(
@@ -107,8 +108,11 @@ class EvaluatedRun:
             evaluation=evaluation,
             autoattack=autoattack,
             verdict=verdict if autoattack is not None else None,
+            sampled=sampled if searched is not None else None,
+            searched=searched,
+            estimate=None if searched is None else _estimate(run, sampled),
             doctor=doctor,
-            stale=tuple(stale),
+            stale=(*_not_shown(run, evaluation, shown), *stale),
         )
 
     @cached_property
@@ -172,6 +176,37 @@ def require_same_samples(ours: pd.DataFrame, theirs: pd.DataFrame, names: tuple[
     )
 
 
+def _not_shown(run: Run, evaluation: Evaluation, shown: str) -> list[str]:
+    """Say which of AutoAttack's verdicts, complete or sampled, the run has and is not reported from."""
+    which = "" if evaluation["weights"] == "best" else f" --weights {evaluation['weights']}"
+    again, said, found = f"evaluate {run.path} --attacks standard", list[str](), {}
+    for kind, what, how in (("verdict", "AutoAttack's verdict", ""), ("sampled", "the sampled verdict", " --sample N")):
+        facts = found[kind] = run.verdict if kind == "verdict" else run.sampled
+        if facts is not None and (other := difference(evaluation, facts)):
+            said.append(_stale(what, run, f"{again}{how}{which}", other))
+            found[kind] = None
+    if shown == "sampled" and (verdict := found["verdict"]) is not None and (sampled := found["sampled"]) is not None:
+        said.append(
+            f"{run.path}: AutoAttack's complete verdict is about {verdict['n']} images, the sampled one about "
+            f"{sampled['n']}: that is shown"
+        )
+    return said
+
+
+def _opinion(run: Run, evaluation: Evaluation, settled: Evaluation | None) -> tuple[Doctor | None, list[str]]:
+    """Return what the doctor said of the outcomes that are shown, or None, and why it is not."""
+    doctor = run.doctor
+    if doctor is None:
+        return None, []
+    if doctor["weights_sha256"] != evaluation["weights_sha256"]:
+        return None, [_stale("the doctor's opinion", run, f"doctor {run.path}")]
+    digest = digest_of_outcomes(settled or evaluation)
+    if digest is not None and doctor.get("evaluation") != digest:
+        than = "the evaluation" if settled is None else "AutoAttack's"
+        return None, [_stale("the doctor's opinion", run, f"doctor {run.path}", "outcomes", than)]
+    return doctor, []
+
+
 def _stale(what: str, run: Run, command: str, other: str = "weights", than: str = "the evaluation") -> str:
     return f"{run.path}: {what} is about other {other} than {than}, so it is not shown; `unmoved {command}` renews it"
 
@@ -182,6 +217,21 @@ def _require_whole(run: Run, facts: Evaluation, table: pd.DataFrame) -> None:
         raise UnmovedError(
             f"{run.path}: expected outcomes of {facts['n']} samples, came {n}; run `unmoved evaluate {run.path}` again"
         )
+
+
+def _estimate(run: Run, facts: Evaluation | None) -> Estimate:
+    """Return the estimate of a sampled verdict.
+
+    Raises:
+        UnmovedError: there is none, or it is about other images than the outcomes.
+    """
+    estimate = records.estimate(facts)
+    if facts is None or estimate is None or estimate.n != facts["n"]:
+        raise UnmovedError(
+            f"{run.path}: expected the counts of a sample in sampled.json, came none about these images; "
+            f"run `unmoved evaluate {run.path} --attacks standard --sample N` again"
+        )
+    return estimate
 
 
 def _require_images(run: Run, gallery: Mapping[str, np.ndarray]) -> None:

@@ -1,0 +1,67 @@
+"""Summarise accuracies over the seeds of a recipe: counted from outcomes, or estimated from a sample."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import pandas as pd
+
+from unmoved.evaluation import outcomes
+from unmoved.evaluation.outcomes import WORST
+from unmoved.evaluation.sampling import Estimate
+
+SAMPLED = "AutoAttack, sampled"
+# A run's tables were looked through when they were read.
+summary = partial(outcomes.summary, is_checked=True)
+per_class = partial(outcomes.per_class, is_checked=True)
+curve_summary = partial(outcomes.curve_summary, is_checked=True)
+
+
+class Measure(NamedTuple):
+    """A row of `outcomes.across_seeds`: an accuracy in the mean over seeds, and how it spreads.
+
+    Attributes:
+        measure: "clean", an attack's name, "worst case" or `SAMPLED`.
+        n: images of each seed; the smallest number if they differ.
+        std: divided by seeds - 1; NaN for a single seed.
+        low, high: the ends of the seeds' 95 % intervals, the lowest and the highest: Wilson's, or those of
+            `sampling.Estimate.population`.
+    """
+
+    measure: str
+    eps: float
+    seeds: int
+    n: int
+    accuracy: float
+    std: float
+    low: float
+    high: float
+
+
+def worst(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the "worst case" row of `outcomes.summary`, of a table that is checked already."""
+    rows = summary(table)
+    return rows[rows["measure"] == WORST]
+
+
+def rows_of(tables: Sequence[pd.DataFrame], measure: Callable[[pd.DataFrame], pd.DataFrame] = summary) -> list[Measure]:
+    """Return the rows of `outcomes.across_seeds` of what a measure says of each seed's outcomes."""
+    table = outcomes.across_seeds(tables, measure)[list(Measure._fields)]
+    return [Measure(*row) for row in table.itertuples(index=False, name=None)]
+
+
+def of_estimate(estimate: Estimate, eps: float) -> Measure:
+    """Return the estimate of a sampled verdict as a row: its interval is for all images like these, as Wilson's is."""
+    low, high = estimate.population
+    return Measure(SAMPLED, eps, 1, estimate.n, estimate.left / estimate.n, math.nan, low, high)
+
+
+def across(seeds: Sequence[Measure]) -> Measure:
+    """Return the row of a measure over some seeds from those of each, as `outcomes.across_seeds`."""
+    rows = pd.DataFrame(seeds)
+    n, mean, std = int(rows["n"].min()), float(rows["accuracy"].mean()), float(rows["accuracy"].std())
+    low, high = float(rows["low"].min()), float(rows["high"].max())
+    return Measure(seeds[0].measure, seeds[0].eps, len(seeds), n, mean, std, low, high)
