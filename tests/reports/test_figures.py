@@ -250,6 +250,18 @@ def test_tradeoff_shows_means_hulls_names_and_single_seeds() -> None:
     assert not [line for line in alone.axes[0].lines if line.get_alpha() == 0.35]
 
 
+@pytest.mark.parametrize(("measure", "ends"), [(figures.AUTOATTACK, []), (figures.SAMPLED, [21.0, 34.0])])
+def test_autoattack_is_hollow_and_has_its_interval_where_it_is_sampled(measure: str, ends: list[float]) -> None:
+    table = tradeoff_table()
+    row = {"recipe": "digits/at", "seed": 0, "measure": measure, "accuracy": 0.3, "low": 0.21, "high": 0.34, "n": 300}
+    figure = figures.tradeoff(pd.concat([table, pd.DataFrame([row])]))
+    (hollow,) = [one for one in figure.axes[0].containers if one.lines[0].get_ydata()[0] == 30.0]
+    assert hollow.lines[0].get_markerfacecolor() == drawing.PAPER
+    bars = [segment[:, 1].tolist() for lines in hollow.lines[2] for segment in lines.get_segments()]
+    assert bars == [ends][: len(ends)]
+    assert ("sampled" in str(figure.get_label())) == bool(ends)
+
+
 @pytest.mark.parametrize(("count", "apart"), [(1, 1.0), (6, 1.0), (4, 0.15), (4, 0.0)])
 def test_names_in_the_tradeoff_neither_meet_nor_hide_markers_nor_leave_the_frame(count: int, apart: float) -> None:
     table = tradeoff_table(tuple(f"digits/recipe-{k}" for k in range(count)))

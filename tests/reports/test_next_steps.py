@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from unmoved.evaluation.sampling import Estimate
 from unmoved.reports.next_steps import next_steps
 
 
@@ -22,6 +23,7 @@ def run(
         evaluation={"asked": "quick"},
         verdict={"n": settled} if settled else None,
         autoattack="outcomes" if settled else None,
+        estimate=None,
     )
 
 
@@ -55,6 +57,15 @@ def test_what_is_done_is_not_asked_for_again() -> None:
     two = [run("d/at", seed, settled=100) for seed in (4, 7)]
     (more, _) = commands([result(*two)], analysed=True)
     assert "--seeds 4,7,0 " in more
+
+
+def test_of_a_sample_on_all_images_the_rest_is_offered_and_on_fewer_all_are() -> None:
+    sampled = run("d/at")
+    for n, why in ((100, "what its sample left out"), (50, "on all 100 images")):
+        sampled.estimate = Estimate(n, 20, 0, 0, 10, 1)
+        result_of = result(sampled, trained=False)
+        (step,) = [s for s in next_steps([result_of], [result_of], analysed=True) if "evaluate" in s.command]
+        assert why in step.why
 
 
 @pytest.mark.parametrize(("path", "out"), [("elsewhere/mine", "runs/seeds"), ("x/d-at/seed0", "x")])

@@ -7,6 +7,8 @@ import pandas as pd
 import pytest
 
 from unmoved.core.errors import UnmovedError
+from unmoved.evaluation.outcomes import wilson
+from unmoved.evaluation.sampling import Estimate
 from unmoved.reports.paired import beside, difference
 from unmoved.runs.by_recipe import EvaluatedRun, RecipeResult
 
@@ -31,10 +33,24 @@ def outcomes_of(right_clean, right_attacked):
     )
 
 
-def verdict(name, tables, base=None, autoattack=None):
+def verdict(name, tables, base=None, autoattack=None, estimates=None):
     recipe, facts, judged = {"base": base} if base else {}, {"split": "t"}, autoattack or {}
+    estimates = estimates or {}
     runs = tuple(
-        EvaluatedRun(None, name, seed, recipe, {}, pd.DataFrame(), table, None, None, facts, judged.get(seed))
+        EvaluatedRun(
+            None,
+            name,
+            seed,
+            recipe,
+            {},
+            pd.DataFrame(),
+            table,
+            None,
+            None,
+            facts,
+            judged.get(seed),
+            estimate=estimates.get(seed),
+        )
         for seed, table in tables.items()
     )
     return RecipeResult(name, runs)
@@ -114,6 +130,21 @@ def test_autoattack_is_compared_where_it_has_judged_both():
     assert "AutoAttack" not in beside([base, other, none]).columns  # another version is no comparison
     alone = [verdict("base", strong, autoattack=strong), verdict("a", strong, base="base", autoattack=strong)]
     assert "AutoAttack" not in beside(alone).columns  # it is the robust column already
+
+
+def test_a_sampled_verdict_is_not_paired_and_both_figures_have_their_intervals():
+    full, half = np.ones(300, bool), np.arange(300) % 2 == 0
+    weak, strong = {0: outcomes_of(full, full)}, {0: outcomes_of(full, half).assign(attack="autoattack")}
+    base = verdict("base", weak, autoattack=strong)
+    near, far = ({0: Estimate(300, left, 0, 0, 100, 2)} for left in (150, 290))
+    table = beside([base, *(verdict(str(k), weak, "base", estimates=e) for k, e in enumerate((near, far)))])
+    low, high = (f"{100 * end:.1f}" for end in near[0].population)
+    below, above = (f"{100 * end:.1f}" for end in wilson(150, 300))
+    assert table["AutoAttack"].iloc[0] == f"49.0 [{low}, {high}] beside 50.0 [{below}, {above}], sampled"
+    said = [words.partition("AutoAttack: ")[2] for words in table["conclusion"]]
+    assert said == ["sampled, the intervals overlap", "sampled, the intervals are apart"]
+    both = verdict("both", weak | {1: weak[0]}, "base", autoattack=strong, estimates={1: near[0]})
+    assert "+0.0" in beside([base, both])["AutoAttack"].iloc[0]  # the seed that is complete in both is paired
 
 
 def test_samples_are_paired_by_their_identity_and_never_with_others():

@@ -19,8 +19,10 @@ from unmoved.cli import screen
 from unmoved.core.errors import UnmovedError
 from unmoved.core.threat import eps_text
 from unmoved.evaluation import outcomes
+from unmoved.evaluation.sampling import Estimate
 from unmoved.reports import figures, pages, report
 from unmoved.reports.pages import Section
+from unmoved.runs import records
 from unmoved.runs.by_recipe import results_by_recipe, without_seeds
 from unmoved.runs.folder import Run
 
@@ -116,6 +118,15 @@ def settled(run: Any, robust: int, most: int = SAMPLES, attack: str = "autoattac
     facts = {"n": most, "attacks": {attack: f"AutoAttack({attack})"}, "notes": ["3 classes leave 2 targets"]}
     facts |= {"weights": "best", "weights_sha256": run.evaluation["weights_sha256"]}
     return replace(run, verdict=facts, verdict_outcomes=table[table["index"] < most])
+
+
+def by_a_sample(run: Any, left: int = 45, *, near: tuple[int, int] = (5, 2), far: tuple[int, int] = (20, 1)) -> Any:
+    """The run with a sampled verdict: of the ``left`` samples that quick leaves so many were asked, so many broke."""
+    table = attacked(57, left, "quick", 0.1)
+    estimate = Estimate(SAMPLES, left, *near, *far)
+    facts = {"n": SAMPLES, "weights": "best", "weights_sha256": "0", "threat": {"norm": "linf", "eps": 0.1}}
+    facts |= {"attacks": {"quick": "Quick()"}, "sample": records.sample(estimate, "AutoAttack()", {}), "split": "test"}
+    return replace(run, sampled=facts, sampled_outcomes=table)
 
 
 def finding(grade: str, check: str = "masking", measured: str = "97 % zeros") -> dict[str, str]:
@@ -444,6 +455,84 @@ def test_a_run_that_only_autoattack_has_judged_is_reported_from_its_verdict(tmp_
     assert verdict.curve is None  # of an evaluation that is not there: nobody knows of which weights
     assert verdict.gallery is None
     assert verdict.broken["source"].unique().tolist() == ["AutoAttack"]
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_sampled_verdict_is_called_so_wherever_its_figure_stands_and_has_its_interval(tmp_path: Path) -> None:
+    """Every place that shows what AutoAttack leaves says that it is sampled, and between which ends it may lie."""
+    run = by_a_sample(bare("a"))
+    estimate = records.estimate(run.sampled)
+    assert estimate is not None
+    left = f"{100 * estimate.left / SAMPLES:.1f}"
+    low, high = (f"{100 * share:.1f}" for share in estimate.population)
+    text = page([run, by_a_sample(bare("b", robust=2), 15, far=(10, 8)), bare("c", robust=2)], tmp_path / "r.html")
+    words = text.said
+    assert f"a holds best: it still classifies {left}\xa0% of the images correctly under AutoAttack, sampled" in words
+    assert f"interval {low} to {high})" in words
+    assert re.search(r"The next is b with [\d.]+\xa0% \(AutoAttack, sampled: [\d.]+ to [\d.]+\), and", words)
+    assert re.search(rf"Judged by AutoAttack, sampled a best {left} {low} to {high} sampled 50.0", words)
+    assert f"a : {estimate.words()}" in words.replace("a: Auto", "a : Auto")
+    assert "and AutoAttack, sampled for 2 of the 3 recipes" in words
+    shown = re.findall(rf"(?<![\d.]){re.escape(left)}(?![\d.])[^%]{{0,25}}", words)
+    assert len(shown) == 4  # the summary, the ranking, what to believe, all figures
+    assert all(re.match(rf"{re.escape(left)}( \[|\xa0$| {low} to {high})", one) for one in shown)
+    assert "Let AutoAttack judge what its sample left out, too: unmoved evaluate runs/a-0 --attacks standard" in words
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_run_with_a_sampled_verdict_alone_is_reported_from_its_cheap_search(tmp_path: Path) -> None:
+    run = replace(by_a_sample(make()), evaluation=None, outcomes=None)
+    (result,) = results_by_recipe([run])
+    assert result.measures["quick"].accuracy == 45 / SAMPLES
+    assert result.robust.accuracy == pytest.approx((45 - 2 - 2) / SAMPLES)
+    assert (result.curve, result.gallery) == (None, None)
+    assert result.broken["source"].unique().tolist() == ["quick"]
+    words = page([run], tmp_path / "r.html").said
+    assert "judged by quick and AutoAttack, sampled" in words
+    assert "quick is our own cheap ensemble" in words
+
+
+def test_the_complete_verdict_wins_unless_it_is_about_fewer_images() -> None:
+    for most, stale in (
+        (SAMPLES, ()),
+        (SAMPLES - 1, ("complete verdict is about 59 images, the sampled one about 60",)),
+    ):
+        (run,) = results_by_recipe([by_a_sample(settled(bare(), 20, most))])[0].runs
+        assert (run.autoattack is None, run.estimate is None) == (most < SAMPLES, most == SAMPLES)
+        assert len(run.stale) == len(stale)
+        assert all(words in line for words, line in zip(stale, run.stale, strict=True))
+
+
+def test_a_sampled_verdict_on_other_weights_or_unlike_its_counts_is_not_shown() -> None:
+    run = by_a_sample(bare())
+    run.sampled["weights_sha256"] = "old"
+    (read,) = results_by_recipe([run])[0].runs
+    assert read.estimate is None
+    assert "the sampled verdict is about other weights than the evaluation" in read.stale[0]
+    assert "--attacks standard --sample N" in read.stale[0]
+    run.sampled |= {"weights_sha256": "0", "sample": {**run.sampled["sample"], "n": 61}}
+    with pytest.raises(UnmovedError, match="expected the counts of a sample"):
+        results_by_recipe([run])
+
+
+def test_the_doctors_opinion_of_a_sampled_verdict_is_about_what_was_asked() -> None:
+    run = seen_by_doctor(by_a_sample(bare()), finding("note"))
+    run.evaluation["files"], run.sampled["files"] = {"outcomes.csv": "1"}, {"outcomes.csv": "2", "asked.csv": "3"}
+    for digest, held in (("3", True), ("2", False), ("1", False)):
+        run.doctor["evaluation"] = digest
+        (read,) = results_by_recipe([run])[0].runs
+        assert (read.doctor is not None) == held
+
+
+def test_seeds_of_which_some_are_sampled_are_one_row_that_says_so() -> None:
+    (result,) = results_by_recipe([settled(bare(seed=0), 30), by_a_sample(bare(seed=1))])
+    assert result.autoattack is not None
+    assert result.autoattack.accuracy == pytest.approx((30 + 41) / 2 / SAMPLES)
+    assert (result.autoattack.seeds, result.judge) == (2, "AutoAttack, sampled at seed 1")
+    assert result.broken["source"].unique().tolist() == ["AutoAttack"]
+    (result,) = results_by_recipe([settled(bare(seed=0), 30, 40), by_a_sample(bare(seed=1))])
+    assert result.judge == "AutoAttack"  # other images: their mean would be one of neither
+    assert "a sampled verdict on other images" in result.runs[1].stale[0]
 
 
 @pytest.mark.usefixtures("quick")

@@ -34,12 +34,16 @@ def next_steps(results: Sequence[RecipeResult], contenders: Sequence[RecipeResul
     whose = "it" if len(results) == 1 else "the best"
     if unseen := [run for result in results for run in result.doctor_summary.unseen]:
         steps.append(Step("Ask the doctor whether the figures are to be believed", _each("doctor", "", unseen)))
-    unsettled = [run for run in runs if (n if run.verdict is None else run.verdict["n"]) < n or run.autoattack is None]
+    unsettled = [run for run in runs if _settled_images(run) < n]
     if unsettled:
         asked = "what is left" if len(contenders) == 1 else "which of them is best"
         steps.append(
             Step(f"Let AutoAttack say, on all {n} images, {asked}", _each("evaluate", " --attacks standard", unsettled))
         )
+    sampled = [run for run in runs if run.estimate is not None and run not in unsettled]
+    if sampled:
+        why = "Let AutoAttack judge what its sample left out, too"
+        steps.append(Step(why, _each("evaluate", " --attacks standard", sampled)))
     few = [result for result in contenders if result.is_trained and len(result.runs) < SEEDS]
     if few:
         steps.append(Step(f"Train {SEEDS} seeds: one says nothing of the next", _more_seeds(few)))
@@ -47,6 +51,13 @@ def next_steps(results: Sequence[RecipeResult], contenders: Sequence[RecipeResul
         steps.append(Step("See why, and at what price", _each("analyze softmax", "", runs[:1])))
     steps.append(Step(f"Hand {whose} on: weights, model card, evidence", f"unmoved export {_quoted(runs[0].path)}"))
     return steps
+
+
+def _settled_images(run: EvaluatedRun) -> int:
+    """Return of how many images AutoAttack says what is left, all of them judged or a sample."""
+    if run.estimate is not None:
+        return run.estimate.n
+    return 0 if run.verdict is None or run.autoattack is None else run.verdict["n"]
 
 
 def _each(command: str, options: str, runs: Sequence[EvaluatedRun]) -> str:

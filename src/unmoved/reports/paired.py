@@ -11,6 +11,7 @@ import pandas as pd
 
 from unmoved.evaluation import outcomes
 from unmoved.evaluation.outcomes import CLEAN, WORST
+from unmoved.runs.accuracy import across
 from unmoved.runs.by_recipe import RecipeResult
 from unmoved.runs.evaluated import require_same_samples
 
@@ -52,7 +53,8 @@ def beside(results: Sequence[RecipeResult]) -> pd.DataFrame:
     """Make one row per recipe whose ``base`` is in the same report: accuracies, differences, and whether it helps.
 
     Seeds that both have are compared; columns `COLUMNS`, ready to read. Where AutoAttack has judged both, a column
-    ``AutoAttack`` compares what it leaves, on the images and seeds that it judged in both.
+    ``AutoAttack`` compares what it leaves, on the images and seeds that it judged in both; of a sampled verdict nobody
+    knows which images it leaves, so that both figures stand there, each with its own interval.
     """
     by_name = {result.name: result for result in results}
     rows: list[dict[str, object]] = []
@@ -74,6 +76,8 @@ def beside(results: Sequence[RecipeResult]) -> pd.DataFrame:
             if len(settled[0]) < len(seeds):
                 cell += f", {len(settled[0])} of {len(seeds)} seeds"
             compared["AutoAttack"] = cell, words
+        elif (unpaired := _unpaired(result, base)) is not None:
+            compared["AutoAttack"] = unpaired
         cells |= {column: cell for column, (cell, _) in compared.items()}
         cells["n"] = result.runs[0].setting.n
         cells["conclusion"] = "; ".join(f"{name}: {words}" for name, (_, words) in compared.items())
@@ -98,15 +102,30 @@ def _settled(result: RecipeResult, base: RecipeResult) -> tuple[list[pd.DataFram
 
     Nor where its versions differ, nor where they are what the column robust shows.
     """
-    ours, theirs = ({run.seed: run.autoattack for run in v.settled} for v in (result, base))
+    ours, theirs = (
+        {run.seed: run.autoattack for run in v.settled if run.autoattack is not None} for v in (result, base)
+    )
     pairs = [(ours[s], theirs[s]) for s in sorted(ours.keys() & theirs.keys())]
-    common = [set(a["index"]) & set(b["index"]) for a, b in pairs if a is not None and b is not None]
+    common = [set(a["index"]) & set(b["index"]) for a, b in pairs]
     shared = set.intersection(*common) if common else set()
     same = all(run.outcomes is run.autoattack for run in (*result.runs, *base.runs))
     if not shared or same or result.versions != base.versions:
         return None
-    tables = [[side[side["index"].isin(shared)] for side in pair if side is not None] for pair in pairs]
+    tables = [[side[side["index"].isin(shared)] for side in pair] for pair in pairs]
     return [a for a, _ in tables], [b for _, b in tables]
+
+
+def _unpaired(result: RecipeResult, base: RecipeResult) -> tuple[str, str] | None:
+    """Return (both figures of AutoAttack, one of them sampled, with their intervals; how these lie); None without."""
+    ours, theirs = (v.autoattack_by_seed for v in (result, base))
+    seeds = sorted(ours.keys() & theirs.keys())
+    is_sampled = any(run.estimate is not None and run.seed in seeds for run in (*result.runs, *base.runs))
+    if not is_sampled or result.versions != base.versions:
+        return None
+    one, other = (across([side[seed] for seed in seeds]) for side in (ours, theirs))
+    cells = [f"{100 * row.accuracy:.1f} [{100 * row.low:.1f}, {100 * row.high:.1f}]" for row in (one, other)]
+    lie = "overlap" if max(one.low, other.low) <= min(one.high, other.high) else "are apart"
+    return f"{cells[0]} beside {cells[1]}, sampled", f"sampled, the intervals {lie}"
 
 
 def _words(low: float, high: float, by_seed: np.ndarray) -> str:

@@ -82,11 +82,16 @@ def write(runs: Sequence[Run], path: Path, title: str, extra: Sequence[Section] 
 def _beside(results: Sequence[RecipeResult]) -> Section | None:
     """Make the section that compares recipes with the base that they name; None if there is no such recipe."""
     table = beside(results)
-    text = (
+    text: tuple[str, ...] = (
         "In brackets the difference to the base method on the same images and seeds, in points, with a 95 % interval "
         "over images; helps and hurts are said only where every seed agrees. Robust is the worst case over the attacks "
         "of the evaluation, an upper bound; a method that gains under weak attacks alone has not gained.",
     )
+    if any(result.sampled for result in results):
+        text += (
+            "A sampled verdict does not say which images AutoAttack leaves, so that there is no difference on the same "
+            "images: both figures stand with their own 95 % intervals, those of all images like these.",
+        )
     return Section("beside", TITLES["beside"], text, table) if len(table) else None
 
 
@@ -127,8 +132,12 @@ def _by_seed(results: Sequence[RecipeResult]) -> pd.DataFrame:
     tables = [result.by_seed for result in results]
     for result in results:
         if any(run.evaluation is not run.verdict for run in result.settled):
-            rows = [row._asdict() | {"seed": seed} for seed, row in result.autoattack_by_seed.items()]
-            tables.append(pd.DataFrame(rows).assign(recipe=result.name, measure=figures.AUTOATTACK))
+            sampled = {run.seed for run in result.sampled}
+            rows = [
+                row._asdict() | {"seed": seed, "measure": figures.SAMPLED if seed in sampled else figures.AUTOATTACK}
+                for seed, row in result.autoattack_by_seed.items()
+            ]
+            tables.append(pd.DataFrame(rows).assign(recipe=result.name))
     return pd.concat(tables)
 
 
@@ -159,7 +168,7 @@ def ranking(results: Sequence[RecipeResult]) -> list[Group]:
     looser = [result for result in sound if result.autoattack is None]
     judged = f"Judged by {', '.join(results[0].runs[0].setting.attacks)}"
     groups = (
-        Group("Judged by AutoAttack", settled),
+        Group(f"Judged by AutoAttack{_sampled(settled)}", settled),
         Group(f"{judged} alone: looser upper bounds, not to be ranked with those above" if settled else judged, looser),
         Group(OBJECTED, objected),
     )
@@ -213,6 +222,8 @@ def _facts(results: Sequence[RecipeResult], extra: Sequence[Section]) -> dict[st
         "attacks": [] if first.evaluation is first.verdict else list(first.setting.attacks),
         "class_names": first.evaluation.get("classes", []),
         "settled": [result for result in results if result.autoattack is not None],
+        "sampled": [run for result in ranked for run in result.sampled],
+        "how_many_sampled": _sampled(results),
         "several_seeds": any(len(result.runs) > 1 for result in results),
         "stale": [line for result in results for run in result.runs for line in run.stale],
         "notes": _notes(results),
@@ -244,13 +255,20 @@ def _lost(results: Sequence[RecipeResult]) -> list[tuple[bool, int, list[tuple[R
     return [(*key, lost[key]) for key in sorted(lost, key=lambda key: (not key[0], key[1]))]
 
 
+def _sampled(results: Sequence[RecipeResult]) -> str:
+    """Say how many of AutoAttack's verdicts are sampled ones."""
+    is_sampled = [run.estimate is not None for result in results for run in result.settled]
+    return "" if not any(is_sampled) else ", sampled" if all(is_sampled) else ", some of them by a sample"
+
+
 def _notes(results: Sequence[RecipeResult]) -> list[str]:
     """List what attacks had to do otherwise than usual, and for which recipes, if not for all."""
     recipes: dict[str, list[str]] = {}
     for result in results:
         for run in result.runs:
-            both = [("", run.evaluation), ("AutoAttack: ", run.verdict)]
-            for who, facts in both[run.evaluation is run.verdict :]:
+            settled = run.sampled or run.verdict
+            both = [("", run.evaluation), ("AutoAttack, sampled: " if run.sampled else "AutoAttack: ", settled)]
+            for who, facts in both[run.evaluation is settled :]:
                 for note in [] if facts is None else facts.get("notes", []):
                     names = recipes.setdefault(f"{who}{note}", [])
                     names += [] if result.name in names else [result.name]

@@ -13,7 +13,6 @@ from unmoved.evaluation import outcomes
 from unmoved.evaluation.outcomes import WORST
 from unmoved.evaluation.sampling import Estimate
 
-SAMPLED = "AutoAttack, sampled"
 # A run's tables were looked through when they were read.
 summary = partial(outcomes.summary, is_checked=True)
 per_class = partial(outcomes.per_class, is_checked=True)
@@ -24,7 +23,7 @@ class Measure(NamedTuple):
     """A row of `outcomes.across_seeds`: an accuracy in the mean over seeds, and how it spreads.
 
     Attributes:
-        measure: "clean", an attack's name, "worst case" or `SAMPLED`.
+        measure: "clean", an attack's name or "worst case".
         n: images of each seed; the smallest number if they differ.
         std: divided by seeds - 1; NaN for a single seed.
         low, high: the ends of the seeds' 95 % intervals, the lowest and the highest: Wilson's, or those of
@@ -56,7 +55,7 @@ def rows_of(tables: Sequence[pd.DataFrame], measure: Callable[[pd.DataFrame], pd
 def of_estimate(estimate: Estimate, eps: float) -> Measure:
     """Return the estimate of a sampled verdict as a row: its interval is for all images like these, as Wilson's is."""
     low, high = estimate.population
-    return Measure(SAMPLED, eps, 1, estimate.n, estimate.left / estimate.n, math.nan, low, high)
+    return Measure(WORST, eps, 1, estimate.n, estimate.left / estimate.n, math.nan, low, high)
 
 
 def across(seeds: Sequence[Measure]) -> Measure:

@@ -90,6 +90,14 @@ class RecipeResult:
         """Return those of `settled` of which AutoAttack was asked about a sample."""
         return tuple(run for run in self.settled if run.estimate is not None)
 
+    @property
+    def judge(self) -> str:
+        """Return what AutoAttack's figure is called: a sampled one is never called a verdict of AutoAttack."""
+        if len(self.sampled) == len(self.settled):
+            return "AutoAttack, sampled" if self.sampled else "AutoAttack"
+        seeds = ", ".join(str(run.seed) for run in self.sampled)
+        return f"AutoAttack, sampled at seed{'s' * (len(self.sampled) > 1)} {seeds}" if seeds else "AutoAttack"
+
     @cached_property
     def autoattack_by_seed(self) -> dict[int, Measure]:
         """Return the accuracy under AutoAttack of each seed that it judged; a sampled one as `of_estimate`."""

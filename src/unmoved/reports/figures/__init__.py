@@ -3,6 +3,7 @@
 from unmoved.reports.figures.broken_by import breakdown
 from unmoved.reports.figures.runs import (
     AUTOATTACK,
+    SAMPLED,
     best_epoch,
     gallery,
     per_class,
@@ -14,6 +15,7 @@ from unmoved.reports.figures.runs import (
 
 __all__ = [
     "AUTOATTACK",
+    "SAMPLED",
     "best_epoch",
     "breakdown",
     "gallery",

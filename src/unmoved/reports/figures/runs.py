@@ -41,7 +41,7 @@ MEASURES: dict[str, Look] = {
     CLEAN: {"marker": "o", "linestyle": "-", "markerfacecolor": PAPER, "linewidth": 0.9},
     WORST: {"marker": "s", "linestyle": "--", "linewidth": 1.5},
 }
-AUTOATTACK = "AutoAttack"
+AUTOATTACK, SAMPLED = "AutoAttack", "AutoAttack, sampled"
 INTERVALS, HULL = "95 % Wilson intervals", " (with several seeds, from the lowest to the highest of theirs)"
 DOTS: Look = {"markersize": 3.5, "linewidth": 0.8}
 DOTTED: Look = {"color": INK, "linewidth": 0.9, "linestyle": (0, (2, 2)), "zorder": 1}
@@ -55,7 +55,8 @@ def tradeoff(table: pd.DataFrame, styles: Mapping[str, Look] | None = None, *, a
 
     Args:
         table: recipe, seed, measure, accuracy, low, high (shares), n: `outcomes.summary` of each run, one below other.
-            Rows of the measure ``"AutoAttack"``, where there are any, become hollow markers.
+            Rows of the measures ``"AutoAttack"`` and ``"AutoAttack, sampled"``, where there are any, become hollow
+            markers, with a bar where one is sampled.
         styles: the looks of the recipes that are told apart; chosen here unless given.
         attacks: the name of what the worst case is over.
 
@@ -66,7 +67,8 @@ def tradeoff(table: pd.DataFrame, styles: Mapping[str, Look] | None = None, *, a
     _require_measures(table, "tradeoff")
     figure = canvas(5.0, 3.7)
     axes = figure.add_subplot()
-    settled, table = table[table["measure"] == AUTOATTACK], table[table["measure"] != AUTOATTACK]
+    is_settled = table["measure"].isin([AUTOATTACK, SAMPLED])
+    settled, table = table[is_settled], table[~is_settled]
     points, segments = [], list[Segment]()
     means = table.groupby(["recipe", "measure"], sort=False)["accuracy"].mean().unstack()
     places = {str(recipe): (means.loc[recipe, CLEAN], means.loc[recipe, WORST]) for recipe in means.index}
@@ -79,16 +81,14 @@ def tradeoff(table: pd.DataFrame, styles: Mapping[str, Look] | None = None, *, a
         point, lines = _draw_recipe(axes, table[table["recipe"] == recipe], named[recipe], styles[recipe])
         points.append((*point, named[recipe]))
         segments += lines
-        if len(shares := 100 * settled.loc[settled["recipe"] == recipe, "accuracy"]):
-            hollow: Look = {"markerfacecolor": PAPER, "markeredgecolor": styles[recipe]["color"], "zorder": 1.9}
-            below = point[0], float(shares.mean())
-            axes.plot(*below, **styles[recipe] | {"linestyle": "none", "markersize": 7} | hollow)
-            segments.append((below, below))
+        if len(rows := settled[settled["recipe"] == recipe]):
+            segments.append(_draw_settled(axes, point[0], rows, styles[recipe]))
     axes.margins(0.12)
     axes.set_xlabel("clean accuracy (%)")
     axes.set_ylabel(f"accuracy under {attacks} (%)" if attacks else "worst-case accuracy (%)")
     n = count(table["n"])
-    hollow_words = f"hollow: {AUTOATTACK}, {count(settled['n'])}" if len(settled) else ""
+    with_bars = "; with a bar: sampled" if (settled["measure"] == SAMPLED).any() else ""
+    hollow_words = f"hollow: {AUTOATTACK}, {count(settled['n'])}{with_bars}" if len(settled) else ""
     said = [f"{n} test images; bars: {INTERVALS}", hollow_words, f"grey: {rest}" if rest else ""]
     figure.supxlabel("\n".join(filter(None, said)))
     axes.set(xlim=percent_limits(*axes.get_xlim()), ylim=percent_limits(*axes.get_ylim()))
@@ -98,9 +98,20 @@ def tradeoff(table: pd.DataFrame, styles: Mapping[str, Look] | None = None, *, a
         figure,
         "Clean against worst-case accuracy: further up is more robust, further right is more accurate without an "
         f"attack. {n} test images, bars are {INTERVALS}{several}"
-        + (f" Hollow markers: what {AUTOATTACK} leaves, {count(settled['n'])}." if len(settled) else "")
+        + (f" Hollow markers: what {AUTOATTACK} leaves, {count(settled['n'])}{with_bars}." if len(settled) else "")
         + (f" Named are {len(points)}: along the front, then the most robust; grey: {rest}." if rest else ""),
     )
+
+
+def _draw_settled(axes: Axes, x: float, rows: pd.DataFrame, look: Look) -> Segment:
+    """Draw what AutoAttack leaves of a recipe, hollow, with the interval where one is sampled; return its bar."""
+    low, middle, high = 100 * rows["low"].min(), 100 * rows["accuracy"].mean(), 100 * rows["high"].max()
+    if not (rows["measure"] == SAMPLED).any():
+        low = high = middle
+    hollow: Look = {"markerfacecolor": PAPER, "markeredgecolor": look["color"], "zorder": 1.9}
+    look = look | {"linestyle": "none", "markersize": 7} | hollow
+    axes.errorbar(x, middle, yerr=bar([low], [middle], [high]) if low < high else None, elinewidth=1, **look)
+    return (x, low), (x, high)
 
 
 def _draw_recipe(axes: Axes, rows: pd.DataFrame, name: str, look: Look) -> tuple[tuple[float, float], list[Segment]]:
