@@ -9,6 +9,10 @@ from pathlib import Path
 import pytest
 from helpers.cli import RECIPE, recipe, unmoved
 
+from unmoved.evaluation.sampling import Estimate
+from unmoved.runs import records
+from unmoved.runs.folder import Run
+
 
 @pytest.fixture(scope="session")
 def judged(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -29,6 +33,27 @@ def export(judged: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("export") / "folder"
     unmoved("export", judged, "--out", folder).fine()
     return folder
+
+
+@pytest.fixture(scope="session")
+def sampled(judged: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run with a sampled verdict in place of the complete one; not to be changed.
+
+    AutoAttack is said to have been asked about half of what quick left, and to have broken two.
+    """
+    run = Run.open(shutil.copytree(judged, tmp_path_factory.mktemp("sampled") / "run"))
+    facts, table, asked = run.evaluation, run.outcomes, run.verdict_outcomes
+    assert facts is not None
+    assert table is not None
+    assert run.verdict is not None
+    cheap = table[table["attack"] == "quick"].reset_index(drop=True)
+    left = int((~cheap["success"]).sum())
+    estimate = Estimate(len(cheap), left, near=2, near_broken=1, far_asked=(left - 2) // 2, far_broken=1)
+    sample = records.sample(estimate, run.verdict["attacks"]["autoattack"], {"apgd-ce": "gradients"})
+    settings = {"quick": facts["attacks"]["quick"]}
+    run.save_evaluation(cheap, {**facts, "attacks": settings, "sample": sample}, kind="sampled", asked=asked)
+    shutil.rmtree(run.path / "verdict")
+    return run.path
 
 
 @pytest.fixture

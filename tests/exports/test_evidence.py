@@ -16,6 +16,7 @@ from helpers.cli import ROOT, unmoved
 from scipy.stats import binomtest
 
 from unmoved.exports import evidence
+from unmoved.runs import records
 from unmoved.runs.folder import Run
 
 SCHEMA = json.loads((ROOT / "docs" / "evidence.schema.json").read_text(encoding="utf-8"))
@@ -103,6 +104,35 @@ def test_what_was_tried_by_what_on_what(judged: Path, export: Path) -> None:
     assert found["doctor"]["about"] == "verdict"
     assert found["recipe"]["training"]["epochs"] == 8
     assert (found["model"]["trained_by_unmoved"], found["model"]["training_seed"]) == (True, 0)
+
+
+def test_a_sampled_verdict_is_an_estimate_with_both_intervals(sampled: Path, tmp_path: Path) -> None:
+    unmoved("export", sampled, "--out", tmp_path / "out").fine()
+    found, facts = told(tmp_path / "out"), Run(sampled).sampled
+    estimate = records.estimate(facts)
+    assert facts is not None
+    assert estimate is not None
+    own, judgement, validation = found["judgements"]
+    assert [own["kind"], judgement["kind"], validation["kind"]] == ["evaluation", "sampled", "validation"]
+    assert own["estimate"] is validation["estimate"] is None
+    assert [attack["autoattack"] for attack in judgement["attacks"]] == [None]
+    assert {row["measure"] for row in judgement["results"]} == {"clean", "quick", "worst case"}
+    said = judgement["estimate"]
+    assert {key: said[key] for key in vars(estimate) if key in said} == {
+        key: value for key, value in vars(estimate).items() if key in said
+    }
+    assert (said["method"], said["attack"]["autoattack"]) == ("sampled", "standard")
+    assert said["accuracy"] == estimate.left / estimate.n
+    assert said["of_these_images"] == [end / estimate.n for end in estimate.interval]
+    assert said["of_all_images"] == list(estimate.population)
+    assert judgement["files"]["sampled/asked.csv"] == sha256(sampled / "sampled" / "asked.csv")
+
+
+def test_a_sample_of_another_attack_is_refused(sampled: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(sampled, tmp_path / "run"))
+    path = run / "sampled" / "sampled.json"
+    path.write_text(path.read_text(encoding="utf-8").replace("AutoAttack(", "Quick("), encoding="utf-8")
+    assert "expected a sampled verdict of AutoAttack's standard version" in unmoved("export", run).mistake()
 
 
 def test_an_evaluation_by_an_older_version(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from unmoved import models
 from unmoved.data import digits
 from unmoved.evaluation import outcomes
 from unmoved.exports import model_card
+from unmoved.runs import records
 from unmoved.runs.folder import Run
 
 
@@ -61,6 +62,28 @@ def parts(export: Path) -> tuple[dict[str, Any], Page]:
     text = (export / "README.md").read_text(encoding="utf-8")
     _, metadata, body = text.split("---\n", 2)
     return yaml.safe_load(metadata), Page(MarkdownIt("commonmark").enable("table").render(body))
+
+
+def test_a_sampled_verdict_has_its_interval_wherever_its_figure_stands(sampled: Path, tmp_path: Path) -> None:
+    said = unmoved("export", sampled, "--out", tmp_path / "out").fine()
+    assert "AutoAttack was asked about a sample, and the export says so" in said.out
+    metadata, page = parts(tmp_path / "out")
+    estimate = records.estimate(Run(sampled).sampled)
+    assert estimate is not None
+    left, ends = f"{100 * estimate.left / estimate.n:.1f} %", [100 * share for share in estimate.population]
+    interval, name = "{:.1f} to {:.1f} %".format(*ends), "AutoAttack (standard), sampled"
+    opening = next(words for words in page.texts["p"] if words.startswith("By AutoAttack"))
+    assert opening.startswith(f"By AutoAttack (standard), sampled: an estimated {left} of 30 images (")
+    assert f"95 % interval {interval})" in opening
+    row = page.tables[1][-1]
+    assert (row[0], row[3:]) == (name, [left, interval])
+    (metric,) = [m for m in metadata["model-index"][0]["results"][0]["metrics"] if "AutoAttack" in m["name"]]
+    assert metric["name"] == f"Accuracy, {name} (linf, eps 0.1)"
+    assert metric["args"]["interval_95"] == [round(share, 6) for share in estimate.population]
+    assert metric["args"]["interval_95_of_these_images"] == [round(end / estimate.n, 6) for end in estimate.interval]
+    text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert text.count(left) == 2  # those two, each beside its interval
+    assert "AutoAttack did not judge this model" not in text
 
 
 def test_the_tables_are_the_outcomes(judged: Path, export: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from helpers.cli import unmoved
 
 from unmoved.evaluation import outcomes
+from unmoved.runs import records
 from unmoved.runs.folder import Run
 
 # The fields of a published entry, in order: model_info/cifar10/Linf/Wang2023Better_WRN-70-16.json of RobustBench, of
@@ -61,6 +62,18 @@ def test_without_autoattack_there_is_no_figure_of_it(changed: Callable[..., Path
     found = entry(run / "export")
     assert found["autoattack_acc"] is None
     assert found["clean_acc"] == percent(Run(run).outcomes, "clean")
+
+
+def test_a_sampled_verdict_stands_with_its_intervals_in_the_footnote_alone(sampled: Path, tmp_path: Path) -> None:
+    unmoved("export", sampled, "--out", tmp_path / "out").fine()
+    found, estimate = entry(tmp_path / "out"), records.estimate(Run(sampled).sampled)
+    assert estimate is not None
+    assert found["autoattack_acc"] is None
+    ends = [100 * end / estimate.n for end in estimate.interval] + [100 * share for share in estimate.population]
+    intervals = "({:.2f} to {:.2f} % of these images; 95 % interval {:.2f} to {:.2f} %)".format(*ends)
+    figure = f"{100 * estimate.left / estimate.n:.2f} % {intervals}"
+    asked = f"{estimate.asked} of {estimate.survivors} survivors of it asked"
+    assert f"AutoAttack standard, sampled, {asked}: {figure}" in found["footnote"]
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,12 @@ def export(
         screen.say(f"note: {line}")
     if opened.doctor is None:
         screen.say(f"note: the doctor was not asked, and the export says so: `unmoved doctor {run}`")
-    if opened.verdict is None:
+    if exported.sampled is not None:
+        screen.say(
+            "note: AutoAttack was asked about a sample, and the export says so wherever its figure stands; the "
+            f"complete verdict: `unmoved evaluate {run} --attacks standard`"
+        )
+    elif exported.verdict is None:
         screen.say(
             f"note: AutoAttack did not judge it, and the export says so: `unmoved evaluate {run} --attacks standard`"
         )

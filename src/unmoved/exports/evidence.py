@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -20,6 +21,7 @@ from unmoved.core.errors import UnmovedError
 from unmoved.core.files import latest
 from unmoved.exports.exported_run import ExportedRun, Judgement, Kind, Version, as_json
 from unmoved.exports.robustbench import architecture
+from unmoved.runs.records import digest_of_outcomes
 
 FORMAT = 1
 FILE = "evidence.json"
@@ -109,11 +111,34 @@ class ResultRecord(Table):
     high: Share
 
 
+class EstimateRecord(Table):
+    """What an attack, asked about a sample of what those of the judgement left, leaves together with them.
+
+    A figure of it is quoted with an interval, and never as a verdict of the attack.
+    """
+
+    method: Literal["sampled"]
+    attack: AttackRecord
+    n: Count
+    survivors: Count = Field(description="images that the attacks of the judgement left robust")
+    near: Count = Field(description="the survivors nearest to breaking, all of which were asked about")
+    near_broken: Count
+    far_asked: Count = Field(description="how many of the other survivors were drawn at random and asked about")
+    far_broken: Count
+    error: Share = Field(description="the probability with which an interval may miss the truth, over draws")
+    accuracy: Share = Field(
+        description="(survivors - near_broken - far_broken (survivors - near) / far_asked) / n; of an upper bound"
+    )
+    of_these_images: tuple[Share, Share] = Field(description="the interval for the share left of these n images")
+    of_all_images: tuple[Share, Share] = Field(description="that for all images of the same distribution")
+
+
 class JudgementRecord(Table):
     """An evaluation of the model."""
 
     kind: Kind = Field(
-        description="by any attacks; by AutoAttack; on images held out of training, to choose settings by"
+        description="by any attacks; by AutoAttack; by a cheap search whose survivors AutoAttack was asked about a "
+        "sample of; on images held out of training, to choose settings by"
     )
     asked: str | None = Field(description="the attacks as they were asked for")
     attacks: list[AttackRecord]
@@ -125,6 +150,7 @@ class JudgementRecord(Table):
     versions: Versions = Field(description="of the packages that judged; empty where an older version judged")
     notes: list[str]
     results: list[ResultRecord]
+    estimate: EstimateRecord | None = Field(description="of AutoAttack, where it was asked about a sample; else null")
     files: dict[str, Sha256] = Field(description="of the run folder: the tables that the results are counted from")
 
 
@@ -238,7 +264,24 @@ def _judgement(judgement: Judgement, run: Path) -> JudgementRecord:
         versions=facts.get("versions", {}),
         notes=facts.get("notes", []),
         results=[ResultRecord(**result._asdict()) for result in judgement.results],
+        estimate=_estimate(judgement),
         files={f"{kind}/{name}": digest for name, digest in {f"{kind}.json": told, **facts.get("files", {})}.items()},
+    )
+
+
+def _estimate(judgement: Judgement) -> EstimateRecord | None:
+    estimate, sample = judgement.estimate, judgement.facts.get("sample")
+    if estimate is None or sample is None:
+        return None
+    attack = AttackRecord(name="autoattack", settings=judgement.sampling, kinds=sample["kinds"], autoattack="standard")
+    low, high = estimate.interval
+    return EstimateRecord(
+        method="sampled",
+        attack=attack,
+        **asdict(estimate),
+        accuracy=estimate.left / estimate.n,
+        of_these_images=(low / estimate.n, high / estimate.n),
+        of_all_images=estimate.population,
     )
 
 
@@ -247,7 +290,7 @@ def _opinion(exported: ExportedRun) -> DoctorRecord | None:
     if doctor is None:
         return None
     read = doctor.get("evaluation")
-    about = next((j.kind for j in exported.tested if j.facts.get("files", {}).get("outcomes.csv") == read), None)
+    about = next((j.kind for j in exported.tested if digest_of_outcomes(j.facts) == read), None)
     return DoctorRecord(
         about=about,
         n=doctor.get("n"),

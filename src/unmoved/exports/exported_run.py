@@ -18,13 +18,14 @@ from unmoved.core.threat import eps_text
 from unmoved.core.untrusted import Json, JsonValue
 from unmoved.evaluation import outcomes
 from unmoved.evaluation.outcomes import CLEAN, WORST
+from unmoved.evaluation.sampling import Estimate
 from unmoved.runs.evaluated import EvaluatedRun
 from unmoved.runs.records import Doctor, Evaluation
 
 if TYPE_CHECKING:
     from unmoved.runs.folder import Run
 
-Kind = Literal["evaluation", "verdict", "validation"]
+Kind = Literal["evaluation", "verdict", "sampled", "validation"]
 Version = Literal["standard", "rand"]
 # AutoAttack's versions, by the names under which `evaluate --attacks standard` and `rand` save their outcomes.
 VERSIONS: dict[str, Version] = {"autoattack": "standard", "autoattack-rand": "rand"}
@@ -47,10 +48,11 @@ class Judgement:
     """Hold one evaluation of the exported weights.
 
     Attributes:
-        kind: the folder that it is saved in: ``"evaluation"``, ``"verdict"`` or ``"validation"``.
+        kind: the folder that it is saved in: ``"evaluation"``, ``"verdict"``, ``"sampled"`` or ``"validation"``.
         facts: what is saved beside its outcomes.
         results: "clean", each attack and "worst case", in this order.
         norm, eps: the ball, as the outcomes say it.
+        estimate: in a sampled verdict, whose results are those of its cheap search, what that and AutoAttack leave.
     """
 
     kind: Kind
@@ -58,12 +60,13 @@ class Judgement:
     results: tuple[Result, ...]
     norm: str
     eps: float
+    estimate: Estimate | None = None
 
     @classmethod
-    def of(cls, kind: Kind, facts: Evaluation, table: pd.DataFrame) -> Judgement:
+    def of(cls, kind: Kind, facts: Evaluation, table: pd.DataFrame, estimate: Estimate | None = None) -> Judgement:
         rows = outcomes.summary(table, is_checked=True)[list(Result._fields)].itertuples(index=False, name=None)
         norm, eps = str(table["norm"].iloc[0]), float(table["eps"].iloc[0])
-        return cls(kind, facts, tuple(Result(*row) for row in rows), norm, eps)
+        return cls(kind, facts, tuple(Result(*row) for row in rows), norm, eps, estimate)
 
     @property
     def clean(self) -> Result:
@@ -86,6 +89,12 @@ class Judgement:
         """Return the constructor call that makes an attack; "" where an older version did not keep it."""
         return self.facts["attacks"].get(attack, "")
 
+    @property
+    def sampling(self) -> str:
+        """Return the constructor call that makes the attack which was asked about a sample; "" where there is none."""
+        sample = self.facts.get("sample")
+        return "" if sample is None else sample["attack"]
+
     def autoattack(self, attack: str) -> Version | None:
         """Return which version of AutoAttack an attack is: ``"standard"`` or ``"rand"``; None for any other attack.
 
@@ -105,8 +114,8 @@ class ExportedRun:
     Attributes:
         weights: ``"best"`` or ``"last"``: those that were evaluated.
         data: the bytes of their file.
-        judgements: the evaluations of these weights: those of the recipe's attacks, AutoAttack's, and that of
-            validation images, as far as there are.
+        judgements: the evaluations of these weights: those of the recipe's attacks, AutoAttack's, complete or sampled,
+            and that of validation images, as far as there are.
         doctor: the doctor's opinion of these weights and outcomes, or None.
         left_out: what the run folder also holds, but is about other weights or outcomes.
         about: what the user says of the model beside: license, title, authors, link, venue.
@@ -130,10 +139,14 @@ class ExportedRun:
         which, left_out = evaluated.evaluation["weights"], list(evaluated.stale)
         data = _evaluated_weights(run, which, evaluated.evaluation["weights_sha256"])
         judgements = []
-        if evaluated.evaluation is not evaluated.verdict:
+        settled = evaluated.sampled or evaluated.verdict
+        if evaluated.evaluation is not settled:
             judgements.append(Judgement.of("evaluation", evaluated.evaluation, evaluated.outcomes))
         if evaluated.verdict is not None and evaluated.autoattack is not None:
             judgements.append(Judgement.of("verdict", evaluated.verdict, evaluated.autoattack))
+        if evaluated.sampled is not None and evaluated.searched is not None:
+            judgements.append(Judgement.of("sampled", evaluated.sampled, evaluated.searched, evaluated.estimate))
+            _require_autoattack(run, judgements[-1].sampling)
         validation = run.validation
         if validation is not None and validation["weights_sha256"] != evaluated.evaluation["weights_sha256"]:
             left_out.append(
@@ -180,11 +193,16 @@ class ExportedRun:
     @property
     def main(self) -> Judgement:
         """Return the judgement whose figures stand first: AutoAttack's, or that of the recipe's attacks."""
-        return self.verdict or self.judgements[0]
+        return self.verdict or self.sampled or self.judgements[0]
 
     @property
     def verdict(self) -> Judgement | None:
         return next((judgement for judgement in self.judgements if judgement.kind == "verdict"), None)
+
+    @property
+    def sampled(self) -> Judgement | None:
+        """Return the sampled verdict; there is none beside a complete one."""
+        return next((judgement for judgement in self.judgements if judgement.estimate is not None), None)
 
     @property
     def standard(self) -> Judgement | None:
@@ -218,6 +236,15 @@ class ExportedRun:
     @property
     def eps(self) -> str:
         return eps_text(self.main.eps)
+
+
+def _require_autoattack(run: Run, settings: str) -> None:
+    """Raise `UnmovedError` where another attack than AutoAttack's standard version was asked about a sample."""
+    if not (settings.startswith("AutoAttack(") and "version='standard'" in settings):
+        raise UnmovedError(
+            f"{run.path}: expected a sampled verdict of AutoAttack's standard version, came one of {settings!r:.80}; "
+            f"run `unmoved evaluate {run.path} --attacks standard --sample N` again"
+        )
 
 
 def _evaluated_weights(run: Run, which: str, expected: str) -> bytes:

@@ -12,12 +12,14 @@ from typing import Any
 
 from unmoved.core.messages import printable
 from unmoved.evaluation.outcomes import CLEAN, WORST
+from unmoved.evaluation.sampling import Estimate
 from unmoved.exports.exported_run import ExportedRun, Judgement, Result
 from unmoved.exports.robustbench import architecture
 from unmoved.runs.assembly import IN_PYTHON
 from unmoved.runs.components import KINDS
 from unmoved.runs.foreign import is_foreign
 
+ESTIMATED = "AutoAttack (standard), sampled"
 _MARKS = re.compile(r"([\\`*_{}\[\]<>#!|~&$])")
 
 
@@ -62,7 +64,8 @@ def metadata(exported: ExportedRun) -> dict[str, Any]:
     ids = [str(data["name"])] if data.get("use") == "hf" and data.get("name") else []
     split = exported.main.split
     dataset = {"type": ids[0] if ids else exported.dataset, "name": exported.dataset, "split": split.rpartition("/")[2]}
-    measured = [(j, result) for j in exported.tested for result in j.results]
+    metrics = [_metric(j, result) for j in exported.tested for result in j.results]
+    metrics += [_estimated(j, j.estimate) for j in exported.tested if j.estimate is not None]
     return {
         **({"license": exported.about["license"]} if "license" in exported.about else {}),
         "library_name": "unmoved",
@@ -77,7 +80,7 @@ def metadata(exported: ExportedRun) -> dict[str, Any]:
                     {
                         "task": {"type": "image-classification", "name": "Image Classification"},
                         "dataset": dataset,
-                        "metrics": [_metric(judgement, result) for judgement, result in measured],
+                        "metrics": metrics,
                     }
                 ],
             }
@@ -95,6 +98,24 @@ def _metric(judgement: Judgement, result: Result) -> dict[str, Any]:
             "judged": judgement.kind,
             "n": result.n,
             "interval_95": [round(result.low, 6), round(result.high, 6)],
+            "images_sha256": judgement.facts.get("images"),
+        },
+    }
+
+
+def _estimated(judgement: Judgement, estimate: Estimate) -> dict[str, Any]:
+    low, high = (round(count / estimate.n, 6) for count in estimate.interval)
+    return {
+        "type": "accuracy",
+        "value": round(estimate.left / estimate.n, 6),
+        "name": f"Accuracy, {ESTIMATED} ({judgement.norm}, eps {judgement.eps:.4g})",
+        "args": {
+            "judged": judgement.kind,
+            "n": estimate.n,
+            "survivors": estimate.survivors,
+            "asked": estimate.asked,
+            "interval_95": [round(share, 6) for share in estimate.population],
+            "interval_95_of_these_images": [low, high],
             "images_sha256": judgement.facts.get("images"),
         },
     }
@@ -132,15 +153,14 @@ def label(judgement: Judgement, result: Result) -> str:
 
 
 def _opening(exported: ExportedRun) -> str:
-    about, worst = exported.about, exported.main.worst
+    about = exported.about
     shape = "" if exported.shape is None else f" of shape {exported.shape}"
     sentence = "" if exported.doctor is None else exported.doctor.get("sentence", "")
     made = "trained and judged" if exported.trained else "trained elsewhere and judged"
     lines = [
         f"An image classifier (`{_code(architecture(exported))}`), {made} by unmoved: images{shape} in [0, 1] to "
         f"logits of {len(exported.classes) or 'its'} classes, normalisation inside.",
-        f"**{_by(exported.main)}: {100 * worst.accuracy:.1f} % of {worst.n} images "
-        f"(95 % interval {100 * worst.low:.1f} to {100 * worst.high:.1f} %) are right while an attacker may move each "
+        f"**{_by(exported.main)}: {_headline(exported.main)} are right while an attacker may move each "
         f"by {exported.eps} in {exported.main.norm}**, {100 * exported.main.clean.accuracy:.1f} % without an attack. "
         "An accuracy under attack is an upper bound.",
     ]
@@ -153,8 +173,29 @@ def _opening(exported: ExportedRun) -> str:
     return "\n\n".join(lines)
 
 
+def _headline(judgement: Judgement) -> str:
+    """Return how many images are right in the worst case, with the interval; of a sampled verdict both intervals."""
+    if (estimate := judgement.estimate) is not None:
+        low, high = estimate.population
+        return (
+            f"an estimated {100 * estimate.left / estimate.n:.1f} % of {estimate.n} images "
+            f"({text(_of_these(estimate))}; 95 % interval {100 * low:.1f} to {100 * high:.1f} %)"
+        )
+    worst = judgement.worst
+    interval = f"95 % interval {100 * worst.low:.1f} to {100 * worst.high:.1f} %"
+    return f"{100 * worst.accuracy:.1f} % of {worst.n} images ({interval})"
+
+
+def _of_these(estimate: Estimate) -> str:
+    """Return the interval for these images alone, of a sampled verdict, and what was asked."""
+    low, high = (100 * count / estimate.n for count in estimate.interval)
+    return f"{estimate.asked} of {estimate.survivors} survivors asked, {low:.1f} to {high:.1f} % of these images"
+
+
 def _by(judgement: Judgement) -> str:
     """Return by which attacks a model was judged, as a heading."""
+    if judgement.estimate is not None:
+        return "By AutoAttack (standard), sampled"
     versions = {judgement.autoattack(result.measure) for result in judgement.attacked}
     if None not in versions:
         return f"By AutoAttack ({', '.join(sorted(map(str, versions)))})"
@@ -172,14 +213,26 @@ def _row(judgement: Judgement) -> str:
         for result in judgement.results
         if not (result.measure == WORST and len(judgement.attacked) == 1)
     ]
+    if (estimate := judgement.estimate) is not None:
+        low, high = estimate.population
+        rows.append(
+            f"| {ESTIMATED} | {judgement.eps:.4g} | about {estimate.left:.0f} of {estimate.n} | "
+            f"{100 * estimate.left / estimate.n:.1f} % | {100 * low:.1f} to {100 * high:.1f} % |"
+        )
     lines = [
         f"### {_by(judgement)}, n = {n}",
         f"On {n} images of {text(judgement.split)}. Intervals are 95 % Wilson intervals over images.",
         "\n".join(["| measure | eps | right | accuracy | 95 % interval |", "|---|---|---|---|---|", *rows]),
     ]
+    if estimate is not None:
+        lines.append(
+            "AutoAttack was asked about the nearest of the images that the search above left, and about a random "
+            f"sample of the others: {_of_these(estimate)}. The figure estimates what both together leave; its interval "
+            "in the table is for all images like these, and covers the choice of the sample as well."
+        )
     if notes := judgement.facts.get("notes"):
         lines.append("\n".join(f"- {text(note)}" for note in notes))
-    settings = [judgement.settings(result.measure) for result in judgement.attacked]
+    settings = [*(judgement.settings(result.measure) for result in judgement.attacked), judgement.sampling]
     if any(settings):
         lines.append("The attacks, their seeds too:\n\n" + "\n".join(f"- `{_code(call)}`" for call in settings if call))
     return "\n\n".join(lines)
@@ -187,7 +240,9 @@ def _row(judgement: Judgement) -> str:
 
 def _bound(exported: ExportedRun) -> str:
     said = "Each accuracy under attack is an **upper bound**: stronger attacks may find more."
-    if exported.verdict is None:
+    if exported.sampled is not None:
+        said += " AutoAttack judged a sample: its figure estimates such a bound, and stands with its interval alone."
+    elif exported.verdict is None:
         said += " AutoAttack did not judge this model."
     elif exported.standard is None:
         said += " AutoAttack's standard version did not judge this model; its version for randomised models did."
@@ -265,7 +320,9 @@ def _limits(exported: ExportedRun) -> str:
         ),
         "Nothing was checked of poisoned training data, stolen or inverted models, privacy, fairness or calibration.",
     ]
-    if exported.standard is None:
+    if exported.sampled is not None:
+        points.insert(1, "AutoAttack's figure is an estimate from a sample: compare its interval with others' figures.")
+    elif exported.standard is None:
         points.insert(1, "They are not comparable with figures by AutoAttack, such as RobustBench's, which are lower.")
     if any(judgement.kind == "validation" for judgement in exported.judgements):
         points.append("Settings were chosen on validation images; their figures are in `evidence.json` and not here.")

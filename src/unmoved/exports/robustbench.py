@@ -14,7 +14,8 @@ def robustbench(exported: ExportedRun) -> dict[str, Any]:
 
     Accuracies are percentages in texts, as there. ``autoattack_acc`` is AutoAttack's standard version alone;
     ``reported`` is the worst case over the attacks of the recipe, a weaker bound, and ``footnote`` names them, the
-    number of images and the norm. ``clean_acc`` is of the same images as ``autoattack_acc``, where that is known.
+    number of images and the norm, and gives a sampled verdict with its intervals: the entry has no place for these.
+    ``clean_acc`` is of the same images as ``autoattack_acc``, where that is known.
     """
     standard = exported.standard
     own = next((judgement for judgement in exported.judgements if judgement.kind == "evaluation"), None)
@@ -59,8 +60,17 @@ def _said(judgement: Judgement) -> str:
         version = judgement.autoattack(result.measure)
         made = judgement.settings(result.measure).partition("(")[0] or "unknown"
         names.append(f"AutoAttack {version}" if version else f"{result.measure} ({made}, not AutoAttack)")
+    sampled = ""
+    if (estimate := judgement.estimate) is not None:
+        low, high = estimate.population
+        least, most = (100 * count / estimate.n for count in estimate.interval)
+        sampled = (
+            f"; AutoAttack standard, sampled, {estimate.asked} of {estimate.survivors} survivors of it asked: "
+            f"{100 * estimate.left / estimate.n:.2f} % ({least:.2f} to {most:.2f} % of these images; 95 % interval "
+            f"{100 * low:.2f} to {100 * high:.2f} %)"
+        )
     notes = "".join(f"; {note}" for note in judgement.facts.get("notes") or ())
     return (
         f"{_percent(worst)} % under {', '.join(names)} in {judgement.norm}, on n = {worst.n} images of "
-        f"{judgement.split} (95 % interval {100 * worst.low:.2f} to {100 * worst.high:.2f} %){notes}."
+        f"{judgement.split} (95 % interval {100 * worst.low:.2f} to {100 * worst.high:.2f} %){sampled}{notes}."
     )

@@ -61,6 +61,8 @@ def sarif(exported: ExportedRun, weights: str) -> dict[str, Any]:
     else:
         run |= {"invocations": [{"executionSuccessful": True}], "results": results}
         run["properties"] = {"sentence": doctor.get("sentence", ""), "n": doctor.get("n")}
+        if exported.sampled is not None and exported.sampled.estimate is not None:
+            run["properties"]["about"] = exported.sampled.estimate.words()
     return {"$schema": SCHEMA, "version": "2.1.0", "runs": [run]}
 
 
