@@ -184,12 +184,7 @@ def test_square_finds_the_same_with_it(trained, everywhere, monkeypatch):
     patches, compute = [], Incremental._logits
     monkeypatch.setattr(Incremental, "_logits", lambda *given: patches.append(1) or compute(*given))
     assert torch.allclose(ATTACK(model, batch), plain, atol=1e-12)
-    assert len(patches) > len(seen) / 2
-    few = batch.take(torch.tensor([0, 5, 9]))  # of which several iterations share a pass
-    assert len(patches) > 60
-    patches.clear()
-    assert torch.allclose(ATTACK(model, few), plain[[0, 5, 9]], atol=1e-12)
-    assert len(patches) < 60
+    assert len(seen) / 2 < len(patches) < 100  # of 119 iterations, some of which share a pass
     assert all(images.min() >= 0 and images.max() <= 1 for images in seen)  # hooks of the whole see true images
 
 

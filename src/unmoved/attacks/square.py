@@ -14,7 +14,6 @@ from unmoved.attacks.calling import takes_images
 from unmoved.attacks.gradients import Best, broken, value_at
 from unmoved.attacks.incremental import Incremental
 from unmoved.attacks.minimum_norm import searching
-from unmoved.attacks.rounds import ROWS
 from unmoved.attacks.square_proposals import Draws, Flips, Tiles, mosaic, stripes
 from unmoved.attacks.watched_layers import first_layers
 from unmoved.core.batch import Batch, Image, PerSample
@@ -30,6 +29,8 @@ HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 SCHEDULED = 10_000
 # Iterations whose random numbers are drawn at once; broken samples leave the computation between them.
 BLOCK = 25
+# Proposals a pass where patches are computed, several of a sample if need be.
+TOGETHER = 256
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ class Square:
         away, and made anew.
         """
         wrong, layout = torch.zeros_like(value, dtype=torch.bool), _layout(base.model)
-        at, together = torch.zeros_like(base.y), 1
+        at, together, asked, changed = torch.zeros_like(base.y), 1, 0, 0
         while len(left := torch.nonzero(~wrong & (at < length)).flatten()):
             turns = at.index_select(0, left)[:, None] + torch.arange(together, device=at.device)
             row, column = torch.nonzero(turns < length, as_tuple=True)
@@ -161,8 +162,9 @@ class Square:
                 best.index_copy_(0, kept, proposed.index_select(0, better))
             if known.is_on:
                 known.accept(kept, better)
-                # At most about a tenth is thrown away.
-                together = max(1, min(ROWS // len(left), len(rows) // (4 * len(kept) + 1)))
+                # A fifth is thrown away at most, about.
+                asked, changed = asked + len(rows), changed + len(kept)
+                together = max(1, min(TOGETHER // len(left), asked // (2 * changed + 1)))
         return x_best, value, wrong
 
     def _blocks(self, height: int, width: int) -> Iterator[tuple[int, int, int]]:
