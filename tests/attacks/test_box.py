@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from unmoved.attacks import APGD, CW, FAB, FGSM, FMN, IAAT, PGD, SPSA, DeepFool, HopSkipJump, Quick, Square
+from unmoved.attacks.odi import DiversifiedPGD
 from unmoved.core.batch import Batch
 from unmoved.core.threat import ThreatModel
 from unmoved.terms import Margin
@@ -123,6 +124,7 @@ EVERY = [
     ("pgd-gaussian", lambda t: PGD(t, steps=3, start="gaussian"), NORMS),
     ("apgd", lambda t: APGD(t, steps=20), NORMS),
     ("apgd-large-first", lambda t: APGD(t, steps=20, large_first=True), ("l1",)),
+    ("diversified", lambda t: DiversifiedPGD(t, steps=10), NORMS),
     ("iaat", lambda t: IAAT(t, steps=5), NORMS),
     ("spsa", lambda t: SPSA(t, steps=5, samples=32), NORMS),
     ("square", lambda t: Square(t, queries=40), NORMS),

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unmoved.attacks import APGD, PGD
+from unmoved.attacks import APGD, FMN, PGD
+from unmoved.attacks.odi import DiversifiedPGD
 from unmoved.attacks.relu_backward import smoothed
 from unmoved.core.batch import Batch
 from unmoved.core.errors import UnmovedError
@@ -56,7 +57,7 @@ def test_outside_of_it_and_at_zero_nothing_is_changed():
     assert torch.equal(slope, (Z > 0).double())
 
 
-@pytest.mark.parametrize("attack", [PGD, APGD])
+@pytest.mark.parametrize("attack", [PGD, APGD, DiversifiedPGD])
 def test_a_door_behind_dead_units_is_found(attack):
     x = torch.full((8, 1, 3, 3), 0.4)
     batch, model = Batch(x, torch.zeros(8, dtype=torch.int64)), Hidden()
@@ -67,7 +68,16 @@ def test_a_door_behind_dead_units_is_found(attack):
     assert (model(blind).argmax(1) == 0).float().mean() > 0.5
 
 
-@pytest.mark.parametrize("attack", [PGD, APGD])
+def test_the_nearest_point_behind_dead_units_is_found():
+    """Nine pixels at 0.68 + 0.05 / 9."""
+    x = torch.full((1, 1, 3, 3), 0.4)
+    batch = Batch(x, torch.zeros(1, dtype=torch.int64))
+    assert torch.equal(FMN(LINF, steps=30)(Hidden(), batch), x)
+    distance = LINF.distance(FMN(LINF, steps=30, smooth=10.0)(Hidden(), batch), x)
+    assert distance.item() == pytest.approx(0.28 + 0.05 / 9, rel=0.01)
+
+
+@pytest.mark.parametrize("attack", [PGD, APGD, FMN, DiversifiedPGD])
 def test_a_negative_alpha_is_refused(attack):
     with pytest.raises(UnmovedError, match="smooth"):
         attack(LINF, smooth=-1.0)

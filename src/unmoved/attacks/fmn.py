@@ -12,6 +12,7 @@ from unmoved.attacks.calling import takes_images
 from unmoved.attacks.gradients import crossed, gradient_at, rounding
 from unmoved.attacks.hyperplanes import dual_length, length
 from unmoved.attacks.minimum_norm import MARGIN, Nearest, searching
+from unmoved.attacks.relu_backward import smoothed
 from unmoved.core.batch import Batch, Image, PerSample, per_image
 from unmoved.core.errors import number_field, whole_field
 from unmoved.core.threat import ThreatModel, require_threat
@@ -42,6 +43,7 @@ class FMN:
         steps: gradient steps; one pass more judges the last point. 30 are nearly as good as 100 where time is short.
         step_size: alpha at the first step, in diameters of the ball.
         gamma: change of the radius at the first step (0.05 in the paper).
+        smooth: alpha of a softplus whose derivative stands in for ReLU's, 0 for none; see `relu_backward.smoothed`.
 
     Raises:
         UnmovedError: a value outside its bounds.
@@ -58,6 +60,7 @@ class FMN:
     steps: int = 100
     step_size: float = 1.0
     gamma: float = 0.05
+    smooth: float = 0.0
 
     minimum_norm = True
 
@@ -66,10 +69,11 @@ class FMN:
         whole_field(self, "FMN.steps", at_least=1)
         number_field(self, "FMN.step_size", above=0)
         number_field(self, "FMN.gamma", above=0, at_most=1)
+        number_field(self, "FMN.smooth", at_least=0)
 
     @takes_images
     def __call__(self, model: nn.Module, batch: Batch) -> Image:
-        with searching(model, batch, self.threat) as views:
+        with searching(model, batch, self.threat) as views, smoothed(self.smooth):
             nearest = Nearest(views, self.threat)
             if len(nearest.open):
                 self._search(nearest)
