@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from unmoved.attacks import FAB, Quick
+from unmoved.attacks import FMN, Quick
 from unmoved.core.errors import UnmovedError, require_number, require_whole
 from unmoved.core.protocols import Attack, kinds_of
 from unmoved.core.threat import ThreatModel
@@ -78,7 +78,7 @@ def answer(asked: Asked, chosen: dict[str, Attack], size: Size, report: Report) 
     _require_deterministic(asked)
     seed = asked.assembly.recipe.training.seed
     cheap: dict[str, Attack] = {"quick": Quick(threat, seed=seed)}
-    scout: dict[str, Attack] = {"scout": scout_of(threat, seed)}
+    scout: dict[str, Attack] = {"scout": scout_of(threat)}
     journal = asked.journal("sampled", cheap | scout)
     table = asked.judged(cheap, journal, partial(_part, report, 0.0, CHEAP))
     standing = np.flatnonzero(~_succeeded(asked, table, np.arange(n)))
@@ -110,9 +110,9 @@ def answer(asked: Asked, chosen: dict[str, Attack], size: Size, report: Report) 
     return {"sampled": table}
 
 
-def scout_of(threat: ThreatModel, seed: int) -> Attack:
-    """Return the attack that finds how far the decision boundary is: a few steps of FAB towards two classes."""
-    return FAB(threat, steps=6, targets=2, seed=seed)
+def scout_of(threat: ThreatModel) -> Attack:
+    """Return the attack that finds how far the decision boundary is: a few steps of FMN, through dead ReLUs."""
+    return FMN(threat, steps=20, smooth=10)
 
 
 def survivors_of(identities: np.ndarray, scouted: pd.DataFrame, seed: int) -> Survivors:
