@@ -246,6 +246,35 @@ def test_a_judgement_is_read_by_its_attributes_and_shown(trained: Net, digits: d
     assert "mine" in page.read_text()
 
 
+def test_a_judgement_by_a_sample_shows_the_estimate_and_its_interval(trained: Net, digits: data.ArraySplit) -> None:
+    model, images = models.normalized(trained, [0.3], [0.35]), (digits.images[:60], digits.labels[:60])
+    ask: dict[str, Any] = {"eps": 0.05, "doctor": False, "progress": False}
+    found = package.judge(model, images, attacks="standard", sample=10, **ask)
+    assert found.estimate is not None
+    assert set(found.outcomes["attack"]) == {"quick"}
+    assert found.estimate.survivors == (~found.outcomes["success"]).sum()
+    assert (found.accuracy, found.interval) == (found.estimate.left / 60, found.estimate.population)
+    low, high = (f"{100 * end:.1f}" for end in found.interval)
+    for shown in (repr(found), found._repr_html_()):
+        assert found.estimate.words() in shown
+        assert f"{low} to {high}" in shown
+        assert "worst case" not in shown  # of the cheap search alone
+    with pytest.raises(UnmovedError, match="expected --attacks standard"):
+        package.judge(model, images, sample=10, **ask)
+
+
+def test_the_command_judges_by_a_sample(folder: Path) -> None:
+    asked = [*COMMAND, "--no-doctor", "--sample", 10]
+    asked[asked.index("--attacks") + 1], asked[asked.index("0.1")], asked[asked.index("40")] = "standard", "0.05", "60"
+    said = unmoved(*asked).fine().out
+    assert re.search(r"AutoAttack, sampled: [\d.]+ \[[\d.]+, [\d.]+\], 10 of \d+ survivors asked", said)
+    assert "AutoAttack, sampled" in Path("runs/mine/report.html").read_text()
+    asked[asked.index("standard")] = "quick"
+    shutil.rmtree("runs/mine")
+    assert "expected --attacks standard" in unmoved(*asked).mistake()
+    assert not Path("runs/mine").exists()
+
+
 def test_a_folder_is_of_one_model_and_of_one_data_set(trained: Net, digits: data.ArraySplit, tmp_path: Path) -> None:
     class Masked(Net):
         """What it computes depends on a setting that is no tensor."""

@@ -11,7 +11,6 @@ import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
 from html import escape
 from importlib import import_module
 from pathlib import Path
@@ -30,85 +29,22 @@ from unmoved.core.untrusted import Json
 from unmoved.data import ArraySplit, DataSet, Selection
 from unmoved.data.adapters import as_split, names_of
 from unmoved.data.validation import numbered
-from unmoved.evaluation import outcomes
 from unmoved.evaluation.doctor.examine import examine
 from unmoved.evaluation.doctor.finding import Finding
 from unmoved.reports import report as reports
+from unmoved.reports.judgement import Judgement
 from unmoved.runs import recipe as config
+from unmoved.runs import records
 from unmoved.runs.assembly import Assembly
 from unmoved.runs.components import parse_number
-from unmoved.runs.evaluate import chosen_attacks, evaluate_run, examine_run
+from unmoved.runs.evaluate import chosen_attacks, evaluate_run, examine_run, size_of
 from unmoved.runs.folder import Run
 from unmoved.runs.judged import first_logits, is_of_other_weights, judged_run, tables_of_objects
 from unmoved.runs.load import Opened, opened, weights_digest
-from unmoved.runs.records import Doctor
 
 logger = logging.getLogger("unmoved")
 Progress = Callable[[float, str], None]
 ORDER = 'judge(model, data, eps="8/255")'
-
-
-@dataclass(frozen=True, eq=False)
-class Judgement:
-    """Hold what was found about a model: shown as a table, read by its attributes.
-
-    Attributes:
-        run: the run folder that holds all of it; gone with this object unless a folder was asked for.
-        outcomes: one row for each image and attack, with the columns of `unmoved.outcomes`.
-        notes: what was done to data or model before.
-        doctor: what the doctor found: sentence and findings; None where it was not asked.
-    """
-
-    run: Run
-    outcomes: pd.DataFrame
-    notes: tuple[str, ...] = ()
-    doctor: Doctor | None = None
-
-    @cached_property
-    def summary(self) -> pd.DataFrame:
-        """Return accuracy, its 95 % interval (low, high) and n by measure: clean, each attack, the worst case."""
-        return outcomes.summary(self.outcomes).set_index("measure")
-
-    @property
-    def clean(self) -> float:
-        """Return the share of images that the model gets right as they are."""
-        return self._of(outcomes.CLEAN, "accuracy")
-
-    @property
-    def accuracy(self) -> float:
-        """Return the share that it gets right after every attack, an upper bound on its robust accuracy."""
-        return self._of(outcomes.WORST, "accuracy")
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """Return Wilson's 95 % interval of `accuracy`."""
-        return self._of(outcomes.WORST, "low"), self._of(outcomes.WORST, "high")
-
-    def _of(self, measure: str, column: str) -> float:
-        return float(self.summary[column].to_dict()[measure])
-
-    def report(self, path: Path | str = "report.html", title: str = "Robustness report") -> Path:
-        """Write one self-contained HTML page, and its figures beside it; return its path."""
-        return reports.write([self.run], Path(path), title=title)
-
-    def _lines(self) -> list[str]:
-        low, high = self.interval
-        rows = [f"{name!s}: {100 * share:.1f} %" for name, share in self.summary["accuracy"].items()]
-        words = [*rows, f"95 % interval of the worst case: {100 * low:.1f} to {100 * high:.1f} %"]
-        words.append(f"n = {self._of(outcomes.WORST, 'n'):.0f}")
-        if self.doctor is not None:
-            words.append(f"doctor: {self.doctor['sentence'] or 'no objection'}")
-        return [*words, *(f"note: {note}" for note in self.notes)]
-
-    def __repr__(self) -> str:
-        return "\n".join(self._lines())
-
-    def _repr_html_(self) -> str:
-        share = (100 * self.summary[["accuracy", "low", "high"]]).round(1)
-        interval = share["low"].astype(str) + " to " + share["high"].astype(str)
-        columns = {"accuracy, %": share["accuracy"], "95 % interval": interval, "n": self.summary["n"].astype(int)}
-        words = self._lines()[len(share) + 2 :]
-        return pd.DataFrame(columns).rename_axis(None).to_html(border=0) + "".join(f"<p>{escape(w)}</p>" for w in words)
 
 
 def judge(
@@ -119,6 +55,8 @@ def judge(
     norm: str = "linf",
     attacks: str = "quick",
     n: int | None = None,
+    sample: int | None = None,
+    within: float | None = None,
     classes: Sequence[str] | None = None,
     layout: str | None = None,
     doctor: bool = True,
@@ -138,6 +76,8 @@ def judge(
         norm: ``"linf"``, ``"l2"`` or ``"l1"``.
         attacks: as of ``unmoved evaluate``: ``"quick"``, ``"standard"`` (AutoAttack), names with commas between.
         n: judge this many images, drawn by a fixed seed; all by default.
+        sample, within: with ``"standard"``, ask AutoAttack about this many of what a cheap search leaves, or about as
+            many as give an interval of this many points each way: what it leaves is then estimated.
         classes: their names; by default those that the data has.
         layout: ``"NCHW"`` or ``"NHWC"``, needed for numpy arrays whose shape alone does not tell.
         doctor: whether the doctor is asked.
@@ -151,25 +91,33 @@ def judge(
             for; a folder that holds something else.
     """
     require_model(model, ORDER)
-    if not isinstance(attacks, str):
-        raise UnmovedError(
-            f'judge: expected names as attacks, such as "quick" or "pgd(steps=50)", came {attacks!r:.80}'
-        )
     split, logits, notes = _fitting(model, data, classes, layout)
     about: Json = {"name": name or type(model).__name__, "threat": {"norm": norm, "eps": parsed_eps(eps)}}
     recipe = config.parse({**about, **tables_of_objects(model, split, logits)}, "judge")
     held = split if isinstance(split, ArraySplit) else split.select(torch.arange(len(split)))
     assembly = Assembly(recipe, allow, source=DataSet(held, held, "data"))
-    chosen_attacks(attacks, assembly, allow)  # a wrong name is refused before a folder is made
+    _require_attacks(attacks, assembly, allow, sample, within)
     with ExitStack() as undone:
         folder = Path(tempfile.mkdtemp(prefix="unmoved-") if out is None else out)
         if out is None:
             undone.callback(shutil.rmtree, folder, ignore_errors=True)
         run = judged_run(folder, assembly, model, None)
-        table = _evaluated(run, lambda: Opened(assembly, model), attacks, n, doctor, batch_size, allow, progress)
-        judgement = Judgement(run, table, tuple(notes), run.doctor if doctor else None)
+        ask = _Question(attacks, n, doctor, batch_size, allow, progress, sample, within)
+        judgement = ask.judgement(run, lambda: Opened(assembly, model), notes)
         weakref.finalize(judgement, undone.pop_all().close)
     return judgement
+
+
+def _require_attacks(
+    attacks: object, assembly: Assembly, allow: Collection[str], sample: int | None, within: float | None
+) -> None:
+    """Refuse a wrong name, or a sample of what cannot be sampled, before a folder is made."""
+    if not isinstance(attacks, str):
+        raise UnmovedError(
+            f'judge: expected names as attacks, such as "quick" or "pgd(steps=50)", came {attacks!r:.80}'
+        )
+    chosen_attacks(attacks, assembly, allow)
+    size_of(sample, within, attacks)
 
 
 def _fitting(
@@ -193,6 +141,8 @@ def judge_recipe(
     *,
     attacks: str = "standard",
     n: int | None = None,
+    sample: int | None = None,
+    within: float | None = None,
     doctor: bool = True,
     batch_size: int = 128,
     allow: Collection[str] = (),
@@ -209,7 +159,7 @@ def judge_recipe(
         out: the run folder.
         device: ``"auto"``, ``"cpu"``, ``"cuda"``.
         loading: called with (done, total) images where decoding takes a while.
-        attacks, n, doctor, batch_size, allow, progress: as in `judge`.
+        attacks, n, sample, within, doctor, batch_size, allow, progress: as in `judge`.
 
     Raises:
         UnmovedError: as `judge`; weights that do not fit.
@@ -220,11 +170,11 @@ def judge_recipe(
     require_outputs(first_logits(model, assembly.data.test).shape[1], assembly.data.test)
     notes = () if loaded is not None else ("no file of weights was given: the model was judged as it is made",)
     where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    chosen_attacks(attacks, assembly, allow)
+    _require_attacks(attacks, assembly, allow, sample, within)
     run = judged_run(Path(out), assembly, model, loaded)
     opened = Opened(assembly, model.to(where).eval())
-    table = _evaluated(run, lambda: opened, attacks, n, doctor, batch_size, allow, progress)
-    return Judgement(run, table, notes, run.doctor if doctor else None)
+    ask = _Question(attacks, n, doctor, batch_size, allow, progress, sample, within)
+    return ask.judgement(run, lambda: opened, notes)
 
 
 def judge_in_ball(
@@ -265,26 +215,42 @@ def judge_in_ball(
     if is_of_other_weights(path, loaded.sha256):
         shutil.rmtree(path)  # as an evaluation of the run itself, what is about former weights is replaced
     folder = judged_run(path, assembly, model, loaded)
-    table = _evaluated(folder, lambda: Opened(assembly, model), attacks, n, doctor, batch_size, allow, progress)
-    return Judgement(folder, table, (), folder.doctor if doctor else None)
+    ask = _Question(attacks, n, doctor, batch_size, allow, progress)
+    return ask.judgement(folder, lambda: Opened(assembly, model))
 
 
-def _evaluated(
-    run: Run,
-    ready: Callable[[], Opened],
-    attacks: str,
-    n: int | None,
-    doctor: bool,
-    batch_size: int,
-    allow: Collection[str],
-    progress: Progress | bool,
-) -> pd.DataFrame:
-    """Evaluate a run folder, ask the doctor about it, and return the outcomes, AutoAttack's last."""
-    with _bar(progress) as show:
-        tables = evaluate_run(run, attacks=attacks, n=n, batch_size=batch_size, allow=allow, progress=show, ready=ready)
-        if doctor:
-            examine_run(run, allow=allow, progress=show, ready=ready)
-    return pd.concat(tables.values(), ignore_index=True)
+@dataclass(frozen=True)
+class _Question:
+    """The arguments of `judge` that say how a run folder is judged."""
+
+    attacks: str
+    n: int | None
+    doctor: bool
+    batch_size: int
+    allow: Collection[str]
+    progress: Progress | bool
+    sample: int | None = None
+    within: float | None = None
+
+    def judgement(self, run: Run, ready: Callable[[], Opened], notes: Sequence[str] = ()) -> Judgement:
+        """Evaluate a run folder, ask the doctor about it, and return what was found, AutoAttack's outcomes last."""
+        with _bar(self.progress) as show:
+            tables = evaluate_run(
+                run,
+                attacks=self.attacks,
+                n=self.n,
+                sample=self.sample,
+                within=self.within,
+                batch_size=self.batch_size,
+                allow=self.allow,
+                progress=show,
+                ready=ready,
+            )
+            if self.doctor:
+                examine_run(run, allow=self.allow, progress=show, ready=ready)
+        table, facts = pd.concat(tables.values(), ignore_index=True), run.sampled if "sampled" in tables else None
+        more = [] if facts is None else facts.get("notes", [])
+        return Judgement(run, table, (*notes, *more), run.doctor if self.doctor else None, records.estimate(facts))
 
 
 def doctor(

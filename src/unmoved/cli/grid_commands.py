@@ -101,7 +101,10 @@ def compare(
         screen.print_summary({run.name: run.verdict_outcomes for run in best})
     extra = _analysed(runs, chapters, analysis_n, allow, out) if chapters else []
     path = reports.write(runs, out / "report.html", extra=extra, title=f"{_count(parsed, 'recipe')}, {runs_words}")
-    screen.print_summary({f"{run.name} seed {run.seed}" if runs_each > 1 else run.name: run.outcomes for run in runs})
+    named = {f"{run.name} seed {run.seed}" if runs_each > 1 else run.name: run for run in runs}
+    screen.print_summary({name: run.outcomes for name, run in named.items()})
+    for name, run in named.items():
+        screen.print_estimate(run.sampled if run.shown == "sampled" else None, name)
     screen.say(f"report: {path}")
 
 

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from unmoved.cli import screen
-from unmoved.cli.options import Allow, AskDoctor, Attacks, BatchSize, Device, Number, app
+from unmoved.cli.options import Allow, AskDoctor, Attacks, BatchSize, Device, Number, Sample, Within, app
 
 if TYPE_CHECKING:
     from unmoved.core.untrusted import Json
+    from unmoved.reports.judgement import Judgement
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="my_models:MyNet with --allow my_models, timm:NAME, or ours.")
@@ -45,6 +46,8 @@ def judge(
     norm: Annotated[str, typer.Option(help="linf, l2 or l1.")] = "linf",
     attacks: Attacks = "standard",
     n: Number = None,
+    sample: Sample = None,
+    within: Within = None,
     mean: Mean = None,
     std: Deviation = None,
     match: Match = "names",
@@ -80,15 +83,26 @@ def judge(
             out,
             attacks=attacks,
             n=n,
+            sample=sample,
+            within=within,
             doctor=ask_doctor,
             batch_size=batch_size,
             allow=allow,
             device=device,
             progress=progress,
         )
+    _say(judgement, is_sample=sample is not None or within is not None)
+    screen.say(f"saved: {out}\nreport: {judgement.report(out / 'report.html')}")
+
+
+def _say(judgement: Judgement, is_sample: bool) -> None:
+    """Print what was found; say where a sample that was asked for is all there is."""
     screen.print_summary({judgement.run.name: judgement.outcomes})
+    if judgement.estimate is not None:
+        screen.print_estimate(judgement.run.sampled)
+    elif is_sample:
+        screen.say(screen.COMPLETE)
     for note in judgement.notes:
         screen.say(f"note: {note}")
     if judgement.doctor is not None:
         screen.say(f"doctor: {judgement.doctor['sentence'] or 'no objection'}")
-    screen.say(f"saved: {out}\nreport: {judgement.report(out / 'report.html')}")

@@ -166,7 +166,7 @@ def _say_evaluated(run: Run, kind: str, table: pd.DataFrame, is_sample: bool) ->
     for note in [] if facts is None else facts.get("notes", []):
         screen.say(f"note: {note}")
     if kind == "verdict" and is_sample:
-        screen.say("every image that quick left was to be asked about: this is AutoAttack's complete verdict")
+        screen.say(screen.COMPLETE)
     screen.say(f"saved: {run.path / kind}")
 
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from unmoved.runs.records import Doctor, Evaluation
     from unmoved.training.log import EpochRecord
 
+COMPLETE = "every image that quick left was to be asked about: this is AutoAttack's complete verdict"
 _console = partial(Console, markup=False, emoji=False, highlight=False)
 console, complaints = _console(), _console(stderr=True)
 
@@ -177,13 +178,14 @@ def print_summary(tables: Mapping[str, pd.DataFrame | None]) -> None:
     (console if console.is_terminal else _console(width=1000)).print(view)  # nothing is cut off in a file
 
 
-def print_estimate(facts: Evaluation | None) -> None:
+def print_estimate(facts: Evaluation | None, name: str = "") -> None:
     """Print what a sampled verdict estimates, with its intervals; nothing of another evaluation."""
     from unmoved.runs import records
 
     if (estimate := records.estimate(facts)) is not None:
         low, high = (100 * share for share in estimate.population)
-        say(f"{estimate.words()}\nfor other images of the same distribution: {low:.1f} to {high:.1f}")
+        say(f"{name}: {estimate.words()}" if name else estimate.words())
+        say(f"for other images of the same distribution: {low:.1f} to {high:.1f}")
 
 
 def print_findings(answer: Doctor) -> None:

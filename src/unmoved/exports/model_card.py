@@ -189,7 +189,8 @@ def _headline(judgement: Judgement) -> str:
 def _of_these(estimate: Estimate) -> str:
     """Return the interval for these images alone, of a sampled verdict, and what was asked."""
     low, high = (100 * count / estimate.n for count in estimate.interval)
-    return f"{estimate.asked} of {estimate.survivors} survivors asked, {low:.1f} to {high:.1f} % of these images"
+    asked = f"{estimate.asked} of {estimate.survivors} survivors asked"
+    return f"{asked}, {low:.1f} to {high:.1f} % of these images may be left"
 
 
 def _by(judgement: Judgement) -> str:
@@ -221,7 +222,8 @@ def _row(judgement: Judgement) -> str:
         )
     lines = [
         f"### {_by(judgement)}, n = {n}",
-        f"On {n} images of {text(judgement.split)}. Intervals are 95 % Wilson intervals over images.",
+        f"On {n} images of {text(judgement.split)}. Intervals are 95 % Wilson intervals over images"
+        f"{'' if estimate is None else ', but for that of the estimate'}.",
         "\n".join(["| measure | eps | right | accuracy | 95 % interval |", "|---|---|---|---|---|", *rows]),
     ]
     if estimate is not None:
@@ -241,7 +243,7 @@ def _row(judgement: Judgement) -> str:
 def _bound(exported: ExportedRun) -> str:
     said = "Each accuracy under attack is an **upper bound**: stronger attacks may find more."
     if exported.sampled is not None:
-        said += " AutoAttack judged a sample: its figure estimates such a bound, and stands with its interval alone."
+        said += " AutoAttack judged a sample: its figure estimates such a bound."
     elif exported.verdict is None:
         said += " AutoAttack did not judge this model."
     elif exported.standard is None:

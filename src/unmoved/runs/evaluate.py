@@ -81,7 +81,7 @@ def evaluate_run(
         UnmovedError: as `judge.evaluate` and `sampled.answer`; an unknown name; weights that are missing or do not fit;
             ``validation`` of a run that held nothing out; a run that another process trains or evaluates.
     """
-    size = _size(sample, within, attacks, is_plain=not (save_adversarial or validation))
+    size = size_of(sample, within, attacks, is_plain=not (save_adversarial or validation))
     Run.open(run.path)  # before the lock, which would make a missing folder
     with run.alone():
         assembly, model = opened(run, weights, device, allow) if ready is None else ready()
@@ -97,8 +97,12 @@ def evaluate_run(
         return {k: asked.answer(k, kinds[k], save_adversarial, part) for k, part in zip(kinds, parts, strict=True)}
 
 
-def _size(sample: int | None, within: float | None, attacks: str, is_plain: bool) -> sampled.Size | None:
-    """Return how large a sample is wanted; None for none."""
+def size_of(sample: int | None, within: float | None, attacks: str, *, is_plain: bool = True) -> sampled.Size | None:
+    """Return how large a sample is wanted; None for none.
+
+    Raises:
+        UnmovedError: a size out of range; a sample of other attacks than ``"standard"``, or with images kept.
+    """
     if sample is None and within is None:
         return None
     if attacks != "standard" or not is_plain:

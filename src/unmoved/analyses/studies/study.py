@@ -190,7 +190,8 @@ def _samples(split: ArraySplit) -> pd.DataFrame:
 def accuracies(runs: Sequence[AnalysedRun]) -> tuple[dict[str, tuple[float, float]], str] | None:
     """Return by name (clean, robust) accuracy of the evaluations that all have alike, and what judged them; or None.
 
-    AutoAttack's verdicts where every run has one on as many images, otherwise the worst case of the evaluations.
+    AutoAttack's verdicts where every run has one on as many images, otherwise the worst case of the evaluations: of a
+    sampled verdict nobody knows which images AutoAttack leaves.
     """
     judged = answers(runs)
     if judged is None:
@@ -201,7 +202,7 @@ def accuracies(runs: Sequence[AnalysedRun]) -> tuple[dict[str, tuple[float, floa
 
 def answers(runs: Sequence[AnalysedRun]) -> tuple[dict[str, pd.DataFrame], str] | None:
     """Return by name `outcomes.by_sample` of what judged all runs on the same images, and what that is; or None."""
-    judged = [one for one in runs if one.run.evaluation is not None or one.run.verdict is not None]
+    judged = [one for one in runs if any(one.run.facts(kind) for kind in ("evaluation", "verdict", "sampled"))]
     evaluated = [EvaluatedRun.of(one.run) for one in judged]
     for source, tables in (
         ("AutoAttack", [one.autoattack for one in evaluated if one.autoattack is not None]),
