@@ -99,7 +99,7 @@ class Quick:
 
     A few steps on the margin; then a scout, FMN with gradients through dead ReLUs, measures how far the boundary is,
     and the nearer it is the longer a sample is attacked: PGD from output-diversified starts where it lies within
-    ``reach`` eps, the same with targets within `NEARER` eps, long attacks within `NEAREST` eps.
+    ``reach`` eps, from more of them within `NEARER` eps, and long attacks within `NEAREST` eps.
 
     Args:
         threat: the ball.
@@ -111,7 +111,7 @@ class Quick:
     """
 
     threat: ThreatModel
-    reach: float = 1.25
+    reach: float = 1.35
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -124,7 +124,7 @@ class Quick:
         nearer, nearest = min(self.reach, NEARER), min(self.reach, NEAREST)
         ladder = (
             (self.reach, DiversifiedPGD(ball, restarts=2, seed=seed)),
-            (nearer, DiversifiedPGD(ball, TargetedMargin(), targets=3, seed=seed + 3)),
+            (nearer, DiversifiedPGD(ball, restarts=4, seed=seed + 3)),
             (nearest, DiversifiedPGD(ball, TargetedMargin(), steps=50, targets=3, seed=seed + 1)),
             (nearest, APGD(ball, until_broken=True, seed=seed)),
             (nearest, DiversifiedPGD(ball, steps=50, restarts=2, smooth=10, seed=seed + 2)),
