@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.resources
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ from typing import Any
 import jsonschema
 import pytest
 from helpers.cli import unmoved
+
+from unmoved.runs import records
+from unmoved.runs.folder import Run
 
 PUBLISHED = "https://json.schemastore.org/sarif-2.1.0.json"
 FINDINGS = [
@@ -34,6 +38,14 @@ def exported(run: Path) -> dict[str, Any]:
     unmoved("export", run).fine()
     log: dict[str, Any] = json.loads((run / "export" / "doctor.sarif").read_text(encoding="utf-8"))
     return log
+
+
+def test_of_a_sampled_verdict_the_log_says_what_was_estimated(sampled: Path, tmp_path: Path) -> None:
+    log = exported(Path(shutil.copytree(sampled, tmp_path / "run")))
+    valid(log)
+    estimate = records.estimate(Run(sampled).sampled)
+    assert estimate is not None
+    assert log["runs"][0]["properties"]["about"] == estimate.words()
 
 
 def test_findings_are_results_of_rules(changed: Callable[..., Path]) -> None:
