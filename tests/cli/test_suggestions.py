@@ -12,6 +12,7 @@ from helpers.cli import RECIPE, recipe, unmoved
 from torch import nn
 
 from unmoved import cli
+from unmoved.cli import screen
 from unmoved.core.errors import UnmovedError
 from unmoved.evaluation.threads import Workers
 from unmoved.runs import evaluate, recipe_keys, train
@@ -142,6 +143,7 @@ def test_what_torchrun_started_goes_on_under_torchrun_and_says_so_once(
 ) -> None:
     path, run = recipe(tmp_path), tmp_path / "run"
     monkeypatch.setattr(train, "train_recipe", interrupt)
+    monkeypatch.setattr(screen.console, "quiet", False)  # put back: processes that are not the first keep silent
     variables = {"TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": str(2 * nodes)}
     for rank in range(2 * nodes):
         for name, value in (variables | {"RANK": str(rank)}).items():

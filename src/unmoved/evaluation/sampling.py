@@ -16,9 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-import torch
 
-from unmoved.core import noise
 from unmoved.core.errors import UnmovedError, number_field, whole_field
 
 LEVEL = 0.95
@@ -65,6 +63,10 @@ class Survivors:
 
         (A sample's far ones are the first in a random order; in a larger one more of these count as near.)
         """
+        import torch  # late: who reads an estimate need not wait for it
+
+        from unmoved.core import noise
+
         near = self._near(sample)
         by_distance = np.lexsort((self.index, self.distance))
         draw = noise.uniform(torch.from_numpy(self.index.astype(np.int64)), (2,), seed=self.seed, stream=STREAM).numpy()
