@@ -35,6 +35,25 @@ class _Pace:
         return torch.where(chosen, self.top, x_adv), torch.where(chosen, self.top_gradient, gradient)
 
 
+def with_momentum(
+    threat: ThreatModel, x: Image, x_adv: Image, x_old: Image, gradient: Tensor, size: float | Tensor, step: int
+) -> Image:
+    """Take a step of Auto-PGD (Croce and Hein 2020, section 3.1): ``P(x' + 0.75 (z - x') + 0.25 (x' - x_old))``.
+
+    ``z = P(x' + s g)`` with g the steepest direction; the first step, number 0, has no momentum.
+
+    Args:
+        x: (B, C, H, W) the middles of the balls.
+        x_adv, x_old: the iterates, and those before them.
+        gradient: of the loss at ``x_adv``.
+        size: s, one for all or (B, 1, 1, 1).
+        step: its number.
+    """
+    z = threat.ascend(x_adv, gradient, size, x)
+    share = 0.75 if step > 0 else 1.0
+    return threat.project(x_adv + share * (z - x_adv) + (1 - share) * (x_adv - x_old), x)
+
+
 class MomentumPace(_Pace):
     """Choose steps and step sizes in linf and l2 (Croce and Hein 2020, sections 3.1 and 3.2)."""
 
@@ -54,11 +73,9 @@ class MomentumPace(_Pace):
         self.next_check = self.interval - 1
 
     def move(self, x_adv: Image, gradient: Tensor, step: int) -> Image:
-        z = self.threat.ascend(x_adv, gradient, self.step_size, self.x)
-        share = 0.75 if step > 0 else 1.0
-        mixed = x_adv + share * (z - x_adv) + (1 - share) * (x_adv - self.x_old)
+        moved = with_momentum(self.threat, self.x, x_adv, self.x_old, gradient, self.step_size, step)
         self.x_old = x_adv
-        return self.threat.project(mixed, self.x)
+        return moved
 
     def observe(self, x_adv: Image, value: PerSample, gradient: Tensor, step: int) -> tuple[Image, Tensor]:
         """Return where to go on from: the iterate, or after a halving the best point."""

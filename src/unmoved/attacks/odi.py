@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from unmoved.attacks.apgd_steps import with_momentum
 from unmoved.attacks.calling import takes_images
 from unmoved.attacks.gradients import Best, attacking, broken, gradient_at, value_at
 from unmoved.attacks.relu_backward import smoothed
@@ -22,7 +23,6 @@ from unmoved.core.views import Views
 from unmoved.terms import Margin
 
 DIRECTIONS = 1 << 40  # streams of noise that no start uses
-MOMENTUM = 0.75  # share of the new step, as in Auto-PGD
 
 
 @dataclass(frozen=True)
@@ -104,10 +104,8 @@ class DiversifiedPGD:
                 if len(position) == 0:
                     return best
             size = self.threat.radius * (1 + math.cos(math.pi * step / self.steps))
-            z = self.threat.ascend(x_adv, gradient, size, base.x)
-            share = MOMENTUM if step > 0 else 1.0
-            mixed = x_adv + share * (z - x_adv) + (1 - share) * (x_adv - x_old)
-            x_old, x_adv = x_adv, self.threat.project(mixed, base.x)
+            moved = with_momentum(self.threat, base.x, x_adv, x_old, gradient, size, step)
+            x_old, x_adv = x_adv, moved
         value, logits = value_at(base, x_adv, self.loss)
         best.offer(x_adv, value, broken(base.model, x_adv, logits, base.y), position)
         return best
