@@ -27,8 +27,9 @@ import pandas as pd
 import torch
 
 from unmoved.attacks import Quick
-from unmoved.evaluation import judge, sampling
-from unmoved.evaluation.sampling import Design, Estimate
+from unmoved.evaluation import judge
+from unmoved.evaluation.estimate import LEVEL, Estimate
+from unmoved.evaluation.sampling import Design
 from unmoved.runs import records, sampled
 from unmoved.runs.evaluate import evaluate_run
 from unmoved.runs.folder import Run
@@ -137,7 +138,7 @@ def main() -> None:
     size = sampled.Size(args.sample, args.within)
     for folder in args.runs:
         row = coverage(folder, size, args.draws) if args.what == "coverage" else speed(folder, size, args.n)
-        print(json.dumps({**row, "level": sampling.LEVEL, "torch": torch.__version__, **hardware()}), flush=True)
+        print(json.dumps({**row, "level": LEVEL, "torch": torch.__version__, **hardware()}), flush=True)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from helpers.cli import RECIPE, recipe, unmoved
 
-from unmoved.evaluation.sampling import Estimate
+from unmoved.evaluation.estimate import Estimate
 from unmoved.runs import records
 from unmoved.runs.folder import Run
 

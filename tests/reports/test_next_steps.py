@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from unmoved.evaluation.sampling import Estimate
+from unmoved.evaluation.estimate import Estimate
 from unmoved.reports.next_steps import next_steps
 
 

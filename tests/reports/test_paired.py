@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 
 from unmoved.core.errors import UnmovedError
+from unmoved.evaluation.estimate import Estimate
 from unmoved.evaluation.outcomes import wilson
-from unmoved.evaluation.sampling import Estimate
 from unmoved.reports.paired import beside, difference
 from unmoved.runs.by_recipe import EvaluatedRun, RecipeResult
 

@@ -19,7 +19,7 @@ from unmoved.cli import screen
 from unmoved.core.errors import UnmovedError
 from unmoved.core.threat import eps_text
 from unmoved.evaluation import outcomes
-from unmoved.evaluation.sampling import Estimate
+from unmoved.evaluation.estimate import Estimate
 from unmoved.reports import figures, pages, report
 from unmoved.reports.pages import Section
 from unmoved.runs import records

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from unmoved.core.errors import UnmovedError
 from unmoved.evaluation import judge
-from unmoved.evaluation.sampling import Design, Estimate, Survivors, error_of_look
+from unmoved.evaluation.estimate import Estimate, error_of_look
+from unmoved.evaluation.sampling import Design, Survivors
 from unmoved.runs import records, sampled
 from unmoved.runs.evaluate import evaluate_run, examine_run
 from unmoved.runs.folder import Run

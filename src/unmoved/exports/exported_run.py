@@ -17,8 +17,8 @@ from unmoved.core.errors import UnmovedError
 from unmoved.core.threat import eps_text
 from unmoved.core.untrusted import Json, JsonValue
 from unmoved.evaluation import outcomes
+from unmoved.evaluation.estimate import Estimate
 from unmoved.evaluation.outcomes import CLEAN, WORST
-from unmoved.evaluation.sampling import Estimate
 from unmoved.runs.evaluated import EvaluatedRun
 from unmoved.runs.records import Doctor, Evaluation
 

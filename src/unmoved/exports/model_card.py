@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from unmoved.core.messages import printable
+from unmoved.evaluation.estimate import Estimate
 from unmoved.evaluation.outcomes import CLEAN, WORST
-from unmoved.evaluation.sampling import Estimate
 from unmoved.exports.exported_run import ExportedRun, Judgement, Result
 from unmoved.exports.robustbench import architecture
 from unmoved.runs.assembly import IN_PYTHON

@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from unmoved.evaluation import outcomes
-from unmoved.evaluation.sampling import Estimate
+from unmoved.evaluation.estimate import Estimate
 from unmoved.reports import report as reports
 from unmoved.runs.folder import Run
 from unmoved.runs.records import Doctor

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import pandas as pd
 
 from unmoved.evaluation import outcomes
+from unmoved.evaluation.estimate import Estimate
 from unmoved.evaluation.outcomes import WORST
-from unmoved.evaluation.sampling import Estimate
 
 # A run's tables were looked through when they were read.
 summary = partial(outcomes.summary, is_checked=True)
@@ -27,7 +27,7 @@ class Measure(NamedTuple):
         n: images of each seed; the smallest number if they differ.
         std: divided by seeds - 1; NaN for a single seed.
         low, high: the ends of the seeds' 95 % intervals, the lowest and the highest: Wilson's, or those of
-            `sampling.Estimate.population`.
+            `estimate.Estimate.population`.
     """
 
     measure: str

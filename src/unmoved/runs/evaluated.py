@@ -13,8 +13,8 @@ import pandas as pd
 
 from unmoved.core.errors import UnmovedError
 from unmoved.core.untrusted import Json
+from unmoved.evaluation.estimate import Estimate
 from unmoved.evaluation.outcomes import CLEAN, ROBUST
-from unmoved.evaluation.sampling import Estimate
 from unmoved.runs import records
 from unmoved.runs.records import Doctor, Evaluation, Provenance, difference, digest_of_outcomes
 
@@ -68,7 +68,7 @@ class EvaluatedRun:
 
     @classmethod
     def of(cls, run: Run) -> EvaluatedRun:
-        """Read a run; one that only AutoAttack has judged, or a sampled verdict, is reported from that's outcomes.
+        """Read a run; one that AutoAttack alone has judged, all or a sample, is reported from those outcomes.
 
         Raises:
             UnmovedError: it was not evaluated, or its outcomes do not hold the samples that its evaluation names.

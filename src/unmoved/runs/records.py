@@ -14,7 +14,7 @@ from unmoved.core import untrusted
 from unmoved.core.errors import UnmovedError
 from unmoved.core.untrusted import Json
 from unmoved.evaluation.doctor.finding import GRADES
-from unmoved.evaluation.sampling import Estimate
+from unmoved.evaluation.estimate import Estimate
 
 MOST_LOG = 2**26  # bytes of a training log
 MOST_PER_CLASS = 2**30  # of what it says of each class
@@ -55,7 +55,7 @@ class Ball(TypedDict):
 
 @with_config(ANY_VERSION)
 class Sample(TypedDict):
-    """What `unmoved.evaluation.sampling.Estimate` is made of, and the attack that was asked about the sample.
+    """What `unmoved.evaluation.estimate.Estimate` is made of, and the attack that was asked about the sample.
 
     Attributes:
         attack: the constructor call that makes it.

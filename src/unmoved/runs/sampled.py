@@ -15,9 +15,10 @@ from unmoved.attacks import FMN, Quick
 from unmoved.core.errors import UnmovedError, require_number, require_whole
 from unmoved.core.protocols import Attack, kinds_of
 from unmoved.core.threat import ThreatModel
-from unmoved.evaluation import judge, sampling
+from unmoved.evaluation import judge
 from unmoved.evaluation.doctor.evidence import Evidence
-from unmoved.evaluation.sampling import Design, Estimate, Survivors
+from unmoved.evaluation.estimate import LEVEL, Estimate, error_of_look
+from unmoved.evaluation.sampling import Design, Survivors
 from unmoved.runs import records
 from unmoved.runs.asked import Asked
 from unmoved.runs.records import Evaluation
@@ -135,10 +136,10 @@ def estimated(
     """Ask about a sample, a larger one until the interval is as short as wanted; None where all are to be asked."""
     most = len(survivors) if size.sample is None else size.sample
     if size.within is None:
-        return ask(survivors.design(most), 1 - sampling.LEVEL)
+        return ask(survivors.design(most), 1 - LEVEL)
     within, look, broken, asked = size.within / 100, 0, 0, 0
     while True:
-        error = sampling.error_of_look(look)
+        error = error_of_look(look)
         asked = min(max(asked + 1, survivors.smallest(within, n, broken, error)), most)
         if asked >= len(survivors):
             return None

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from unmoved.analyses.studies.study import answers
-from unmoved.evaluation.sampling import Estimate
+from unmoved.evaluation.estimate import Estimate
 from unmoved.runs import records
 from unmoved.runs.folder import Run
 
