@@ -67,8 +67,7 @@ def evaluate_run(
         workers: threads that attack at a time on a CPU; 0 for as many as torch uses.
         precision: of the search alone; every success is judged in float32.
         save_adversarial: keep the successful images too, as ``adversarial/*.npz`` beside the outcomes.
-        validation: judge what ``training.validation`` held out; the outcomes go to the folder ``validation``, which no
-            report takes for a verdict: settings chosen on test images make a verdict on them too high.
+        validation: judge what ``training.validation`` held out, to choose settings by, into ``validation``.
         sample, within: with ``"standard"``, ask AutoAttack about a sample of what `Quick` leaves; see `sampled.Size`.
         allow: packages of strangers whose code may run.
         progress: called with (share of the work, what is known so far).
@@ -82,11 +81,12 @@ def evaluate_run(
             ``validation`` of a run that held nothing out; a run that another process trains or evaluates.
     """
     size = size_of(sample, within, attacks, is_plain=not (save_adversarial or validation))
+    n = None if n is None else require_whole("n", n, at_least=1)
     Run.open(run.path)  # before the lock, which would make a missing folder
     with run.alone():
         assembly, model = opened(run, weights, device, allow) if ready is None else ready()
         precision = resolve(precision, device_of(model))  # another machine's "auto" may be another one
-        count = assembly.recipe.evaluation.n if n is None else require_whole("n", n, at_least=1)
+        count = n or assembly.recipe.evaluation.n
         images = _images(run, assembly, count, validation)
         about = question_about(assembly, images.split, allow)
         kinds = chosen_attacks(attacks, assembly, allow, validation)
