@@ -29,9 +29,9 @@ def batch() -> Batch:
 
 
 def beyond(model: nn.Module, some: Batch) -> Tensor:
-    """A scout that goes a little beyond the boundary, and finds nothing for the sample 13."""
+    """A scout that goes a little beyond the boundary, and for the sample 13 not far enough."""
     x = some.x.clone()
-    x[:, 0, 0, 0] = torch.where(some.index == 13, x[:, 0, 0, 0], 0.5001)
+    x[:, 0, 0, 0] = torch.where(some.index == 13, x[:, 0, 0, 0] + 0.11, 0.5001)
     return x
 
 
@@ -67,6 +67,22 @@ def test_a_sample_that_is_broken_is_left_and_a_success_outside_the_ball_is_none(
     assert inside.asked == [12]
     assert last.asked == [12, 14]
     threat.check(x_adv, batch().x)
+    assert (Steps()(x_adv).argmax(1) == 1).tolist() == [True, True, False, False, False]
+
+
+def test_who_is_broken_is_asked_about_no_more() -> None:
+    """The scout goes 0.03 too far, so that 11, whose boundary is in the ball, is left to the attacks."""
+    threat = ThreatModel("linf", 0.11)
+
+    def too_far(model: nn.Module, some: Batch) -> Tensor:
+        x = some.x.clone()
+        x[:, 0, 0, 0] = 0.53
+        return x
+
+    first, last = Records(0.11), Records()
+    x_adv = Near(threat, too_far, ((1.4, first), (1.4, last)))(Steps(), batch())
+    assert first.asked == [11, 12]
+    assert last.asked == [12]
     assert (Steps()(x_adv).argmax(1) == 1).tolist() == [True, True, False, False, False]
 
 

@@ -6,6 +6,8 @@ import pytest
 import torch
 from helpers.linear_models import linear, nearest, with_weights
 
+from unmoved.attacks import odi
+from unmoved.attacks.apgd_steps import with_momentum
 from unmoved.attacks.odi import DiversifiedPGD
 from unmoved.attacks.rounds import Round
 from unmoved.core.batch import Batch
@@ -39,6 +41,33 @@ def test_starts_hang_on_seed_restart_and_identity_and_on_nothing_else() -> None:
     assert torch.equal(starts(seed=0, order=shuffled.tolist()), first[shuffled])
     for other in (starts(seed=1), starts(seed=0, restart=1)):
         assert 0.2 < (other != first).any(1).float().mean() < 0.8
+
+
+def test_outputs_are_weighted_from_minus_one_to_one() -> None:
+    """The weighted output of the logits e_k is the weight of class k itself."""
+    count = 500
+    batch = Batch(torch.zeros(count, 1, 1, 1), torch.zeros(count).long(), torch.arange(count))
+    outputs = odi._WeightedOutputs(batch, seed=0, stream=0)
+    weights = torch.stack(
+        [outputs(Views(torch.nn.Identity(), batch).at(batch.x, torch.eye(4)[k].expand(count, 4))) for k in range(4)]
+    )
+    assert weights.abs().max() <= 1
+    assert abs(weights.mean()) < 4.5 / (12**0.5 / 2) / (4 * count) ** 0.5
+    assert (weights < -0.9).any()
+    assert (weights > 0.9).any()
+
+
+def test_steps_fall_along_half_a_cosine(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[float] = []
+
+    def noted(threat, x, x_adv, x_old, gradient, size, step):  # type: ignore[no-untyped-def]
+        sizes.append(size)
+        return with_momentum(threat, x, x_adv, x_old, gradient, size, step)
+
+    monkeypatch.setattr(odi, "with_momentum", noted)
+    model, batch = linear(2)
+    DiversifiedPGD(ThreatModel("linf", 1e-4), steps=4)(model, batch)
+    assert sizes[:4] == pytest.approx([2e-4, 1e-4 * (1 + 0.5**0.5), 1e-4, 1e-4 * (1 - 0.5**0.5)])
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
