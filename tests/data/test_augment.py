@@ -11,8 +11,8 @@ from torch.nn import functional
 from unmoved.core import noise
 from unmoved.core.batch import Batch
 from unmoved.core.errors import UnmovedError
-from unmoved.data import Augmentation, Chain, Flip, PadCrop, augmentation
-from unmoved.data.augment import CROP
+from unmoved.data import Augmentation, Chain, Cutout, Flip, PadCrop, augmentation
+from unmoved.data.augment import CROP, CUTOUT
 
 ALL = [
     PadCrop(),
@@ -22,6 +22,9 @@ ALL = [
     Chain(),
     Chain(PadCrop(3), Flip(0.3)),
     Chain(Flip(), Flip()),
+    Cutout(),
+    Cutout(3, 0.0),
+    Chain(PadCrop(3), Flip(0.3), Cutout(5)),
 ]
 
 
@@ -63,6 +66,28 @@ def test_flip_mirrors_each_image_with_probability_p(p: float) -> None:
     assert abs(flipped.float().mean().item() - p) < 0.025
 
 
+@pytest.mark.parametrize(("size", "side"), [(None, 3), (1, 1), (4, 4), (5, 5), (40, 40)])
+def test_cutout_is_the_naive_loop(size: int | None, side: int) -> None:
+    batch = make()
+    draws = noise.uniform(batch.index, (2,), seed=11, step=batch.step, stream=CUTOUT)
+    want = batch.x.clone()
+    for image, (u, v) in zip(want, draws.tolist(), strict=True):
+        top, left = int(u * 9) - side // 2, int(v * 7) - side // 2
+        for row in range(9):
+            for column in range(7):
+                if top <= row < top + side and left <= column < left + side:
+                    image[:, row, column] = 0.5
+    assert torch.equal(Cutout(size)(batch, 11).x, want)
+
+
+def test_all_middles_of_the_cut_are_equally_likely() -> None:
+    n = 5000
+    batch = Batch(torch.zeros(n, 1, 5, 5), torch.zeros(n).long())
+    places = Cutout(1, 1.0)(batch, 0).x.sum(0)[0]
+    assert places.sum() == n
+    assert ((places - n / 25) ** 2 / (n / 25)).sum() < 51.2  # chi-square, 24 degrees of freedom, p = 0.001
+
+
 @pytest.mark.parametrize("augment", ALL, ids=repr)
 def test_what_happens_to_a_sample_does_not_depend_on_its_batch(augment: Augmentation) -> None:
     batch = make()
@@ -88,7 +113,7 @@ def test_only_the_images_move(augment: Augmentation, dtype: torch.dtype) -> None
     assert torch.equal(augment(batch, 7).x, out.x)
 
 
-@pytest.mark.parametrize("augment", [PadCrop(), Flip(), Chain(PadCrop(), Flip())], ids=repr)
+@pytest.mark.parametrize("augment", [PadCrop(), Flip(), Cutout(), Chain(PadCrop(), Flip())], ids=repr)
 def test_seed_and_step_draw_anew(augment: Augmentation) -> None:
     batch = make()
     x = augment(batch, 7).x
@@ -109,6 +134,7 @@ def test_chains_are_flat_and_their_parts_independent() -> None:
 
 def test_the_names_that_recipes_use() -> None:
     names = {"none": Chain(), "crop": PadCrop(), "flip": Flip(), "crop-flip": Chain(PadCrop(), Flip())}
+    names |= {"cutout": Cutout(), "crop-flip-cutout": Chain(PadCrop(), Flip(), Cutout())}
     assert {name: augmentation(name) for name in names} == names
     with pytest.raises(UnmovedError, match="did you mean 'crop-flip'"):
         augmentation("cropflip")
@@ -123,5 +149,9 @@ def test_wrong_settings() -> None:
     for p in (-0.1, 1.1, float("nan")):
         with pytest.raises(UnmovedError, match=r"flip.p"):
             Flip(p)
+    with pytest.raises(UnmovedError, match=r"cutout.size"):
+        Cutout(0)
+    with pytest.raises(UnmovedError, match=r"cutout.fill"):
+        Cutout(4, 2.0)
     with pytest.raises(UnmovedError, match="less than the image side"):
         PadCrop(7, "reflect")(make(), 0)

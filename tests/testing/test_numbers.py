@@ -42,7 +42,15 @@ MAKERS: dict[str, Callable[..., Any]] = {
 }
 MAKERS |= {
     f"{kind.__module__.rpartition('.')[2]}.{kind.__name__}": kind
-    for kind in (*optim.OPTIMIZERS, *optim.SCHEDULES, averaging.EMA, averaging.SWA, data.PadCrop, data.Flip)
+    for kind in (
+        *optim.OPTIMIZERS,
+        *optim.SCHEDULES,
+        averaging.EMA,
+        averaging.SWA,
+        data.PadCrop,
+        data.Flip,
+        data.Cutout,
+    )
 }
 MAKERS |= {"threat.ThreatModel": ThreatModel, "schedule.Ramp": Ramp}
 
@@ -84,7 +92,7 @@ def usual(parameter: inspect.Parameter) -> Any:
     """A value that the setting certainly takes."""
     default = SMALL.get(parameter.name, parameter.default)
     if default in (inspect.Parameter.empty, None):
-        default = {"step_size": 0.25, "n": 3}.get(parameter.name, NEEDED.get(parameter.name, 0.25))
+        default = {"step_size": 0.25, "n": 3, "size": 3}.get(parameter.name, NEEDED.get(parameter.name, 0.25))
     return default[0] if isinstance(default, tuple) else default
 
 
