@@ -92,8 +92,8 @@ class Cutout:
     Raises:
         UnmovedError: a size below 1, or a fill outside [0, 1].
 
-    Deviations: ``fill`` is 0.5 where the paper has the mean of the data, which its normalisation makes zero (on CIFAR-10
-    0.47 over the channels).
+    Deviations: ``fill`` is 0.5 where the paper has the mean of the data, which its normalisation makes zero (0.47 on
+    CIFAR-10).
     """
 
     size: int | None = None
