@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,13 @@ def test_ema_is_the_weighted_sum_of_the_past() -> None:
         expected = sum((1 - decays[k]) * values[k + 1] * later[k] for k in range(end + 1))
         expected += values[0] * torch.tensor(decays[: end + 1]).prod().item()
         assert found[end] == pytest.approx(expected, abs=1e-5)
+
+
+def test_ema_forgets_its_start_by_a_binomial_and_keeps_a_constant() -> None:
+    """The start's share after step t is ``prod_k (1 + k) / (10 + k) = 1 / C(t + 10, 9)``; all shares sum to one."""
+    found = path_of([1.0, *[0.0] * 20], EMA(1.0))
+    assert found == pytest.approx([1 / math.comb(t + 10, 9) for t in range(20)], rel=1e-5)
+    assert path_of([0.3] * 20, EMA(0.6)) == [torch.tensor(0.3).item()] * 19
 
 
 def test_swa_is_the_plain_mean_of_the_last_part() -> None:

@@ -19,7 +19,9 @@ Averaging = Callable[[int, int], float]
 class EMA:
     """Exponential moving average: ``v <- d v + (1 - d) w`` after each step, ``d = min(decay, (1 + t) / (10 + t))``.
 
-    The smaller d of the first steps t lets the average forget the random weights that it starts from.
+    The smaller d of the first steps t (the schedule of TensorFlow's ``ExponentialMovingAverage`` with ``num_updates``)
+    lets the average forget the random weights that it starts from: ``1 / C(t + 10, 9)`` of them are left after step t.
+    With a fixed decay of 0.9995 half of them would be after 1,386 steps.
 
     Raises:
         UnmovedError: a decay outside [0, 1].
