@@ -29,6 +29,7 @@ from unmoved.core.protocols import (
     is_minimum_norm,
     kind_of,
     kinds_of,
+    leaves_ball,
 )
 from unmoved.core.threat import ThreatModel
 from unmoved.core.views import Views
@@ -219,6 +220,7 @@ def declaring(**attributes: object) -> Any:
 def test_what_declares_nothing_is_taken_for_the_default() -> None:
     assert (kind_of(Shift()), draws_of(Shift()), is_lockstep(Shift())) == ("gradients", 1, False)
     assert not is_minimum_norm(Shift())
+    assert not leaves_ball(Shift())
     assert not couples_samples(lambda views: views.y)
 
 
@@ -227,6 +229,7 @@ def test_a_strangers_part_declares_it_too() -> None:
     assert (kind_of(attack), draws_of(attack), is_lockstep(attack)) == ("queries", 5, True)
     assert is_minimum_norm(attack)
     assert is_minimum_norm(attacks.Transfer(BALL, nn.Linear(1, 1), attack))
+    assert leaves_ball(attacks.Transfer(BALL, nn.Linear(1, 1), declaring(leaves_ball=True)))
     term = type("Coupled", (), {"couples_samples": True, "__call__": lambda self, views: views.y})()
     assert couples_samples(term)
 
@@ -238,6 +241,7 @@ def test_a_strangers_part_declares_it_too() -> None:
         (draws_of, {"draws": 0}, "Declaring.draws: expected a whole number >= 1, came 0"),
         (is_lockstep, {"lockstep": "no"}, "Declaring.lockstep: expected true or false, came 'no'"),
         (is_minimum_norm, {"minimum_norm": 1}, "Declaring.minimum_norm: expected true or false, came 1"),
+        (leaves_ball, {"leaves_ball": "yes"}, "Declaring.leaves_ball: expected true or false, came 'yes'"),
         (couples_samples, {"couples_samples": 1}, "Declaring.couples_samples: expected true or false, came 1"),
     ],
 )
@@ -252,7 +256,7 @@ def test_what_the_exported_attacks_declare() -> None:
     source = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
     declared = {
         "gradients": [attacks.APGD(BALL), attacks.IAAT(BALL), attacks.FAB(BALL), attacks.DeepFool(BALL)],
-        "fixed-step gradients": [attacks.PGD(BALL), attacks.FGSM(BALL)],
+        "fixed-step gradients": [attacks.PGD(BALL), attacks.FGSM(BALL), attacks.NFGSM(BALL)],
         "queries": [attacks.Square(BALL), attacks.SPSA(BALL), attacks.HopSkipJump(BALL)],
         "transfer": [attacks.Transfer(BALL, source)],
     }
@@ -266,6 +270,7 @@ def test_what_the_exported_attacks_declare() -> None:
     anywhere, inside = (attacks.FAB, attacks.FMN, attacks.DeepFool, attacks.HopSkipJump), (attacks.PGD, attacks.Square)
     assert all(is_minimum_norm(make(BALL)) for make in anywhere)
     assert not any(is_minimum_norm(make(BALL)) for make in inside)
+    assert [leaves_ball(make(BALL)) for make in (attacks.NFGSM, attacks.FGSM, attacks.FAB)] == [True, False, False]
 
 
 def test_an_ensemble_is_of_the_kinds_of_its_parts() -> None:

@@ -8,6 +8,7 @@ from unmoved.attacks.fab import FAB
 from unmoved.attacks.fmn import FMN
 from unmoved.attacks.hop_skip_jump import HopSkipJump
 from unmoved.attacks.iaat import IAAT
+from unmoved.attacks.n_fgsm import NFGSM
 from unmoved.attacks.pgd import FGSM, PGD
 from unmoved.attacks.spsa import SPSA
 from unmoved.attacks.square import Square
@@ -21,6 +22,7 @@ __all__ = [
     "FGSM",
     "FMN",
     "IAAT",
+    "NFGSM",
     "PGD",
     "SPSA",
     "AutoAttack",

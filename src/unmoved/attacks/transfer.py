@@ -14,7 +14,7 @@ from unmoved.attacks.pgd import PGD
 from unmoved.core.batch import Batch, Image
 from unmoved.core.errors import UnmovedError
 from unmoved.core.preconditions import require_callable
-from unmoved.core.protocols import TRANSFER, Attack, is_minimum_norm
+from unmoved.core.protocols import TRANSFER, Attack, is_minimum_norm, leaves_ball
 from unmoved.core.threat import ThreatModel, require_threat, with_threat
 
 
@@ -59,6 +59,11 @@ class Transfer:
     def minimum_norm(self) -> bool:
         """Return whether it may leave the ball: as the attack that it runs."""
         return self.attack is not None and is_minimum_norm(self.attack)
+
+    @property
+    def leaves_ball(self) -> bool:
+        """Return whether it leaves the ball by design: as the attack that it runs."""
+        return self.attack is not None and leaves_ball(self.attack)
 
     @takes_images
     def __call__(self, model: nn.Module, batch: Batch) -> Image:

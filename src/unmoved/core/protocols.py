@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from unmoved.core.batch import Batch, Image, PerSample
-from unmoved.core.errors import require_choice, require_flag, require_whole
+from unmoved.core.errors import UnmovedError, require_choice, require_flag, require_whole
 from unmoved.core.preconditions import require_attack, require_callable, require_term
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class Ensemble(Protocol):
 class AttackDeclarations(Protocol):
     """What an attack may say of itself in attributes; where one is missing, the value given here holds.
 
-    Each is read by one function: `kind_of`, `draws_of`, `is_lockstep`, `is_minimum_norm`.
+    Each is read by one function: `kind_of`, `draws_of`, `is_lockstep`, `is_minimum_norm`, `leaves_ball`.
 
     Attributes:
         kind: what it asks of the model: ``"gradients"`` (default), ``"fixed-step gradients"`` (as PGD, whose steps
@@ -69,12 +69,15 @@ class AttackDeclarations(Protocol):
             batch meet in every pass; False (default) where samples that are done are left out.
         minimum_norm: whether it seeks the nearest misclassified image and may leave the ball, which is then no success;
             False (default) where every proposal lies in the ball.
+        leaves_ball: whether it leaves the ball by design: training takes its images, and a verdict refuses it; False by
+            default.
     """
 
     kind: str
     draws: int
     lockstep: bool
     minimum_norm: bool
+    leaves_ball: bool
 
 
 @runtime_checkable
@@ -194,6 +197,24 @@ def is_minimum_norm(attack: Attack) -> bool:
         UnmovedError: it declares neither True nor False.
     """
     return require_flag(f"{_name(attack)}.minimum_norm", getattr(attack, "minimum_norm", False))
+
+
+def leaves_ball(attack: Attack) -> bool:
+    """Return whether an attack declares that it leaves the ball by design, so that it is for training alone.
+
+    Raises:
+        UnmovedError: it declares neither True nor False.
+    """
+    return require_flag(f"{_name(attack)}.leaves_ball", getattr(attack, "leaves_ball", False))
+
+
+def require_in_ball(name: str, attack: Attack) -> None:
+    """Raise `UnmovedError` if an attack that is to judge a model leaves the ball by design."""
+    if leaves_ball(attack):
+        raise UnmovedError(
+            f"{name}: expected an attack that stays in the ball, came {_name(attack)}, which leaves it by design: "
+            "it is for training alone; judge by PGD, APGD or AutoAttack"
+        )
 
 
 def couples_samples(term: Term) -> bool:

@@ -16,7 +16,16 @@ from unmoved.core.errors import UnmovedError, require_whole
 from unmoved.core.passes import one_pass, require_distinct
 from unmoved.core.precision import autocast, device_of
 from unmoved.core.preconditions import require_attack, require_images, require_labels, require_model, require_split
-from unmoved.core.protocols import Attack, Ensemble, Split, draws_of, is_minimum_norm, kind_of, parts_of
+from unmoved.core.protocols import (
+    Attack,
+    Ensemble,
+    Split,
+    draws_of,
+    is_minimum_norm,
+    kind_of,
+    parts_of,
+    require_in_ball,
+)
 from unmoved.core.threat import ThreatModel, require_threat
 from unmoved.core.views import eval_logits
 from unmoved.evaluation.journal import Journal
@@ -158,6 +167,7 @@ def _require_attacks(attacks: Mapping[str, Attack], threat: ThreatModel) -> None
         )
     for name, attack in attacks.items():
         require_attack(f"attack {name!r}", attack)
+        require_in_ball(f"attack {name!r}", attack)
         kind_of(attack)
         draws_of(attack)
         may_leave, ball = is_minimum_norm(attack), getattr(attack, "threat", threat)
@@ -285,6 +295,7 @@ def propose(
     model: nn.Module, attack: Attack, batch: Batch, threat: ThreatModel, name: str, precision: str = "float32"
 ) -> Image:
     """Run an attack and check its proposals against the threat model."""
+    require_in_ball(f"attack {name!r}", attack)
     # Copies: an attack that writes into its images would be measured against its own proposal.
     theirs = dataclasses.replace(batch, x=batch.x.clone(), y=batch.y.clone())
     with autocast(precision, batch.x.device):

@@ -14,7 +14,7 @@ from unmoved.core.batch import Batch, Image, Label, Logits
 from unmoved.core.errors import UnmovedError
 from unmoved.core.precision import device_of
 from unmoved.core.preconditions import require_attack, require_model
-from unmoved.core.protocols import Attack, is_minimum_norm
+from unmoved.core.protocols import Attack, is_minimum_norm, require_in_ball
 from unmoved.core.threat import ThreatModel
 from unmoved.interop.libraries import ART, FOOLBOX, TORCHATTACKS, load
 
@@ -201,6 +201,7 @@ def art_classifier(model: nn.Module, shape: tuple[int, ...], num_classes: int) -
 
 def _threat_of(attack: Attack) -> ThreatModel:
     """Return the threat model that an attack was built from."""
+    require_in_ball("attack", attack)
     threat = getattr(attack, "threat", None)
     if not isinstance(threat, ThreatModel) or not dataclasses.is_dataclass(attack):
         raise UnmovedError(

@@ -14,7 +14,7 @@ from unmoved import data, models
 from unmoved.attacks import APGD, PGD
 from unmoved.core.errors import UnmovedError
 from unmoved.core.phases import Phases
-from unmoved.core.protocols import Attack, Method, Term
+from unmoved.core.protocols import Attack, Method, Term, require_in_ball
 from unmoved.core.threat import ThreatModel
 from unmoved.core.untrusted import Json
 from unmoved.runs import components
@@ -81,6 +81,8 @@ class Assembly:
         self.attacks: dict[str, Attack] = {
             name: self._build("attacks", table, **self.given) for name, table in recipe.evaluation.attacks.items()
         } or {"pgd": PGD(self.threat, steps=20, keep="best", seed=seed), "apgd": APGD(self.threat, seed=seed)}
+        for key, judging in {"validation": self.check, **self.attacks}.items():
+            require_in_ball(key if judging is self.check else f"evaluation.attacks.{key}", judging)
 
     @cached_property
     def phases(self) -> Phases:

@@ -11,7 +11,16 @@ import torch
 from torch import nn
 
 from unmoved.core.batch import Batch
-from unmoved.core.protocols import FIXED_STEP, GRADIENTS, Attack, draws_of, is_lockstep, is_minimum_norm, kind_of
+from unmoved.core.protocols import (
+    FIXED_STEP,
+    GRADIENTS,
+    Attack,
+    draws_of,
+    is_lockstep,
+    is_minimum_norm,
+    kind_of,
+    leaves_ball,
+)
 from unmoved.core.threat import ThreatModel
 from unmoved.testing.fixtures import Failing, Planned, network, require, same_random_state, small_batch, untouched
 
@@ -26,6 +35,8 @@ def check_attack(
     reach: float = 0.05,
 ) -> None:
     """Check that an attack stays in the ball, changes nothing of the caller's, and beats a linear model as it must.
+
+    One that declares that it leaves the ball has to stay in the box, and to climb half as far as the ball allows.
 
     Args:
         make: threat model -> the attack.
@@ -54,7 +65,7 @@ def check_attack(
         x_adv = attack(model, batch)
     require(not x_adv.requires_grad, f"{name}: the proposal still carries a graph")
     box = dataclasses.replace(threat, eps=1.0 if norm == "linf" else 1e3)
-    (box if minimum_norm else threat).check(x_adv, batch.x, name)
+    (box if minimum_norm or leaves_ball(attack) else threat).check(x_adv, batch.x, name)
     require(
         torch.equal(batch.x, small_batch().x) and torch.equal(batch.y, small_batch().y), f"{name}: changed its input"
     )
@@ -71,7 +82,9 @@ def check_attack(
         broken = Failing(model, fails_at)
         with untouched(model), same_random_state(), suppress(Planned):
             attack(broken, batch)
-    if minimum_norm:
+    if leaves_ball(attack):
+        _check_climbs(attack, threat, name)
+    elif minimum_norm:
         _check_nearest(attack, norm, name, reach)
     elif maximises:
         _check_linear_optimum(attack, threat, name, reach)
@@ -112,6 +125,14 @@ def _check_nearest(attack: Attack, norm: str, name: str, short: float) -> None:
     require((distance >= nearest - 1e-9).all(), f"{name}: nearer than the boundary of the linear model")
     worst = float((distance / nearest).max()) - 1
     require(worst <= short, f"{name}: {worst:.0%} farther than the boundary of the linear model ({short:.0%} allowed)")
+
+
+def _check_climbs(attack: Attack, threat: ThreatModel, name: str) -> None:
+    """Check that on average the margin of two linear logits falls by half of ``eps ||w||_dual``, or by more."""
+    model, weight, batch = _linear()
+    fall = ((batch.x - attack(model, batch)).flatten(1) @ weight) * (2 * batch.y - 1)
+    half = threat.radius * _dual(weight, threat.norm) / 2
+    require(float(fall.mean()) >= half, f"{name}: does not climb on the linear model")
 
 
 def _check_linear_optimum(attack: Attack, threat: ThreatModel, name: str, short: float) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from unmoved.attacks import PGD
 from unmoved.core.errors import UnmovedError
 from unmoved.core.preconditions import require_callable, require_split
-from unmoved.core.protocols import Attack, Split
+from unmoved.core.protocols import Attack, Split, require_in_ball
 from unmoved.core.threat import ThreatModel, require_threat
 from unmoved.evaluation import judge, outcomes
 from unmoved.training import distributed
@@ -55,6 +55,7 @@ class Validation:
             check = PGD(threat, keep="best") if check is None else check
         if check is not None:
             require_callable("check", check, "model, batch")
+            require_in_ball("check", check)
         if threat is not None:
             require_threat("threat", threat)
         return None if split is None or check is None or threat is None else cls(split, check, threat)
