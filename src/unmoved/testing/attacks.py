@@ -78,16 +78,21 @@ def check_attack(
         require(torch.equal(still, batch.x), f"{name}: eps = 0 moves x")
     if not batch_statistics:
         _check_batch_laws(attack, model, batch, name)
-    for fails_at in (1, 2):
-        broken = Failing(model, fails_at)
-        with untouched(model), same_random_state(), suppress(Planned):
-            attack(broken, batch)
+    _check_failing(attack, model, batch)
     if leaves_ball(attack):
         _check_climbs(attack, threat, name)
     elif minimum_norm:
         _check_nearest(attack, norm, name, reach)
     elif maximises:
         _check_linear_optimum(attack, threat, name, reach)
+
+
+def _check_failing(attack: Attack, model: nn.Module, batch: Batch) -> None:
+    """Check that nothing of the caller's has changed after a forward pass that raises."""
+    for fails_at in (1, 2):
+        broken = Failing(model, fails_at)
+        with untouched(model), same_random_state(), suppress(Planned):
+            attack(broken, batch)
 
 
 def _check_batch_laws(attack: Attack, model: nn.Module, batch: Batch, name: str) -> None:
