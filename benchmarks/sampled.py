@@ -3,12 +3,12 @@
     unmoved evaluate RUN --attacks standard --n 1000            # the complete verdict, for each run
     python benchmarks/sampled.py coverage RUN... [--sample 200] [--draws 1000]
     python benchmarks/sampled.py coverage RUN... --within 1 [--draws 1000]
-    python benchmarks/sampled.py speed RUN [--within 0.5] [--n N]
+    python benchmarks/sampled.py speed RUN [--within 0.5] [--n N] [--keep FOLDER]
 
 ``coverage``: the cheap search and the scout run once; each draw is a sampled verdict whose answers are read from the
 complete one. One line of JSON a run: the share of intervals that hold what both attacks together leave, the mean of the
 estimates beside it, how far the intervals reach, how many were asked. ``speed``: a sampled verdict and then a complete
-one, both from nothing and one after the other, in copies of the run folder.
+one, both from nothing and one after the other, in copies of the run folder, which ``--keep`` leaves in a folder.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -99,10 +101,10 @@ def _held(found: list[Estimate], left: int, n: int, draws: int) -> dict[str, obj
     }
 
 
-def speed(folder: Path, size: sampled.Size, n: int | None) -> dict[str, object]:
+def speed(folder: Path, size: sampled.Size, n: int | None, keep: Path | None) -> dict[str, object]:
     """Time a sampled verdict, and the complete one after it, from nothing."""
     seconds: dict[str, float] = {}
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() if keep is None else nullcontext(keep) as scratch:
         runs = {}
         for kind, settings in (("sampled", {"sample": size.sample, "within": size.within}), ("complete", {})):
             run = Run.open(shutil.copytree(folder, Path(scratch) / kind))
@@ -111,6 +113,7 @@ def speed(folder: Path, size: sampled.Size, n: int | None) -> dict[str, object]:
             began = time.monotonic()
             evaluate_run(run, attacks="standard", n=n, **settings)
             seconds[kind], runs[kind] = time.monotonic() - began, run
+            print(f"{folder}: {kind} in {seconds[kind]:.1f} s", file=sys.stderr, flush=True)
         estimate, complete = records.estimate(runs["sampled"].sampled), runs["complete"].verdict_outcomes
     assert complete is not None
     return {
@@ -132,12 +135,13 @@ def main() -> None:
     parser.add_argument("--within", type=float)
     parser.add_argument("--draws", type=int, default=1000)
     parser.add_argument("--n", type=int)
+    parser.add_argument("--keep", type=Path, help="speed: where the judged copies stay; a folder that is empty or new")
     args = parser.parse_args()
     if args.sample is None and args.within is None:
         args.sample, args.within = (200, None) if args.what == "coverage" else (None, 0.5)
     size = sampled.Size(args.sample, args.within)
     for folder in args.runs:
-        row = coverage(folder, size, args.draws) if args.what == "coverage" else speed(folder, size, args.n)
+        row = coverage(folder, size, args.draws) if args.what == "coverage" else speed(folder, size, args.n, args.keep)
         print(json.dumps({**row, "level": LEVEL, "torch": torch.__version__, **hardware()}), flush=True)
 
 
