@@ -3,11 +3,11 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 RUN ?= runs/bench
 MNIST ?= data/mnist
-STUDY := drsl standard at trades mart probscut_trades drsl_at sensible at_apd
+ANALYSED := drsl standard at trades mart probscut_trades drsl_at sensible at_apd
 # The long ones first, so that no core waits for another at the end.
 DIGITS := at_apd trades_awp probscut_trades at_sam mart trades at sensible drsl standard
 
-.PHONY: help demo picture digits study interop docs tour test processors slow check bench bench-gpu bench-growth bench-scale bench-verdict clean
+.PHONY: help demo picture digits analyses study interop docs tour test processors slow check bench bench-gpu bench-growth bench-scale bench-verdict clean
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -30,12 +30,18 @@ picture: demo ## README's picture of the demo, as its report draws it; README's 
 digits: .venv/installed ## the demo's recipes with three seeds: runs/digits/report.html
 	$(BIN)/unmoved compare $(DIGITS:%=digits/%) --seeds 0,1,2 --out runs/digits
 
-study: .venv/installed ## what docs/analyses says of MNIST: 17 small models, four analyses; MNIST=folder
-	$(BIN)/unmoved compare mnist/study_at --sweep attack.eps.to=0,0.1,0.2,0.3 --splits 2 --attacks quick --set data.path=$(MNIST) --out runs/study/eps
-	$(BIN)/unmoved compare $(STUDY:%=mnist/%) --attacks quick --set data.path=$(MNIST) --set training.epochs=3 --set model.width=8 --set evaluation.n=1000 --set 'training.part={of=2,number=0}' --out runs/study/methods
-	for what in softmax 'corruption --no-deep --n 500' tradeoff; do $(BIN)/unmoved analyze $$what $$(dirname runs/study/*/*/*/recipe.toml) --out runs/study/analysis || exit 1; done
-	$(BIN)/unmoved analyze corruption --n 500 runs/study/methods/mnist-at/seed0 --out runs/study/analysis-of-at
-	$(BIN)/unmoved analyze bias-variance $$(dirname runs/study/eps/*/*/recipe.toml) --eps 0,0.1,0.2,0.3 --modes own,shared,joint --out runs/study/analysis
+analyses: .venv/installed ## what docs/analyses says of MNIST: 17 small models, four analyses; MNIST=folder
+	$(BIN)/unmoved compare mnist/study_at --sweep attack.eps.to=0,0.1,0.2,0.3 --splits 2 --attacks quick --set data.path=$(MNIST) --out runs/analyses/eps
+	$(BIN)/unmoved compare $(ANALYSED:%=mnist/%) --attacks quick --set data.path=$(MNIST) --set training.epochs=3 --set model.width=8 --set evaluation.n=1000 --set 'training.part={of=2,number=0}' --out runs/analyses/methods
+	for what in softmax 'corruption --no-deep --n 500' tradeoff; do $(BIN)/unmoved analyze $$what $$(dirname runs/analyses/*/*/*/recipe.toml) --out runs/analyses/analysis || exit 1; done
+	$(BIN)/unmoved analyze corruption --n 500 runs/analyses/methods/mnist-at/seed0 --out runs/analyses/analysis-of-at
+	$(BIN)/unmoved analyze bias-variance $$(dirname runs/analyses/eps/*/*/recipe.toml) --eps 0,0.1,0.2,0.3 --modes own,shared,joint --out runs/analyses/analysis
+
+study: .venv/installed ## the study of docs/studies/protocol.md and its page, going on where it stands: days; MNIST=folder, CIFAR10=folder
+	$(BIN)/python benchmarks/study.py mnist --data $(MNIST)
+	$(BIN)/python benchmarks/study.py mnist-l2 --data $(MNIST)
+	$(if $(CIFAR10),$(BIN)/python benchmarks/study.py cifar10 --data $(CIFAR10))
+	$(BIN)/python benchmarks/results.py
 
 interop: .venv/installed-dev ## libraries that the tests of interop need, without what they pin
 	$(PIP) --no-deps torchattacks requests idna urllib3 certifi charset-normalizer tqdm

@@ -1,0 +1,284 @@
+"""Make docs/results.md and its figures from the tables under docs/results/ alone: ``python benchmarks/results.py``.
+
+`study.py` writes the tables, people write docs/results/verdicts.toml. There a figure is a placeholder,
+``{STUDY/METHOD/FIELD}``, filled from the tables: ``{mnist/SENSE/autoattack}``; the fields are those of `facts_of`.
+Without a table there is no page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import tomllib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from study_judgement import SHOWN, Comparison, Outcome, compared, mean
+from study_methods import METHODS, STUDIES, methods_of
+from study_tables import outcomes_path, read
+
+from unmoved.core.errors import UnmovedError
+from unmoved.core.files import write_atomic
+from unmoved.reports.drawing import COLOURS, INK, bar, canvas, finished, legend_above, style, to_svg
+
+NOT_YET = "not run yet"
+MEASURES = {"clean": "clean", "pgd40": "PGD-40", "autoattack": "AutoAttack"}
+Runs = dict[str, list[Outcome]]  # method -> its runs, by seed
+LEAD = """# What the study found
+
+Which of ProbsCut, DRSL, SENSE, APD and their neighbours leave a network more robust under AutoAttack, on equal terms:
+every run of [the protocol](studies/protocol.md), with the clean accuracy, the figures under PGD and the price.
+"""
+HOW = """A difference is *shown* where Student's t over three seeds, paired, and the interval over images (paired, of
+the median seed) both leave out zero; *suggested* where one of them does; else *not shown*. Where AutoAttack was asked
+about a sample, the interval over images holds for what the sample does not tell, too, and is wider. *Masking*: a gain
+under PGD-40 that is shown, and not even suggested under AutoAttack."""
+COLUMNS = """Accuracies in percent of n test images, the mean over seeds; in brackets the lowest and the highest end of
+the seeds' 95 % intervals. AutoAttack is asked about every image (*complete*) or about a sample of what a cheap search
+leaves (*sampled*; [what that is](verdict.md)). Passes: forward and backward passes of a training step, in batches.
+Flatness: the rise of cross-entropy under random corruptions of 0.01 of the weights' norm. Softmax: the variance of
+log p over the wrong classes. var p_y: of the probability of the true class among the images of a class, clean and
+attacked by PGD-20. The last three are of 1,000 test images, the mean over seeds."""
+
+
+def load(results: Path, study: str) -> Runs:
+    """Return the runs of a study by method."""
+    runs: Runs = {}
+    for row in read(results / study / "runs.csv"):
+        path = outcomes_path(results / study, row["method"], row["seed"])
+        if row["failed"] or path.exists():  # as in `study.Job.row`: otherwise it is to be made
+            runs.setdefault(row["method"], []).append(Outcome(row, path))
+    return runs
+
+
+def comparisons(runs: Runs) -> dict[str, Comparison]:
+    """Return each method beside what it is added to, on the seeds that both have."""
+    found = {}
+    for method, entry in METHODS.items():
+        if "base" not in entry:
+            continue
+        ours, theirs = ({o.seed: o for o in runs.get(name, []) if not o.failed} for name in (method, entry["base"]))
+        if seeds := sorted(ours.keys() & theirs.keys()):
+            pairs = [(ours[seed], theirs[seed]) for seed in seeds]
+            found[method] = Comparison(method, entry["base"], {m: compared(pairs, m) for m in MEASURES})
+    return found
+
+
+# --- words
+
+
+def _table(rows: Sequence[Mapping[str, str]]) -> str:
+    names = list(rows[0])
+    lines = [names, ["---"] * len(names), *([row[name] for name in names] for row in rows)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.1f}"
+
+
+def facts_of(method: str, runs: Sequence[Outcome], beside: Comparison | None) -> dict[str, str]:
+    """Return what a sentence may say of a method, as it is printed.
+
+    clean, pgd40, autoattack, interval, kind, seconds, passes, flatness, softmax, variance, grade, setting, seeds, n;
+    beside what it is added to, for each of clean, pgd40, autoattack: _difference, _word, _images, _seeds; judgement.
+    """
+    good = [run for run in runs if not run.failed]
+    if not good:
+        return {}
+    last = good[0].row
+    facts = {name: f"{100 * mean(run.share(name) for run in good):.1f}" for name in MEASURES}
+    low, high = (
+        100 * end(float(run.row[f"population_{side}"]) for run in good) for end, side in ((min, "low"), (max, "high"))
+    )
+    kinds = {"complete" if run.is_complete else "sampled" for run in good}
+    facts |= {"interval": f"[{low:.1f}, {high:.1f}]", "kind": " and ".join(sorted(kinds))}
+    facts |= {"seconds": f"{mean(run.number('seconds') for run in good):.0f}", "n": f"{int(last['n']):,}"}
+    facts["passes"] = " + ".join(f"{mean(run.number(name) for run in good):.1f}" for name in ("forward", "backward"))
+    for name in ("flatness", "softmax", "variance", "variance_attacked"):
+        facts[name] = f"{mean(run.number(name) for run in good):.3g}"
+    grades = Counter(run.row["grade"] for run in good)
+    facts["grade"] = ", ".join(grade if count == len(good) else f"{grade} ({count})" for grade, count in grades.items())
+    settings = sorted({run.row["setting"] for run in good})
+    facts |= {"setting": " or ".join(settings) or "-", "seeds": str(len(good))}
+    if beside is not None:
+        for name, found in beside.measures.items():
+            facts |= {f"{name}_difference": _signed(found.mean), f"{name}_word": found.word}
+            facts |= {f"{name}_images": _interval(found.images), f"{name}_seeds": _interval(found.seeds)}
+        facts["judgement"] = beside.words()
+    return facts
+
+
+def _interval(ends: tuple[float, float] | None) -> str:
+    return "too few" if ends is None else f"{_signed(ends[0])} to {_signed(ends[1])}"
+
+
+def filled(text: str, facts: Mapping[str, Mapping[str, Mapping[str, str]]], where: str) -> str:
+    """Fill the placeholders ``{STUDY/METHOD/FIELD}`` of a sentence; of a run that is missing it says so.
+
+    Raises:
+        UnmovedError: a study, method or field that there is not.
+    """
+
+    def value(match: re.Match[str]) -> str:
+        study, _, rest = match[1].partition("/")
+        method, _, field = rest.rpartition("/")
+        if study not in STUDIES or method not in methods_of(study):
+            raise UnmovedError(f"{where}: expected {{STUDY/METHOD/FIELD}} of {', '.join(STUDIES)}, came {match[0]}")
+        known = facts.get(study, {}).get(method, {})
+        if known and field not in known:
+            if field.partition("_")[0] in (*MEASURES, "judgement"):  # what it is added to was not run
+                return f"({NOT_YET})"
+            raise UnmovedError(f"{where}: {match[0]}: expected one of {', '.join(known)}")
+        return known.get(field, f"({NOT_YET})")
+
+    return re.sub(r"\{([^{}]+)\}", value, text).strip()
+
+
+# --- the page
+
+
+def page(results: Path) -> str:
+    """Return the page that the tables make; "" without a table."""
+    studies = {study: load(results, study) for study in STUDIES}
+    if not any(studies.values()):
+        return ""
+    beside = {study: comparisons(runs) for study, runs in studies.items()}
+    facts = {
+        study: {name: facts_of(name, runs.get(name, []), beside[study].get(name)) for name in methods_of(study)}
+        for study, runs in studies.items()
+    }
+    parts = [LEAD, "## Verdicts\n"]
+    written = results / "verdicts.toml"
+    sentences = tomllib.loads(written.read_text(encoding="utf-8")) if written.exists() else {}
+    parts += [f"**{name}.** {filled(str(text), facts, str(written))}\n" for name, text in sentences.items()]
+    count = sum(len(found) for found in beside.values())
+    parts += [f"{HOW} With {count} comparisons at 95 % about {count * 0.05:.1g} would be shown by chance.\n"]
+    for study, runs in studies.items():
+        parts += [f"## {STUDIES[study]['title']}\n", *_section(study, runs, beside[study], facts[study])]
+    parts += ["## Where\n", *_where(studies)]
+    return "\n".join(parts)
+
+
+def _section(study: str, runs: Runs, beside: dict[str, Comparison], facts: dict[str, dict[str, str]]) -> list[str]:
+    if not runs:
+        return [f"{NOT_YET.capitalize()}.\n"]
+    parts = [
+        f"![Accuracies, and differences from what a method is added to](images/results/{study}.svg)\n",
+        f"{COLUMNS}\n",
+    ]
+    names = {"setting": "setting", "seeds": "seeds", "n": "n", "clean": "clean", "pgd40": "PGD-40"}
+    later = {"seconds": "seconds", "passes": "passes", "grade": "doctor", "flatness": "flatness", "softmax": "softmax"}
+    rows = []
+    for method in methods_of(study):
+        known = facts[method]
+        aa = f"**{known['autoattack']}** {known['interval']} {known['kind']}" if known else NOT_YET
+        row = {"method": method} | {title: known.get(name, "") for name, title in names.items()} | {"AutoAttack": aa}
+        row |= {title: known.get(name, "") for name, title in later.items()}
+        rows.append(row | {"var p_y": f"{known['variance']} / {known['variance_attacked']}" if known else ""})
+    parts.append(_table(rows))
+    if beside:
+        parts += ["Beside what each is added to, in points:\n", _table([_beside(one) for one in beside.values()])]
+    failed = [f"{run.label}: {run.row['failed']}" for of in runs.values() for run in of if run.failed]
+    doubted = [f"{run.label}: {run.row['doctor']}" for of in runs.values() for run in of if run.is_doubted]
+    parts += [f"- Failed: {words}" for words in failed] + [f"- {words}" for words in doubted]
+    done = {(method, run.seed) for method, of in runs.items() for run in of}
+    missing = [
+        f"{name} seed {seed}"
+        for seed in STUDIES[study]["seeds"]
+        for name in methods_of(study)
+        if (name, seed) not in done
+    ]
+    if missing:
+        parts.append(f"- {NOT_YET.capitalize()} ({len(missing)}): {', '.join(missing)}.")
+    return [*parts, ""]
+
+
+def _beside(one: Comparison) -> dict[str, str]:
+    row = {"method": one.method, "added to": one.base, "seeds": str(one.measures["clean"].count)}
+    for name, title in MEASURES.items():
+        found = one.measures[name]
+        ends = f"seeds {_interval(found.seeds)}, images {_interval(found.images)}"
+        row[title] = f"{_signed(found.mean)} {found.word} ({ends})"
+    return row | {"": one.words()}
+
+
+def _where(studies: Mapping[str, Runs]) -> list[str]:
+    made = Counter(
+        (study, run.row["hardware"], run.row["torch"])
+        for study, runs in studies.items()
+        for of in runs.values()
+        for run in of
+        if not run.failed
+    )
+    lines = [f"- {study}: {count} runs on {machine}, torch {torch}" for (study, machine, torch), count in made.items()]
+    return [
+        *lines,
+        "",
+        "One thread a run. `benchmarks/study.py` made the tables in docs/results, `benchmarks/results.py` this page.\n",
+    ]
+
+
+# --- the figures
+
+
+@style()
+def figure(study: str, runs: Runs, beside: Mapping[str, Comparison]) -> Figure:
+    """Draw the accuracies of each method, and AutoAttack's differences from what it is added to, with intervals."""
+    names = [name for name in methods_of(study) if any(not run.failed for run in runs.get(name, []))]
+    drawn = canvas(8.4, 1.0 + 0.24 * len(names))
+    left, right = drawn.subplots(1, 2, sharey=True, width_ratios=(3, 2))
+    good = {name: [run for run in runs[name] if not run.failed] for name in names}
+    for measure, marker, colour in (("clean", "|", INK), ("pgd40", "o", COLOURS[1]), ("autoattack", "D", COLOURS[0])):
+        x = [100 * mean(run.share(measure) for run in good[name]) for name in names]
+        face = "none" if measure == "pgd40" else colour
+        left.plot(x, range(len(names)), marker, color=colour, markerfacecolor=face, label=MEASURES[measure])
+    middle = [100 * mean(run.share("autoattack") for run in good[name]) for name in names]
+    ends = [
+        [100 * end(float(run.row[f"population_{side}"]) for run in good[name]) for name in names]
+        for end, side in ((min, "low"), (max, "high"))
+    ]
+    left.errorbar(
+        middle, range(len(names)), xerr=bar(ends[0], middle, ends[1]), fmt="none", color=COLOURS[0], linewidth=1
+    )
+    right.axvline(0, color=INK, linewidth=0.9)
+    for y, name in enumerate(names):
+        if (one := beside.get(name)) is None:
+            continue
+        found = one.measures["autoattack"]
+        for interval, up, colour in ((found.images, 0.14, COLOURS[0]), (found.seeds, -0.14, COLOURS[2])):
+            if interval is not None:
+                right.plot(interval, [y - up] * 2, color=colour, linewidth=1)
+        right.plot(
+            [found.mean], [y], "D", color=COLOURS[0], markerfacecolor=COLOURS[0] if found.word == SHOWN else "none"
+        )
+    left.set(xlabel="accuracy, percent", yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5))
+    right.set(xlabel="AutoAttack, points beside its base")
+    legend_above(drawn)
+    caption = "Right: the upper line is the interval over images, the lower one over seeds; filled where it is shown."
+    return finished(drawn, caption)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--docs", type=Path, default=Path("docs"))
+    docs = parser.parse_args(arguments).docs
+    try:
+        text = page(docs / "results")
+    except UnmovedError as error:
+        raise SystemExit(f"error: {error}") from None
+    if not text:
+        print(f"{docs / 'results'}: no tables yet, so there is no page; run benchmarks/study.py", file=sys.stderr)
+        return
+    for study in STUDIES:
+        if runs := load(docs / "results", study):
+            drawn = figure(study, runs, comparisons(runs))
+            write_atomic(docs / "images" / "results" / f"{study}.svg", to_svg(drawn).encode())
+    write_atomic(docs / "results.md", text.encode())
+
+
+if __name__ == "__main__":
+    main()

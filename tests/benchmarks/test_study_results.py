@@ -1,0 +1,149 @@
+"""The study's page: the protocol's rule against examples by hand, and what stands there is what the tables make."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import results
+from helpers.cli import ROOT
+from study_judgement import Comparison, Judged, Outcome, compared, over_images, over_seeds
+from study_methods import STUDIES
+from study_tables import zipped
+
+from unmoved.core.errors import UnmovedError
+from unmoved.evaluation.estimate import Estimate
+
+N = 100
+Run = Callable[..., Outcome]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """Make a run of 100 images, the first ``clean`` of which are right and those from ``first`` to ``last`` left."""
+
+    def make(first: int, last: int, *, clean: int = N, pgd40: int = N, seed: int = 0, **sample: float) -> Outcome:
+        index = range(N)
+        images = pd.DataFrame({"index": index, "label": 0, "clean_prediction": [int(k >= clean) for k in index]})
+        images["pgd40"] = [int(k >= pgd40) for k in index]
+        images["quick"] = images["autoattack"] = [int(not first <= k < last) for k in index]
+        if sample:
+            images["autoattack"] = math.nan
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.csv.gz"
+        path.write_bytes(zipped(images))
+        row = {"method": "m", "seed": seed, "n": N, "clean": clean, "pgd40": pgd40, "left": last - first, "failed": ""}
+        row |= {"complete": "no" if sample else "yes", **sample}
+        return Outcome({name: str(value) for name, value in row.items()}, path)
+
+    return make
+
+
+def test_over_seeds_is_students_t() -> None:
+    low, high = over_seeds([1.0, 2.0, 3.0]) or (0, 0)
+    half = 4.302653 / math.sqrt(3)  # the table of t with two degrees of freedom; the deviation is 1
+    assert (low, high) == pytest.approx((2 - half, 2 + half), abs=1e-5)
+    assert over_seeds([1.0, 1.0]) is None
+
+
+def test_over_images_of_complete_verdicts_is_paired(run: Run) -> None:
+    """15 images are left by the first alone and 5 by the second alone: d = 0.1, its variance 0.19 * 100 / 99."""
+    half = 1.959964 * math.sqrt(0.19 / 99)
+    assert over_images(run(0, 60), run(15, 65), "autoattack") == pytest.approx((0.1 - half, 0.1 + half), abs=1e-6)
+
+
+def test_over_images_of_samples_adds_what_they_do_not_tell(run: Run) -> None:
+    """Where every far survivor was asked, nothing is unknown: the bound of the variance alone is wider."""
+    known = {"survivors": 60, "near": 0, "near_broken": 0, "far_asked": 60, "far_broken": 0, "error": 0.035}
+    half = 2.241403 * math.sqrt(0.2 / N)  # z at 0.9875: half of the error
+    sampled = over_images(run(0, 60, **known), run(15, 65), "autoattack")
+    assert sampled == pytest.approx((0.1 - half, 0.1 + half), abs=1e-6)
+    part = known | {"far_asked": 30}
+    low, high = Estimate(N, 60, 0, 0, 30, 0, error=0.035 / 4).interval  # each of two samples has a quarter
+    assert high == 60
+    both = over_images(run(0, 60, **part), run(10, 70, **part), "autoattack")
+    half = 2.241403 * math.sqrt((20 + 2 * (60 - low)) / N / N)
+    assert both == pytest.approx(((low - 60) / N - half, (60 - low) / N + half), abs=1e-6)
+
+
+def test_runs_on_other_images_are_not_compared(run: Run, tmp_path: Path) -> None:
+    one, other = run(0, 60), run(0, 60)
+    other.path.write_bytes(zipped(pd.read_csv(other.path).iloc[1:]))
+    with pytest.raises(UnmovedError, match="same images"):
+        over_images(one, other, "clean")
+
+
+def test_the_images_are_those_of_the_median_seed(run: Run) -> None:
+    lasts = (50, 90, 70)
+    pairs = [(run(0, last, seed=seed), run(0, 40, seed=seed)) for seed, last in enumerate(lasts)]
+    found = compared(pairs, "autoattack")
+    low, high = over_images(*pairs[2], "autoattack")
+    assert (found.mean, found.count) == (pytest.approx(30), 3)
+    assert found.images == pytest.approx((100 * low, 100 * high))
+
+
+ABOVE, AROUND, BELOW = (0.1, 0.9), (-0.4, 0.6), (-0.9, -0.1)
+
+
+@pytest.mark.parametrize(
+    ("mean", "seeds", "images", "word"),
+    [
+        (0.5, ABOVE, ABOVE, "shown"),
+        (0.5, ABOVE, AROUND, "suggested"),
+        (0.5, AROUND, ABOVE, "suggested"),
+        (0.5, None, ABOVE, "suggested"),  # one seed, however clear
+        (0.5, AROUND, AROUND, "not shown"),
+        (0.5, AROUND, BELOW, "not shown"),  # the median seed says the opposite of the mean
+        (-0.5, BELOW, BELOW, "shown"),
+        (0.0, AROUND, AROUND, "not shown"),
+    ],
+)
+def test_the_word_is_that_of_the_protocol(
+    mean: float, seeds: tuple[float, float] | None, images: tuple[float, float], word: str
+) -> None:
+    assert Judged(mean, seeds, images, 3).word == word
+
+
+GAIN, MAYBE, NONE, LOSS = (
+    Judged(0.5, ABOVE, ABOVE, 3),
+    Judged(0.5, ABOVE, AROUND, 3),
+    Judged(0.1, AROUND, AROUND, 3),
+    Judged(-0.5, BELOW, BELOW, 3),
+)
+
+
+@pytest.mark.parametrize(
+    ("clean", "pgd40", "autoattack", "words"),
+    [
+        (NONE, GAIN, GAIN, "better at no price"),
+        (LOSS, GAIN, GAIN, "better, at a price in clean accuracy"),
+        (NONE, GAIN, NONE, "masking: PGD-40 +0.5, AutoAttack +0.1"),
+        (GAIN, GAIN, LOSS, "masking: PGD-40 +0.5, AutoAttack -0.5"),
+        (NONE, GAIN, MAYBE, ""),
+        (NONE, MAYBE, NONE, ""),
+        (GAIN, NONE, LOSS, "worse"),
+    ],
+)
+def test_masking_is_a_gain_that_pgd_alone_shows(clean: Judged, pgd40: Judged, autoattack: Judged, words: str) -> None:
+    assert Comparison("a", "b", {"clean": clean, "pgd40": pgd40, "autoattack": autoattack}).words() == words
+
+
+def test_a_sentence_is_filled_from_the_tables() -> None:
+    facts = {"mnist": {"SENSE": {"clean": "99.1"}, "AT": {}}}
+    said = results.filled("{mnist/SENSE/clean} {mnist/AT/clean} {mnist/SENSE/clean_word}", facts, "v")
+    assert said == "99.1 (not run yet) (not run yet)"
+    for wrong in ("{mnist/SENSE/cleam}", "{mnist/SENS/clean}", "{minst/SENSE/clean}"):
+        with pytest.raises(UnmovedError, match=r"v: .*expected"):
+            results.filled(wrong, facts, "v")
+
+
+def test_the_page_is_what_the_tables_make() -> None:
+    page, text = ROOT / "docs" / "results.md", results.page(ROOT / "docs" / "results")
+    assert page.exists() == (text != "")
+    if not text:
+        pytest.skip("no tables yet")
+    assert page.read_text(encoding="utf-8") == text, "run `python benchmarks/results.py`"
+    drawn = {path.stem for path in (ROOT / "docs" / "images" / "results").glob("*.svg")}
+    assert drawn == {name for name in STUDIES if (ROOT / "docs" / "results" / name / "runs.csv").exists()}
