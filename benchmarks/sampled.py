@@ -53,10 +53,8 @@ def coverage(folder: Path, size: sampled.Size, draws: int) -> dict[str, object]:
     cheap = judge.evaluate(model, split, {"quick": Quick(assembly.threat, seed=seed)}, assembly.threat, workers=0)
     identities = split.index.numpy()
     standing = np.flatnonzero(np.isin(identities, cheap.loc[~cheap["success"], "index"]))
-    scout = {"scout": sampled.scout_of(assembly.threat)}
-    scouted = judge.evaluate(model, split, scout, assembly.threat, workers=0, among=standing)
+    survivors = sampled.survivors_of(model, split, assembly.threat, standing, seed)
     seconds = time.monotonic() - began
-    survivors = sampled.survivors_of(identities, scouted, seed)
     breaks = complete.loc[identities, "success"].to_numpy(bool)
     n, left = len(split), len(standing) - int(breaks[standing].sum())
     found: list[Estimate] = []

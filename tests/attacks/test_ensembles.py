@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from unmoved.attacks.ensembles import Near
+from unmoved.attacks.scout import Scout
 from unmoved.core.batch import Batch
 from unmoved.core.threat import ThreatModel
 
@@ -50,7 +51,7 @@ class Records:
 def test_attacks_get_the_samples_that_are_near_enough_and_not_broken_yet() -> None:
     wide, narrow, strong = Records(), Records(), Records(0.1)
     last = Records()
-    x_adv = Near(LINF, beyond, ((6.0, wide), (1.3, narrow), (1.1, strong), (6.0, last)))(Steps(), batch())
+    x_adv = Near(Scout(LINF, beyond), ((6.0, wide), (1.3, narrow), (1.1, strong), (6.0, last)))(Steps(), batch())
     assert wide.asked == [11, 12, 14], "10 is broken by the scout, for 13 it found nothing"
     assert narrow.asked == [11, 12]
     assert strong.asked == [11]
@@ -62,7 +63,7 @@ def test_attacks_get_the_samples_that_are_near_enough_and_not_broken_yet() -> No
 def test_a_sample_that_is_broken_is_left_and_a_success_outside_the_ball_is_none() -> None:
     threat = ThreatModel("linf", 0.11)
     inside, outside, last = Records(0.11), Records(0.13), Records()
-    x_adv = Near(threat, beyond, ((1.3, outside), (1.3, inside), (9.0, last)))(Steps(), batch())
+    x_adv = Near(Scout(threat, beyond), ((1.3, outside), (1.3, inside), (9.0, last)))(Steps(), batch())
     assert outside.asked == [12], "11 is within the ball"
     assert inside.asked == [12]
     assert last.asked == [12, 14]
@@ -71,23 +72,23 @@ def test_a_sample_that_is_broken_is_left_and_a_success_outside_the_ball_is_none(
 
 
 def test_who_is_broken_is_asked_about_no_more() -> None:
-    """The scout goes 0.03 too far, so that 11, whose boundary is in the ball, is left to the attacks."""
+    """The scout changes other pixels too, so that 11, whose boundary is in the ball, is left to the attacks."""
     threat = ThreatModel("linf", 0.11)
 
-    def too_far(model: nn.Module, some: Batch) -> Tensor:
-        x = some.x.clone()
-        x[:, 0, 0, 0] = 0.53
+    def astray(model: nn.Module, some: Batch) -> Tensor:
+        x = some.x + 0.2
+        x[:, 0, 0, 0] = 0.5001
         return x
 
     first, last = Records(0.11), Records()
-    x_adv = Near(threat, too_far, ((1.4, first), (1.4, last)))(Steps(), batch())
-    assert first.asked == [11, 12]
-    assert last.asked == [12]
+    x_adv = Near(Scout(threat, astray), ((2, first), (2, last)))(Steps(), batch())
+    assert first.asked == [10, 11, 12, 13]
+    assert last.asked == [12, 13]
     assert (Steps()(x_adv).argmax(1) == 1).tolist() == [True, True, False, False, False]
 
 
 def test_who_is_near_does_not_hang_on_the_company() -> None:
-    whole = Near(LINF, beyond, ((1.3, Records(0.1)),))(Steps(), batch())
+    whole = Near(Scout(LINF, beyond), ((1.3, Records(0.1)),))(Steps(), batch())
     for k in range(5):
-        alone = Near(LINF, beyond, ((1.3, Records(0.1)),))(Steps(), batch().take(torch.tensor([k])))
+        alone = Near(Scout(LINF, beyond), ((1.3, Records(0.1)),))(Steps(), batch().take(torch.tensor([k])))
         assert torch.equal(alone[0], whole[k])

@@ -13,6 +13,7 @@ import torch
 from helpers.cli import RECIPE, recipe, unmoved
 from torch import Tensor, nn
 
+from unmoved.attacks.ensembles import scout_of
 from unmoved.core.errors import UnmovedError
 from unmoved.evaluation import judge
 from unmoved.evaluation.estimate import Estimate, error_of_look
@@ -162,13 +163,17 @@ def test_a_randomised_model_is_refused(run: Run) -> None:
         evaluate_run(run, attacks="standard", n=N, sample=20, ready=lambda: Opened(assembly, Noisy(model).eval()))
 
 
-def test_survivors_are_found_where_the_data_holds_them() -> None:
-    """Identities in any order; who stayed right, whatever the scout's last image was, has no boundary."""
-    columns = {"index": [4, 7, 9], "label": [1, 1, 2], "adversarial_prediction": [0, 1, 0], "distance": [0.2, 0.1, 0.3]}
-    ours = sampled.survivors_of(np.array([9, 3, 7, 4]), pd.DataFrame(columns), seed=5)
-    assert ours.position.tolist() == [3, 2, 0]
-    assert ours.distance.tolist() == [0.2, np.inf, 0.3]
-    assert (ours.index.tolist(), ours.seed) == ([4, 7, 9], 5)
+def test_survivors_are_found_where_the_data_holds_them(run: Run) -> None:
+    """Each has the reach that the scout gives it alone, whatever the batches and threads."""
+    assembly, model = opened(run, "best", "cpu", ())
+    split, standing = assembly.data.test, np.array([1, 4, 5, 9])
+    ours = sampled.survivors_of(model, split, assembly.threat, standing, 5, batch_size=3, workers=2)
+    assert ours.position.tolist() == [1, 4, 5, 9]
+    assert (ours.index.tolist(), ours.seed) == (split.index[standing].tolist(), 5)
+    (one,) = split.select(torch.tensor([5])).batches(1)
+    alone = scout_of(assembly.threat)(model, one).reach
+    assert ours.distance[2] == pytest.approx(float(alone), rel=1e-3)
+    assert len(set(ours.distance)) == 4
 
 
 # --- until the interval is short enough

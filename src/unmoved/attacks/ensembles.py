@@ -14,6 +14,7 @@ from unmoved.attacks.fab import FAB
 from unmoved.attacks.fmn import FMN
 from unmoved.attacks.gradients import require_attackable
 from unmoved.attacks.odi import DiversifiedPGD
+from unmoved.attacks.scout import Scout
 from unmoved.attacks.square import Square
 from unmoved.core.batch import Batch, Image
 from unmoved.core.errors import keep_field, number_field, require_choice, require_seed
@@ -25,7 +26,7 @@ from unmoved.terms import CE, DLR, Margin, TargetedDLR, TargetedMargin
 
 VERSIONS = ("standard", "rand")
 # In units of eps, by the scout: of what lies beyond, long attacks break next to nothing.
-NEARER, NEAREST = 1.2, 1.15
+NEARER, NEAREST = 1.5, 1.3
 
 
 @dataclass(frozen=True)
@@ -97,14 +98,14 @@ class AutoAttack:
 class Quick:
     """A cheap ensemble for every day; its robust accuracy is an upper bound, and not to be reported as AutoAttack's.
 
-    A few steps on the margin; then a scout, FMN with gradients through dead ReLUs, measures how far the boundary is,
-    and the nearer it is the longer a sample is attacked by PGD from output-diversified starts: a few steps towards four
-    classes where it lies within ``reach`` eps, more starts, through dead ReLUs too, within `NEARER` eps, and many steps
-    within `NEAREST` eps.
+    A few steps on the margin; then a scout, FMN with gradients through dead ReLUs, says how far the boundary is. The
+    nearer it is, the longer a sample is attacked by PGD from output-diversified starts: through dead ReLUs and towards
+    four classes where it lies within ``reach`` eps, from more starts and with more steps within `NEARER` eps, for
+    longest within `NEAREST` eps.
 
     Args:
         threat: the ball.
-        reach: how far beyond eps the scout may find the boundary, in units of eps.
+        reach: how far away the boundary may be by the scout's word (`Scout`), in units of eps.
         seed: keys all noise.
 
     Raises:
@@ -112,7 +113,7 @@ class Quick:
     """
 
     threat: ThreatModel
-    reach: float = 1.5
+    reach: float = 1.75
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -125,15 +126,15 @@ class Quick:
         nearer, nearest = min(self.reach, NEARER), min(self.reach, NEAREST)
         targeted = TargetedMargin()
         ladder = (
-            (nearer, DiversifiedPGD(ball, restarts=2, smooth=10, seed=seed)),
-            (self.reach, DiversifiedPGD(ball, targeted, steps=10, targets=4, seed=seed + 1)),
+            (self.reach, DiversifiedPGD(ball, restarts=2, smooth=10, seed=seed)),
+            (self.reach, DiversifiedPGD(ball, targeted, targets=4, seed=seed + 1)),
             (nearer, DiversifiedPGD(ball, restarts=4, seed=seed + 2)),
-            (nearest, DiversifiedPGD(ball, targeted, steps=50, targets=3, seed=seed + 3)),
+            (nearer, DiversifiedPGD(ball, targeted, steps=50, targets=3, seed=seed + 3)),
             (nearest, DiversifiedPGD(ball, steps=50, restarts=2, smooth=10, seed=seed + 4)),
         )
         return {
             "pgd-margin": DiversifiedPGD(ball, steps=10, start_steps=0, seed=seed),
-            "near": Near(ball, FMN(ball, steps=20, smooth=10), ladder),
+            "near": Near(scout_of(ball), ladder),
         }
 
     def notes(self, num_classes: int) -> list[str]:
@@ -144,39 +145,40 @@ class Quick:
         return in_turn(model, batch, self.threat, self.parts)
 
 
+def scout_of(threat: ThreatModel) -> Scout:
+    """Return who says how near a sample is: a few steps of FMN, through dead ReLUs."""
+    return Scout(threat, FMN(threat, steps=20, smooth=10))
+
+
 @dataclass(frozen=True)
 class Near:
-    """Run attacks in turn, each on the samples alone whose boundary a scout finds near the ball.
+    """Run attacks in turn, each on the samples alone whose boundary a scout believes near the ball.
 
-    Near is a matter of the sample's own distance, not of its rank among others: so a verdict does not depend on the
-    batch.
+    Near is a matter of the sample's own reach, not of its rank among others: so a verdict does not depend on the batch.
 
     Args:
-        threat: the ball.
-        scout: a minimum-norm attack.
-        attacks: pairs (reach, attack): the attack runs where the scout's image is misclassified and within reach eps.
+        scout: finds how far each boundary is, and may break a sample on the way.
+        attacks: pairs (reach, attack): the attack runs where the boundary is within reach eps.
     """
 
-    threat: ThreatModel
-    scout: Attack
+    scout: Scout
     attacks: tuple[tuple[float, Attack], ...]
 
     @takes_images
     def __call__(self, model: nn.Module, batch: Batch) -> Image:
-        require_attackable(model, batch, self.threat)
+        threat = self.scout.threat
+        require_attackable(model, batch, threat)
         x_adv = batch.x.detach().clone()
-        if len(batch) == 0 or self.threat.radius == 0:
+        if len(batch) == 0 or threat.radius == 0:
             return x_adv
-        proposal = self.scout(model, batch)
-        wrong, _ = _wrong(model, proposal, batch.y)
-        distance = self.threat.distance(proposal, batch.x).masked_fill(~wrong, torch.inf)
-        inside = distance <= self.threat.radius + self.threat.tolerance
-        x_adv[inside], distance[inside] = proposal[inside], torch.inf
-        for reach, attack in self.attacks:
-            near = torch.nonzero(distance <= reach * self.threat.radius).flatten()
+        reach, surface = self.scout(model, batch)
+        won = _has_broken(model, surface, batch, threat)
+        x_adv[won], reach[won] = surface[won], torch.inf
+        for limit, attack in self.attacks:
+            near = torch.nonzero(reach <= limit).flatten()
             if len(near):
-                proposal, won = _tried(model, batch.take(near), self.threat, attack)
-                x_adv[near[won]], distance[near[won]] = proposal[won], torch.inf
+                proposal, won = _tried(model, batch.take(near), threat, attack)
+                x_adv[near[won]], reach[near[won]] = proposal[won], torch.inf
         return x_adv
 
 
@@ -201,10 +203,15 @@ def in_turn(
 
 
 def _tried(model: nn.Module, batch: Batch, threat: ThreatModel, attack: Attack) -> tuple[Image, Tensor]:
-    """Return an attack's proposals, and which are misclassified in float32 and in the ball, (B,) bool."""
+    """Return an attack's proposals, and which are successes."""
     proposal = attack(model, batch)
+    return proposal, _has_broken(model, proposal, batch, threat)
+
+
+def _has_broken(model: nn.Module, proposal: Image, batch: Batch, threat: ThreatModel) -> Tensor:
+    """Return which proposals are misclassified in float32 and in the ball, (B,) bool."""
     wrong, _ = _wrong(model, proposal, batch.y)
-    return proposal, wrong & (threat.distance(proposal, batch.x) <= threat.radius + threat.tolerance)
+    return wrong & (threat.distance(proposal, batch.x) <= threat.radius + threat.tolerance)
 
 
 def _wrong(model: nn.Module, x: Image, y: Tensor) -> tuple[Tensor, int]:

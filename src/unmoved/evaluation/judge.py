@@ -95,6 +95,30 @@ def evaluate(
     return pd.concat(tables, ignore_index=True).sort_values(["attack", "index"], kind="stable", ignore_index=True)
 
 
+def measured(
+    model: nn.Module,
+    split: Split,
+    measure: Callable[[nn.Module, Batch], torch.Tensor],
+    threat: ThreatModel,
+    *,
+    among: np.ndarray,
+    batch_size: int = 128,
+    workers: int = 1,
+) -> np.ndarray:
+    """Return what a measure (model, batch) -> (B,) says of the samples at these increasing positions, (N,) float64.
+
+    Args:
+        workers: threads that measure at a time, as in `evaluate`.
+    """
+    mask = np.zeros(int(among[-1]) + 1 if len(among) else 0, dtype=bool)
+    mask[among] = True
+    with Workers(model, workers) as pool:
+        size = max(1, min(batch_size, -(-len(among) // pool.count)))
+        chunks = _chunks(model, split, mask, size, threat) if len(among) else ()
+        values = [value.double().cpu().numpy() for _, value in pool.map(lambda m, chunk: measure(m, chunk[1]), chunks)]
+    return np.concatenate([np.empty(0), *values])
+
+
 @dataclasses.dataclass
 class _Evaluation:
     """Run attacks on one model and its data; the fields are the arguments of `evaluate`, and the threads."""

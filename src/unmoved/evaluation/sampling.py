@@ -12,7 +12,7 @@ import torch
 from unmoved.core import noise
 from unmoved.evaluation.estimate import Estimate
 
-NEAR = 0.25  # of the sample goes to the nearest survivors
+NEAR = 0.1  # of the sample goes to the nearest survivors
 STREAM = 7_000_003  # of the noise that orders the samples
 
 
@@ -35,7 +35,7 @@ class Survivors:
     Args:
         position: (N,) in the data.
         index: (N,) identities, which key the draw.
-        distance: (N,) of the decision boundary, as a cheap search found it; infinity where it found none.
+        distance: (N,) of the decision boundary, as a scout believes; infinity where it does not know of one.
         seed: of the draw.
     """
 

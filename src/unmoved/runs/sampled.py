@@ -10,11 +10,15 @@ from functools import partial
 import numpy as np
 import pandas as pd
 import torch
+from torch import nn
 
-from unmoved.attacks import FMN, Quick
+from unmoved.attacks import Quick
+from unmoved.attacks.ensembles import scout_of
+from unmoved.core.batch import Batch
 from unmoved.core.errors import UnmovedError, require_number, require_whole
 from unmoved.core.protocols import Attack, kinds_of
 from unmoved.core.threat import ThreatModel
+from unmoved.data import ArraySplit, Selection
 from unmoved.evaluation import judge
 from unmoved.evaluation.doctor.evidence import Evidence
 from unmoved.evaluation.estimate import LEVEL, Estimate, error_of_look
@@ -25,7 +29,7 @@ from unmoved.runs.records import Evaluation
 
 FEWEST = 30  # survivors: of fewer all are asked
 LOOKED_AT = 32  # images on which passes must agree
-# Of the work: the cheap search and the search for boundaries; the rest is AutoAttack's.
+# Of the work: the cheap search, and then the scout; the rest is AutoAttack's.
 CHEAP, SCOUT = 0.3, 0.35
 Report = Callable[[float, str], None]
 
@@ -79,14 +83,13 @@ def answer(asked: Asked, chosen: dict[str, Attack], size: Size, report: Report) 
     _require_deterministic(asked)
     seed = asked.assembly.recipe.training.seed
     cheap: dict[str, Attack] = {"quick": Quick(threat, seed=seed)}
-    scout: dict[str, Attack] = {"scout": scout_of(threat)}
-    journal = asked.journal("sampled", cheap | scout)
+    journal = asked.journal("sampled", cheap)
     table = asked.judged(cheap, journal, partial(_part, report, 0.0, CHEAP))
     standing = np.flatnonzero(~_succeeded(asked, table, np.arange(n)))
     if len(standing) < FEWEST or (size.within is None and (size.sample or 0) >= len(standing)):
         return {"verdict": asked.answer("verdict", chosen, False, partial(_part, report, CHEAP, 1.0))}
-    near = asked.judged(scout, journal, partial(_part, report, CHEAP, SCOUT), among=standing)
-    survivors = survivors_of(asked.split.index.numpy(), near, seed)
+    report(CHEAP, f"how near {len(standing):,} survivors are")
+    survivors = survivors_of(asked.model, asked.split, threat, standing, seed, asked.batch_size, asked.workers)
     answers = asked.journal("verdict", chosen)
 
     def ask(design: Design, error: float) -> tuple[pd.DataFrame, Estimate]:
@@ -111,23 +114,27 @@ def answer(asked: Asked, chosen: dict[str, Attack], size: Size, report: Report) 
     return {"sampled": table}
 
 
-def scout_of(threat: ThreatModel) -> Attack:
-    """Return the attack that finds how far the decision boundary is: a few steps of FMN, through dead ReLUs."""
-    return FMN(threat, steps=20, smooth=10)
-
-
-def survivors_of(identities: np.ndarray, scouted: pd.DataFrame, seed: int) -> Survivors:
-    """Return the survivors with the distances that a scout found: infinity where it did not leave the class.
+def survivors_of(
+    model: nn.Module,
+    split: ArraySplit | Selection,
+    threat: ThreatModel,
+    standing: np.ndarray,
+    seed: int,
+    batch_size: int = 128,
+    workers: int = 0,
+) -> Survivors:
+    """Return the survivors at these positions of the data, with how near each is by the word of `quick`'s scout.
 
     Args:
-        identities: (n,) of all images, in the order of the data.
-        scouted: the scout's outcomes on the survivors.
         seed: of the draw.
     """
-    distance = scouted["distance"].where(scouted["adversarial_prediction"] != scouted["label"], np.inf)
-    index, order = scouted["index"].to_numpy(), np.argsort(identities)
-    position = order[np.searchsorted(identities, index, sorter=order)]
-    return Survivors(position, index, distance.to_numpy(), seed)
+    scout = scout_of(threat)
+
+    def reach(model: nn.Module, batch: Batch) -> torch.Tensor:
+        return scout(model, batch).reach
+
+    near = judge.measured(model, split, reach, threat, among=standing, batch_size=batch_size, workers=workers)
+    return Survivors(standing, split.index.numpy()[standing], near, seed)
 
 
 def estimated(
