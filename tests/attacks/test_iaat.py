@@ -69,7 +69,7 @@ def test_identities_are_any_numbers_and_the_memory_is_as_large_as_the_samples_se
     radii = torch.linspace(0.01, 0.29, len(batch))
     for attack, index in ((plain, batch.index), (named, names)):
         for part in (torch.arange(100, len(batch)), torch.arange(120)):  # some of them twice
-            attack._remember(index[part], radii[part])
+            attack._memory.write(index[part], radii[part])
     assert torch.equal(named.radius(names), radii)
     assert torch.equal(plain.radius(batch.index), radii)
     order = torch.randperm(len(batch))

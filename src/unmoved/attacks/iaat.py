@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from unmoved.attacks.calling import takes_images
 from unmoved.attacks.gradients import MODES, attacking, gradient_at, require_attackable
-from unmoved.core import collectives
+from unmoved.attacks.sample_memory import SampleMemory
 from unmoved.core.batch import Batch, Image, per_image
 from unmoved.core.errors import require_choice, require_number, require_seed, require_whole
 from unmoved.core.preconditions import require_loss
@@ -67,8 +67,7 @@ class IAAT:
         require_choice("IAAT.mode", mode, MODES)
         self.threat, self.loss, self.steps, self.gamma = threat, loss, steps, gamma
         self.step_size, self.momentum, self.seed, self.mode = step_size, momentum, seed, mode
-        # Identities may be any 64-bit numbers, such as hashes: sorted, beside the radii.
-        self._index, self._radius = torch.empty(0, dtype=torch.int64), torch.empty(0)
+        self._memory = SampleMemory()
 
     def __repr__(self) -> str:
         return (
@@ -78,30 +77,14 @@ class IAAT:
 
     def radius(self, index: Tensor) -> Tensor:
         """Return the remembered radii (B,); the threat's eps for samples not seen before."""
-        if not len(self._index):
-            return torch.full(index.shape, self.threat.radius, device=index.device)
-        place, is_known = self._places(index)
-        return torch.where(is_known, self._radius[place], self.threat.radius)
-
-    def _places(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Return where these samples are in the memory, on their device, and which of them are there at all."""
-        self._index, self._radius = self._index.to(index.device), self._radius.to(index.device)
-        place = torch.searchsorted(self._index, index).clamp_max(len(self._index) - 1)
-        return place, self._index[place] == index
-
-    def _remember(self, index: Tensor, radius: Tensor) -> None:
-        is_new = ~self._places(index)[1] if len(self._index) else torch.ones_like(index, dtype=torch.bool)
-        if is_new.any():
-            every = torch.cat([self._index.to(index.device), index[is_new].unique()])
-            self._index, order = every.sort()
-            self._radius = torch.cat([self._radius.to(radius), radius.new_zeros(len(every) - len(self._radius))])[order]
-        self._radius[self._places(index)[0]] = radius
+        return self._memory.read(index, torch.full(index.shape, self.threat.radius, device=index.device))
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {"index": self._index, "radius": self._radius}
+        index, radius = self._memory.state()
+        return {"index": index, "radius": radius}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self._index, self._radius = state["index"].clone(), state["radius"].clone()
+        self._memory.load(state["index"], state["radius"])
 
     @takes_images
     def __call__(self, model: nn.Module, batch: Batch) -> Image:
@@ -117,9 +100,7 @@ class IAAT:
         )
         new = torch.where(right_further, tried, torch.where(right_old, old, old - self.gamma))
         new = (new * right).clamp_min(0)
-        # A sample may be another process's in the next epoch: all of them remember all radii.
-        radius = (self.momentum * old + (1 - self.momentum) * new).to(old.dtype)
-        self._remember(collectives.gathered(batch.index), collectives.gathered(radius))
+        self._memory.write(batch.index, self.momentum * old + (1 - self.momentum) * new)
 
     def _attack(self, model: nn.Module, batch: Batch, radius: Tensor) -> Image:
         step = per_image((2 * radius / self.steps).clamp_min(self.step_size), batch.x)
