@@ -193,11 +193,16 @@ class Run:
         self.log.add(state["record"])
 
     def is_done(self, epochs: int) -> bool:
-        """Return whether all epochs are saved, by the log, and their weights are whole; nothing else is read."""
+        """Return whether all epochs are saved, by the log, and their weights are whole; nothing else is read.
+
+        A training that was stopped for overfitting has fewer epochs, and is done.
+        """
         try:
-            logged = [line["epoch"] for line in records.log(self.path / METRICS, "")]
+            lines = records.log(self.path / METRICS, "")
         except UnmovedError:
             return False
+        logged = [line["epoch"] for line in lines]
+        epochs = len(lines) if lines and "stopped" in lines[-1] else epochs
         weights = (self.path / f"{which}.safetensors" for which in ("best", "last"))
         return logged == list(range(1, epochs + 1)) and all(map(models.is_whole, weights))
 

@@ -8,7 +8,7 @@ import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
@@ -35,6 +35,7 @@ from unmoved.runs.components import (
     Whole,
 )
 from unmoved.runs.suggestions import recipe_meant
+from unmoved.training.overfitting import GO_ON
 
 # The tables that say nothing about a model that is judged only.
 OF_TRAINING = ("training", "optimizer", "schedule", "average", "attack", "objective", "defense", "phases", "validation")
@@ -93,9 +94,21 @@ class Training(Settings):
     precision: str = "auto"
     compiled: bool = Field(False, description="passes made by torch.compile: slow to begin, made for GPUs")
     sync_batchnorm: bool = Field(False, description="BatchNorm over the samples of all processes; on GPUs")
+    on_overfitting: Literal["go_on", "stop", "go_back"] = Field(
+        "go_on", description="where the validation sees catastrophic overfitting: name it, stop, or go back and go on"
+    )
     checkpoint_share: Number = Field(
         0.03, ge=0, le=1, description="most of the time that saving may take; 1 saves every epoch"
     )
+
+    @model_validator(mode="after")
+    def _overfitting_is_seen(self) -> Training:
+        if self.on_overfitting != GO_ON and not self.validation:
+            raise ValueError(
+                f"on_overfitting: expected validation data to notice it by, came validation = 0 with "
+                f'"{self.on_overfitting}"; hold some out, or leave it at "{GO_ON}"'
+            )
+        return self
 
     @field_validator("precision")
     @classmethod

@@ -114,6 +114,7 @@ def _train(
         compiled=training.compiled,
         sync_batchnorm=training.sync_batchnorm,
         seed=training.seed,
+        on_overfitting=training.on_overfitting,
         checkpoint_share=training.checkpoint_share,
         fabric=fabric,
         run=run,
@@ -141,6 +142,7 @@ def _rehearse(
         assembly.augment,
         assembly.average,
         training.seed,
+        training.on_overfitting,
     )
     held_out = Validation.of(validation, assembly.check, assembly.threat)
     precision = resolve(training.precision, fabric.device)
@@ -152,7 +154,7 @@ def _is_done(run: Run, recipe: config.Recipe) -> bool:
     if run.is_done(recipe.training.epochs):
         return True
     saved = run.load_state()
-    if saved is None or saved["epochs"] < recipe.training.epochs:
+    if saved is None or saved["epochs"] < recipe.training.epochs and "stopped" not in saved["record"]:
         return False
     run.mend_weights(saved)
     run.mend_log(saved)

@@ -49,6 +49,9 @@ class EpochRecord(TypedDict):
         loss, train_accuracy, parts: means over the samples, ``parts`` of each term, unweighted.
         validation_clean, validation_robust, validation_n: accuracies in [0, 1] on so many held-out samples.
         terms: what each term that reports something says of itself.
+        overfitting: a sentence, where the epoch was seen to overfit catastrophically.
+        back_to: the epoch whose weights were taken up again for that.
+        stopped: whether training ended there for that.
         kept: whether it is the best epoch so far.
         seconds: since the training began, interruptions left out.
     """
@@ -64,6 +67,9 @@ class EpochRecord(TypedDict):
     validation_robust: NotRequired[float]
     validation_n: NotRequired[int]
     terms: NotRequired[dict[str, Mapping[str, object]]]
+    overfitting: NotRequired[str]
+    back_to: NotRequired[int]
+    stopped: NotRequired[bool]
     kept: NotRequired[bool]
     seconds: NotRequired[float]
 

@@ -24,7 +24,7 @@ from unmoved.core.preconditions import require_model, require_split
 from unmoved.core.protocols import Attack, Method, Split
 from unmoved.core.threat import ThreatModel
 from unmoved.terms.sum import snake_case
-from unmoved.training import averaging, distributed, resuming
+from unmoved.training import averaging, distributed, overfitting, resuming
 from unmoved.training.log import EpochRecord, Progress
 from unmoved.training.optim import SGD, Constant, Groups
 from unmoved.training.parts import Parts, build
@@ -62,6 +62,7 @@ def train(
     compiled: bool = False,
     sync_batchnorm: bool = False,
     seed: int = 0,
+    on_overfitting: str = overfitting.GO_ON,
     checkpoint_share: float = 0.03,
     device: str = "auto",
     fabric: Fabric | None = None,
@@ -76,15 +77,13 @@ def train(
         method: a method, or phases of them ``[(from_epoch, method), ...]``; ramps are resolved at each step.
         split: the training data.
         validation: data that picks the best epoch, attacked by ``check`` (default: a 10-step PGD) within ``threat``.
-        epochs, batch_size, seed: passes over the data, samples a step, and the seed of all that is drawn; see `Plan`.
+        epochs, batch_size, seed, on_overfitting: passes over the data, samples a step, seed and rule, as in `Plan`.
         optimizer, schedule: (parameter groups) -> optimizer; (optimizer, total steps, steps an epoch) -> scheduler.
         augment, average: (batch, seed) -> batch; `averaging.EMA` or `averaging.SWA`, whose weights are then kept.
-        precision: of passes, ``"float32"``, ``"bf16"`` or ``"auto"``: the faster. Weights are float32.
-        compiled: whether ``torch.compile`` makes the passes of the attack and of the objective.
+        precision, compiled: of passes, "float32", "bf16" or "auto", the faster; whether ``torch.compile`` makes them.
         sync_batchnorm: let BatchNorm normalise over all processes (on GPUs); else each by itself, statistics averaged.
         checkpoint_share: share of the time in [0, 1] that saving may take; 1 saves each epoch. See `checkpoint.Budget`.
-        device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"mps"``.
-        fabric: a launched engine in place of ``device``, whose processes share each batch; the first alone has a run.
+        device, fabric: "auto", "cpu", "cuda", "mps"; or an engine: processes share each batch, the first has the run.
         run: where to log and save; a state saved there is gone on with, also over more epochs if its past is the same.
         progress: called with a `StepRecord` after each step and the `EpochRecord` after each epoch.
         rehearsal: whether to try each phase and the validation on a few samples first; nothing changes by it.
@@ -96,7 +95,9 @@ def train(
     require_model(model, ORDER)
     require_split(split, ORDER)
     held_out = Validation.of(validation, check, threat, ORDER)
-    plan = Plan(Phases.of(method), split, epochs, batch_size, optimizer, schedule, augment, average, seed)
+    plan = Plan(
+        Phases.of(method), split, epochs, batch_size, optimizer, schedule, augment, average, seed, on_overfitting
+    )
     require_trained(model)
     engine = distributed.prepare(device) if fabric is None else fabric
     parts = build(model, plan, engine, precision=precision, compiled=compiled, sync_batchnorm=sync_batchnorm)
@@ -126,6 +127,11 @@ def _train(
     progress: Progress | None,
 ) -> list[EpochRecord]:
     """Train epoch by epoch from where ``run`` stands; arguments and result as in `train`."""
+    if held_out is None and plan.on_overfitting != overfitting.GO_ON:
+        raise UnmovedError(
+            f"on_overfitting: expected validation data to notice it by, came none with {plan.on_overfitting!r}; pass "
+            'validation=, or leave it at "go_on"'
+        )
     if run is not None:
         models.require_savable(parts.model.state_dict())
     fabric = parts.fabric
@@ -143,6 +149,8 @@ def _train(
             logger.info(text, several(frozen))
         _resume(state, parts, plan)
         for epoch in range(state.epochs, plan.epochs):
+            if plan.on_overfitting == overfitting.STOP and state.is_stopped:
+                break
             train_mode()  # again in each epoch: a callback may have left another
             began = monotonic()
             record = _epoch(parts, plan, state, averaged, epoch, report)
@@ -151,7 +159,10 @@ def _train(
                     record = {**record, **held_out.accuracy(state.kept, plan.batch_size, fabric)}
             reports = {snake_case(type(term).__name__): term.report() for term in parts.terms}
             record["terms"] = {name: facts for name, facts in reports.items() if facts}
-            state.commit(record, monotonic() - began, last=epoch + 1 == plan.epochs)
+            record = state.watch(record, plan.on_overfitting)
+            if "overfitting" in record and fabric.global_rank == 0:
+                logger.warning("%s", record["overfitting"])
+            state.commit(record, monotonic() - began, last=epoch + 1 == plan.epochs or "stopped" in record)
             report(state.log[-1])
     if averaged is not None:
         averaged.give(parts.model)

@@ -9,10 +9,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from unmoved.core.batch import Batch
-from unmoved.core.errors import require_seed, require_whole
+from unmoved.core.errors import require_choice, require_seed, require_whole
 from unmoved.core.phases import Phases
 from unmoved.core.preconditions import require_callable
 from unmoved.core.protocols import Split
+from unmoved.training import overfitting
 from unmoved.training.averaging import Averaging
 from unmoved.training.optim import Groups
 
@@ -32,6 +33,9 @@ class Plan:
         augment: (batch, seed) -> batch.
         average: `averaging.EMA` or `averaging.SWA`: validate, keep and return the averaged weights.
         seed: of shuffling, augmentation and the model's own randomness; the caller's random state is left alone.
+        on_overfitting: what to do where the validation sees catastrophic overfitting: ``"go_on"`` (it is named in the
+            log), ``"stop"`` with the weights of the last good epoch, or ``"go_back"`` to these and train on from there
+            for the epochs that are left, whose steps have noise of their own.
 
     Raises:
         UnmovedError: a number outside its bounds, or a function that is none.
@@ -46,6 +50,7 @@ class Plan:
     augment: Callable[[Batch, int], Batch] | None
     average: Averaging | None
     seed: int
+    on_overfitting: str = overfitting.GO_ON
 
     def __post_init__(self) -> None:
         for name, value in {
@@ -54,6 +59,7 @@ class Plan:
             "seed": require_seed("seed", self.seed),
         }.items():
             object.__setattr__(self, name, value)
+        require_choice("on_overfitting", self.on_overfitting, overfitting.RULES)
         require_callable("optimizer", self.optimizer, "groups")
         require_callable("schedule", self.schedule, "optimizer, total, per_epoch")
         if self.augment is not None:

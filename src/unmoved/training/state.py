@@ -31,12 +31,25 @@ class Settings(TypedDict):
     schedule: str
 
 
+class GoodState(TypedDict):
+    """Hold the state of an epoch before a catastrophic overfitting.
+
+    Attributes:
+        epoch: its number, from 1.
+        parts: the ``state_dict`` of each part but the schedule, by its name.
+    """
+
+    epoch: int
+    parts: dict[str, StateDict]
+
+
 class SavedState(TypedDict):
     """Hold the trainer's state after an epoch; and ``attack 0``, ``attack 1``, ..., those of attacks with memory.
 
     Attributes:
         model, optimizer, schedule, terms: their ``state_dict``.
         average: that of the averaged model, where there is one.
+        good: the state of the last good epoch, where training may go back to it.
         best: the score of the best epoch, see `TrainerState.commit`.
         best_model: the weights of the best epoch.
         settings: of the call that saved; older versions saved none.
@@ -51,6 +64,7 @@ class SavedState(TypedDict):
     schedule: StateDict
     terms: Tensors
     average: NotRequired[Tensors]
+    good: NotRequired[GoodState | None]
     best: list[float]
     best_model: Tensors
     settings: NotRequired[Settings]

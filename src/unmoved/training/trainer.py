@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar, cast
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -12,9 +12,9 @@ from torch.optim.optimizer import StateDict
 
 from unmoved.core.errors import UnmovedError, is_want_of_memory
 from unmoved.core.protocols import StatefulAttack
-from unmoved.training import checkpoint
+from unmoved.training import checkpoint, overfitting
 from unmoved.training.log import EpochRecord
-from unmoved.training.state import SavedState, Settings, Tensors
+from unmoved.training.state import GoodState, SavedState, Settings, Tensors
 from unmoved.training.store import Store
 
 _EVERY_SAVE = 0.02  # seconds that a save takes at least: the files of it are on disk when it returns
@@ -58,6 +58,7 @@ class TrainerState:
         self.epochs, self.saved_epochs, self.seconds = 0, 0, 0.0
         self.best_model: Tensors | None = None
         self._best_is_saved = True
+        self._good: GoodState | None = None
         self._settings = settings
         self._share, self._budget = share, None if share < 1 else checkpoint.Budget(share, 0.0)
 
@@ -80,6 +81,7 @@ class TrainerState:
                 part.load_state_dict(states[name])
             robust, clean = saved["best"]
             self.best, self.best_model = (robust, clean), saved["best_model"]
+            self._good = saved.get("good")
             self.epochs, self.seconds = saved["epochs"], saved["record"]["seconds"]
             self.log = [*saved["records"], saved["record"]]
         except (AttributeError, KeyError, MemoryError, RuntimeError, TypeError, ValueError) as error:
@@ -98,6 +100,35 @@ class TrainerState:
         if self.run is not None:
             self.run.mend_weights(saved)  # first: of all that is mended they alone may be unreadable for now
             self.run.mend_log(saved)
+
+    @property
+    def is_stopped(self) -> bool:
+        """Return whether the training has ended before its last epoch, for catastrophic overfitting."""
+        return bool(self.log) and self.log[-1].get("stopped", False)
+
+    def watch(self, record: EpochRecord, rule: str) -> EpochRecord:
+        """Return the record of an epoch that is about to be committed, with what is to be said of overfitting.
+
+        A good epoch is remembered, unless the ``rule`` is to go on; by one of the others the parts go back to the last.
+        """
+        fallen = overfitting.fall(self.log, record) if self.adversarial else None
+        if fallen is None:
+            if rule != overfitting.GO_ON and overfitting.is_good(self.log, record):
+                states = {name: part.state_dict() for name, part in self.parts.items() if name != "schedule"}
+                self._good = {"epoch": record["epoch"], "parts": _copied(states)}
+            return record
+        good = None if rule == overfitting.GO_ON else self._good
+        if good is not None:
+            self._go_back(good)
+        record = {**record, "overfitting": fallen.words(rule, None if good is None else good["epoch"])}
+        record = record if good is None else {**record, "back_to": good["epoch"]}
+        return {**record, "stopped": True} if rule == overfitting.STOP else record
+
+    def _go_back(self, good: GoodState) -> None:
+        """Restore all parts but the schedule, which goes on, as the numbers of steps do: their noise is another."""
+        groups = self.parts["optimizer"].state_dict()["param_groups"]
+        for name, state in _copied(good["parts"]).items():
+            self.parts[name].load_state_dict(state | {"param_groups": groups} if name == "optimizer" else state)
 
     def commit(self, record: EpochRecord, seconds: float, *, last: bool = False) -> None:
         """Append an epoch to the log, and save where it is the ``last`` or the time for it has come.
@@ -131,7 +162,8 @@ class TrainerState:
         states = {name: part.state_dict() for name, part in self.parts.items()}
         # Where the best weights are those of now, torch.save writes their memory once.
         best_model = dict(self.kept.state_dict()) if self.best_model is None else self.best_model
-        return states | {"best": list(self.best), "best_model": best_model}
+        good = {} if self._good is None else {"good": self._good}
+        return states | good | {"best": list(self.best), "best_model": best_model}
 
     def _save(self, run: Store, record: EpochRecord) -> None:
         states: Any = self._states()
@@ -142,6 +174,21 @@ class TrainerState:
         state: SavedState = states | settings | {"epochs": self.epochs, "record": record, "log": run.log.mark()}
         run.save_state(state)
         self.saved_epochs, self._best_is_saved = self.epochs, True
+
+
+Value = TypeVar("Value")
+
+
+def _copied(value: Value) -> Value:
+    """Return a copy of tensors in plain containers, in the memory of the processor."""
+    made: Any = value
+    if isinstance(value, Tensor):
+        made = _copy(value)
+    elif isinstance(value, dict):
+        made = {key: _copied(part) for key, part in value.items()}
+    elif isinstance(value, list | tuple):
+        made = type(value)(_copied(part) for part in value)
+    return cast(Value, made)
 
 
 def _copy(value: Tensor) -> Tensor:
