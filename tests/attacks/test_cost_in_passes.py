@@ -14,7 +14,7 @@ from unmoved import Batch, ThreatModel, UnmovedError, attacks
 ROW = re.compile(r"^\| \[.*?\]\((\w+)\.md\) \| .*? \| ([\w, ]+) \| (?:about )?([\d,]+) and ([\d,]+)", re.MULTILINE)
 TABLE = {row[0]: row[1:] for row in ROW.findall((ROOT / "docs/attacks/README.md").read_text())}
 NAMES = {re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower(): name for name in attacks.__all__}
-EXACT = {"pgd", "fgsm", "nfgsm", "pgi", "apgd", "spsa", "iaat", "transfer"}  # nothing ends them early
+EXACT = {"pgd", "fgsm", "nfgsm", "prior_fgsm", "apgd", "spsa", "iaat", "transfer"}  # nothing ends them early
 
 
 class Counted(torch.autograd.Function):

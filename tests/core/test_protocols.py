@@ -256,7 +256,7 @@ def test_what_the_exported_attacks_declare() -> None:
     source = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
     declared = {
         "gradients": [attacks.APGD(BALL), attacks.IAAT(BALL), attacks.FAB(BALL), attacks.DeepFool(BALL)],
-        "fixed-step gradients": [attacks.PGD(BALL), attacks.FGSM(BALL), attacks.NFGSM(BALL), attacks.PGI(BALL)],
+        "fixed-step gradients": [attacks.PGD(BALL), attacks.FGSM(BALL), attacks.NFGSM(BALL), attacks.PriorFGSM(BALL)],
         "queries": [attacks.Square(BALL), attacks.SPSA(BALL), attacks.HopSkipJump(BALL)],
         "transfer": [attacks.Transfer(BALL, source)],
     }

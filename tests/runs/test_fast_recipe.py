@@ -13,7 +13,9 @@ from unmoved.runs.train import train_recipe
 SMALL = ["data.use=arrays", "model.width=1", "training.epochs=2", "training.validation=12", "training.batch_size=16"]
 
 
-@pytest.mark.parametrize("attack", [[], ['attack={use="nfgsm"}'], ['attack={use="pgi"}']], ids=["pgd", "nfgsm", "pgi"])
+@pytest.mark.parametrize(
+    "attack", [[], ['attack={use="nfgsm"}'], ['attack={use="prior_fgsm"}']], ids=["pgd", "nfgsm", "prior_fgsm"]
+)
 def test_cifar10_fast_trains_in_miniature(attack: list[str], tmp_path: Path) -> None:
     draw = np.random.default_rng(0)
     x, y = draw.integers(0, 256, (60, 32, 32, 3), dtype=np.uint8), np.arange(60) % 10

@@ -16,11 +16,11 @@ from unmoved.attacks import (
     FAB,
     IAAT,
     PGD,
-    PGI,
     SPSA,
     AutoAttack,
     Friendly,
     HopSkipJump,
+    PriorFGSM,
     Quick,
     Sensible,
     Square,
@@ -129,7 +129,7 @@ ATTACKS = [
     ("quick", Quick, False),
     ("sensible", lambda t: PGD(t, steps=5, stop=Sensible(0.5)), False),
     ("sensible-kl", lambda t: PGD(t, loss=KL(), steps=5, stop=Sensible(0.5, adaptive=False)), False),
-    ("pgi", PGI, False),  # from a vertex one step reaches the middle of the ball
+    ("prior_fgsm", PriorFGSM, False),  # from a vertex one step reaches the middle of the ball
     ("iaat", lambda t: IAAT(t, steps=30, step_size=0.05), True),
     ("friendly", lambda t: PGD(t, steps=5, stop=Friendly(1, omega=0.001)), False),
 ]
@@ -254,7 +254,7 @@ def test_repr_rebuilds(value):
         pytest.skip("its source is a model, which has no such repr")
     again = eval(repr(value), NAMES)
     assert repr(again) == repr(value)
-    assert again == value or isinstance(value, GlobalProbability | IAAT | PGI)  # these have state, so identity
+    assert again == value or isinstance(value, GlobalProbability | IAAT | PriorFGSM)  # these have state, so identity
 
 
 # --- the exam can fail: each impostor breaks one rule

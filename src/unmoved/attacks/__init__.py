@@ -10,7 +10,7 @@ from unmoved.attacks.hop_skip_jump import HopSkipJump
 from unmoved.attacks.iaat import IAAT
 from unmoved.attacks.n_fgsm import NFGSM
 from unmoved.attacks.pgd import FGSM, PGD
-from unmoved.attacks.pgi import PGI
+from unmoved.attacks.prior_fgsm import PriorFGSM
 from unmoved.attacks.spsa import SPSA
 from unmoved.attacks.square import Square
 from unmoved.attacks.stopping import Friendly, Sensible, StoppingRule
@@ -25,7 +25,7 @@ __all__ = [
     "IAAT",
     "NFGSM",
     "PGD",
-    "PGI",
+    "PriorFGSM",
     "SPSA",
     "AutoAttack",
     "DeepFool",

@@ -19,7 +19,7 @@ from unmoved.core.threat import ThreatModel, require_threat
 from unmoved.terms import CE
 
 
-class PGI:
+class PriorFGSM:
     """One step from the perturbation that the last epoch ended with (FGSM-EP: Jia et al. 2022, arXiv 2207.08859).
 
     ``delta <- clip(delta + alpha sign(grad CE(x + delta)), -eps, eps)``, remembered for each sample by its identity
@@ -55,19 +55,18 @@ class PGI:
         seed: int = 0,
         mode: str = "eval",
     ) -> None:
-        require_threat("PGI.threat", threat)
-        require_loss("PGI.loss", loss)
+        require_threat("PriorFGSM.threat", threat)
+        require_loss("PriorFGSM.loss", loss)
         if step_size is not None:
-            step_size = require_number("PGI.step_size", step_size, at_least=0)
-        require_choice("PGI.mode", mode, MODES)
+            step_size = require_number("PriorFGSM.step_size", step_size, at_least=0)
+        require_choice("PriorFGSM.mode", mode, MODES)
         self.threat, self.loss, self.step_size = threat, loss, step_size
-        self.seed, self.mode = require_seed("PGI.seed", seed), mode
+        self.seed, self.mode = require_seed("PriorFGSM.seed", seed), mode
         self._memory = SampleMemory()
 
     def __repr__(self) -> str:
-        return (
-            f"PGI({self.threat!r}, {self.loss!r}, step_size={self.step_size!r}, seed={self.seed}, mode={self.mode!r})"
-        )
+        numbers = f"step_size={self.step_size!r}, seed={self.seed}, mode={self.mode!r}"
+        return f"PriorFGSM({self.threat!r}, {self.loss!r}, {numbers})"
 
     def start(self, batch: Batch) -> Image:
         """Return the images (B, C, H, W) that the next step on these samples starts from."""

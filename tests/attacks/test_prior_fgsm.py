@@ -10,7 +10,7 @@ import torch
 from helpers.cli import RECIPE, recipe
 from torch import nn
 
-from unmoved.attacks import PGI
+from unmoved.attacks import PriorFGSM
 from unmoved.core.batch import Batch
 from unmoved.core.errors import UnmovedError
 from unmoved.core.protocols import StatefulAttack
@@ -32,7 +32,7 @@ def stepped(model: nn.Module, x: torch.Tensor, y: torch.Tensor, delta: torch.Ten
 
 def test_each_epoch_starts_where_the_last_one_ended(trained: tuple[nn.Module, Batch]) -> None:
     model, batch = trained
-    attack = PGI(THREAT, seed=2)
+    attack = PriorFGSM(THREAT, seed=2)
     assert isinstance(attack, StatefulAttack)
     delta = attack.start(batch) - batch.x
     inside = (batch.x > EPS) & (batch.x < 1 - EPS)
@@ -51,7 +51,7 @@ def test_each_epoch_starts_where_the_last_one_ended(trained: tuple[nn.Module, Ba
 
 def test_memory_belongs_to_the_sample_and_survives(trained: tuple[nn.Module, Batch]) -> None:
     model, batch = trained
-    whole, halves, fresh = PGI(THREAT), PGI(THREAT), PGI(THREAT)
+    whole, halves, fresh = PriorFGSM(THREAT), PriorFGSM(THREAT), PriorFGSM(THREAT)
     for _ in range(2):
         whole.update(model, batch, whole(model, batch))
         for part in (torch.arange(200, 256), torch.arange(200)):
@@ -62,8 +62,8 @@ def test_memory_belongs_to_the_sample_and_survives(trained: tuple[nn.Module, Bat
     fresh.load_state_dict(whole.state_dict())
     assert torch.equal(fresh(model, batch), whole(model, batch))
     unseen = Batch(batch.x[:2], batch.y[:2], index=torch.tensor([5000, 3]))
-    assert torch.equal(fresh.start(unseen)[0], PGI(THREAT).start(unseen)[0])
-    assert not torch.equal(fresh.start(unseen)[1], PGI(THREAT).start(unseen)[1])
+    assert torch.equal(fresh.start(unseen)[0], PriorFGSM(THREAT).start(unseen)[0])
+    assert not torch.equal(fresh.start(unseen)[1], PriorFGSM(THREAT).start(unseen)[1])
 
 
 class Stop(Exception):
@@ -71,7 +71,7 @@ class Stop(Exception):
 
 
 def test_a_killed_training_ends_in_the_same_bits(tmp_path: Any) -> None:
-    asked = read(recipe(tmp_path, RECIPE, "pgi"), ['attack={use="pgi"}', "training.epochs=3"])
+    asked = read(recipe(tmp_path, RECIPE, "prior_fgsm"), ['attack={use="prior_fgsm"}', "training.epochs=3"])
     straight = train_recipe(asked, tmp_path / "straight").load_state()
 
     def stop(record: Any) -> None:
@@ -91,5 +91,5 @@ def test_a_killed_training_ends_in_the_same_bits(tmp_path: Any) -> None:
 
 @pytest.mark.parametrize("settings", [{"step_size": -0.1}, {"mode": "x"}, {"seed": -1.5}, {"loss": 3}])
 def test_bad_settings(settings: dict[str, Any]) -> None:
-    with pytest.raises(UnmovedError, match="PGI"):
-        PGI(THREAT, **settings)
+    with pytest.raises(UnmovedError, match="PriorFGSM"):
+        PriorFGSM(THREAT, **settings)
