@@ -26,7 +26,7 @@ from unmoved.terms import CE, DLR, Margin, TargetedDLR, TargetedMargin
 
 VERSIONS = ("standard", "rand")
 # In units of eps, by the scout: of what lies beyond, long attacks break next to nothing.
-NEARER, NEAREST = 1.5, 1.3
+NEARER = 1.5
 
 
 @dataclass(frozen=True)
@@ -98,10 +98,9 @@ class AutoAttack:
 class Quick:
     """A cheap ensemble for every day; its robust accuracy is an upper bound, and not to be reported as AutoAttack's.
 
-    A few steps on the margin; then a scout, FMN with gradients through dead ReLUs, says how far the boundary is. The
-    nearer it is, the longer a sample is attacked by PGD from output-diversified starts: through dead ReLUs and towards
-    four classes where it lies within ``reach`` eps, from more starts and with more steps within `NEARER` eps, for
-    longest within `NEAREST` eps.
+    A few steps on the margin; then a scout, FMN with gradients through dead ReLUs, says how far the boundary is. Where
+    it lies within ``reach`` eps follow PGD from output-diversified starts, through dead ReLUs and towards four classes,
+    and APGD; within `NEARER` eps more starts, and more steps.
 
     Args:
         threat: the ball.
@@ -123,14 +122,14 @@ class Quick:
 
     def parts(self, num_classes: int) -> dict[str, Attack]:
         ball, seed = self.threat, self.seed
-        nearer, nearest = min(self.reach, NEARER), min(self.reach, NEAREST)
+        nearer = min(self.reach, NEARER)
         targeted = TargetedMargin()
         ladder = (
             (self.reach, DiversifiedPGD(ball, restarts=2, smooth=10, seed=seed)),
             (self.reach, DiversifiedPGD(ball, targeted, targets=4, seed=seed + 1)),
+            (self.reach, APGD(ball, until_broken=True, seed=seed)),
             (nearer, DiversifiedPGD(ball, restarts=4, seed=seed + 2)),
             (nearer, DiversifiedPGD(ball, targeted, steps=50, targets=3, seed=seed + 3)),
-            (nearest, DiversifiedPGD(ball, steps=50, restarts=2, smooth=10, seed=seed + 4)),
         )
         return {
             "pgd-margin": DiversifiedPGD(ball, steps=10, start_steps=0, seed=seed),
