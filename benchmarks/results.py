@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+import textwrap
 import tomllib
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -36,6 +37,9 @@ HOW = """A difference is *shown* where Student's t over three seeds, paired, and
 the median seed) both leave out zero; *suggested* where one of them does; else *not shown*. Where AutoAttack was asked
 about a sample, the interval over images holds for what the sample does not tell, too, and is wider. *Masking*: a gain
 under PGD-40 that is shown, and not even suggested under AutoAttack."""
+CAPTION = """Left: accuracies; a figure far below the others stands as a number. Right: how far AutoAttack's figure is
+from that of what a method is added to; the upper line is the interval over images, the lower one that over seeds;
+filled where the difference is shown."""
 COLUMNS = """Accuracies in percent of n test images, the mean over seeds; in brackets the lowest and the highest end of
 the seeds' 95 % intervals. AutoAttack is asked about every image (*complete*) or about a sample of what a cheap search
 leaves (*sampled*; [what that is](verdict.md)). Passes: forward and backward passes of a training step, in batches.
@@ -77,7 +81,11 @@ def _table(rows: Sequence[Mapping[str, str]]) -> str:
 
 
 def _signed(value: float) -> str:
-    return f"{value:+.1f}"
+    return f"{round(value, 2) + 0.0:+.2f}"  # no minus before zero
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(" ".join(text.split()), 120, break_long_words=False, break_on_hyphens=False) + "\n"
 
 
 def facts_of(method: str, runs: Sequence[Outcome], beside: Comparison | None) -> dict[str, str]:
@@ -154,9 +162,10 @@ def page(results: Path) -> str:
     parts = [LEAD, "## Verdicts\n"]
     written = results / "verdicts.toml"
     sentences = tomllib.loads(written.read_text(encoding="utf-8")) if written.exists() else {}
-    parts += [f"**{name}.** {filled(str(text), facts, str(written))}\n" for name, text in sentences.items()]
+    for name, text in sentences.items():
+        parts.append(_wrapped(f"**{name}.** {filled(str(text), facts, str(written))}"))
     count = sum(len(found) for found in beside.values())
-    parts += [f"{HOW} With {count} comparisons at 95 % about {count * 0.05:.1g} would be shown by chance.\n"]
+    parts.append(_wrapped(f"{HOW} With {count} comparisons at 95 % about {count * 0.05:.1g} would be shown by chance."))
     for study, runs in studies.items():
         parts += [f"## {STUDIES[study]['title']}\n", *_section(study, runs, beside[study], facts[study])]
     parts += ["## Where\n", *_where(studies)]
@@ -168,6 +177,7 @@ def _section(study: str, runs: Runs, beside: dict[str, Comparison], facts: dict[
         return [f"{NOT_YET.capitalize()}.\n"]
     parts = [
         f"![Accuracies, and differences from what a method is added to](images/results/{study}.svg)\n",
+        f"{CAPTION}\n",
         f"{COLUMNS}\n",
     ]
     names = {"setting": "setting", "seeds": "seeds", "n": "n", "clean": "clean", "pgd40": "PGD-40"}
@@ -244,6 +254,12 @@ def figure(study: str, runs: Runs, beside: Mapping[str, Comparison]) -> Figure:
     left.errorbar(
         middle, range(len(names)), xerr=bar(ends[0], middle, ends[1]), fmt="none", color=COLOURS[0], linewidth=1
     )
+    # Undefended networks would squeeze the others into one place.
+    least = min(low for low, share in zip(ends[0], middle, strict=True) if share >= max(middle) / 2)
+    for y, share in enumerate(middle):
+        if share < least:
+            left.annotate(f" {share:.1f}", (0, y), xycoords=("axes fraction", "data"), va="center", color=COLOURS[0])
+    left.set_xlim(least - 0.05 * (100 - least), 100)
     right.axvline(0, color=INK, linewidth=0.9)
     for y, name in enumerate(names):
         if (one := beside.get(name)) is None:
@@ -258,8 +274,7 @@ def figure(study: str, runs: Runs, beside: Mapping[str, Comparison]) -> Figure:
     left.set(xlabel="accuracy, percent", yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5))
     right.set(xlabel="AutoAttack, points beside its base")
     legend_above(drawn)
-    caption = "Right: the upper line is the interval over images, the lower one over seeds; filled where it is shown."
-    return finished(drawn, caption)
+    return finished(drawn, CAPTION)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
