@@ -183,6 +183,8 @@ def test_the_study_in_miniature(miniature: Command, tmp_path: Path, monkeypatch:
     with monkeypatch.context() as patch:
         forbid(patch)
         miniature()
+        job = study.Job("tiny", "TRADES", 0, tmp_path, tmp_path / "runs", tmp_path / "results")
+        study.tune(job, "TRADES", 3.0)  # as one who waited while another process tried this value
         shutil.move(tmp_path / "runs", tmp_path / "elsewhere")
         miniature()
         assert digests(tmp_path / "results") == before
@@ -202,7 +204,10 @@ def test_the_study_in_miniature(miniature: Command, tmp_path: Path, monkeypatch:
     results.figure("tiny", loaded := results.load(tmp_path / "results", "tiny"), results.comparisons(loaded))
 
 
-def test_settings_of_another_study_are_asked_for_before_anything_is_made(tmp_path: Path) -> None:
+def test_settings_of_another_study_are_asked_for_before_anything_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study, "work", None)  # nothing that a process could do
     with pytest.raises(SystemExit, match=r"mnist/tuning\.csv: expected a row for each of beta = 3\.0, 1\.0, 6\.0"):
         study.main(["mnist-l2", "--data", "x", "--results", str(tmp_path), "--out", str(tmp_path / "runs")])
     assert not list(tmp_path.iterdir())
