@@ -305,7 +305,7 @@ def _chunks(model: nn.Module, split: Split, mask: np.ndarray, size: int, threat:
         read += len(batch)
         if len(few):
             held.append(batch.take(few))
-        is_last = read == len(mask)
+        is_last = read >= len(mask)
         while held and (sum(map(len, held)) >= size or is_last):
             x, y, index = (torch.cat([getattr(batch, name) for batch in held]) for name in ("x", "y", "index"))
             joined = Batch(x, y, index)
@@ -313,6 +313,8 @@ def _chunks(model: nn.Module, split: Split, mask: np.ndarray, size: int, threat:
             yield where[yielded : yielded + size], joined.take(rest[:size])
             yielded += min(size, len(joined))
             held = [joined.take(rest[size:])] if len(joined) > size else []
+        if is_last:  # a mask may end before the data does
+            return
 
 
 def propose(
