@@ -341,7 +341,7 @@ def first_is_best(monkeypatch: pytest.MonkeyPatch) -> None:
     scores = iter((0.9, 0.5, 0.1))
 
     def validated(*anything: object) -> dict[str, float]:
-        return {"validation_clean": 0.9, "validation_robust": next(scores)}
+        return {"validation_clean": 0.9, "validation_robust": next(scores), "validation_n": 100}
 
     monkeypatch.setattr(Validation, "accuracy", validated)
 
