@@ -3,6 +3,7 @@
     python benchmarks/study.py mnist --data YOUR/MNIST [--seeds 0,1,2] [--only TRADES,SENSE] [--workers 2]
     python benchmarks/study.py mnist-l2 --data YOUR/MNIST        # after mnist: settings are as chosen there
     python benchmarks/study.py cifar10 --data YOUR/IMAGES        # a folder with train/CLASS/ and test/CLASS/
+    python benchmarks/study.py digits                            # scikit-learn's, which come with the package
     python benchmarks/study.py mnist --data YOUR/MNIST --complete TRADES:0
     python benchmarks/study.py mnist --data YOUR/MNIST --on ray --ray-address HOST:PORT
 
@@ -28,7 +29,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 from study_measures import hardware_of, measured
-from study_methods import METHODS, STUDIES, methods_of, recipe_of
+from study_methods import METHODS, STUDIES, methods_of, needs_folder, recipe_of
 from study_tables import alone_if_free, choice, outcomes_path, read, record, zipped
 
 from unmoved.core.errors import UnmovedError
@@ -43,7 +44,7 @@ from unmoved.runs.records import Evaluation
 from unmoved.runs.train import train_recipe
 from unmoved.training.step import Diverged
 
-TUNING_SEED, TUNING_EPOCHS = 100, 4
+TUNING_SEED = 100
 WITHIN = 0.5  # points that the interval of a sampled verdict reaches
 GRADES = ("do not believe", "look closer", "note")
 Settings = dict[str, float]
@@ -146,7 +147,7 @@ def tune(job: Job, method: str, value: float) -> None:
         path = job.tables / "tuning.csv"
         if not is_free or any(r["method"] == method and float(r["value"]) == value for r in read(path)):
             return
-        recipe = recipe_of(job.study, method, others | {name: value}, TUNING_SEED, data=job.data, epochs=TUNING_EPOCHS)
+        recipe = recipe_of(job.study, method, others | {name: value}, TUNING_SEED, data=job.data, is_trial=True)
         row: dict[str, object] = {"method": method, "setting": name, "value": value, "seed": TUNING_SEED}
         row |= {"clean": 0, "worst": 0, "n": 1, "seconds": "", "torch": torch.__version__, "failed": ""}
         try:
@@ -262,6 +263,8 @@ def images_of(run: Run) -> pd.DataFrame:
 
 def jobs_of(args: argparse.Namespace) -> list[Job]:
     """Return the jobs in the order of the protocol: seed 0 of all methods, then seed 1, ..."""
+    if args.data is None and needs_folder(args.study):
+        raise UnmovedError(f"{args.study}: expected the folder of its images, came none; give --data FOLDER")
     methods = [method for method in methods_of(args.study) if method in METHODS]
     paths = (args.data, args.out.absolute(), args.results.absolute())
     if args.complete:
@@ -314,7 +317,7 @@ def _words(row: dict[str, str] | None) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", choices=STUDIES)
-    parser.add_argument("--data", type=lambda text: Path(text).absolute(), required=True)
+    parser.add_argument("--data", type=lambda text: Path(text).absolute(), help="the folder of the images")
     parser.add_argument("--out", type=Path, default=Path("runs/study"))
     parser.add_argument("--results", type=Path, default=Path("docs/results"))
     parser.add_argument("--seeds", help="with commas between")

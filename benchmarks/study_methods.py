@@ -125,6 +125,7 @@ METHODS: dict[str, Tables] = {
     },
 }  # fmt: skip
 SOME = ["AT", "TRADES", "TRADES-AWP", "SENSE", "ProbsCut on TRADES", "DRSL on TRADES", "APD on TRADES", "combination"]
+JUDGED = config.read(Path("mnist/fast")).tables()  # by what epochs and settings are chosen there
 # recipe; title; changes of its tables; n test images; whether AutoAttack is asked about a sample; seeds; of PGD-40 what
 # is not its default (steps of 2.5 eps / 40); where settings are chosen, if not here; methods, if not all.
 STUDIES: dict[str, Tables] = {
@@ -142,6 +143,12 @@ STUDIES: dict[str, Tables] = {
         "seeds": [0], "changes": {"data": {"use": "folder", "path": ""}}, "settings_of": "mnist",
         "methods": [*SOME[:3], "MART", *SOME[3:]],
     },
+    "digits": {
+        "recipe": "digits/trades", "title": "Digits of 8x8 pixels, linf 0.2", "n": 449, "sampled": False,
+        "seeds": [0, 1, 2, 3, 4], "changes": {
+            "training": {"validation": 300}, "validation": JUDGED["validation"], "evaluation": JUDGED["evaluation"],
+        },
+    },
 }  # fmt: skip
 
 
@@ -150,16 +157,22 @@ def methods_of(study: str) -> list[str]:
     return list(STUDIES[study].get("methods", dict.fromkeys([*METHODS, "combination"])))
 
 
+def needs_folder(study: str) -> bool:
+    """Return whether the images of a study are in a folder of the user's."""
+    data = _merged(config.read(Path(STUDIES[study]["recipe"])).tables(), STUDIES[study].get("changes", {}))["data"]
+    return "path" in data
+
+
 def recipe_of(
-    study: str, method: str, settings: dict[str, float], seed: int, *, data: Path | None, epochs: int | None = None
+    study: str, method: str, settings: dict[str, float], seed: int, *, data: Path | None, is_trial: bool = False
 ) -> config.Recipe:
     """Make the recipe of a method in a study, for a run or for a trial of its setting.
 
     Args:
         settings: of its tables, by name.
         data: the folder of the images, where the data has one.
-        epochs: of a trial, whose phases keep their shares of the epochs; judged by the recipe's attacks on all
-            validation images. None for a run, which is judged by PGD-40 on the study's test images.
+        is_trial: half the epochs, of which each phase keeps its share; judged by the recipe's attacks on all validation
+            images. A run is judged by PGD-40 on the study's test images.
 
     Raises:
         UnmovedError: as `unmoved.runs.recipe.parse`; a setting without a value.
@@ -173,7 +186,8 @@ def recipe_of(
         tables["base"] = f"{study}/{entry['base']}"
     if "path" in tables["data"]:
         tables["data"]["path"] = str(data)
-    _shorten(tables, epochs)
+    if is_trial:
+        _halve(tables)
     tables["training"]["seed"] = seed
     if changes["defense"] is not None:
         tables["defense"] = changes["defense"]
@@ -184,7 +198,7 @@ def recipe_of(
         tables["attack"] = _merged(tables["attack"], changes["attack"])
     if changes["late"] is not None:
         _add_late(tables, *changes["late"])
-    if epochs is None:
+    if not is_trial:
         pgd = {"use": "pgd", "steps": 40, "keep": "best"} | about.get("pgd40", {})
         tables["evaluation"] = {"n": about["n"], "attacks": {"pgd40": pgd}}
     else:
@@ -217,13 +231,13 @@ def _merged(base: Tables, changes: Tables) -> Tables:
     return copy.deepcopy(base | changes | merged)
 
 
-def _shorten(tables: Tables, epochs: int | None) -> None:
-    """Let each phase begin at the same share of fewer epochs; a ramp is a share of its phase already."""
+def _halve(tables: Tables) -> None:
+    """Let each phase begin at the same share of half the epochs; a ramp is a share of its phase already."""
     before = tables["training"]["epochs"]
-    tables["training"]["epochs"] = epochs or before
+    tables["training"]["epochs"] = epochs = max(1, before // 2)
     start = 0
     for phase in tables["phases"]:
-        start = max(start + 1, round(phase["from_epoch"] * (epochs or before) / before))
+        start = max(start + 1, round(phase["from_epoch"] * epochs / before))
         phase["from_epoch"] = start
 
 

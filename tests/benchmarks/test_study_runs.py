@@ -28,8 +28,8 @@ SETTINGS = {entry["tuned"][0]: entry["tuned"][1][0] for entry in METHODS.values(
 REAL = list(STUDIES)
 
 
-def made(name: str, method: str, epochs: int | None = None, **settings: float) -> config.Recipe:
-    return recipe_of(name, method, SETTINGS | settings, 7, data=Path("images"), epochs=epochs)
+def made(name: str, method: str, is_trial: bool = False, **settings: float) -> config.Recipe:
+    return recipe_of(name, method, SETTINGS | settings, 7, data=Path("images"), is_trial=is_trial)
 
 
 def eps_at(recipe: config.Recipe, share: float) -> float:
@@ -45,11 +45,11 @@ def eps_at(recipe: config.Recipe, share: float) -> float:
 
 
 @pytest.mark.parametrize("name", REAL)
-@pytest.mark.parametrize("epochs", [None, 4])
-def test_each_method_is_the_studys_recipe_but_for_what_the_protocol_changes(name: str, epochs: int | None) -> None:
-    at = made(name, "AT", epochs)
+@pytest.mark.parametrize("is_trial", [False, True])
+def test_each_method_is_the_studys_recipe_but_for_what_the_protocol_changes(name: str, is_trial: bool) -> None:
+    at = made(name, "AT", is_trial)
     for method, entry in METHODS.items():
-        one = made(name, method, epochs)
+        one = made(name, method, is_trial)
         changed = set(config.differing(one, at.tables())) - {"name", "base"}
         assert changed <= {"objective", "attack", "defense", "phases"}, method
         tables: Any = one.tables()
@@ -65,11 +65,11 @@ def test_each_method_is_the_studys_recipe_but_for_what_the_protocol_changes(name
             assert ours[: len(same)] == pytest.approx(theirs[: len(same)]), method
             assert ours[len(same) :] == pytest.approx([eps_at(at, 0.999)] * (40 - len(same)))
         for value in entry["tuned"][1][1:] if "tuned" in entry else ():
-            assert config.differing(made(name, method, epochs, **{entry["tuned"][0]: value}), tables), method
+            assert config.differing(made(name, method, is_trial, **{entry["tuned"][0]: value}), tables), method
 
 
 def test_a_trial_has_the_schedule_in_half_the_time() -> None:
-    run, trial = made("mnist", "TRADES"), made("mnist", "TRADES", 4)
+    run, trial = made("mnist", "TRADES"), made("mnist", "TRADES", is_trial=True)
     assert (run.training.epochs, trial.training.epochs) == (8, 4)
     moments = [k / 16 for k in range(16)]
     assert [eps_at(trial, share) for share in moments] == pytest.approx([eps_at(run, share) for share in moments])
@@ -138,7 +138,6 @@ def miniature(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
     for method in ("TRADES", "DRSL on TRADES"):
         name, values = METHODS[method]["tuned"]
         monkeypatch.setitem(METHODS, method, METHODS[method] | {"tuned": (name, values[:2])})
-    monkeypatch.setattr(study, "TUNING_EPOCHS", 1)
     monkeypatch.setattr(study, "WITHIN", 20.0)
     monkeypatch.setattr(study, "examine_run", partial(examine_run, n=4))
     monkeypatch.setattr(
