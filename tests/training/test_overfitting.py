@@ -79,6 +79,8 @@ def test_other_falls_are_none() -> None:
     assert falls(diverging) == {}
     small = [record(0, 0.2, 0.09), record(1, 0.3, 0.03)]  # by more than half
     assert falls(small) == {1: 0}
+    chance: list[EpochRecord] = [{**line, "validation_chance": 0.08} for line in small]
+    assert falls(chance) == {}  # what a network that has not learned anything gets
 
 
 def test_after_going_back_an_epoch_is_compared_with_what_was_gone_back_to() -> None:

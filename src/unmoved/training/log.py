@@ -48,6 +48,7 @@ class EpochRecord(TypedDict):
         eps: the radius of the attack in the last step; None without one.
         loss, train_accuracy, parts: means over the samples, ``parts`` of each term, unweighted.
         validation_clean, validation_robust, validation_n: accuracies in [0, 1] on so many held-out samples.
+        validation_chance: of always answering their most frequent class; in several processes, of that of each part.
         terms: what each term that reports something says of itself.
         overfitting: a sentence, where the epoch was seen to overfit catastrophically.
         back_to: the epoch whose weights were taken up again for that.
@@ -65,6 +66,7 @@ class EpochRecord(TypedDict):
     parts: dict[str, float]
     validation_clean: NotRequired[float]
     validation_robust: NotRequired[float]
+    validation_chance: NotRequired[float]
     validation_n: NotRequired[int]
     terms: NotRequired[dict[str, Mapping[str, object]]]
     overfitting: NotRequired[str]

@@ -68,7 +68,8 @@ def fall(log: Sequence[EpochRecord], record: EpochRecord) -> Fall | None:
 
     Robust accuracy on held-out data lies below the best of the last few epochs by 10 points, or by more than half, and
     by twice the standard error of the difference; accuracy in training, under the training's attack, rose since. Of an
-    average of the weights a fall takes a few epochs, so that the epoch before alone would not show it.
+    average of the weights a fall takes a few epochs, so that the epoch before alone would not show it. No fall is one
+    from what always answering the same class gets, as a network does that has not learned anything yet.
 
     Args:
         log: the epochs before.
@@ -78,7 +79,10 @@ def fall(log: Sequence[EpochRecord], record: EpochRecord) -> Fall | None:
     if before is None or "validation_robust" not in record:
         return None
     was, now = before["validation_robust"], record["validation_robust"]
-    error = math.sqrt((was * (1 - was) + now * (1 - now)) / record["validation_n"])
+    n = record["validation_n"]
+    if was - 2 * math.sqrt(was * (1 - was) / n) <= record.get("validation_chance", 0.0):
+        return None
+    error = math.sqrt((was * (1 - was) + now * (1 - now)) / n)
     is_far = (was - now >= FAR or now < was / 2) and was - now > 2 * error
     return Fall(before, record) if is_far and record["train_accuracy"] > before["train_accuracy"] else None
 

@@ -25,6 +25,7 @@ class Accuracies(TypedDict):
 
     validation_clean: float
     validation_robust: float
+    validation_chance: float
     validation_n: int
 
 
@@ -71,8 +72,12 @@ class Validation:
         part = select(torch.arange(fabric.global_rank, n, count)) if select is not None and divided else self.split
         table = judge.evaluate(model, part, {"validation": self.check}, self.threat, batch_size=batch_size)
         accuracy = outcomes.summary(table).set_index("measure")["accuracy"]
-        right = torch.tensor([accuracy["clean"], accuracy["validation"]], dtype=torch.float64).mul(len(part)).round()
+        most = int(table["label"].value_counts().max()) / len(part)
+        right = torch.tensor([accuracy["clean"], accuracy["validation"], most], dtype=torch.float64)
+        right = right.mul(len(part)).round()
         if divided:
             right = distributed.summed(fabric, right.to(fabric.device))
-        clean, robust = (right / n).tolist()
-        return {"validation_clean": clean, "validation_robust": robust, "validation_n": n}
+        clean, robust, chance = (right / n).tolist()
+        return {
+            "validation_clean": clean, "validation_robust": robust, "validation_chance": chance, "validation_n": n
+        }  # fmt: skip
