@@ -1,8 +1,9 @@
 """Make docs/results.md and its figures from the tables under docs/results/ alone: ``python benchmarks/results.py``.
 
-`study.py` writes the tables, people write docs/results/verdicts.toml. There a figure is a placeholder,
-``{STUDY/METHOD/FIELD}``, filled from the tables: ``{mnist/SENSE/autoattack}``; the fields are those of `facts_of`.
-Without a table there is no page.
+`study.py` writes the tables, people write docs/results/verdicts.toml: a list of passages for each method. There a
+figure is a placeholder, ``{STUDY/METHOD/FIELD}``, filled from the tables: ``{mnist/SENSE/autoattack}``; the fields are
+those of `facts_of`. A passage that rests on a run that is missing is left out, which the page says. Without a table
+there is no page.
 """
 
 from __future__ import annotations
@@ -125,11 +126,12 @@ def _interval(ends: tuple[float, float] | None) -> str:
 
 
 def filled(text: str, facts: Mapping[str, Mapping[str, Mapping[str, str]]], where: str) -> str:
-    """Fill the placeholders ``{STUDY/METHOD/FIELD}`` of a sentence; of a run that is missing it says so.
+    """Fill the placeholders ``{STUDY/METHOD/FIELD}`` of a passage; where runs are missing, say only that.
 
     Raises:
         UnmovedError: a study, method or field that there is not.
     """
+    missing: dict[str, list[str]] = {}  # methods by study
 
     def value(match: re.Match[str]) -> str:
         study, _, rest = match[1].partition("/")
@@ -137,13 +139,21 @@ def filled(text: str, facts: Mapping[str, Mapping[str, Mapping[str, str]]], wher
         if study not in STUDIES or method not in methods_of(study):
             raise UnmovedError(f"{where}: expected {{STUDY/METHOD/FIELD}} of {', '.join(STUDIES)}, came {match[0]}")
         known = facts.get(study, {}).get(method, {})
-        if known and field not in known:
-            if field.partition("_")[0] in (*MEASURES, "judgement"):  # what it is added to was not run
-                return f"({NOT_YET})"
-            raise UnmovedError(f"{where}: {match[0]}: expected one of {', '.join(known)}")
-        return known.get(field, f"({NOT_YET})")
+        if field in known:
+            return known[field]
+        lacking = method
+        if known:
+            if field.partition("_")[0] not in (*MEASURES, "judgement"):
+                raise UnmovedError(f"{where}: {match[0]}: expected one of {', '.join(known)}")
+            lacking = METHODS[method]["base"]
+        missing.setdefault(study, []).append(lacking)
+        return ""
 
-    return re.sub(r"\{([^{}]+)\}", value, text).strip()
+    said = re.sub(r"\{([^{}]+)\}", value, text).strip()
+    if not missing:
+        return said
+    names = "; ".join(f"{STUDIES[study]['title']}: {', '.join(dict.fromkeys(of))}" for study, of in missing.items())
+    return f"({NOT_YET.capitalize()}: {names}.)"
 
 
 # --- the page
@@ -162,8 +172,9 @@ def page(results: Path) -> str:
     parts = [LEAD, "## Verdicts\n"]
     written = results / "verdicts.toml"
     sentences = tomllib.loads(written.read_text(encoding="utf-8")) if written.exists() else {}
-    for name, text in sentences.items():
-        parts.append(_wrapped(f"**{name}.** {filled(str(text), facts, str(written))}"))
+    for name, passages in sentences.items():
+        said = " ".join(filled(str(text), facts, str(written)) for text in passages)
+        parts.append(_wrapped(f"**{name}.** {said}"))
     count = sum(len(found) for found in beside.values())
     parts.append(_wrapped(f"{HOW} With {count} comparisons at 95 % about {count * 0.05:.1g} would be shown by chance."))
     for study, runs in studies.items():

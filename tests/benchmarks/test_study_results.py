@@ -130,10 +130,12 @@ def test_masking_is_a_gain_that_pgd_alone_shows(clean: Judged, pgd40: Judged, au
     assert Comparison("a", "b", {"clean": clean, "pgd40": pgd40, "autoattack": autoattack}).words() == words
 
 
-def test_a_sentence_is_filled_from_the_tables() -> None:
+def test_a_passage_is_filled_from_the_tables_or_says_which_runs_it_waits_for() -> None:
     facts = {"mnist": {"SENSE": {"clean": "99.1"}, "AT": {}}}
-    said = results.filled("{mnist/SENSE/clean} {mnist/AT/clean} {mnist/SENSE/clean_word}", facts, "v")
-    assert said == "99.1 (not run yet) (not run yet)"
+    assert results.filled("SENSE: {mnist/SENSE/clean} %.", facts, "v") == "SENSE: 99.1 %."
+    lacking = results.filled("{mnist/SENSE/clean} {mnist/FAT/clean} {mnist/SENSE/clean_word} {digits/AT/n}", facts, "v")
+    title, other = STUDIES["mnist"]["title"], STUDIES["digits"]["title"]
+    assert lacking == f"(Not run yet: {title}: FAT, AT; {other}: AT.)"
     for wrong in ("{mnist/SENSE/cleam}", "{mnist/SENS/clean}", "{minst/SENSE/clean}"):
         with pytest.raises(UnmovedError, match=r"v: .*expected"):
             results.filled(wrong, facts, "v")
