@@ -1,4 +1,4 @@
-"""Make docs/results.md and its figures from the tables under docs/results/ alone: ``python benchmarks/results.py``.
+"""Make docs/results.md, its figures and the tables of other pages from docs/results/: ``python benchmarks/results.py``.
 
 `study.py` writes the tables, people write docs/results/verdicts.toml: a list of passages for each method. There a
 figure is a placeholder, ``{STUDY/METHOD/FIELD}``, filled from the tables: ``{mnist/SENSE/autoattack}``; the fields are
@@ -156,6 +156,62 @@ def filled(text: str, facts: Mapping[str, Mapping[str, Mapping[str, str]]], wher
     return f"({NOT_YET.capitalize()}: {names}.)"
 
 
+def all_facts(results: Path) -> dict[str, dict[str, dict[str, str]]]:
+    """Return `facts_of` each method of each study, by study and method."""
+    found = {}
+    for study in STUDIES:
+        runs = load(results, study)
+        beside = comparisons(runs)
+        found[study] = {name: facts_of(name, runs.get(name, []), beside.get(name)) for name in methods_of(study)}
+    return found
+
+
+# --- tables on other pages
+
+BLOCK = re.compile(r"(<!-- study ([\w-]+): ([^>]+) -->\n).*?(<!-- end of study -->)", re.DOTALL)
+
+
+def with_tables(text: str, facts: Mapping[str, Mapping[str, Mapping[str, str]]], where: str) -> str:
+    """Fill each ``<!-- study STUDY: METHOD, METHOD --> ... <!-- end of study -->`` of a page with a table of them.
+
+    Raises:
+        UnmovedError: a study or method that there is not.
+    """
+
+    def block(match: re.Match[str]) -> str:
+        study, names = match[2], [name.strip() for name in " ".join(match[3].split()).split(",")]
+        if study not in STUDIES or not set(names) <= set(methods_of(study)):
+            raise UnmovedError(
+                f"{where}: expected a study and methods of {', '.join(STUDIES)}, came {match[1].strip()}"
+            )
+        known = [facts[study][name] for name in names if facts[study].get(name)]
+        if not known:
+            return f"{match[1]}\n{STUDIES[study]['title']}: {NOT_YET}.\n\n{match[4]}"
+        seeds, kinds = (sorted({one[name] for one in known}) for name in ("seeds", "kind"))
+        about = f"{STUDIES[study]['title']}: accuracy in % of {known[0]['n']} test images, the mean over the seeds "
+        about += f"({' or '.join(seeds)}); AutoAttack {' or '.join(kinds)}, in brackets its 95 % interval."
+        rows = [_row(name, facts[study].get(name, {})) for name in names]
+        return f"{match[1]}\n{_wrapped(about)}\n{_table(rows)}\n{match[4]}"
+
+    return BLOCK.sub(block, text)
+
+
+def _row(method: str, known: Mapping[str, str]) -> dict[str, str]:
+    if not known:
+        return {"method": method, "clean": NOT_YET} | dict.fromkeys(("PGD-40", "AutoAttack", "beside", "by"), "")
+    row = {"method": method, "clean": known["clean"], "PGD-40": known["pgd40"]}
+    row["AutoAttack"] = f"**{known['autoattack']}** {known['interval']}"
+    if "judgement" not in known:
+        return row | {"beside": "", "by": ""}
+    parts = [
+        f"{title} {known[f'{name}_difference']} {known[f'{name}_word']}"
+        for name, title in MEASURES.items()
+        if name != "pgd40"
+    ]
+    judgement = f" ({known['judgement']})" if known["judgement"] else ""
+    return row | {"beside": METHODS[method]["base"], "by": ", ".join(parts) + judgement}
+
+
 # --- the page
 
 
@@ -165,10 +221,7 @@ def page(results: Path) -> str:
     if not any(studies.values()):
         return ""
     beside = {study: comparisons(runs) for study, runs in studies.items()}
-    facts = {
-        study: {name: facts_of(name, runs.get(name, []), beside[study].get(name)) for name in methods_of(study)}
-        for study, runs in studies.items()
-    }
+    facts = all_facts(results)
     parts = [LEAD, "## Verdicts\n"]
     written = results / "verdicts.toml"
     sentences = tomllib.loads(written.read_text(encoding="utf-8")) if written.exists() else {}
@@ -288,12 +341,19 @@ def figure(study: str, runs: Runs, beside: Mapping[str, Comparison]) -> Figure:
     return finished(drawn, CAPTION)
 
 
+def pages(docs: Path) -> list[Path]:
+    """Return the pages that have tables of the study among their own words."""
+    found = [docs.parent / "README.md", *sorted((docs / "methods").glob("*.md"))]
+    return [path for path in found if path.exists() and BLOCK.search(path.read_text(encoding="utf-8"))]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--docs", type=Path, default=Path("docs"))
     docs = parser.parse_args(arguments).docs
     try:
-        text = page(docs / "results")
+        text, facts = page(docs / "results"), all_facts(docs / "results")
+        others = {path: with_tables(path.read_text(encoding="utf-8"), facts, str(path)) for path in pages(docs)}
     except UnmovedError as error:
         raise SystemExit(f"error: {error}") from None
     if not text:
@@ -303,7 +363,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if runs := load(docs / "results", study):
             drawn = figure(study, runs, comparisons(runs))
             write_atomic(docs / "images" / "results" / f"{study}.svg", to_svg(drawn).encode())
-    write_atomic(docs / "results.md", text.encode())
+    for path, filled_text in {docs / "results.md": text, **others}.items():
+        write_atomic(path, filled_text.encode())
 
 
 if __name__ == "__main__":

@@ -141,11 +141,30 @@ def test_a_passage_is_filled_from_the_tables_or_says_which_runs_it_waits_for() -
             results.filled(wrong, facts, "v")
 
 
+def test_a_table_on_another_page_is_filled_and_the_rest_is_left() -> None:
+    aa = {"clean": "90.0", "pgd40": "50.0", "autoattack": "40.0", "interval": "[35.0, 45.0]", "kind": "complete"}
+    facts = {"digits": {"AT": aa | {"n": "449", "seeds": "5"}, "SENSE": {}}}
+    before, after = "# Page\n\n<!-- study digits: AT,\n     SENSE -->\n", "<!-- end of study -->\n\nMore.\n"
+    text = results.with_tables(f"{before}old\n{after}", facts, "p")
+    assert text.startswith(before)
+    assert text.endswith(after)
+    assert "| AT | 90.0 | 50.0 | **40.0** [35.0, 45.0] |" in text
+    assert "| SENSE | not run yet |" in text
+    assert results.with_tables(text, facts, "p") == text
+    for wrong in ("digits: ATT", "digit: AT"):
+        with pytest.raises(UnmovedError, match=r"p: expected a study and methods"):
+            results.with_tables(f"<!-- study {wrong} -->\n<!-- end of study -->", facts, "p")
+
+
 def test_the_page_is_what_the_tables_make() -> None:
     page, text = ROOT / "docs" / "results.md", results.page(ROOT / "docs" / "results")
     assert page.exists() == (text != "")
     if not text:
         pytest.skip("no tables yet")
     assert page.read_text(encoding="utf-8") == text, "run `python benchmarks/results.py`"
+    facts = results.all_facts(ROOT / "docs" / "results")
+    for path in results.pages(ROOT / "docs"):
+        words = path.read_text(encoding="utf-8")
+        assert results.with_tables(words, facts, path.name) == words, f"{path.name}: run `python benchmarks/results.py`"
     drawn = {path.stem for path in (ROOT / "docs" / "images" / "results").glob("*.svg")}
     assert drawn == {name for name in STUDIES if (ROOT / "docs" / "results" / name / "runs.csv").exists()}
