@@ -9,9 +9,7 @@ there is no page.
 from __future__ import annotations
 
 import argparse
-import re
 import sys
-import textwrap
 import tomllib
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -21,23 +19,22 @@ from matplotlib.figure import Figure
 from study_judgement import SHOWN, Comparison, Outcome, compared, mean
 from study_methods import METHODS, STUDIES, methods_of
 from study_tables import outcomes_path, read
+from study_words import BLOCK, MEASURES, NOT_YET, facts_of, interval, signed, table, verdict, with_tables, wrapped
 
 from unmoved.core.errors import UnmovedError
 from unmoved.core.files import write_atomic
 from unmoved.reports.drawing import COLOURS, INK, bar, canvas, finished, legend_above, style, to_svg
 
-NOT_YET = "not run yet"
-MEASURES = {"clean": "clean", "pgd40": "PGD-40", "autoattack": "AutoAttack"}
 Runs = dict[str, list[Outcome]]  # method -> its runs, by seed
 LEAD = """# What the study found
 
 Which of ProbsCut, DRSL, SENSE, APD and their neighbours leave a network more robust under AutoAttack, on equal terms:
 every run of [the protocol](studies/protocol.md), with the clean accuracy, the figures under PGD and the price.
 """
-HOW = """A difference is *shown* where Student's t over three seeds, paired, and the interval over images (paired, of
-the median seed) both leave out zero; *suggested* where one of them does; else *not shown*. Where AutoAttack was asked
-about a sample, the interval over images holds for what the sample does not tell, too, and is wider. *Masking*: a gain
-under PGD-40 that is shown, and not even suggested under AutoAttack."""
+HOW = """A difference is *shown* where Student's t over three seeds or more, paired, and the interval over images
+(paired, of the median seed) both leave out zero; *suggested* where one of them does; else *not shown*. Where AutoAttack
+was asked about a sample, the interval over images holds for what the sample does not tell, too, and is wider. *Masking*: a
+gain under PGD-40 that is shown, and not even suggested under AutoAttack."""
 CAPTION = """Left: accuracies; a figure far below the others stands as a number. Right: how far AutoAttack's figure is
 from that of what a method is added to; the upper line is the interval over images, the lower one that over seeds;
 filled where the difference is shown."""
@@ -72,90 +69,6 @@ def comparisons(runs: Runs) -> dict[str, Comparison]:
     return found
 
 
-# --- words
-
-
-def _table(rows: Sequence[Mapping[str, str]]) -> str:
-    names = list(rows[0])
-    lines = [names, ["---"] * len(names), *([row[name] for name in names] for row in rows)]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
-
-
-def _signed(value: float) -> str:
-    return f"{round(value, 2) + 0.0:+.2f}"  # no minus before zero
-
-
-def _wrapped(text: str) -> str:
-    return textwrap.fill(" ".join(text.split()), 120, break_long_words=False, break_on_hyphens=False) + "\n"
-
-
-def facts_of(method: str, runs: Sequence[Outcome], beside: Comparison | None) -> dict[str, str]:
-    """Return what a sentence may say of a method, as it is printed.
-
-    clean, pgd40, autoattack, interval, kind, seconds, passes, flatness, softmax, variance, grade, setting, seeds, n;
-    beside what it is added to, for each of clean, pgd40, autoattack: _difference, _word, _images, _seeds; judgement.
-    """
-    good = [run for run in runs if not run.failed]
-    if not good:
-        return {}
-    last = good[0].row
-    facts = {name: f"{100 * mean(run.share(name) for run in good):.1f}" for name in MEASURES}
-    low, high = (
-        100 * end(float(run.row[f"population_{side}"]) for run in good) for end, side in ((min, "low"), (max, "high"))
-    )
-    kinds = {"complete" if run.is_complete else "sampled" for run in good}
-    facts |= {"interval": f"[{low:.1f}, {high:.1f}]", "kind": " and ".join(sorted(kinds))}
-    facts |= {"seconds": f"{mean(run.number('seconds') for run in good):.0f}", "n": f"{int(last['n']):,}"}
-    facts["passes"] = " + ".join(f"{mean(run.number(name) for run in good):.1f}" for name in ("forward", "backward"))
-    for name in ("flatness", "softmax", "variance", "variance_attacked"):
-        facts[name] = f"{mean(run.number(name) for run in good):.3g}"
-    grades = Counter(run.row["grade"] for run in good)
-    facts["grade"] = ", ".join(grade if count == len(good) else f"{grade} ({count})" for grade, count in grades.items())
-    settings = sorted({run.row["setting"] for run in good})
-    facts |= {"setting": " or ".join(settings) or "-", "seeds": str(len(good))}
-    if beside is not None:
-        for name, found in beside.measures.items():
-            facts |= {f"{name}_difference": _signed(found.mean), f"{name}_word": found.word}
-            facts |= {f"{name}_images": _interval(found.images), f"{name}_seeds": _interval(found.seeds)}
-        facts["judgement"] = beside.words()
-    return facts
-
-
-def _interval(ends: tuple[float, float] | None) -> str:
-    return "too few" if ends is None else f"{_signed(ends[0])} to {_signed(ends[1])}"
-
-
-def filled(text: str, facts: Mapping[str, Mapping[str, Mapping[str, str]]], where: str) -> str:
-    """Fill the placeholders ``{STUDY/METHOD/FIELD}`` of a passage; where runs are missing, say only that.
-
-    Raises:
-        UnmovedError: a study, method or field that there is not.
-    """
-    missing: dict[str, list[str]] = {}  # methods by study
-
-    def value(match: re.Match[str]) -> str:
-        study, _, rest = match[1].partition("/")
-        method, _, field = rest.rpartition("/")
-        if study not in STUDIES or method not in methods_of(study):
-            raise UnmovedError(f"{where}: expected {{STUDY/METHOD/FIELD}} of {', '.join(STUDIES)}, came {match[0]}")
-        known = facts.get(study, {}).get(method, {})
-        if field in known:
-            return known[field]
-        lacking = method
-        if known:
-            if field.partition("_")[0] not in (*MEASURES, "judgement"):
-                raise UnmovedError(f"{where}: {match[0]}: expected one of {', '.join(known)}")
-            lacking = METHODS[method]["base"]
-        missing.setdefault(study, []).append(lacking)
-        return ""
-
-    said = re.sub(r"\{([^{}]+)\}", value, text).strip()
-    if not missing:
-        return said
-    names = "; ".join(f"{STUDIES[study]['title']}: {', '.join(dict.fromkeys(of))}" for study, of in missing.items())
-    return f"({NOT_YET.capitalize()}: {names}.)"
-
-
 def all_facts(results: Path) -> dict[str, dict[str, dict[str, str]]]:
     """Return `facts_of` each method of each study, by study and method."""
     found = {}
@@ -164,52 +77,6 @@ def all_facts(results: Path) -> dict[str, dict[str, dict[str, str]]]:
         beside = comparisons(runs)
         found[study] = {name: facts_of(name, runs.get(name, []), beside.get(name)) for name in methods_of(study)}
     return found
-
-
-# --- tables on other pages
-
-BLOCK = re.compile(r"(<!-- study ([\w-]+): ([^>]+) -->\n).*?(<!-- end of study -->)", re.DOTALL)
-
-
-def with_tables(text: str, facts: Mapping[str, Mapping[str, Mapping[str, str]]], where: str) -> str:
-    """Fill each ``<!-- study STUDY: METHOD, METHOD --> ... <!-- end of study -->`` of a page with a table of them.
-
-    Raises:
-        UnmovedError: a study or method that there is not.
-    """
-
-    def block(match: re.Match[str]) -> str:
-        study, names = match[2], [name.strip() for name in " ".join(match[3].split()).split(",")]
-        if study not in STUDIES or not set(names) <= set(methods_of(study)):
-            raise UnmovedError(
-                f"{where}: expected a study and methods of {', '.join(STUDIES)}, came {match[1].strip()}"
-            )
-        known = [facts[study][name] for name in names if facts[study].get(name)]
-        if not known:
-            return f"{match[1]}\n{STUDIES[study]['title']}: {NOT_YET}.\n\n{match[4]}"
-        seeds, kinds = (sorted({one[name] for one in known}) for name in ("seeds", "kind"))
-        about = f"{STUDIES[study]['title']}: accuracy in % of {known[0]['n']} test images, the mean over the seeds "
-        about += f"({' or '.join(seeds)}); AutoAttack {' or '.join(kinds)}, in brackets its 95 % interval."
-        rows = [_row(name, facts[study].get(name, {})) for name in names]
-        return f"{match[1]}\n{_wrapped(about)}\n{_table(rows)}\n{match[4]}"
-
-    return BLOCK.sub(block, text)
-
-
-def _row(method: str, known: Mapping[str, str]) -> dict[str, str]:
-    if not known:
-        return {"method": method, "clean": NOT_YET} | dict.fromkeys(("PGD-40", "AutoAttack", "beside", "by"), "")
-    row = {"method": method, "clean": known["clean"], "PGD-40": known["pgd40"]}
-    row["AutoAttack"] = f"**{known['autoattack']}** {known['interval']}"
-    if "judgement" not in known:
-        return row | {"beside": "", "by": ""}
-    parts = [
-        f"{title} {known[f'{name}_difference']} {known[f'{name}_word']}"
-        for name, title in MEASURES.items()
-        if name != "pgd40"
-    ]
-    judgement = f" ({known['judgement']})" if known["judgement"] else ""
-    return row | {"beside": METHODS[method]["base"], "by": ", ".join(parts) + judgement}
 
 
 # --- the page
@@ -225,20 +92,19 @@ def page(results: Path) -> str:
     parts = [LEAD, "## Verdicts\n"]
     written = results / "verdicts.toml"
     sentences = tomllib.loads(written.read_text(encoding="utf-8")) if written.exists() else {}
-    for name, passages in sentences.items():
-        said = " ".join(filled(str(text), facts, str(written)) for text in passages)
-        parts.append(_wrapped(f"**{name}.** {said}"))
+    parts += [verdict(name, passages, facts, str(written)) for name, passages in sentences.items()]
     count = sum(len(found) for found in beside.values())
-    parts.append(_wrapped(f"{HOW} With {count} comparisons at 95 % about {count * 0.05:.1g} would be shown by chance."))
+    parts.append(wrapped(f"{HOW} With {count} comparisons at 95 % about {count * 0.05:.1g} would be shown by chance."))
     for study, runs in studies.items():
-        parts += [f"## {STUDIES[study]['title']}\n", *_section(study, runs, beside[study], facts[study])]
+        if runs:
+            parts += [f"## {STUDIES[study]['title']}\n", *_section(study, runs, beside[study], facts[study])]
+    if waiting := [STUDIES[study]["title"] for study, runs in studies.items() if not runs]:
+        parts.append(f"{NOT_YET.capitalize()}: {'; '.join(waiting)}.\n")
     parts += ["## Where\n", *_where(studies)]
     return "\n".join(parts)
 
 
 def _section(study: str, runs: Runs, beside: dict[str, Comparison], facts: dict[str, dict[str, str]]) -> list[str]:
-    if not runs:
-        return [f"{NOT_YET.capitalize()}.\n"]
     parts = [
         f"![Accuracies, and differences from what a method is added to](images/results/{study}.svg)\n",
         f"{CAPTION}\n",
@@ -247,27 +113,26 @@ def _section(study: str, runs: Runs, beside: dict[str, Comparison], facts: dict[
     names = {"setting": "setting", "seeds": "seeds", "n": "n", "clean": "clean", "pgd40": "PGD-40"}
     later = {"seconds": "seconds", "passes": "passes", "grade": "doctor", "flatness": "flatness", "softmax": "softmax"}
     rows = []
-    for method in methods_of(study):
-        known = facts[method]
-        aa = f"**{known['autoattack']}** {known['interval']} {known['kind']}" if known else NOT_YET
-        row = {"method": method} | {title: known.get(name, "") for name, title in names.items()} | {"AutoAttack": aa}
-        row |= {title: known.get(name, "") for name, title in later.items()}
-        rows.append(row | {"var p_y": f"{known['variance']} / {known['variance_attacked']}" if known else ""})
-    parts.append(_table(rows))
+    for method, known in facts.items():
+        if not known:
+            continue
+        aa = f"**{known['autoattack']}** {known['interval']} {known['kind']}"
+        row = {"method": method} | {title: known[name] for name, title in names.items()} | {"AutoAttack": aa}
+        row |= {title: known[name] for name, title in later.items()}
+        rows.append(row | {"var p_y": f"{known['variance']} / {known['variance_attacked']}"})
+    parts.append(table(rows))
     if beside:
-        parts += ["Beside what each is added to, in points:\n", _table([_beside(one) for one in beside.values()])]
+        parts += ["Beside what each is added to, in points:\n", table([_beside(one) for one in beside.values()])]
     failed = [f"{run.label}: {run.row['failed']}" for of in runs.values() for run in of if run.failed]
     doubted = [f"{run.label}: {run.row['doctor']}" for of in runs.values() for run in of if run.is_doubted]
     parts += [f"- Failed: {words}" for words in failed] + [f"- {words}" for words in doubted]
     done = {(method, run.seed) for method, of in runs.items() for run in of}
-    missing = [
-        f"{name} seed {seed}"
-        for seed in STUDIES[study]["seeds"]
-        for name in methods_of(study)
-        if (name, seed) not in done
-    ]
-    if missing:
-        parts.append(f"- {NOT_YET.capitalize()} ({len(missing)}): {', '.join(missing)}.")
+    missing = {seed: [name for name in facts if (name, seed) not in done] for seed in STUDIES[study]["seeds"]}
+    if whole := [str(seed) for seed, names in missing.items() if len(names) == len(facts)]:
+        parts.append(f"- {NOT_YET.capitalize()}: seed {', '.join(whole)} of all methods.")
+    for seed, names in missing.items():
+        if 0 < len(names) < len(facts):
+            parts.append(f"- {NOT_YET.capitalize()}: seed {seed} of {', '.join(names)}.")
     return [*parts, ""]
 
 
@@ -275,8 +140,8 @@ def _beside(one: Comparison) -> dict[str, str]:
     row = {"method": one.method, "added to": one.base, "seeds": str(one.measures["clean"].count)}
     for name, title in MEASURES.items():
         found = one.measures[name]
-        ends = f"seeds {_interval(found.seeds)}, images {_interval(found.images)}"
-        row[title] = f"{_signed(found.mean)} {found.word} ({ends})"
+        ends = f"seeds {interval(found.seeds)}, images {interval(found.images)}"
+        row[title] = f"{signed(found.mean)} {found.word} ({ends})"
     return row | {"": one.words()}
 
 
@@ -329,9 +194,9 @@ def figure(study: str, runs: Runs, beside: Mapping[str, Comparison]) -> Figure:
         if (one := beside.get(name)) is None:
             continue
         found = one.measures["autoattack"]
-        for interval, up, colour in ((found.images, 0.14, COLOURS[0]), (found.seeds, -0.14, COLOURS[2])):
-            if interval is not None:
-                right.plot(interval, [y - up] * 2, color=colour, linewidth=1)
+        for ends_of, up, colour in ((found.images, 0.14, COLOURS[0]), (found.seeds, -0.14, COLOURS[2])):
+            if ends_of is not None:
+                right.plot(ends_of, [y - up] * 2, color=colour, linewidth=1)
         right.plot(
             [found.mean], [y], "D", color=COLOURS[0], markerfacecolor=COLOURS[0] if found.word == SHOWN else "none"
         )

@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import results
+import study_words
 from helpers.cli import ROOT
 from study_judgement import Comparison, Judged, Outcome, compared, over_images, over_seeds
 from study_methods import STUDIES
@@ -132,28 +133,29 @@ def test_masking_is_a_gain_that_pgd_alone_shows(clean: Judged, pgd40: Judged, au
 
 def test_a_passage_is_filled_from_the_tables_or_says_which_runs_it_waits_for() -> None:
     facts = {"mnist": {"SENSE": {"clean": "99.1"}, "AT": {}}}
-    assert results.filled("SENSE: {mnist/SENSE/clean} %.", facts, "v") == "SENSE: 99.1 %."
-    lacking = results.filled("{mnist/SENSE/clean} {mnist/FAT/clean} {mnist/SENSE/clean_word} {digits/AT/n}", facts, "v")
+    passages = ["SENSE: {mnist/SENSE/clean} %.", "{mnist/SENSE/clean} {mnist/FAT/clean} {mnist/SENSE/clean_word}"]
+    assert [study_words.filled(text, facts, "v") for text in passages] == ["SENSE: 99.1 %.", ""]
     title, other = STUDIES["mnist"]["title"], STUDIES["digits"]["title"]
-    assert lacking == f"(Not run yet: {title}: FAT, AT; {other}: AT.)"
+    said = study_words.verdict("SENSE", [*passages, "{digits/AT/n}", "{mnist/FAT/clean}"], facts, "v")
+    assert " ".join(said.split()) == f"**SENSE.** SENSE: 99.1 %. (Not run yet: {title}: FAT, AT; {other}: AT.)"
     for wrong in ("{mnist/SENSE/cleam}", "{mnist/SENS/clean}", "{minst/SENSE/clean}"):
         with pytest.raises(UnmovedError, match=r"v: .*expected"):
-            results.filled(wrong, facts, "v")
+            study_words.filled(wrong, facts, "v")
 
 
 def test_a_table_on_another_page_is_filled_and_the_rest_is_left() -> None:
     aa = {"clean": "90.0", "pgd40": "50.0", "autoattack": "40.0", "interval": "[35.0, 45.0]", "kind": "complete"}
     facts = {"digits": {"AT": aa | {"n": "449", "seeds": "5"}, "SENSE": {}}}
     before, after = "# Page\n\n<!-- study digits: AT,\n     SENSE -->\n", "<!-- end of study -->\n\nMore.\n"
-    text = results.with_tables(f"{before}old\n{after}", facts, "p")
+    text = study_words.with_tables(f"{before}old\n{after}", facts, "p")
     assert text.startswith(before)
     assert text.endswith(after)
     assert "| AT | 90.0 | 50.0 | **40.0** [35.0, 45.0] |" in text
     assert "| SENSE | not run yet |" in text
-    assert results.with_tables(text, facts, "p") == text
+    assert study_words.with_tables(text, facts, "p") == text
     for wrong in ("digits: ATT", "digit: AT"):
         with pytest.raises(UnmovedError, match=r"p: expected a study and methods"):
-            results.with_tables(f"<!-- study {wrong} -->\n<!-- end of study -->", facts, "p")
+            study_words.with_tables(f"<!-- study {wrong} -->\n<!-- end of study -->", facts, "p")
 
 
 def test_the_page_is_what_the_tables_make() -> None:
@@ -165,6 +167,8 @@ def test_the_page_is_what_the_tables_make() -> None:
     facts = results.all_facts(ROOT / "docs" / "results")
     for path in results.pages(ROOT / "docs"):
         words = path.read_text(encoding="utf-8")
-        assert results.with_tables(words, facts, path.name) == words, f"{path.name}: run `python benchmarks/results.py`"
+        assert study_words.with_tables(words, facts, path.name) == words, (
+            f"{path.name}: run `python benchmarks/results.py`"
+        )
     drawn = {path.stem for path in (ROOT / "docs" / "images" / "results").glob("*.svg")}
     assert drawn == {name for name in STUDIES if (ROOT / "docs" / "results" / name / "runs.csv").exists()}
