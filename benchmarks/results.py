@@ -33,8 +33,8 @@ every run of [the protocol](studies/protocol.md), with the clean accuracy, the f
 """
 HOW = """A difference is *shown* where Student's t over three seeds or more, paired, and the interval over images
 (paired, of the median seed) both leave out zero; *suggested* where one of them does; else *not shown*. Where AutoAttack
-was asked about a sample, the interval over images holds for what the sample does not tell, too, and is wider. *Masking*: a
-gain under PGD-40 that is shown, and not even suggested under AutoAttack."""
+was asked about a sample, the interval over images holds for what the sample does not tell, too, and is wider.
+*Masking*: a gain under PGD-40 that is shown, and not even suggested under AutoAttack."""
 CAPTION = """Left: accuracies; a figure far below the others stands as a number. Right: how far AutoAttack's figure is
 from that of what a method is added to; the upper line is the interval over images, the lower one that over seeds;
 filled where the difference is shown."""
