@@ -35,8 +35,8 @@ def facts_of(method: str, runs: Sequence[Outcome], beside: Comparison | None) ->
     """Return what a sentence may say of a method, as it is printed.
 
     clean, pgd40, autoattack, interval, kind, seconds, passes, flatness, softmax, variance, variance_attacked, grade,
-    setting, seeds, n, hardware; beside what it is added to, for each of clean, pgd40, autoattack: _difference, _word, _images,
-    _seeds; judgement.
+    setting, seeds, n, hardware; beside what it is added to, for each of clean, pgd40, autoattack: _difference, _word,
+    _images, _seeds; judgement.
     """
     good = [run for run in runs if not run.failed]
     if not good:
