@@ -7,7 +7,7 @@ ANALYSED := drsl standard at trades mart probscut_trades drsl_at sensible at_apd
 # The long ones first, so that no core waits for another at the end.
 DIGITS := at_apd trades_awp probscut_trades at_sam mart trades at sensible drsl standard
 
-.PHONY: help demo picture digits analyses study interop docs tour test processors slow check bench bench-gpu bench-growth bench-scale bench-verdict clean
+.PHONY: help demo picture analyses study interop docs tour test processors slow check bench bench-gpu bench-growth bench-scale bench-verdict clean
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -24,11 +24,8 @@ help: ## what there is
 demo: .venv/installed ## train, attack and compare on scikit-learn's digits; ends with runs/demo/report.html
 	$(BIN)/unmoved demo
 
-picture: demo ## README's picture of the demo, as its report draws it; README's table is to be of the same run
+picture: demo ## README's picture of the demo, as its report draws it
 	cp runs/demo/report-figures/tradeoff.svg docs/images/demo-tradeoff.svg
-
-digits: .venv/installed ## the demo's recipes with three seeds: runs/digits/report.html
-	$(BIN)/unmoved compare $(DIGITS:%=digits/%) --seeds 0,1,2 --out runs/digits
 
 analyses: .venv/installed ## what docs/analyses says of MNIST: 17 small models, four analyses; MNIST=folder
 	$(BIN)/unmoved compare mnist/study_at --sweep attack.eps.to=0,0.1,0.2,0.3 --splits 2 --attacks quick --set data.path=$(MNIST) --out runs/analyses/eps
@@ -37,10 +34,11 @@ analyses: .venv/installed ## what docs/analyses says of MNIST: 17 small models, 
 	$(BIN)/unmoved analyze corruption --n 500 runs/analyses/methods/mnist-at/seed0 --out runs/analyses/analysis-of-at
 	$(BIN)/unmoved analyze bias-variance $$(dirname runs/analyses/eps/*/*/recipe.toml) --eps 0,0.1,0.2,0.3 --modes own,shared,joint --out runs/analyses/analysis
 
-study: .venv/installed ## the study of docs/studies/protocol.md and its page, going on where it stands: days; MNIST=folder, CIFAR10=folder
+study: .venv/installed ## the study of docs/studies/protocol.md and its page, going on where it stands: days; MNIST=folder, CIFAR10=folder, GPU=1
+	$(BIN)/python benchmarks/study.py digits
 	$(BIN)/python benchmarks/study.py mnist --data $(MNIST)
 	$(BIN)/python benchmarks/study.py mnist-l2 --data $(MNIST)
-	$(if $(CIFAR10),$(BIN)/python benchmarks/study.py cifar10 --data $(CIFAR10))
+	$(if $(CIFAR10),$(BIN)/python benchmarks/study.py cifar10$(if $(GPU),-gpu) --data $(CIFAR10))
 	$(BIN)/python benchmarks/results.py
 
 interop: .venv/installed-dev ## libraries that the tests of interop need, without what they pin

@@ -143,6 +143,11 @@ STUDIES: dict[str, Tables] = {
         "seeds": [0], "changes": {"data": {"use": "folder", "path": ""}}, "settings_of": "mnist",
         "methods": [*SOME[:3], "MART", *SOME[3:]],
     },
+    "cifar10-gpu": {
+        "recipe": "cifar10/fast", "title": "CIFAR-10 (JPEG copy), PreActResNet-18 on a GPU, linf 8/255", "n": 10_000,
+        "sampled": True, "seeds": [0], "settings_of": "mnist", "methods": [*SOME[:3], "MART", *SOME[3:]],
+        "changes": {"data": {"use": "folder", "path": ""}, "attack": {"eps": 8 / 255}},
+    },
     "digits": {
         "recipe": "digits/trades", "title": "Digits of 8x8 pixels, linf 0.2", "n": 449, "sampled": False,
         "seeds": [0, 1, 2, 3, 4], "changes": {
