@@ -30,6 +30,7 @@ from unmoved.core.protocols import (
     kind_of,
     kinds_of,
     leaves_ball,
+    takes_mixed,
 )
 from unmoved.core.threat import ThreatModel
 from unmoved.core.views import Views
@@ -221,6 +222,7 @@ def test_what_declares_nothing_is_taken_for_the_default() -> None:
     assert (kind_of(Shift()), draws_of(Shift()), is_lockstep(Shift())) == ("gradients", 1, False)
     assert not is_minimum_norm(Shift())
     assert not leaves_ball(Shift())
+    assert not takes_mixed(Shift())
     assert not couples_samples(lambda views: views.y)
 
 
@@ -242,6 +244,7 @@ def test_a_strangers_part_declares_it_too() -> None:
         (is_lockstep, {"lockstep": "no"}, "Declaring.lockstep: expected true or false, came 'no'"),
         (is_minimum_norm, {"minimum_norm": 1}, "Declaring.minimum_norm: expected true or false, came 1"),
         (leaves_ball, {"leaves_ball": "yes"}, "Declaring.leaves_ball: expected true or false, came 'yes'"),
+        (takes_mixed, {"takes_mixed": "yes"}, "Declaring.takes_mixed: expected true or false, came 'yes'"),
         (couples_samples, {"couples_samples": 1}, "Declaring.couples_samples: expected true or false, came 1"),
     ],
 )

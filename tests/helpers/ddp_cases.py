@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from helpers.cli import RECIPE, unmoved
 from unmoved import Batch, Method, Run, ThreatModel, UnmovedError, attacks, defenses, terms, train
+from unmoved.data import CutMix, Flip
 from unmoved.testing import balls_of, default_case, missing, without_case
 from unmoved.training import averaging, distributed, optim
 
@@ -41,6 +42,19 @@ class Doubles:
             order = torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(shuffle % 1000))
         for rows in order.split(size):
             yield Batch(x[rows], y[rows], rows)
+
+    def select(self, positions: Tensor) -> Selected:
+        return Selected(next(self.batches(SAMPLES)).take(positions))
+
+
+class Selected(Doubles):
+    """The partners of a batch, as one batch."""
+
+    def __init__(self, whole: Batch) -> None:
+        self.whole = whole
+
+    def batches(self, size: int, *, shuffle: int | None = None) -> Iterator[Batch]:
+        yield self.whole
 
 
 def network(norm: bool = False) -> nn.Module:
@@ -183,6 +197,7 @@ CASES: dict[str, Callable[[], Case]] = {
     **{f"defense {n}": case(lambda d: Method(pgd(), terms.TRADES(), d), make) for n, make in DEFENSES.items()},
     "everything": lambda: Case(everything()),
     "ema": lambda: Case(Method(pgd(), terms.CE()), {"average": averaging.EMA(0.9)}),
+    "cutmix": lambda: Case(Method(pgd(), terms.TRADES()), {"augment": CutMix(Flip())}),
 }
 # Trained an epoch by as many processes, and another by as many others.
 RESUMED = ["everything", "ema", *(name for name in CASES if name.startswith("defense"))]

@@ -215,6 +215,18 @@ def test_other_attacks_sit_it_as_their_constructors_make_them(make, threat):
     check_attack(lambda ball: default_case(make, threat=ball), norm=threat.norm)
 
 
+def test_an_attack_of_one_label_does_not_take_two():
+    @dataclass(frozen=True)
+    class FirstLabel(PGD):
+        takes_mixed = True
+
+        def __call__(self, model, batch):
+            return super().__call__(model, replace(batch, other=None, share=None))
+
+    with pytest.raises(ExamFailed, match="a label of no share of the image counts"):
+        check_attack(lambda t: FirstLabel(t, steps=3), maximises=False)
+
+
 def test_training_mode_couples_the_samples():
     with pytest.raises(ExamFailed, match=r"order|other samples"):
         check_attack(lambda t: PGD(t, steps=5, mode="train"), maximises=False, batch_statistics=False)

@@ -10,6 +10,8 @@ from torch import nn
 
 from unmoved.core.batch import Batch, Image, Label
 from unmoved.core.errors import UnmovedError
+from unmoved.core.protocols import takes_mixed
+from unmoved.terms.mixed import require_mixable
 
 Owner = TypeVar("Owner")
 
@@ -20,11 +22,13 @@ def takes_images(call: Callable[[Owner, nn.Module, Batch], Image]) -> Callable[.
     ``x`` (B, C, H, W) in [0, 1] and ``y`` (B,) become a batch whose samples have the identities 0..B-1.
 
     Raises:
-        UnmovedError: labels beside a batch, which has its own; as `Batch`.
+        UnmovedError: labels beside a batch, which has its own; as `Batch`; of mixed images, as `require_takes_mixed`.
     """
 
     @functools.wraps(call)
     def called(self: Owner, model: nn.Module, batch: Batch, y: Label | None = None) -> Image:
+        if isinstance(batch, Batch) and batch.share is not None:
+            require_takes_mixed(self)
         if y is None:
             return call(self, model, batch)  # which refuses what is no batch
         if isinstance(batch, Batch):
@@ -32,3 +36,17 @@ def takes_images(call: Callable[[Owner, nn.Module, Batch], Image]) -> Callable[.
         return call(self, model, Batch(batch, y))
 
     return called
+
+
+def require_takes_mixed(attack: object) -> None:
+    """Raise `UnmovedError` unless an attack, and its loss if it has one, may be asked about images mixed of two."""
+    if not takes_mixed(attack):
+        raise UnmovedError(
+            f"images mixed of two (CutMix): expected an attack that does nothing but climb its loss, came "
+            f"{attack!r:.80}, which compares predictions with one label or remembers each image; use FGSM, NFGSM or "
+            'PGD(keep="last") with one restart and no stopping rule, or leave cutmix out of the augmentation (one of '
+            "your own may declare takes_mixed)"
+        )
+    loss = getattr(attack, "loss", None)
+    if callable(loss):
+        require_mixable(loss)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +34,7 @@ def attacking(model: nn.Module, batch: Batch, threat: ThreatModel, mode: str = "
     require_attackable(model, batch, threat)
     keep_freed_memory()
     with torch.inference_mode(False), torch.enable_grad(), evaluating(model, mode):
-        yield Views(model, replace(batch, x=_usable(batch.x), y=_usable(batch.y), index=_usable(batch.index)))
+        yield Views(model, batch.map(_usable))
 
 
 def require_attackable(model: object, batch: object, threat: ThreatModel) -> None:

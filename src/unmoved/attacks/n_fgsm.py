@@ -52,6 +52,7 @@ class NFGSM:
     kind = FIXED_STEP
     lockstep = True
     leaves_ball = True
+    takes_mixed = True
 
     def __post_init__(self) -> None:
         require_threat("NFGSM.threat", self.threat)

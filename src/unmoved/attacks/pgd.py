@@ -85,6 +85,11 @@ class PGD:
         """Return whether no sample stops before the others."""
         return self.stop is None
 
+    @property
+    def takes_mixed(self) -> bool:
+        """Return whether nothing but the loss asks for the labels: no stopping rule, no choice among points."""
+        return self.stop is None and self.keep == "last" and self.restarts == 1
+
     @takes_images
     def __call__(self, model: nn.Module, batch: Batch) -> Image:
         with attacking(model, batch, self.threat, self.mode) as views, smoothed(self.smooth):

@@ -41,6 +41,8 @@ class Batch:
         index: (B,) int64, a sample's identity for ever; 0..B-1 unless given. Keys all noise and per-sample memory.
         step: the optimizer step, set by the training loop; with ``index`` it keys the noise.
         target: (B,) int64, the class that a targeted attack aims at; None where nobody aims.
+        other: (B,) int64, the second label of images that are mixed of two, as by `data.CutMix`; else None.
+        share: (B,) float in [0, 1], the part of each image that ``y`` is the label of; None without ``other``.
 
     Raises:
         UnmovedError: images or labels of the wrong shape or type.
@@ -51,6 +53,8 @@ class Batch:
     index: Index = field(default=None)  # type: ignore[assignment]
     step: int = 0
     target: Label | None = None
+    other: Label | None = None
+    share: PerSample | None = None
 
     def __post_init__(self) -> None:
         for name, value in (("x", self.x), ("y", self.y), ("index", self.index)):
@@ -73,10 +77,20 @@ class Batch:
                 f"Batch.index: expected int64 of shape {tuple(self.y.shape)}, "
                 f"came {self.index.dtype} {tuple(self.index.shape)}"
             )
-        if self.target is not None and (self.target.dtype != torch.int64 or self.target.shape != self.y.shape):
+        for name, classes in (("target", self.target), ("other", self.other)):
+            if classes is not None and (classes.dtype != torch.int64 or classes.shape != self.y.shape):
+                raise UnmovedError(
+                    f"Batch.{name}: expected int64 classes of shape {tuple(self.y.shape)}, "
+                    f"came {classes.dtype} {tuple(classes.shape)}"
+                )
+        if (self.other is None) != (self.share is None):
             raise UnmovedError(
-                f"Batch.target: expected int64 classes of shape {tuple(self.y.shape)}, "
-                f"came {self.target.dtype} {tuple(self.target.shape)}"
+                "Batch.other, Batch.share: expected both or neither, came one; share is the part of y, the rest other's"
+            )
+        if self.share is not None and (not self.share.is_floating_point() or self.share.shape != self.y.shape):
+            raise UnmovedError(
+                f"Batch.share: expected floats of shape {tuple(self.y.shape)}, "
+                f"came {self.share.dtype} {tuple(self.share.shape)}"
             )
 
     def __len__(self) -> int:
@@ -84,12 +98,19 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the same samples on another device."""
-        return self._map(lambda tensor: tensor.to(device))
+        return self.map(lambda tensor: tensor.to(device))
 
     def take(self, which: Tensor) -> Batch:
         """Select samples by a mask or by positions; identities and step stay."""
-        return self._map(lambda tensor: tensor[which])
+        return self.map(lambda tensor: tensor[which])
 
-    def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        target = None if self.target is None else change(self.target)
-        return replace(self, x=change(self.x), y=change(self.y), index=change(self.index), target=target)
+    @property
+    def largest(self) -> Label:
+        """The label (B,) of the larger part of each image; ``y`` where both are equal, or where nothing is mixed."""
+        return self.y if self.other is None or self.share is None else torch.where(self.share < 0.5, self.other, self.y)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """Apply a function to every tensor."""
+        target, other, share = (None if t is None else change(t) for t in (self.target, self.other, self.share))
+        x, y, index = (change(tensor) for tensor in (self.x, self.y, self.index))
+        return replace(self, x=x, y=y, index=index, target=target, other=other, share=share)

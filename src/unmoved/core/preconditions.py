@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from typing import Protocol, TypeGuard, TypeVar
+from typing import Protocol, Self, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,11 @@ TOLERANCE = 1e-6
 class _Labelled(Protocol):
     @property
     def y(self) -> Tensor: ...
+
+    @property
+    def share(self) -> Tensor | None: ...
+
+    def unmixed(self) -> tuple[Self, Self]: ...
 
 
 Labelled = TypeVar("Labelled", bound=_Labelled)
@@ -172,9 +177,14 @@ def require_loss(name: str, value: object) -> None:
 def values_of(term: Callable[[Labelled], object], views: Labelled, what: str) -> Tensor:
     """Compute ``term(views)``, (B,), and check it; messages begin with ``what``, such as ``"term"``, and its repr.
 
+    Of images that are mixed of two it is ``share term(y) + (1 - share) term(other)``.
+
     Raises:
         UnmovedError: the term takes other arguments, as the losses of torch do, or returns something else.
     """
+    if views.share is not None:
+        first, second = (values_of(term, each, what) for each in views.unmixed())
+        return views.share * first + (1 - views.share) * second
     try:
         values = term(views)
     except TypeError:

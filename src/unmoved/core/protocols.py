@@ -58,7 +58,8 @@ class Ensemble(Protocol):
 class AttackDeclarations(Protocol):
     """What an attack may say of itself in attributes; where one is missing, the value given here holds.
 
-    Each is read by one function: `kind_of`, `draws_of`, `is_lockstep`, `is_minimum_norm`, `leaves_ball`.
+    Each is read by one function: `kind_of`, `draws_of`, `is_lockstep`, `is_minimum_norm`, `leaves_ball`,
+    `takes_mixed`.
 
     Attributes:
         kind: what it asks of the model: ``"gradients"`` (default), ``"fixed-step gradients"`` (as PGD, whose steps
@@ -71,6 +72,8 @@ class AttackDeclarations(Protocol):
             False (default) where every proposal lies in the ball.
         leaves_ball: whether it leaves the ball by design: training takes its images, and a verdict refuses it; False by
             default.
+        takes_mixed: whether it also attacks images that are mixed of two (`data.CutMix`), as all that it asks of labels
+            goes through a loss; False (default) where it compares predictions with one label or remembers each image.
     """
 
     kind: str
@@ -78,6 +81,7 @@ class AttackDeclarations(Protocol):
     lockstep: bool
     minimum_norm: bool
     leaves_ball: bool
+    takes_mixed: bool
 
 
 @runtime_checkable
@@ -208,6 +212,15 @@ def leaves_ball(attack: Attack) -> bool:
     return require_flag(f"{_name(attack)}.leaves_ball", getattr(attack, "leaves_ball", False))
 
 
+def takes_mixed(attack: object) -> bool:
+    """Return whether an attack declares that it attacks images with two labels.
+
+    Raises:
+        UnmovedError: it declares neither True nor False.
+    """
+    return require_flag(f"{_name(attack)}.takes_mixed", getattr(attack, "takes_mixed", False))
+
+
 def require_in_ball(name: str, attack: Attack) -> None:
     """Raise `UnmovedError` if an attack that is to judge a model leaves the ball by design."""
     if leaves_ball(attack):
@@ -217,7 +230,7 @@ def require_in_ball(name: str, attack: Attack) -> None:
         )
 
 
-def couples_samples(term: Term) -> bool:
+def couples_samples(term: object) -> bool:
     """Whether a term declares that its value of one sample depends on the others.
 
     Raises:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
-from unmoved.core.batch import Batch, Image, Index, Label, Logits
+from unmoved.core.batch import Batch, Image, Index, Label, Logits, PerSample
 from unmoved.core.errors import UnmovedError, require_choice
 from unmoved.core.model_errors import explained
 from unmoved.core.precision import float32_only
@@ -69,8 +71,11 @@ class Views:
     is the clean one. ``Views.of(y=..., clean=..., adv=...)`` takes ready logits. Labels that the logits have no column
     for are refused with the first logits of a batch.
 
+    Images that are mixed of two have two labels. A term sees one at a time: `unmixed` gives the views of each.
+
     Attributes:
         y: (B,) int64 labels.
+        other, share: (B,) the second labels and the shares of the first, as in `Batch`; None where nothing is mixed.
         index: (B,) int64 identities.
         clean: (B, K) logits of the clean images.
         adv: (B, K) logits of the adversarial images.
@@ -81,12 +86,15 @@ class Views:
         self._batch: Batch | None = batch
         self._x_adv = x_adv
         self._base: Views | None = None
+        self._mixed: Views | None = None
         self._clean: Logits | None = None
         self._constant: Logits | None = None
         self._adv: Logits | None = None
         self._target: Label | None = batch.target
         self._fits = False
-        self.y: Label = batch.y
+        self._y: Label = batch.y
+        self.other: Label | None = batch.other
+        self.share: PerSample | None = batch.share
         self.index: Index = batch.index
 
     @classmethod
@@ -98,12 +106,15 @@ class Views:
         adv: Logits | None = None,
         index: Index | None = None,
         target: Label | None = None,
+        other: Label | None = None,
+        share: PerSample | None = None,
     ) -> Views:
         """Make views of ready logits (B, K), for tests and for users' own loops."""
         views = cls.__new__(cls)
-        views._model = views._batch = views._x_adv = views._base = None
+        views._model = views._batch = views._x_adv = views._base = views._mixed = None
         views._clean, views._constant, views._adv = clean, None, adv
-        views.y, views._target, views._fits = y, target, False
+        views._y, views._target, views._fits = y, target, False
+        views.other, views.share = other, share
         views.index = torch.arange(len(y), device=y.device) if index is None else index
         for name, value in (("clean", clean), ("adv", adv)):
             if value is not None and (value.ndim != 2 or len(value) != len(y)):
@@ -139,6 +150,34 @@ class Views:
         views._target = target
         return views
 
+    def unmixed(self) -> tuple[Self, Self]:
+        """Return the same views with the first labels alone, and with the second alone; they share the logits.
+
+        `preconditions.values_of` mixes the values of a term by ``share``. Of cross-entropy that is the value for the
+        mixed label of Yun et al. 2019 (CutMix), eq. (1).
+        """
+        return self._labelled(self._y), self._labelled(self._y if self.other is None else self.other)
+
+    def _labelled(self, y: Label) -> Self:
+        views = copy.copy(self)
+        views._mixed, views._y, views.other, views.share = self, y, None, None
+        views._batch = None if self._batch is None else replace(self._batch, y=y, other=None, share=None)
+        return views
+
+    @property
+    def y(self) -> Label:
+        """The labels.
+
+        Raises:
+            UnmovedError: images mixed of two, which have two.
+        """
+        if self.share is not None:
+            raise UnmovedError(
+                "views: expected one label a sample, but these images are mixed of two (Batch.other); the value of a "
+                "term on them is Sum((1, term))(views), which asks it about each label"
+            )
+        return self._y
+
     @property
     def model(self) -> nn.Module:
         """The model behind the logits.
@@ -171,6 +210,8 @@ class Views:
 
     @property
     def clean(self) -> Logits:
+        if self._mixed is not None:
+            return self._mixed.clean
         if self._clean is None:
             if self._base is not None:
                 self._clean = self._base._constant_clean()
@@ -183,6 +224,8 @@ class Views:
 
     def _constant_clean(self) -> Logits:
         """The clean logits without a graph; they do not take the graph from ``clean``, nor hand it on."""
+        if self._mixed is not None:
+            return self._mixed._constant_clean()
         if self._constant is None:
             if self._clean is not None or self._base is not None or self._model is None:
                 self._constant = self.clean.detach()
@@ -194,6 +237,8 @@ class Views:
 
     @property
     def adv(self) -> Logits:
+        if self._mixed is not None:
+            return self._mixed.adv
         if self._adv is None:
             if self._model is None:
                 raise UnmovedError("this term needs the adversarial logits: pass Views.of(..., adv=logits)")
@@ -205,7 +250,9 @@ class Views:
         """Check once for a batch, before logits are indexed, that each label and target class has a logit."""
         if self._fits:
             return
-        require_labels(self.y, logits.shape[1])
+        require_labels(self._y, logits.shape[1])
+        if self.other is not None:
+            require_labels(self.other, logits.shape[1], "Batch.other")
         if self._target is not None:
             require_labels(self._target, logits.shape[1], "Batch.target")
         self._fits = True
@@ -214,6 +261,8 @@ class Views:
 
     def has(self, view: str) -> bool:
         """Return whether the logits of ``"clean"`` or ``"adv"`` are computed already: reading them costs no pass."""
+        if self._mixed is not None:
+            return self._mixed.has(view)
         return (self._clean if view == "clean" else self._adv) is not None
 
     def logits(self, view: str) -> Logits:

@@ -4,7 +4,7 @@ A source is a function that returns a `DataSet`; recipes use it by its name, and
 """
 
 from unmoved.data.arrays_npz import arrays
-from unmoved.data.augment import Augmentation, Chain, Cutout, Flip, PadCrop, augmentation
+from unmoved.data.augment import Augmentation, Chain, CutMix, Cutout, Flip, PadCrop, augmentation
 from unmoved.data.cifar10_data import cifar10
 from unmoved.data.dataset import DataSet, Unread
 from unmoved.data.digits_data import digits
@@ -17,6 +17,7 @@ __all__ = [
     "ArraySplit",
     "Augmentation",
     "Chain",
+    "CutMix",
     "Cutout",
     "DataSet",
     "Flip",

@@ -1,4 +1,4 @@
-"""Augment images: ``augment(batch, seed)`` returns a batch with moved images and the same labels.
+"""Augment images: ``augment(batch, seed)`` returns a batch with moved images and the same labels, or mixed ones.
 
 The noise is keyed by (seed, step, identity), so what happens to a sample does not depend on who else is in its batch.
 """
@@ -6,26 +6,37 @@ The noise is keyed by (seed, step, identity), so what happens to a sample does n
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import combinations
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from unmoved.core import noise
 from unmoved.core.batch import Batch
 from unmoved.core.errors import UnmovedError, number_field, require_choice, whole_field
+from unmoved.core.protocols import Split
 
 MODES = {"zeros": "constant", "reflect": "reflect"}
 # Streams far from those of the attacks: the same seed must not make an attack's start follow the augmentation.
-CROP, FLIP, CUTOUT = 0xC409, 0xF119, 0xC070
+CROP, FLIP, CUTOUT, CUTMIX = 0xC409, 0xF119, 0xC070, 0xC3A1
 
 
 class Augmentation(Protocol):
     """Move each image of a batch within what its label allows. Pure."""
 
     def __call__(self, batch: Batch, seed: int) -> Batch: ...
+
+
+@runtime_checkable
+class DrawsPartners(Protocol):
+    """An augmentation that reads other samples of the training data than those of the batch, once it has them."""
+
+    def over(self, split: Split) -> Augmentation:
+        """Return the same augmentation with this training data."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -135,23 +146,111 @@ class Chain:
     def __repr__(self) -> str:
         return f"Chain({', '.join(map(repr, self.parts))})"
 
+    def over(self, split: Split) -> Chain:
+        """Return the same chain, whose parts have the training data if they read it."""
+        return Chain(*(part.over(split) if isinstance(part, DrawsPartners) else part for part in self.parts))
+
     def __call__(self, batch: Batch, seed: int) -> Batch:
         for place, part in enumerate(self.parts):
             batch = part(batch, seed + (place << 40))  # otherwise the second of two flips would undo the first
         return batch
 
 
-_PARTS: dict[str, Callable[[], Augmentation]] = {"crop": PadCrop, "flip": Flip, "cutout": Cutout}
-# Every choice of the parts, in this order: none, crop, ..., crop-flip-cutout.
+@runtime_checkable
+class _Selects(Protocol):
+    def __len__(self) -> int: ...
+
+    def select(self, positions: Tensor) -> Split: ...
+
+
+@dataclass(frozen=True)
+class CutMix:
+    """Paste a box of another training image, and share the label by area: Yun et al. 2019 (arXiv 1905.04899).
+
+    ``x = M x_A + (1 - M) x_B`` and ``y = s y_A + (1 - s) y_B`` (eq. 1), the mask M zero in a box with sides
+    ``W sqrt(1 - lambda)`` and ``H sqrt(1 - lambda)`` (eq. 2) around a uniform place, cut off at the edges and rounded,
+    lambda uniform in [0, 1] (alpha = 1). The share s is counted in pixels, as in the last lines of algorithm 1. Labels
+    become ``Batch.y``, ``other`` and ``share``; whatever asks for the value of a term mixes that by the share.
+
+    `over` gives it the training data, as `train` does before the first step.
+
+    Args:
+        before: what is done to both images, each by its own noise, before they are mixed. Other augmentations belong
+            here: after it, they would change the areas and leave the shares.
+        data: what partners are drawn from.
+
+    Raises:
+        UnmovedError: data of which samples cannot be selected, no data, or images that are mixed already.
+
+    Deviations: the partner is drawn from all the training data, not from the batch, so that it depends on (seed, step,
+    identity) alone; each sample has a box of its own, where the authors' code has one a batch; and every sample is
+    mixed, where that code leaves out batches at a rate that is set.
+    """
+
+    before: Augmentation = Chain()
+    data: _Selects | None = field(default=None, kw_only=True, repr=False, compare=False)
+
+    def over(self, split: Split) -> CutMix:
+        """Return the same augmentation with this training data to draw partners from."""
+        if not isinstance(split, _Selects):
+            raise UnmovedError(
+                "cutmix: expected training data of which samples are selected by position, select(positions) -> split, "
+                f"came {type(split).__name__}; make a data.ArraySplit.of(images, labels), or leave cutmix out"
+            )
+        before = self.before.over(split) if isinstance(self.before, DrawsPartners) else self.before
+        return replace(self, before=before, data=split)
+
+    def __call__(self, batch: Batch, seed: int) -> Batch:
+        if self.data is None:
+            raise UnmovedError(
+                "cutmix: expected training data to draw partners from, came none; use CutMix().over(data)"
+            )
+        draw = noise.uniform(batch.index, (5,), seed=seed, step=batch.step, stream=CUTMIX)
+        rows = positions(draw[:, 0], draw[:, 1], len(self.data))
+        partner = next(self.data.select(rows).batches(len(rows))).to(batch.x.device)
+        batch, partner = self.before(batch, seed), self.before(replace(partner, step=batch.step), seed)
+        if batch.share is not None:
+            raise UnmovedError("cutmix: expected images that are not mixed yet, came mixed ones; use it once")
+        is_pasted, share = _boxes(draw[:, 2:], *batch.x.shape[-2:])
+        x = torch.where(is_pasted, partner.x.to(batch.x.dtype), batch.x)
+        return replace(batch, x=x, other=partner.y, share=share)
+
+
+def positions(high: Tensor, low: Tensor, count: int) -> Tensor:
+    """Turn two draws of 24 bits into positions below ``count``, (B,), all as likely; one is coarse for millions."""
+    high, low = ((draw * 2**24).long() for draw in (high, low))
+    return (high * count + (low * count >> 24)) >> 24
+
+
+def _boxes(draw: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Turn draws (B, 3) of lambda and of the middle into boxes, (B, 1, H, W) bool, and the shares left, (B,)."""
+    size = (1 - draw[:, 0]).sqrt()
+    inside = []
+    for place, side in ((draw[:, 1], height), (draw[:, 2], width)):
+        first = (side * (place - size / 2)).clamp_min(0).round()
+        beyond = (side * (place + size / 2)).clamp_max(side).round()
+        pixel = torch.arange(side, device=draw.device)
+        inside.append((pixel >= first[:, None]) & (pixel < beyond[:, None]))
+    rows, columns = inside
+    share = 1 - rows.sum(dim=1) * columns.sum(dim=1) / (height * width)
+    return (rows[:, :, None] & columns[:, None, :])[:, None], share
+
+
+_PARTS: dict[str, Callable[[], Augmentation]] = {"crop": PadCrop, "flip": Flip, "cutout": Cutout, "cutmix": CutMix}
+# Every choice of the parts, in this order: none, crop, ..., crop-flip-cutout-cutmix.
 _NAMED = {"-".join(names) or "none": names for count in range(len(_PARTS) + 1) for names in combinations(_PARTS, count)}
 
 
 def augmentation(name: str) -> Augmentation:
-    """Return the augmentation that recipes call ``name``: none, or crop, flip and cutout joined, as in crop-flip.
+    """Return the augmentation that recipes call ``name``: none, or crop, flip, cutout, cutmix joined by hyphens.
+
+    What is named before cutmix is done to both images before they are mixed.
 
     Raises:
         UnmovedError: an unknown name.
     """
     require_choice("augment", name, _NAMED)
-    parts = [_PARTS[part]() for part in _NAMED[name]]
-    return parts[0] if len(parts) == 1 else Chain(*parts)
+    names = _NAMED[name]
+    parts = [_PARTS[part]() for part in names if part != "cutmix"]
+    before = parts[0] if len(parts) == 1 else Chain(*parts)
+    return CutMix(before) if "cutmix" in names else before

@@ -15,11 +15,13 @@ from unmoved.core.protocols import (
     FIXED_STEP,
     GRADIENTS,
     Attack,
+    couples_samples,
     draws_of,
     is_lockstep,
     is_minimum_norm,
     kind_of,
     leaves_ball,
+    takes_mixed,
 )
 from unmoved.core.threat import ThreatModel
 from unmoved.testing.fixtures import Failing, Planned, network, require, same_random_state, small_batch, untouched
@@ -79,6 +81,8 @@ def check_attack(
     if not batch_statistics:
         _check_batch_laws(attack, model, batch, name)
     _check_failing(attack, model, batch)
+    if takes_mixed(attack) and not couples_samples(getattr(attack, "loss", None)):
+        _check_mixed(attack, model, batch, name)
     if leaves_ball(attack):
         _check_climbs(attack, threat, name)
     elif minimum_norm:
@@ -93,6 +97,16 @@ def _check_failing(attack: Attack, model: nn.Module, batch: Batch) -> None:
         broken = Failing(model, fails_at)
         with untouched(model), same_random_state(), suppress(Planned):
             attack(broken, batch)
+
+
+def _check_mixed(attack: Attack, model: nn.Module, batch: Batch, name: str) -> None:
+    """Check that a label with a share of zero does not count, whether it is the first or the second."""
+    exact, wide = copy.deepcopy(model).double(), dataclasses.replace(batch, x=batch.x.double())
+    first, second = batch.y, (batch.y + 1) % 5
+    for share, label in ((1.0, first), (0.0, second)):
+        mixed = dataclasses.replace(wide, other=second, share=torch.full(first.shape, share, dtype=torch.float64))
+        alone = attack(exact, dataclasses.replace(wide, y=label))
+        require(torch.allclose(attack(exact, mixed), alone), f"{name}: a label of no share of the image counts")
 
 
 def _check_batch_laws(attack: Attack, model: nn.Module, batch: Batch, name: str) -> None:

@@ -13,6 +13,7 @@ from unmoved.core.errors import require_choice, require_seed, require_whole
 from unmoved.core.phases import Phases
 from unmoved.core.preconditions import require_callable
 from unmoved.core.protocols import Split
+from unmoved.data.augment import DrawsPartners
 from unmoved.training import overfitting
 from unmoved.training.averaging import Averaging
 from unmoved.training.optim import Groups
@@ -30,7 +31,7 @@ class Plan:
         optimizer: parameter groups -> optimizer, such as ``optim.SGD(lr=0.1)``. Parameters that it leaves out are
             constant: no defense moves them, and their ``.grad`` stays what it was.
         schedule: (optimizer, total steps, steps an epoch) -> scheduler, stepped once per optimizer step.
-        augment: (batch, seed) -> batch.
+        augment: (batch, seed) -> batch; one that draws partners (`CutMix`) does so from the split.
         average: `averaging.EMA` or `averaging.SWA`: validate, keep and return the averaged weights.
         seed: of shuffling, augmentation and the model's own randomness; the caller's random state is left alone.
         on_overfitting: what to do where the validation sees catastrophic overfitting: ``"go_on"`` (it is named in the
@@ -38,7 +39,7 @@ class Plan:
             for the epochs that are left, whose steps have noise of their own.
 
     Raises:
-        UnmovedError: a number outside its bounds, or a function that is none.
+        UnmovedError: a number outside its bounds, a function that is none, or a split that has no partners to draw.
     """
 
     phases: Phases
@@ -64,6 +65,8 @@ class Plan:
         require_callable("schedule", self.schedule, "optimizer, total, per_epoch")
         if self.augment is not None:
             require_callable("augment", self.augment, "batch, seed")
+        if isinstance(self.augment, DrawsPartners):
+            object.__setattr__(self, "augment", self.augment.over(self.split))
         if self.average is not None:
             require_callable("average", self.average, "step, total")
 

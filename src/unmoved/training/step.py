@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from unmoved.attacks.calling import require_takes_mixed
 from unmoved.core import collectives, weights
 from unmoved.core import precision as formats
 from unmoved.core.batch import Batch
@@ -19,6 +20,7 @@ from unmoved.core.protocols import Method, StatefulAttack
 from unmoved.core.threat import bounds_of
 from unmoved.core.views import Views
 from unmoved.defenses import Plain
+from unmoved.terms.mixed import require_mixable
 from unmoved.terms.sum import as_sum, stateful
 
 
@@ -33,7 +35,8 @@ class Step:
     Attributes:
         loss: the mean objective.
         parts: each term's own mean, unweighted.
-        accuracy: share of the batch that was right on the view that was trained on.
+        accuracy: share of the batch that was right on the view that was trained on; of an image mixed of two, the label
+            of the larger part is the right one.
     """
 
     loss: Tensor
@@ -68,8 +71,8 @@ def train_step(
 
     Raises:
         UnmovedError: with ``watch``, images out of bounds, labels beyond the logits, a loss that is
-            not finite (`Diverged`); a term that does not return (B,), a loss without a gradient. Raised before
-            anything is changed.
+            not finite (`Diverged`); a term that does not return (B,), a loss without a gradient; of images
+            mixed of two, an attack or a term that needs one label. Raised before anything is changed.
     """
     with nullcontext() if watch else without_waiting():
         if not isinstance(model, nn.Module) or not isinstance(method, Method) or not isinstance(batch, Batch):
@@ -78,6 +81,10 @@ def train_step(
                 f"train_step: expected a model (an nn.Module), a Method and a Batch, came {came}; the order is "
                 "train_step(model, Method(attack, objective), optimizer, Batch(images, labels))"
             )
+        if batch.share is not None:
+            require_mixable(method.objective)
+            if method.attack is not None:
+                require_takes_mixed(method.attack)
         require_images(batch.x, bounds_of(method.attack) or bounds or (0.0, 1.0))
         modules = (model if attacked is None else attacked, *stateful(as_sum(method.objective)))
         with weights.constant_beside(optimizer, *modules):
@@ -119,7 +126,7 @@ def _step(
         if not first:
             # A view that the objective did not ask for is not computed: its pass would move BatchNorm's statistics.
             logits = views.adv if views.has("adv") else views.clean
-            accuracy = (logits.detach().argmax(dim=1) == batch.y).double().mean()
+            accuracy = (logits.detach().argmax(dim=1) == batch.largest).double().mean()
             first.append((views, Step(values.detach().mean(), means, accuracy)))
         backward(loss)
         return loss.detach()
