@@ -68,9 +68,8 @@ def check_attack(
     require(not x_adv.requires_grad, f"{name}: the proposal still carries a graph")
     box = dataclasses.replace(threat, eps=1.0 if norm == "linf" else 1e3)
     (box if minimum_norm or leaves_ball(attack) else threat).check(x_adv, batch.x, name)
-    require(
-        torch.equal(batch.x, small_batch().x) and torch.equal(batch.y, small_batch().y), f"{name}: changed its input"
-    )
+    fresh = small_batch()
+    require(torch.equal(batch.x, fresh.x) and torch.equal(batch.y, fresh.y), f"{name}: changed its input")
     require(torch.equal(x_adv, attack(model, batch)), f"{name}: two calls on the same batch differ")
     for guard in (torch.no_grad, torch.inference_mode):
         with guard():
@@ -81,8 +80,7 @@ def check_attack(
     if not batch_statistics:
         _check_batch_laws(attack, model, batch, name)
     _check_failing(attack, model, batch)
-    if takes_mixed(attack) and not couples_samples(getattr(attack, "loss", None)):
-        _check_mixed(attack, model, batch, name)
+    _check_mixed(attack, model, batch, name)
     if leaves_ball(attack):
         _check_climbs(attack, threat, name)
     elif minimum_norm:
@@ -100,7 +98,9 @@ def _check_failing(attack: Attack, model: nn.Module, batch: Batch) -> None:
 
 
 def _check_mixed(attack: Attack, model: nn.Module, batch: Batch, name: str) -> None:
-    """Check that a label with a share of zero does not count, whether it is the first or the second."""
+    """Check, where it takes images mixed of two, that a label with no share of the image does not count."""
+    if not takes_mixed(attack) or couples_samples(getattr(attack, "loss", None)):
+        return
     exact, wide = copy.deepcopy(model).double(), dataclasses.replace(batch, x=batch.x.double())
     first, second = batch.y, (batch.y + 1) % 5
     for share, label in ((1.0, first), (0.0, second)):
