@@ -124,16 +124,28 @@ def _section(study: str, runs: Runs, beside: dict[str, Comparison], facts: dict[
     if beside:
         parts += ["Beside what each is added to, in points:\n", table([_beside(one) for one in beside.values()])]
     failed = [f"{run.label}: {run.row['failed']}" for of in runs.values() for run in of if run.failed]
-    doubted = [f"{run.label}: {run.row['doctor']}" for of in runs.values() for run in of if run.is_doubted]
-    parts += [f"- Failed: {words}" for words in failed] + [f"- {words}" for words in doubted]
-    done = {(method, run.seed) for method, of in runs.items() for run in of}
-    missing = {seed: [name for name in facts if (name, seed) not in done] for seed in STUDIES[study]["seeds"]}
-    if whole := [str(seed) for seed, names in missing.items() if len(names) == len(facts)]:
+    parts += [f"- Failed: {words}" for words in failed] + _doubts(runs)
+    done, listed = {(method, run.seed) for method, of in runs.items() for run in of}, [m for m in facts if m in METHODS]
+    missing = {seed: [name for name in listed if (name, seed) not in done] for seed in STUDIES[study]["seeds"]}
+    if whole := [str(seed) for seed, names in missing.items() if len(names) == len(listed)]:
         parts.append(f"- {NOT_YET.capitalize()}: seed {', '.join(whole)} of all methods.")
     for seed, names in missing.items():
-        if 0 < len(names) < len(facts):
+        if 0 < len(names) < len(listed):
             parts.append(f"- {NOT_YET.capitalize()}: seed {seed} of {', '.join(names)}.")
+    parts += [f"- The {name} is not chosen yet." for name in facts if name not in METHODS]
     return [*parts, ""]
+
+
+def _doubts(runs: Runs) -> list[str]:
+    """Return lines with the runs that the doctor does not believe, those of a method in one."""
+    lines = []
+    for method, of in runs.items():
+        said: dict[str, list[str]] = {}
+        for run in of:
+            if run.is_doubted:
+                said.setdefault(run.row["doctor"], []).append(str(run.seed))
+        lines += [f"- {method}, seed {', '.join(seeds)}: {words}" for words, seeds in said.items()]
+    return lines
 
 
 def _beside(one: Comparison) -> dict[str, str]:

@@ -134,8 +134,11 @@ def with_tables(text: str, facts: Facts, where: str) -> str:
         if not known:
             return f"{match[1]}\n{STUDIES[study]['title']}: {NOT_YET}.\n\n{match[4]}"
         seeds, kinds = (sorted({one[name] for one in known}) for name in ("seeds", "kind"))
-        about = f"{STUDIES[study]['title']}: accuracy in % of {known[0]['n']} test images, the mean over the seeds "
-        about += f"({' or '.join(seeds)}); AutoAttack {' or '.join(kinds)}, in brackets its 95 % interval."
+        about = (
+            f"{STUDIES[study]['title']}: accuracy in % of {known[0]['n']} test images, the mean over the seeds "
+            f"({' or '.join(seeds)}); AutoAttack {' or '.join(kinds)}, in brackets the lowest and the highest end of the "
+            "seeds' 95 % intervals."
+        )
         rows = [_row(name, facts[study].get(name, {})) for name in names]
         return f"{match[1]}\n{wrapped(about)}\n{table(rows)}\n{match[4]}"
 
