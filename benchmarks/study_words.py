@@ -136,8 +136,8 @@ def with_tables(text: str, facts: Facts, where: str) -> str:
         seeds, kinds = (sorted({one[name] for one in known}) for name in ("seeds", "kind"))
         about = (
             f"{STUDIES[study]['title']}: accuracy in % of {known[0]['n']} test images, the mean over the seeds "
-            f"({' or '.join(seeds)}); AutoAttack {' or '.join(kinds)}, in brackets the lowest and the highest end of the "
-            "seeds' 95 % intervals."
+            f"({' or '.join(seeds)}); AutoAttack {' or '.join(kinds)}, in brackets the lowest and the highest end "
+            "of the seeds' 95 % intervals."
         )
         rows = [_row(name, facts[study].get(name, {})) for name in names]
         return f"{match[1]}\n{wrapped(about)}\n{table(rows)}\n{match[4]}"
