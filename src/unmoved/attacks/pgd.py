@@ -44,7 +44,9 @@ class PGD:
         keep: ``"last"`` iterate (training; saves a forward pass) or ``"best"`` of all, the final one included.
         seed: keys the start together with the step and the sample's identity.
         mode: the model's mode while it is attacked, ``"eval"`` or ``"train"`` (batch statistics, not tracked).
-        smooth: alpha of a softplus whose derivative stands in for ReLU's, 0 for none; see `relu_backward.smoothed`.
+        smooth: alpha of a softplus whose derivative stands in for ReLU's, 0 for none; see `relu_backward.smoothed`. For
+            judging alone: a network that is trained by it learns to hide from it, and from no other attack
+            (docs/performance.md, "Towards 95 %").
 
     Raises:
         UnmovedError: a value outside its bounds.
