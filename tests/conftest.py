@@ -25,7 +25,13 @@ LONG = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long files first; the rest stays in its order (xdist's own order, most tests first, puts them last)."""
+    """Long files first; the rest stays in its order (xdist's own order, most tests first, puts them last).
+
+    Raises:
+        UsageError: a name with an address in memory, which is another one in each of xdist's processes.
+    """
+    if fleeting := [item.nodeid for item in items if " at 0x" in item.nodeid]:
+        raise pytest.UsageError(f"expected names that do not change, came {fleeting[0]}; give its parameters ids")
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -77,7 +78,7 @@ TERMS = [
 ]
 
 
-@pytest.mark.parametrize("term", TERMS, ids=lambda term: repr(term)[:40])
+@pytest.mark.parametrize("term", TERMS, ids=lambda term: "a function" if inspect.isfunction(term) else repr(term)[:40])
 def test_every_term_is_the_mean_of_its_values_for_the_two_labels(term: Any, mixed: Batch) -> None:
     model, x_adv = network(), mixed.x + 0.1
     assert mixed.other is not None
