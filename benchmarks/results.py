@@ -38,12 +38,13 @@ was asked about a sample, the interval over images holds for what the sample doe
 CAPTION = """Left: accuracies; a figure far below the others stands as a number. Right: how far AutoAttack's figure is
 from that of what a method is added to; the upper line is the interval over images, the lower one that over seeds;
 filled where the difference is shown."""
-COLUMNS = """Accuracies in percent of n test images, the mean over seeds; in brackets the lowest and the highest end of
-the seeds' 95 % intervals. AutoAttack is asked about every image (*complete*) or about a sample of what a cheap search
-leaves (*sampled*; [what that is](verdict.md)). Passes: forward and backward passes of a training step, in batches.
-Flatness: the rise of cross-entropy under random corruptions of 0.01 of the weights' norm. Softmax: the variance of
-log p over the wrong classes. var p_y: of the probability of the true class among the images of a class, clean and
-attacked by PGD-20. The last three are of 1,000 test images, the mean over seeds."""
+COLUMNS = """Accuracies in percent of n test images, the mean over seeds; in brackets the lowest and the highest end
+of the seeds' 95 % intervals. AutoAttack is asked about every image (*complete*) or about a sample of what a cheap
+search leaves (*sampled*; [what that is](verdict.md)). Seconds: of training, on one thread beside other runs. Passes:
+forward and backward passes of a training step, in batches. Flatness: the rise of cross-entropy under random
+corruptions of 0.01 of the weights' norm. Softmax: the variance of log p over the wrong classes. var p_y: of the
+probability of the true class among the images of a class, clean and attacked by PGD-20. The last three are of 1,000
+test images, the mean over seeds."""
 
 
 def load(results: Path, study: str) -> Runs:
