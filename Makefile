@@ -4,8 +4,6 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 RUN ?= runs/bench
 MNIST ?= data/mnist
 ANALYSED := drsl standard at trades mart probscut_trades drsl_at sensible at_apd
-# The long ones first, so that no core waits for another at the end.
-DIGITS := at_apd trades_awp probscut_trades at_sam mart trades at sensible drsl standard
 
 .PHONY: help demo picture analyses study interop docs tour test processors slow check bench bench-gpu bench-growth bench-scale bench-verdict clean
 

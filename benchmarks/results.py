@@ -13,6 +13,7 @@ import sys
 import tomllib
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -70,38 +71,50 @@ def comparisons(runs: Runs) -> dict[str, Comparison]:
     return found
 
 
-def all_facts(results: Path) -> dict[str, dict[str, dict[str, str]]]:
-    """Return `facts_of` each method of each study, by study and method."""
+@dataclass(frozen=True)
+class Study:
+    """What the tables of a study say: its runs, each method beside its base, and `facts_of` each method."""
+
+    runs: Runs
+    beside: dict[str, Comparison]
+    facts: dict[str, dict[str, str]]
+
+
+def studies_in(results: Path) -> dict[str, Study]:
+    """Read the tables of all studies."""
     found = {}
     for study in STUDIES:
         runs = load(results, study)
         beside = comparisons(runs)
-        found[study] = {name: facts_of(name, runs.get(name, []), beside.get(name)) for name in methods_of(study)}
+        facts = {name: facts_of(name, runs.get(name, []), beside.get(name)) for name in methods_of(study)}
+        found[study] = Study(runs, beside, facts)
     return found
+
+
+def all_facts(studies: Mapping[str, Study]) -> dict[str, dict[str, dict[str, str]]]:
+    """Return the facts of each study, as sentences and tables are filled from them."""
+    return {name: study.facts for name, study in studies.items()}
 
 
 # --- the page
 
 
-def page(results: Path) -> str:
-    """Return the page that the tables make; "" without a table."""
-    studies = {study: load(results, study) for study in STUDIES}
-    if not any(studies.values()):
+def page(studies: Mapping[str, Study], written: Path) -> str:
+    """Return the page that the tables and the written verdicts make; "" without a table."""
+    if not any(study.runs for study in studies.values()):
         return ""
-    beside = {study: comparisons(runs) for study, runs in studies.items()}
-    facts = all_facts(results)
+    facts = all_facts(studies)
     parts = [LEAD, "## Verdicts\n"]
-    written = results / "verdicts.toml"
     sentences = tomllib.loads(written.read_text(encoding="utf-8")) if written.exists() else {}
     parts += [verdict(name, passages, facts, str(written)) for name, passages in sentences.items()]
-    count = sum(len(found) for found in beside.values())
+    count = sum(len(study.beside) for study in studies.values())
     parts.append(wrapped(f"{HOW} With {count} comparisons at 95 % about {count * 0.05:.1g} would be shown by chance."))
-    for study, runs in studies.items():
-        if runs:
-            parts += [f"## {STUDIES[study]['title']}\n", *_section(study, runs, beside[study], facts[study])]
-    if waiting := [STUDIES[study]["title"] for study, runs in studies.items() if not runs]:
+    for name, study in studies.items():
+        if study.runs:
+            parts += [f"## {STUDIES[name]['title']}\n", *_section(name, study.runs, study.beside, study.facts)]
+    if waiting := [STUDIES[name]["title"] for name, study in studies.items() if not study.runs]:
         parts.append(f"{NOT_YET.capitalize()}: {'; '.join(waiting)}.\n")
-    parts += ["## Where\n", *_where(studies)]
+    parts += ["## Where\n", *_where({name: study.runs for name, study in studies.items()})]
     return "\n".join(parts)
 
 
@@ -230,17 +243,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--docs", type=Path, default=Path("docs"))
     docs = parser.parse_args(arguments).docs
     try:
-        text, facts = page(docs / "results"), all_facts(docs / "results")
+        studies = studies_in(docs / "results")
+        text, facts = page(studies, docs / "results" / "verdicts.toml"), all_facts(studies)
         others = {path: with_tables(path.read_text(encoding="utf-8"), facts, str(path)) for path in pages(docs)}
     except UnmovedError as error:
         raise SystemExit(f"error: {error}") from None
     if not text:
         print(f"{docs / 'results'}: no tables yet, so there is no page; run benchmarks/study.py", file=sys.stderr)
         return
-    for study in STUDIES:
-        if runs := load(docs / "results", study):
-            drawn = figure(study, runs, comparisons(runs))
-            write_atomic(docs / "images" / "results" / f"{study}.svg", to_svg(drawn).encode())
+    for name, study in studies.items():
+        if study.runs:
+            drawn = figure(name, study.runs, study.beside)
+            write_atomic(docs / "images" / "results" / f"{name}.svg", to_svg(drawn).encode())
     for path, filled_text in {docs / "results.md": text, **others}.items():
         write_atomic(path, filled_text.encode())
 

@@ -159,12 +159,14 @@ def test_a_table_on_another_page_is_filled_and_the_rest_is_left() -> None:
 
 
 def test_the_page_is_what_the_tables_make() -> None:
-    page, text = ROOT / "docs" / "results.md", results.page(ROOT / "docs" / "results")
+    page, tables = ROOT / "docs" / "results.md", ROOT / "docs" / "results"
+    studies = results.studies_in(tables)
+    text = results.page(studies, tables / "verdicts.toml")
     assert page.exists() == (text != "")
     if not text:
         pytest.skip("no tables yet")
     assert page.read_text(encoding="utf-8") == text, "run `python benchmarks/results.py`"
-    facts = results.all_facts(ROOT / "docs" / "results")
+    facts = results.all_facts(studies)
     for path in results.pages(ROOT / "docs"):
         words = path.read_text(encoding="utf-8")
         assert study_words.with_tables(words, facts, path.name) == words, (

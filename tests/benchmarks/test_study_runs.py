@@ -198,7 +198,7 @@ def test_the_study_in_miniature(miniature: Command, tmp_path: Path, monkeypatch:
     (done,) = [row for row in read(tables / "runs.csv") if row["method"] == "AT"]
     assert (done["complete"], done["asked"], done["low"]) == ("yes", "200", done["left"])
     assert pd.read_csv(study.outcomes_path(tables, "AT", 0))["asked"].all()
-    page = results.page(tmp_path / "results")
+    page = results.page(results.studies_in(tmp_path / "results"), tmp_path / "verdicts.toml")
     assert f"| DRSL on TRADES | beta={beta:g} drsl={weight:g} | 1 | 200 |" in page
     results.figure("tiny", loaded := results.load(tmp_path / "results", "tiny"), results.comparisons(loaded))
 
