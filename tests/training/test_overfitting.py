@@ -205,3 +205,12 @@ def test_what_cannot_be_noticed_is_refused(tmp_path: Path) -> None:
         train(model, method, split, epochs=1, on_overfitting="go_back")
     with pytest.raises(UnmovedError, match="on_overfitting: unknown value 'goback'"):
         train(model, method, split, epochs=1, on_overfitting="goback")
+
+
+def test_chance_is_the_share_of_the_most_frequent_class() -> None:
+    threat, data = ThreatModel("linf", 0.1), digits(test=0.9)
+    held_out = data.test.take(30)
+    model, method = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), Method(FGSM(threat), CE())
+    (line,) = train(model, method, data.train.take(20), epochs=1, validation=held_out, threat=threat)
+    labels = torch.cat([batch.y for batch in held_out.batches(30)])
+    assert line["validation_chance"] == pytest.approx(int(labels.bincount().max()) / 30)

@@ -72,9 +72,9 @@ class Validation:
         part = select(torch.arange(fabric.global_rank, n, count)) if select is not None and divided else self.split
         table = judge.evaluate(model, part, {"validation": self.check}, self.threat, batch_size=batch_size)
         accuracy = outcomes.summary(table).set_index("measure")["accuracy"]
-        most = int(table["label"].value_counts().max()) / len(part)
-        right = torch.tensor([accuracy["clean"], accuracy["validation"], most], dtype=torch.float64)
-        right = right.mul(len(part)).round()
+        most = int(table["label"].value_counts().max())
+        counts = [*(round(accuracy[name] * len(part)) for name in ("clean", "validation")), most]
+        right = torch.tensor(counts, dtype=torch.float64)
         if divided:
             right = distributed.summed(fabric, right.to(fabric.device))
         clean, robust, chance = (right / n).tolist()
