@@ -1,9 +1,9 @@
 """Make docs/results.md, its figures and the tables of other pages from docs/results/: ``python benchmarks/results.py``.
 
-`study.py` writes the tables, people write docs/results/verdicts.toml: a list of passages for each method. There a
-figure is a placeholder, ``{STUDY/METHOD/FIELD}``, filled from the tables: ``{mnist/SENSE/autoattack}``; the fields are
-those of `facts_of`. A passage that rests on a run that is missing is left out, which the page says. Without a table
-there is no page.
+`study.py` writes the tables, people write docs/results/verdicts.toml: for each claim the methods that it is about,
+whose figures are said from the tables, and passages for each study. There a figure is a placeholder,
+``{STUDY/METHOD/FIELD}``: ``{mnist/SENSE/autoattack}``; the fields are those of `facts_of`. A passage that rests on a
+run that is missing is left out, which the page says. Without a table there is no page.
 """
 
 from __future__ import annotations
@@ -16,36 +16,41 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from study_judgement import SHOWN, Comparison, Outcome, compared, mean
+from study_judgement import ERROR, LEAST_SEEDS, SHOWN, Comparison, Judged, Outcome, compared, mean
 from study_methods import METHODS, STUDIES, methods_of
 from study_tables import outcomes_path, read
-from study_words import BLOCK, MEASURES, NOT_YET, facts_of, interval, signed, table, verdict, with_tables, wrapped
+from study_words import BLOCK, MEASURES, NOT_YET, ends, facts_of, signed, table, verdict, with_tables, wrapped
 
 from unmoved.core.errors import UnmovedError
 from unmoved.core.files import write_atomic
 from unmoved.reports.drawing import COLOURS, INK, bar, canvas, finished, legend_above, style, to_svg
 
+FAR = 20  # points of difference that the figure does not show at their place
 Runs = dict[str, list[Outcome]]  # method -> its runs, by seed
 LEAD = """# What the study found
 
 Which of ProbsCut, DRSL, SENSE, APD and their neighbours leave a network more robust under AutoAttack, on equal terms:
 every run of [the protocol](studies/protocol.md), with the clean accuracy, the figures under PGD and the price.
 """
-HOW = """A difference is *shown* where Student's t over three seeds or more, paired, and the interval over images
-(paired, of the median seed) both leave out zero; *suggested* where one of them does; else *not shown*. Where AutoAttack
-was asked about a sample, the interval over images holds for what the sample does not tell, too, and is wider.
-*Masking*: a gain under PGD-40 that is shown, and not even suggested under AutoAttack."""
-CAPTION = """Left: accuracies; a figure far below the others stands as a number. Right: how far AutoAttack's figure is
+HOW = """In brackets stand 95 % intervals of a difference: over seeds (Student's t, paired by seed, from three seeds on)
+and over images (paired, of the seed with the median difference). A difference is *shown* where both leave out zero;
+*suggested* where one of them does; else *not shown*, which does not mean that there is none. Where AutoAttack was asked
+about a sample, the interval over images holds for what the sample does not tell, too, and is wider. *Masking*: a gain
+under PGD-40 that is shown, and not even suggested under AutoAttack. *Worse*: a loss under AutoAttack that is shown."""
+CAPTION = """Left: accuracies; figures far below the others' stand as numbers. Right: how far AutoAttack's figure is
 from that of what a method is added to; the upper line is the interval over images, the lower one that over seeds;
 filled where the difference is shown."""
-COLUMNS = """Accuracies in percent of n test images, the mean over seeds; in brackets the lowest and the highest end
-of the seeds' 95 % intervals. AutoAttack is asked about every image (*complete*) or about a sample of what a cheap
-search leaves (*sampled*; [what that is](verdict.md)). Seconds: of training, on one thread beside other runs. Passes:
-forward and backward passes of a training step, in batches. Flatness: the rise of cross-entropy under random
-corruptions of 0.01 of the weights' norm. Softmax: the variance of log p over the wrong classes. var p_y: of the
-probability of the true class among the images of a class, clean and attacked by PGD-20. The last three are of 1,000
-test images, the mean over seeds."""
+COLUMNS = """Accuracies in percent of n test images, the mean over seeds; in brackets the lowest and the highest end of
+the seeds' 95 % intervals. AutoAttack is asked about every image (*complete*) or about a sample of what a cheap search
+leaves (*sampled*; [what that is](verdict.md)). Weakest class: the one of which the fewest clean images are right, and
+how many percent. Seconds: of training, on one thread beside other runs. Passes: forward and backward passes of a
+training step, in batches. Doctor: how far [it believes](verdict.md#the-doctor) AutoAttack's figure, in brackets of how
+many seeds. Flatness: the rise of cross-entropy on clean images under random corruptions of 0.01 of the weights' norm.
+Softmax: the variance of log p over the wrong classes. var p_y: of the probability of the true class among the images
+of a class, clean and attacked by PGD-20. The last three are of the test images, at most 1,000, and means over
+seeds."""
 
 
 def load(results: Path, study: str) -> Runs:
@@ -105,10 +110,9 @@ def page(studies: Mapping[str, Study], written: Path) -> str:
         return ""
     facts = all_facts(studies)
     parts = [LEAD, "## Verdicts\n"]
-    sentences = tomllib.loads(written.read_text(encoding="utf-8")) if written.exists() else {}
-    parts += [verdict(name, passages, facts, str(written)) for name, passages in sentences.items()]
-    count = sum(len(study.beside) for study in studies.values())
-    parts.append(wrapped(f"{HOW} With {count} comparisons at 95 % about {count * 0.05:.1g} would be shown by chance."))
+    claims = tomllib.loads(written.read_text(encoding="utf-8")) if written.exists() else {}
+    parts += [verdict(name, claim, facts, str(written)) for name, claim in claims.items()]
+    parts.append(wrapped(HOW + by_chance(studies)))
     for name, study in studies.items():
         if study.runs:
             parts += [f"## {STUDIES[name]['title']}\n", *_section(name, study.runs, study.beside, study.facts)]
@@ -118,27 +122,42 @@ def page(studies: Mapping[str, Study], written: Path) -> str:
     return "\n".join(parts)
 
 
+def by_chance(studies: Mapping[str, Study]) -> str:
+    """Say how many differences chance alone would show; with fewer seeds none can be shown."""
+    counts = [one.measures["clean"].count for study in studies.values() for one in study.beside.values()]
+    if not (count := sum(seeds >= LEAST_SEEDS for seeds in counts)):
+        return ""
+    return (
+        f" {count} methods are compared with {LEAST_SEEDS} seeds or more: of so many differences in one figure, if none"
+        f" were real, at most about {count * ERROR:.1g} would be shown by chance."
+    )
+
+
 def _section(study: str, runs: Runs, beside: dict[str, Comparison], facts: dict[str, dict[str, str]]) -> list[str]:
-    parts = [
-        f"![Accuracies, and differences from what a method is added to](images/results/{study}.svg)\n",
-        f"{CAPTION}\n",
-        f"{COLUMNS}\n",
-    ]
+    parts = []
     names = {"setting": "setting", "seeds": "seeds", "n": "n", "clean": "clean", "pgd40": "PGD-40"}
-    later = {"seconds": "seconds", "passes": "passes", "grade": "doctor", "flatness": "flatness", "softmax": "softmax"}
+    later = {"seconds": "seconds", "passes": "passes", "grade": "doctor"}
+    later |= {"flatness": "flatness", "softmax": "softmax"}
     rows = []
     for method, known in facts.items():
-        if not known:
+        if "clean" not in known:
             continue
         aa = f"**{known['autoattack']}** {known['interval']} {known['kind']}"
         row = {"method": method} | {title: known[name] for name, title in names.items()} | {"AutoAttack": aa}
+        row["weakest class"] = f"{known['weakest_class']}: {known['weakest']}"
         row |= {title: known[name] for name, title in later.items()}
         rows.append(row | {"var p_y": f"{known['variance']} / {known['variance_attacked']}"})
-    parts.append(table(rows))
+    if rows:
+        parts += [
+            f"![Accuracies, and differences from what a method is added to](images/results/{study}.svg)\n",
+            f"{CAPTION}\n",
+            f"{COLUMNS}\n",
+            table(rows),
+        ]
     if beside:
         parts += ["Beside what each is added to, in points:\n", table([_beside(one) for one in beside.values()])]
     failed = [f"{run.label}: {run.row['failed']}" for of in runs.values() for run in of if run.failed]
-    parts += [f"- Failed: {words}" for words in failed] + _doubts(runs)
+    parts += [f"- Failed: {words}" for words in failed] + _doubts(runs) + _at_an_end(runs)
     done, listed = {(method, run.seed) for method, of in runs.items() for run in of}, [m for m in facts if m in METHODS]
     missing = {seed: [name for name in listed if (name, seed) not in done] for seed in STUDIES[study]["seeds"]}
     if whole := [str(seed) for seed, names in missing.items() if len(names) == len(listed)]:
@@ -162,12 +181,23 @@ def _doubts(runs: Runs) -> list[str]:
     return lines
 
 
+def _at_an_end(runs: Runs) -> list[str]:
+    """Return a line with the methods whose setting is the least or the greatest of its values."""
+    found = []
+    for method, of in runs.items():
+        name, values = METHODS[method].get("tuned", ("", (0,)))
+        chosen = {part for run in of for part in run.row["setting"].split()}
+        if chosen & {f"{name}={min(values):g}", f"{name}={max(values):g}"}:
+            found.append(method)
+    words = "Of the values tried, the least or the greatest was chosen, so that a better one may lie beyond"
+    return [f"- {words}: {', '.join(found)}."] if found else []
+
+
 def _beside(one: Comparison) -> dict[str, str]:
     row = {"method": one.method, "added to": one.base, "seeds": str(one.measures["clean"].count)}
     for name, title in MEASURES.items():
         found = one.measures[name]
-        ends = f"seeds {interval(found.seeds)}, images {interval(found.images)}"
-        row[title] = f"{signed(found.mean)} {found.word} ({ends})"
+        row[title] = f"{signed(found.mean)} {found.word} ({ends(found)})"
     return row | {"": one.words()}
 
 
@@ -183,7 +213,8 @@ def _where(studies: Mapping[str, Runs]) -> list[str]:
     return [
         *lines,
         "",
-        "One thread a run. `benchmarks/study.py` made the tables in docs/results, `benchmarks/results.py` this page.\n",
+        "One thread a run; training and searches in bf16 where the processor multiplies it, judged predictions in "
+        "float32. `benchmarks/study.py` made the tables in docs/results, `benchmarks/results.py` this page.\n",
     ]
 
 
@@ -193,43 +224,58 @@ def _where(studies: Mapping[str, Runs]) -> list[str]:
 @style()
 def figure(study: str, runs: Runs, beside: Mapping[str, Comparison]) -> Figure:
     """Draw the accuracies of each method, and AutoAttack's differences from what it is added to, with intervals."""
-    names = [name for name in methods_of(study) if any(not run.failed for run in runs.get(name, []))]
-    drawn = canvas(8.4, 1.0 + 0.24 * len(names))
+    good = {name: [run for run in runs.get(name, []) if not run.failed] for name in methods_of(study)}
+    good = {name: of for name, of in good.items() if of}
+    drawn = canvas(8.4, 1.0 + 0.24 * len(good))
     left, right = drawn.subplots(1, 2, sharey=True, width_ratios=(3, 2))
-    good = {name: [run for run in runs[name] if not run.failed] for name in names}
-    for measure, marker, colour in (("clean", "|", INK), ("pgd40", "o", COLOURS[1]), ("autoattack", "D", COLOURS[0])):
-        x = [100 * mean(run.share(measure) for run in good[name]) for name in names]
-        face = "none" if measure == "pgd40" else colour
-        left.plot(x, range(len(names)), marker, color=colour, markerfacecolor=face, label=MEASURES[measure])
-    middle = [100 * mean(run.share("autoattack") for run in good[name]) for name in names]
-    ends = [
-        [100 * end(float(run.row[f"population_{side}"]) for run in good[name]) for name in names]
-        for end, side in ((min, "low"), (max, "high"))
-    ]
-    left.errorbar(
-        middle, range(len(names)), xerr=bar(ends[0], middle, ends[1]), fmt="none", color=COLOURS[0], linewidth=1
-    )
-    # Undefended networks would squeeze the others into one place.
-    least = min(low for low, share in zip(ends[0], middle, strict=True) if share >= max(middle) / 2)
-    for y, share in enumerate(middle):
-        if share < least:
-            left.annotate(f" {share:.1f}", (0, y), xycoords=("axes fraction", "data"), va="center", color=COLOURS[0])
-    left.set_xlim(least - 0.05 * (100 - least), 100)
-    right.axvline(0, color=INK, linewidth=0.9)
-    for y, name in enumerate(names):
-        if (one := beside.get(name)) is None:
-            continue
-        found = one.measures["autoattack"]
-        for ends_of, up, colour in ((found.images, 0.14, COLOURS[0]), (found.seeds, -0.14, COLOURS[2])):
-            if ends_of is not None:
-                right.plot(ends_of, [y - up] * 2, color=colour, linewidth=1)
-        right.plot(
-            [found.mean], [y], "D", color=COLOURS[0], markerfacecolor=COLOURS[0] if found.word == SHOWN else "none"
-        )
-    left.set(xlabel="accuracy, percent", yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5))
-    right.set(xlabel="AutoAttack, points beside its base")
+    _draw_accuracies(left, good)
+    _draw_differences(right, {y: beside[name].measures["autoattack"] for y, name in enumerate(good) if name in beside})
+    left.set(yticks=range(len(good)), yticklabels=list(good), ylim=(len(good) - 0.5, -0.5))
     legend_above(drawn)
     return finished(drawn, CAPTION)
+
+
+def _draw_accuracies(axes: Axes, good: Runs) -> None:
+    shares = {name: [100 * mean(run.share(name) for run in of) for of in good.values()] for name in MEASURES}
+    for (measure, x), marker, colour in zip(shares.items(), "|oD", (INK, COLOURS[1], COLOURS[0]), strict=True):
+        face = "none" if measure == "pgd40" else colour
+        axes.plot(x, range(len(x)), marker, color=colour, markerfacecolor=face, label=MEASURES[measure])
+    middle = shares["autoattack"]
+    lows, highs = (
+        [100 * end(float(run.row[f"population_{side}"]) for run in of) for of in good.values()]
+        for end, side in ((min, "low"), (max, "high"))
+    )
+    axes.errorbar(middle, range(len(good)), xerr=bar(lows, middle, highs), fmt="none", color=COLOURS[0], linewidth=1)
+    # Undefended networks would squeeze the others into one place.
+    least = min(low for low, share in zip(lows, middle, strict=True) if share >= max(middle) / 2)
+    edge = least - 0.05 * (100 - least)
+    for y in range(len(good)):
+        if said := ", ".join(f"{MEASURES[name]} {x[y]:.1f}" for name, x in shares.items() if x[y] < edge):
+            axes.annotate(f" {said}", (0, y), xycoords=("axes fraction", "data"), va="center", color=COLOURS[0])
+    axes.set(xlabel="accuracy, percent", xlim=(edge, 100))
+
+
+def _draw_differences(axes: Axes, differences: Mapping[int, Judged]) -> None:
+    axes.axvline(0, color=INK, linewidth=0.9)
+    for y, found in differences.items():
+        if abs(found.mean) > FAR:
+            side = "left" if found.mean < 0 else "right"
+            place = (float(side == "right"), y)
+            axes.annotate(
+                f" {found.mean:+.1f} ",
+                place,
+                xycoords=("axes fraction", "data"),
+                ha=side,
+                va="center",
+                color=COLOURS[0],
+            )
+            continue
+        for ends_of, up, colour in ((found.images, 0.14, COLOURS[0]), (found.seeds, -0.14, COLOURS[2])):
+            if ends_of is not None:
+                axes.plot(ends_of, [y - up] * 2, color=colour, linewidth=1)
+        face = COLOURS[0] if found.word == SHOWN else "none"
+        axes.plot([found.mean], [y], "D", color=COLOURS[0], markerfacecolor=face)
+    axes.set(xlabel="AutoAttack, points beside its base")
 
 
 def pages(docs: Path) -> list[Path]:
@@ -252,7 +298,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"{docs / 'results'}: no tables yet, so there is no page; run benchmarks/study.py", file=sys.stderr)
         return
     for name, study in studies.items():
-        if study.runs:
+        if not all(run.failed for of in study.runs.values() for run in of):
             drawn = figure(name, study.runs, study.beside)
             write_atomic(docs / "images" / "results" / f"{name}.svg", to_svg(drawn).encode())
     for path, filled_text in {docs / "results.md": text, **others}.items():

@@ -66,6 +66,11 @@ class Outcome:
         """Return the table of images, by their identities."""
         return pd.read_csv(self.path).set_index("index").sort_index()
 
+    def of_classes(self) -> pd.Series:
+        """Return the share of clean images that are right, by label."""
+        images = self.images
+        return (images["label"] == images["clean_prediction"]).groupby(images["label"]).mean()
+
     def stands(self, measure: str) -> np.ndarray:
         """Return which images are right and, by what was asked, not broken; (n,) bool."""
         images = self.images
@@ -140,7 +145,8 @@ def compared(pairs: Sequence[tuple[Outcome, Outcome]], measure: str) -> Judged:
         measure: "clean", "pgd40" or "autoattack".
     """
     differences = [100 * (one.share(measure) - other.share(measure)) for one, other in pairs]
-    middle = sorted(range(len(pairs)), key=lambda k: differences[k])[(len(pairs) - 1) // 2]
+    # Rounded, so that seeds with the same difference stay in their order, whatever its last digit says.
+    middle = sorted(range(len(pairs)), key=lambda k: round(differences[k], 6))[(len(pairs) - 1) // 2]
     low, high = over_images(*pairs[middle], measure)
     return Judged(mean(differences), over_seeds(differences), (100 * low, 100 * high), len(pairs))
 

@@ -1,4 +1,4 @@
-"""Say what the tables of the study found: figures of a method, passages of verdict, tables on other pages."""
+"""Say what the tables of the study found: figures of a method, verdicts, tables on other pages."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import re
 import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from study_judgement import Comparison, Outcome, mean
+import pandas as pd
+from study_judgement import Comparison, Judged, Outcome, mean
 from study_methods import METHODS, STUDIES, methods_of
 
 from unmoved.core.errors import UnmovedError
@@ -34,13 +36,13 @@ def wrapped(text: str) -> str:
 def facts_of(method: str, runs: Sequence[Outcome], beside: Comparison | None) -> dict[str, str]:
     """Return what a sentence may say of a method, as it is printed.
 
-    clean, pgd40, autoattack, interval, kind, seconds, passes, flatness, softmax, variance, variance_attacked, grade,
-    setting, seeds, n, hardware; beside what it is added to, for each of clean, pgd40, autoattack: _difference, _word,
-    _images, _seeds; judgement.
+    clean, pgd40, autoattack, interval, kind, seconds, passes, flatness, softmax, variance, variance_attacked,
+    weakest_class, weakest, grade, setting, seeds, n, hardware; beside what it is added to, for each of clean, pgd40,
+    autoattack: _difference, _word, _ends; judgement. Of a method whose runs all failed: failed.
     """
     good = [run for run in runs if not run.failed]
     if not good:
-        return {}
+        return {"failed": f"failed, seed {', '.join(str(run.seed) for run in runs)}"} if runs else {}
     last = good[0].row
     facts = {name: f"{100 * mean(run.share(name) for run in good):.1f}" for name in MEASURES}
     low, high = (
@@ -52,6 +54,8 @@ def facts_of(method: str, runs: Sequence[Outcome], beside: Comparison | None) ->
     facts["passes"] = " + ".join(f"{mean(run.number(name) for run in good):.1f}" for name in ("forward", "backward"))
     for name in ("flatness", "softmax", "variance", "variance_attacked"):
         facts[name] = f"{mean(run.number(name) for run in good):.3g}"
+    classes = pd.concat([run.of_classes() for run in good], axis=1).mean(axis=1)
+    facts |= {"weakest_class": str(classes.idxmin()), "weakest": f"{100 * classes.min():.0f}"}
     grades = Counter(run.row["grade"] for run in good)
     facts["grade"] = ", ".join(grade if count == len(good) else f"{grade} ({count})" for grade, count in grades.items())
     settings = sorted({run.row["setting"] for run in good})
@@ -59,14 +63,16 @@ def facts_of(method: str, runs: Sequence[Outcome], beside: Comparison | None) ->
     facts["hardware"] = " and ".join(sorted({run.row["hardware"] for run in good}))
     if beside is not None:
         for name, found in beside.measures.items():
-            facts |= {f"{name}_difference": signed(found.mean), f"{name}_word": found.word}
-            facts |= {f"{name}_images": interval(found.images), f"{name}_seeds": interval(found.seeds)}
+            facts |= {f"{name}_difference": signed(found.mean), f"{name}_word": found.word, f"{name}_ends": ends(found)}
         facts["judgement"] = beside.words()
     return facts
 
 
-def interval(ends: tuple[float, float] | None) -> str:
-    return "too few" if ends is None else f"{signed(ends[0])} to {signed(ends[1])}"
+def ends(found: Judged) -> str:
+    """Return the intervals of a difference, that over images alone where there are too few seeds."""
+    named = {"seeds": found.seeds, "images": found.images}
+    said = [f"{name} {signed(two[0])} to {signed(two[1])}" for name, two in named.items() if two is not None]
+    return ", ".join(said)
 
 
 Missing = dict[str, dict[str, None]]  # study -> methods that were not run, in the order in which they were asked for
@@ -91,8 +97,8 @@ def filled(text: str, facts: Facts, where: str, missing: Missing | None = None) 
         known = facts.get(study, {}).get(method, {})
         if field in known:
             return known[field]
-        if known:
-            if field.partition("_")[0] not in (*MEASURES, "judgement"):
+        if "clean" in known:
+            if field.partition("_")[0] not in (*MEASURES, "judgement") or "base" not in METHODS[method]:
                 raise UnmovedError(f"{where}: {match[0]}: expected one of {', '.join(known)}")
             method = METHODS[method]["base"]
         lacking.setdefault(study, {})[method] = None
@@ -104,14 +110,58 @@ def filled(text: str, facts: Facts, where: str, missing: Missing | None = None) 
     return "" if lacking else said
 
 
-def verdict(name: str, passages: Sequence[str], facts: Facts, path: str) -> str:
-    """Return the paragraph of a verdict: its passages, and at the end what the others wait for."""
-    missing: Missing = {}
-    said = [part for text in passages if (part := filled(text, facts, path, missing))]
+def verdict(name: str, written: Mapping[str, Any], facts: Facts, path: str) -> str:
+    """Return the paragraph of a verdict: the claim, then what each study found, and at the end what was not run.
+
+    Args:
+        written: ``claim``; ``methods``, whose figures are said; ``notes`` on how one of them was added; passages to
+            stand after the figures of a study, under its name.
+    """
+    said, missing = [str(written["claim"])], Missing()
+    for study in STUDIES:
+        known = facts.get(study, {})
+        if not any(known.values()):
+            continue
+        methods = [method for method in written["methods"] if method in methods_of(study)]
+        if lacking := [method for method in methods if not known.get(method)]:
+            missing[study] = dict.fromkeys(lacking)
+        ran = [known[method] for method in methods if "clean" in known.get(method, {})]
+        if any(known.get(method) for method in methods):
+            said.append(f"**{STUDIES[study]['title']}**{f' ({_setting(ran)})' if ran else ''}.")
+        said += [_finding(method, known[method], written.get("notes", {})) for method in methods if known.get(method)]
+        said += [filled(text, facts, path, missing) for text in written.get(study, ()) if ran]
     if missing:
         waits = "; ".join(f"{STUDIES[study]['title']}: {', '.join(of)}" for study, of in missing.items())
         said.append(f"({NOT_YET.capitalize()}: {waits}.)")
-    return wrapped(f"**{name}.** {' '.join(said)}")
+    return wrapped(f"**{name}.** {' '.join(part for part in said if part)}")
+
+
+def _setting(ran: Sequence[Mapping[str, str]]) -> str:
+    """Say on what the figures of some methods rest."""
+    each = {name: " or ".join(sorted({one[name] for one in ran})) for name in ("n", "seeds", "kind", "hardware")}
+    return f"n = {each['n']}, seeds: {each['seeds']}, AutoAttack {each['kind']}, {each['hardware']}"
+
+
+def _finding(method: str, known: Mapping[str, str], notes: Mapping[str, str]) -> str:
+    """Say what a method was found to do to what it is added to; "" while that was not run."""
+    base = METHODS[method]["base"]
+    if "clean" not in known:
+        return f"{method}: {known['failed']}."
+    if base == "standard":
+        return (
+            f"Alone, on clean images: {known['autoattack']} % {known['interval']} under AutoAttack, {known['pgd40']} "
+            "under PGD-40."
+        )
+    if "judgement" not in known:
+        return ""
+    robust, clean, pgd = (
+        [known[f"{name}_{part}"] for part in ("difference", "word", "ends")]
+        for name in ("autoattack", "clean", "pgd40")
+    )
+    return (
+        f"Added to {base}{notes.get(method, '')}: {robust[0]} points under AutoAttack, {robust[1]} ({robust[2]}); "
+        f"clean accuracy {clean[0]}, {clean[1]}; PGD-40 {pgd[0]}, {pgd[1]}."
+    )
 
 
 BLOCK = re.compile(r"(<!-- study ([\w-]+): ([^>]+) -->\n).*?(<!-- end of study -->)", re.DOTALL)
@@ -130,14 +180,14 @@ def with_tables(text: str, facts: Facts, where: str) -> str:
             raise UnmovedError(
                 f"{where}: expected a study and methods of {', '.join(STUDIES)}, came {match[1].strip()}"
             )
-        known = [facts[study][name] for name in names if facts[study].get(name)]
+        known = [facts[study][name] for name in names if "clean" in facts[study].get(name, {})]
         if not known:
             return f"{match[1]}\n{STUDIES[study]['title']}: {NOT_YET}.\n\n{match[4]}"
         seeds, kinds = (sorted({one[name] for one in known}) for name in ("seeds", "kind"))
         about = (
             f"{STUDIES[study]['title']}: accuracy in % of {known[0]['n']} test images, the mean over the seeds "
             f"({' or '.join(seeds)}); AutoAttack {' or '.join(kinds)}, in brackets the lowest and the highest end "
-            "of the seeds' 95 % intervals."
+            "of the seeds' 95 % intervals. Right: the difference from what a method is added to, in points."
         )
         rows = [_row(name, facts[study].get(name, {})) for name in names]
         return f"{match[1]}\n{wrapped(about)}\n{table(rows)}\n{match[4]}"
@@ -146,16 +196,17 @@ def with_tables(text: str, facts: Facts, where: str) -> str:
 
 
 def _row(method: str, known: Mapping[str, str]) -> dict[str, str]:
-    if not known:
-        return {"method": method, "clean": NOT_YET} | dict.fromkeys(("PGD-40", "AutoAttack", "beside", "by"), "")
+    blank = dict.fromkeys(("PGD-40", "AutoAttack", "added to", "difference"), "")
+    if "clean" not in known:
+        return {"method": method, "clean": known.get("failed", NOT_YET)} | blank
     row = {"method": method, "clean": known["clean"], "PGD-40": known["pgd40"]}
     row["AutoAttack"] = f"**{known['autoattack']}** {known['interval']}"
     if "judgement" not in known:
-        return row | {"beside": "", "by": ""}
+        return row | {"added to": "", "difference": ""}
     parts = [
         f"{title} {known[f'{name}_difference']} {known[f'{name}_word']}"
         for name, title in MEASURES.items()
         if name != "pgd40"
     ]
     judgement = f" ({known['judgement']})" if known["judgement"] else ""
-    return row | {"beside": METHODS[method]["base"], "by": ", ".join(parts) + judgement}
+    return row | {"added to": METHODS[method]["base"], "difference": ", ".join(parts) + judgement}

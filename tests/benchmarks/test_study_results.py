@@ -85,6 +85,14 @@ def test_the_images_are_those_of_the_median_seed(run: Run) -> None:
     assert found.images == pytest.approx((100 * low, 100 * high))
 
 
+def test_of_seeds_with_the_same_difference_rounding_chooses_none(run: Run) -> None:
+    """0.07 - 0.06 is greater than 0.02 - 0.01 by rounding alone; the two intervals are not the same."""
+    pairs = [(run(0, 7, seed=0), run(0, 6, seed=0)), (run(0, 2, seed=1), run(2, 3, seed=1))]
+    assert 0.07 - 0.06 > 0.02 - 0.01
+    low, high = over_images(*pairs[0], "autoattack")
+    assert compared(pairs, "autoattack").images == pytest.approx((100 * low, 100 * high))
+
+
 ABOVE, AROUND, BELOW = (0.1, 0.9), (-0.4, 0.6), (-0.9, -0.1)
 
 
@@ -131,16 +139,54 @@ def test_masking_is_a_gain_that_pgd_alone_shows(clean: Judged, pgd40: Judged, au
     assert Comparison("a", "b", {"clean": clean, "pgd40": pgd40, "autoattack": autoattack}).words() == words
 
 
-def test_a_passage_is_filled_from_the_tables_or_says_which_runs_it_waits_for() -> None:
+def test_a_passage_is_filled_from_the_tables_or_left_out() -> None:
     facts = {"mnist": {"SENSE": {"clean": "99.1"}, "AT": {}}}
     passages = ["SENSE: {mnist/SENSE/clean} %.", "{mnist/SENSE/clean} {mnist/FAT/clean} {mnist/SENSE/clean_word}"]
-    assert [study_words.filled(text, facts, "v") for text in passages] == ["SENSE: 99.1 %.", ""]
-    title, other = STUDIES["mnist"]["title"], STUDIES["digits"]["title"]
-    said = study_words.verdict("SENSE", [*passages, "{digits/AT/n}", "{mnist/FAT/clean}"], facts, "v")
-    assert " ".join(said.split()) == f"**SENSE.** SENSE: 99.1 %. (Not run yet: {title}: FAT, AT; {other}: AT.)"
+    missing: study_words.Missing = {}
+    assert [study_words.filled(text, facts, "v", missing) for text in passages] == ["SENSE: 99.1 %.", ""]
+    assert missing == {"mnist": {"FAT": None, "AT": None}}
     for wrong in ("{mnist/SENSE/cleam}", "{mnist/SENS/clean}", "{minst/SENSE/clean}"):
         with pytest.raises(UnmovedError, match=r"v: .*expected"):
             study_words.filled(wrong, facts, "v")
+
+
+def test_a_verdict_names_the_study_of_each_figure_whichever_methods_were_run_first() -> None:
+    ran = {"clean": "99.1", "pgd40": "3.0", "autoattack": "0.1", "interval": "[0.0, 0.2]", "kind": "sampled"}
+    ran |= {"n": "10,000", "seeds": "1", "hardware": "a machine"}
+    beside = {f"{name}_{part}": part for name in study_words.MEASURES for part in ("difference", "word", "ends")}
+    facts = {
+        "mnist": {"DRSL": ran, "DRSL on AT": {}, "DRSL on TRADES": ran | beside | {"judgement": "", "seeds": "2"}},
+        "digits": {"DRSL": {}, "DRSL on AT": {"failed": "failed, seed 0"}, "DRSL on TRADES": {}},
+    }
+    written = {
+        "claim": "Claim.",
+        "methods": list(facts["mnist"]),
+        "mnist": ["{mnist/DRSL/pgd40}!"],
+        "digits": ["Not yet."],
+    }
+    said = " ".join(study_words.verdict("DRSL", written, facts, "v").split())
+    assert said.startswith(
+        f"**DRSL.** Claim. **{STUDIES['mnist']['title']}** (n = 10,000, seeds: 1 or 2, AutoAttack sampled, a machine). "
+        "Alone, on clean images: 0.1 % [0.0, 0.2] under AutoAttack, 3.0 under PGD-40. Added to TRADES: difference "
+        "points under AutoAttack, word (ends); clean accuracy difference, word; PGD-40 difference, word. 3.0! "
+        f"**{STUDIES['digits']['title']}**. DRSL on AT: failed, seed 0. (Not run yet: "
+    )
+    assert said.endswith(
+        "(Not run yet: MNIST, linf 0.3: DRSL on AT; Digits of 8x8 pixels, linf 0.2: DRSL, DRSL on TRADES.)"
+    )
+
+
+def test_what_chance_would_show_is_counted_where_something_can_be_shown() -> None:
+    def study(*counts: int) -> results.Study:
+        beside = {
+            str(k): Comparison("a", "b", {"clean": Judged(0, None, None, count)}) for k, count in enumerate(counts)
+        }
+        return results.Study({}, beside, {})
+
+    assert results.by_chance({"mnist": study(1, 2), "digits": study()}) == ""
+    words = results.by_chance({"mnist": study(1, 2), "digits": study(*[5] * 40)})
+    assert words.startswith(" 40 methods")
+    assert "about 2 would" in words
 
 
 def test_a_table_on_another_page_is_filled_and_the_rest_is_left() -> None:
