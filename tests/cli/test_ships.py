@@ -126,9 +126,12 @@ def test_a_part_is_shown_with_its_words_settings_and_example() -> None:
 
 
 def test_a_list_of_one_kind_fits_a_screen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(screen, "console", screen._console(width=80))
+    in_a_pipe = unmoved("list").fine().out
+    assert "..." not in in_a_pipe
+    monkeypatch.setattr(screen, "console", screen._console(width=80, force_terminal=True, color_system=None))
     whole = unmoved("list").fine().out
     assert max(map(len, whole.splitlines())) <= 80
+    assert "..." in whole
     for kind, names in {**components.KINDS, "analyses": STUDIES, "recipes": shipped.names()}.items():
         head, *lines = unmoved("list", kind).fine().out.splitlines()
         assert head == kind

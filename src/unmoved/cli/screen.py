@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from unmoved.training.log import EpochRecord
 
 COMPLETE = "every image that quick left was to be asked about: this is AutoAttack's complete verdict"
+IN_A_PIPE = 1000  # characters of a description, which may be any file's
 _console = partial(Console, markup=False, emoji=False, highlight=False)
 console, complaints = _console(), _console(stderr=True)
 
@@ -43,12 +44,11 @@ def say(text: str, *, style: str | None = None, error: bool = False) -> None:
 
 
 def say_each(lines: Mapping[str, str]) -> None:
-    """Print names and what each is, cut where a line would be wider than the screen."""
+    """Print names and what each is, cut where a line would be wider than the screen; a pipe has room for more."""
     widest = max(map(len, lines), default=0)
     for name, words in lines.items():
-        start = f"  {plain(name):{widest}}  "
-        room = max(20, console.width - len(start))
-        cut = plain(words)
+        start, cut = f"  {plain(name):{widest}}  ", plain(words)
+        room = max(20, console.width - len(start)) if console.is_terminal else IN_A_PIPE
         say(start + (cut if len(cut) <= room else f"{cut[: room - 3].rsplit(' ', 1)[0]}..."))
 
 
