@@ -27,6 +27,7 @@ ON_MART: Tables = {"mart": {"beta": "$mart"}}
 GLOBAL: Tables = {"global_probability": {"weight": "$probscut"}}
 APD: Tables = {"use": "apd", "eps": "$apd", "relative": True}
 AWP: Tables = {"use": "awp", "gamma": "$awp"}
+SAM: Tables = {"use": "sam", "rho": "$sam"}
 WARM_UP, RAMP_DONE = 0.25, 0.6  # shares of the epochs
 
 
@@ -57,7 +58,7 @@ METHODS: dict[str, Tables] = {
         "tuned": ("awp", (0.005, 0.002, 0.01)),
     },
     "AT-SAM": {
-        "objective": {"ce": {}}, "attack": CE, "defense": {"use": "sam", "rho": "$sam"}, "base": "AT",
+        "objective": {"ce": {}}, "attack": CE, "defense": SAM, "base": "AT",
         "tuned": ("sam", (0.05, 0.02, 0.1)),
     },
     "AT-ASAM": {
@@ -123,8 +124,13 @@ METHODS: dict[str, Tables] = {
         "objective": ON_TRADES, "attack": KL, "defense": APD, "base": "TRADES",
         "tuned": ("apd", (0.01, 0.005, 0.02)),
     },
+    "ProbsCut on MART-SAM": {
+        "objective": ON_MART | GLOBAL, "attack": CE, "defense": SAM, "base": "MART",
+        "settings_of": ["ProbsCut on MART", "AT-SAM"],
+    },
 }  # fmt: skip
-SOME = ["AT", "TRADES", "TRADES-AWP", "SENSE", "ProbsCut on TRADES", "DRSL on TRADES", "APD on TRADES", "combination"]
+COMBINATION = "combination"  # in a list of methods, the one that a study has chosen
+SOME = ["AT", "TRADES", "TRADES-AWP", "SENSE", "ProbsCut on TRADES", "DRSL on TRADES", "APD on TRADES", COMBINATION]
 JUDGED = config.read(Path("mnist/fast")).tables()  # by what epochs and settings are chosen there
 # recipe; title; changes of its tables; n test images; whether AutoAttack is asked about a sample; seeds; of PGD-40 what
 # is not its default (steps of 2.5 eps / 40); where settings are chosen, if not here; methods, if not all.
@@ -153,13 +159,17 @@ STUDIES: dict[str, Tables] = {
         "seeds": [0, 1, 2, 3, 4], "changes": {
             "training": {"validation": 300}, "validation": JUDGED["validation"], "evaluation": JUDGED["evaluation"],
         },
+        COMBINATION: "ProbsCut on MART-SAM",
     },
 }  # fmt: skip
 
 
 def methods_of(study: str) -> list[str]:
-    """Return the methods of a study in the order of the protocol, also those that are not in `METHODS` yet."""
-    return list(STUDIES[study].get("methods", dict.fromkeys([*METHODS, "combination"])))
+    """Return the methods of a study in the order of the protocol, also a combination that is not chosen yet."""
+    about, chosen = STUDIES[study], {entry[COMBINATION] for entry in STUDIES.values() if COMBINATION in entry}
+    listed = about.get("methods", [*(method for method in METHODS if method not in chosen), COMBINATION])
+    own = STUDIES[about.get("settings_of", study)].get(COMBINATION, COMBINATION)
+    return [own if method == COMBINATION else method for method in listed]
 
 
 def needs_folder(study: str) -> bool:
