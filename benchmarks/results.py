@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from study_judgement import ERROR, LEAST_SEEDS, SHOWN, Comparison, Judged, Outcome, compared, mean
 from study_methods import METHODS, STUDIES, methods_of
-from study_tables import outcomes_path, read
+from study_tables import choice, outcomes_path, read
 from study_words import BLOCK, MEASURES, NOT_YET, ends, facts_of, signed, table, verdict, with_tables, wrapped
 
 from unmoved.core.errors import UnmovedError
@@ -52,6 +52,10 @@ Softmax: the variance of log p over the wrong classes. var p_y: of the probabili
 of a class, clean and attacked by PGD-20. The last three are of the test images, at most 1,000, and means over
 seeds."""
 
+TRIALS = """Each value of a setting in half the epochs, one seed: accuracy on the validation images in percent, clean
+and in the worst case over Square and PGD through dead ReLUs. In bold the value chosen: of those whose clean accuracy is
+at most a point below the best, the one of the highest worst case."""
+
 
 def load(results: Path, study: str) -> Runs:
     """Return the runs of a study by method."""
@@ -78,11 +82,12 @@ def comparisons(runs: Runs) -> dict[str, Comparison]:
 
 @dataclass(frozen=True)
 class Study:
-    """What the tables of a study say: its runs, each method beside its base, and `facts_of` each method."""
+    """What the tables of a study say: its runs, each method beside its base, `facts_of` each method, and the trials."""
 
     runs: Runs
     beside: dict[str, Comparison]
     facts: dict[str, dict[str, str]]
+    trials: list[dict[str, str]]
 
 
 def studies_in(results: Path) -> dict[str, Study]:
@@ -92,7 +97,7 @@ def studies_in(results: Path) -> dict[str, Study]:
         runs = load(results, study)
         beside = comparisons(runs)
         facts = {name: facts_of(name, runs.get(name, []), beside.get(name)) for name in methods_of(study)}
-        found[study] = Study(runs, beside, facts)
+        found[study] = Study(runs, beside, facts, read(results / study / "tuning.csv"))
     return found
 
 
@@ -116,6 +121,7 @@ def page(studies: Mapping[str, Study], written: Path) -> str:
     for name, study in studies.items():
         if study.runs:
             parts += [f"## {STUDIES[name]['title']}\n", *_section(name, study.runs, study.beside, study.facts)]
+            parts += _trials(study.trials)
     if waiting := [STUDIES[name]["title"] for name, study in studies.items() if not study.runs]:
         parts.append(f"{NOT_YET.capitalize()}: {'; '.join(waiting)}.\n")
     parts += ["## Where\n", *_where({name: study.runs for name, study in studies.items()})]
@@ -167,6 +173,23 @@ def _section(study: str, runs: Runs, beside: dict[str, Comparison], facts: dict[
             parts.append(f"- {NOT_YET.capitalize()}: seed {seed} of {', '.join(names)}.")
     parts += [f"- The {name} is not chosen yet." for name in facts if name not in METHODS]
     return [*parts, ""]
+
+
+def _trials(rows: Sequence[dict[str, str]]) -> list[str]:
+    """Return the table of what each value of a setting got in its trial; where all were tried, with the chosen one."""
+    lines = []
+    for method, entry in METHODS.items():
+        name, values = entry.get("tuned", ("", ()))
+        tried = {float(row["value"]): row for row in rows if row["method"] == method}
+        chosen = choice(list(tried.values()), values) if values and tried.keys() >= set(values) else None
+        cells = []
+        for value in [value for value in values if value in tried]:
+            clean, worst = (100 * int(tried[value][count]) / int(tried[value]["n"]) for count in ("clean", "worst"))
+            words = f"{value:.3g}: {clean:.1f} / {worst:.1f}" + " (failed)" * bool(tried[value]["failed"])
+            cells.append(f"**{words}**" if value == chosen else words)
+        if cells:
+            lines.append({"method": method, "setting": name, "value: clean / worst case": ", ".join(cells)})
+    return [f"### Trials\n\n{TRIALS}\n", table(lines)] if lines else []
 
 
 def _doubts(runs: Runs) -> list[str]:
