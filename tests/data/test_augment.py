@@ -203,9 +203,13 @@ def test_the_names_that_recipes_use() -> None:
     names = {"none": Chain(), "crop": PadCrop(), "flip": Flip(), "crop-flip": Chain(PadCrop(), Flip())}
     names |= {"cutout": Cutout(), "crop-flip-cutout": Chain(PadCrop(), Flip(), Cutout())}
     names |= {"cutmix": CutMix(), "cutout-cutmix": CutMix(Cutout()), "crop-flip-cutmix": CutMix(names["crop-flip"])}
+    names |= {"crop2": PadCrop(2), "crop12-cutout8-cutmix": CutMix(Chain(PadCrop(12), Cutout(8)))}
     assert {name: augmentation(name) for name in names} == names
-    with pytest.raises(UnmovedError, match="did you mean 'crop-flip'"):
-        augmentation("cropflip")
+    for wrong in ("cropflip", "crop2flip", "crop-flip2", "crop100-flip"):
+        with pytest.raises(UnmovedError, match=f"unknown value '{wrong}'; did you mean"):
+            augmentation(wrong)
+    with pytest.raises(UnmovedError, match=r"cutout.size.*0"):
+        augmentation("cutout0")
 
 
 def test_wrong_settings() -> None:

@@ -5,6 +5,7 @@ The noise is keyed by (seed, step, identity), so what happens to a sample does n
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import combinations
@@ -236,21 +237,25 @@ def _boxes(draw: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
     return (rows[:, :, None] & columns[:, None, :])[:, None], share
 
 
-_PARTS: dict[str, Callable[[], Augmentation]] = {"crop": PadCrop, "flip": Flip, "cutout": Cutout, "cutmix": CutMix}
+_PARTS: dict[str, Callable[..., Augmentation]] = {"crop": PadCrop, "flip": Flip, "cutout": Cutout, "cutmix": CutMix}
 # Every choice of the parts, in this order: none, crop, ..., crop-flip-cutout-cutmix.
 _NAMED = {"-".join(names) or "none": names for count in range(len(_PARTS) + 1) for names in combinations(_PARTS, count)}
+_SIZED = re.compile(r"\b(crop|cutout)(\d{1,2})\b")
 
 
 def augmentation(name: str) -> Augmentation:
     """Return the augmentation that recipes call ``name``: none, or crop, flip, cutout, cutmix joined by hyphens.
 
-    What is named before cutmix is done to both images before they are mixed.
+    What is named before cutmix is done to both images before they are mixed. A number behind crop or cutout is its
+    size in pixels, where it is not the default: ``crop2-flip`` pads by two.
 
     Raises:
-        UnmovedError: an unknown name.
+        UnmovedError: an unknown name; a cutout of no pixel.
     """
-    require_choice("augment", name, _NAMED)
-    names = _NAMED[name]
-    parts = [_PARTS[part]() for part in names if part != "cutmix"]
+    sizes, bare = dict(_SIZED.findall(name)), _SIZED.sub(r"\1", name)
+    if bare not in _NAMED:
+        require_choice("augment", name, _NAMED)
+    names = _NAMED[bare]
+    parts = [_PARTS[part](*([int(sizes[part])] if part in sizes else [])) for part in names if part != "cutmix"]
     before = parts[0] if len(parts) == 1 else Chain(*parts)
     return CutMix(before) if "cutmix" in names else before
