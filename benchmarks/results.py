@@ -51,7 +51,6 @@ many seeds. Flatness: the rise of cross-entropy on clean images under random cor
 Softmax: the variance of log p over the wrong classes. var p_y: of the probability of the true class among the images
 of a class, clean and attacked by PGD-20. The last three are of the test images, at most 1,000, and means over
 seeds."""
-
 TRIALS = """Each value of a setting in half the epochs, one seed: accuracy on the validation images in percent, clean
 and in the worst case over Square and PGD through dead ReLUs. In bold the value chosen: of those whose clean accuracy is
 at most a point below the best, the one of the highest worst case."""

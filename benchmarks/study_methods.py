@@ -133,7 +133,8 @@ COMBINATION = "combination"  # in a list of methods, the one that a study has ch
 SOME = ["AT", "TRADES", "TRADES-AWP", "SENSE", "ProbsCut on TRADES", "DRSL on TRADES", "APD on TRADES", COMBINATION]
 JUDGED = config.read(Path("mnist/fast")).tables()  # by what epochs and settings are chosen there
 # recipe; title; changes of its tables; n test images; whether AutoAttack is asked about a sample; seeds; of PGD-40 what
-# is not its default (steps of 2.5 eps / 40); where settings are chosen, if not here; methods, if not all.
+# is not its default (steps of 2.5 eps / 40); where settings and the combination are chosen, if not here; methods, if
+# not all; the combination, once it is chosen.
 STUDIES: dict[str, Tables] = {
     "mnist": {
         "recipe": "mnist/fast", "title": "MNIST, linf 0.3", "n": 10_000, "sampled": True, "seeds": [0, 1, 2],
