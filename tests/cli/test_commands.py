@@ -114,6 +114,13 @@ def test_list_names_everything_and_the_recipes() -> None:
     assert not any(ANSI.search(line) for line in lines)
 
 
+def test_list_says_what_is_a_reconstruction_before_a_screen_cuts_the_line() -> None:
+    ours = re.compile(r"  (\S*probscut\S*|global_probability|softmax) ")
+    lines = [line[:80] for line in unmoved("list").fine().out.splitlines() if ours.match(line)]
+    assert len(lines) == 12
+    assert all("reconstruction" in line for line in lines)
+
+
 def test_show_prints_the_resolved_recipe_and_the_schema(tmp_path: Path) -> None:
     path = recipe(tmp_path / "lab")
     said = unmoved("show", path, "--set", "training.epochs=9").fine()

@@ -7,9 +7,13 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
+from unmoved import Method, train_step
+from unmoved.attacks import FGSM
 from unmoved.core.batch import Batch
 from unmoved.core.errors import UnmovedError
+from unmoved.core.threat import ThreatModel
 from unmoved.core.views import Views
 from unmoved.terms import CE, KL, GlobalProbability, Sum
 
@@ -112,6 +116,8 @@ def test_where_q_settles():
     assert settle(term(0.5), p) == pytest.approx(geometric, abs=1e-4)
     assert settle(term(0.5, divergence="bernoulli"), p) == pytest.approx(1 / (1 + math.exp(-logit)), abs=1e-4)
     assert settle(term(0.5, update="ema", momentum=0.9), p) == pytest.approx(sum(p) / 3, abs=1e-4)
+    sure = [0.9995, 0.9999]  # the mean itself, beyond the bounds that a learned theta has
+    assert settle(term(0.5, update="ema", momentum=0.9), sure) == pytest.approx(0.9997, abs=1e-6)
     # The literal forms do not close the gap: qp settles at the geometric mean over e, pq runs to its bound.
     assert settle(term(0.5, divergence="qp"), p) == pytest.approx(geometric / math.e, abs=1e-3)
     assert settle(term(0.5, divergence="pq"), p, lr=10) == pytest.approx(1 / (1 + math.exp(-6)), abs=1e-3)
@@ -146,7 +152,7 @@ def test_reports_mean_and_variance_of_each_class():
 def test_views_that_nobody_computed_cost_no_pass():
     calls = []
 
-    class Counting(torch.nn.Module):
+    class Counting(nn.Module):
         def forward(self, x):
             calls.append(1)
             return x.flatten(1)[:, :3]
@@ -156,6 +162,20 @@ def test_views_that_nobody_computed_cost_no_pass():
     g(views)
     g.update(views)
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("view", ["adv", "clean", "both"])
+def test_at_weight_zero_no_bit_of_the_step_changes(view):
+    """A moving average that asked for a view of its own would move BatchNorm's statistics."""
+    ends = []
+    for beside in ((), ((0.0, GlobalProbability(3, update="ema", view=view)),)):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(4), nn.Linear(4, 3))
+        batch = Batch(torch.rand(6, 1, 2, 2), torch.arange(6) % 3)
+        method = Method(FGSM(ThreatModel("linf", 0.1)), Sum((1.0, CE("adv")), *beside))
+        train_step(model, method, torch.optim.SGD(model.parameters(), lr=0.1), batch, "float32")
+        ends.append(model.state_dict())
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
 def test_weight_zero_is_the_base_loss_bit_for_bit():
@@ -174,7 +194,9 @@ def test_weight_zero_is_the_base_loss_bit_for_bit():
         ({"divergence": "kl"}, "divergence"),
         ({"update": "grad"}, "did you mean 'gradient'"),
         ({"view": "advv"}, "did you mean 'adv'"),
-        ({"init": 0.0}, "init: expected a finite number > 0"),
+        ({"init": 0.0}, "init: expected a finite number >= 0.0024"),
+        ({"init": 0.002}, "init: expected a finite number >= 0.0024"),
+        ({"init": 0.998}, "init: expected a finite number >= 0.0024.* and <= 0.9975"),
         ({"momentum": 1.5}, "momentum"),
     ],
 )

@@ -10,7 +10,19 @@ import torch
 from unmoved.core.errors import UnmovedError
 from unmoved.core.phases import Ramp
 from unmoved.core.views import Views
-from unmoved.terms import CE, DLR, KL, MART, TRADES, BoostedCE, Margin, MisclassifiedKL, Sum
+from unmoved.terms import (
+    CE,
+    DLR,
+    KL,
+    MART,
+    TRADES,
+    BoostedCE,
+    Margin,
+    MisclassifiedKL,
+    Sum,
+    TargetedDLR,
+    TargetedMargin,
+)
 
 # --- independent versions: one sample at a time, plain Python on scalars that carry a graph
 
@@ -120,6 +132,34 @@ def test_dlr_is_invariant_to_shift_and_scale():
     base = DLR()(Views.of(y=y, adv=z))
     assert torch.allclose(DLR()(Views.of(y=y, adv=3.7 * z - 11)), base)
     assert ((base > 0) == (z.argmax(1) != y)).all()
+
+
+@pytest.mark.parametrize("classes", [4, 10])
+def test_targeted_losses_agree_with_plain_loops(classes):
+    """T28: against a named class, and against the wrong class with the highest clean logit."""
+    draw = torch.Generator().manual_seed(0)
+    clean, adv = (2 * torch.randn(20, classes, generator=draw, dtype=torch.float64) for _ in range(2))
+    y = torch.randint(classes, (20,), generator=draw)
+    named = (y + 1) % classes
+    for target in (None, named):
+        lead, ratio = [], []
+        for i in range(20):
+            z, label = adv[i], int(y[i])
+            wrong = [k for k in range(classes) if k != label]
+            t = max(wrong, key=lambda k: float(clean[i, k])) if target is None else int(named[i])
+            one, _, three, four = sorted(map(float, z), reverse=True)[:4]
+            lead.append(float(z[t] - z[label]))
+            ratio.append(-float(z[label] - z[t]) / (one - 0.5 * (three + four) + 1e-12))
+        views = Views.of(y=y, clean=clean, adv=adv, target=target)
+        assert TargetedMargin()(views).tolist() == pytest.approx(lead, abs=1e-12)
+        assert TargetedDLR()(views).tolist() == pytest.approx(ratio, abs=1e-12)
+        moved = Views.of(y=y, clean=clean, adv=3.7 * adv - 11, target=target)
+        assert TargetedDLR()(moved).tolist() == pytest.approx(ratio, abs=1e-9)
+
+
+def test_targeted_dlr_needs_four_classes():
+    with pytest.raises(UnmovedError, match=r"at least 4 classes, came 3.*TargetedMargin"):
+        TargetedDLR()(Views.of(y=torch.tensor([0]), clean=torch.zeros(1, 3), adv=torch.zeros(1, 3)))
 
 
 def test_dlr_needs_three_classes():

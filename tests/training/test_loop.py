@@ -30,7 +30,7 @@ from unmoved.core.views import Views
 from unmoved.data import ArraySplit, augmentation, digits
 from unmoved.defenses import APD, AWP, SAM, Plain
 from unmoved.runs.folder import Run
-from unmoved.terms import CE, DRSL, KL, MART, TRADES, Sum, TargetedMargin
+from unmoved.terms import CE, DRSL, KL, MART, TRADES, GlobalProbability, Sum, TargetedMargin
 from unmoved.training.optim import SGD, Adam, Constant, Cosine, MultiStep, OneCycle
 
 THREAT = ThreatModel("linf", 0.1)
@@ -504,6 +504,20 @@ def test_a_term_that_ramps_in_is_averaged_over_the_steps_that_computed_it() -> N
     (record,) = fit(linear(), Method(None, ramped), PART.select(torch.arange(len(PART)) < 64 * (len(PART) // 64)))
     computed = seen[-(len(PART) // 64 - 1) :]  # before them, a rehearsal may have asked
     assert record["parts"]["noted"] == pytest.approx(sum(computed) / len(computed))
+
+
+def test_what_a_term_learns_is_stepped_like_the_weights_but_does_not_decay() -> None:
+    kept: list[dict[str, Any]] = []
+
+    def optimizer(groups: Any) -> Optimizer:
+        made = SGD(lr=0.05, weight_decay=0.2)(groups)
+        kept.extend(made.param_groups)
+        return made
+
+    term = GlobalProbability(10)
+    fit(linear(), Method(None, Sum((1, CE()), (1, term))), optimizer=optimizer)
+    assert [(g["lr"], g["momentum"], g["weight_decay"]) for g in kept] == [(0.05, 0.9, 0.2), (0.05, 0.9, 0.0)]
+    assert kept[1]["params"] == [term.theta]
 
 
 def test_averages_are_over_samples_also_with_a_ragged_last_batch() -> None:

@@ -65,6 +65,9 @@ class Sensible:
 
     Raises:
         UnmovedError: c outside (0, 1].
+
+    Deviations: with ``loss=KL()`` the clean logits are computed in the attack's mode, as a rule evaluation (in the code
+    in training mode).
     """
 
     c: float = 0.5
@@ -107,6 +110,8 @@ class Friendly:
 
     Raises:
         UnmovedError: a negative value.
+
+    Deviations: the noise is added to the projected step and projected again (the code projects step and noise once).
     """
 
     tau: int = 0

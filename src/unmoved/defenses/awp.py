@@ -32,7 +32,8 @@ class AWP:
         UnmovedError: a negative gamma.
 
     Deviations: the direction comes from the model itself with frozen statistics instead of a proxy copy; weights are
-    restored by adding the step's own change to the stored weights, so that a step of length zero changes no bit.
+    restored by adding the step's own change to the stored weights, so that a step of length zero changes no bit; a
+    tensor's name does not count (the code asks for "weight" in it, and so leaves out position embeddings).
     """
 
     gamma: float | Ramp = 0.01

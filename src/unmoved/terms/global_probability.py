@@ -16,10 +16,11 @@ from unmoved.core.views import Views
 
 DIVERGENCES = ("generalized", "bernoulli", "qp", "pq")
 THETA_BOUND = 6.0
+LEAST = 1e-6  # probabilities are kept this far from 0 and 1, so that their logarithms are finite
 
 
 class GlobalProbability(StatefulTerm):
-    """A learned expected probability q_c per class, and the divergence of each sample's p_y from its class's q_y.
+    """ProbsCut's global constraint, a reconstruction: each sample's p_y is drawn to a value learned for its class.
 
     ``G_i = D(q_{y_i}, s_i)`` with ``s_i`` the probability of the true class and ``q = sigmoid(theta)``:
 
@@ -36,9 +37,10 @@ class GlobalProbability(StatefulTerm):
         num_classes: K.
         divergence: one of the four above.
         update: ``"gradient"``: theta is a parameter of the optimizer (no weight decay), kept in [-6, 6]; ``"ema"``:
-            after each step ``q_c <- m q_c + (1 - m) mean(s_i of class c)`` for the classes present.
+            after each step ``q_c <- m q_c + (1 - m) mean(s_i of class c)`` for the classes present, where the objective
+            computed the view.
         view: ``"adv"``, ``"clean"`` or ``"both"`` (the mean of the two probabilities).
-        init: starting value of every q_c, in (0, 1).
+        init: starting value of every q_c, where theta is in [-6, 6]: 0.0025 to 0.9975.
         momentum: m of ``"ema"``.
 
     Raises:
@@ -59,7 +61,8 @@ class GlobalProbability(StatefulTerm):
         require_choice("GlobalProbability.divergence", divergence, DIVERGENCES)
         require_choice("GlobalProbability.update", update, ("gradient", "ema"))
         require_choice("GlobalProbability.view", view, ("adv", "clean", "both"))
-        init = require_number("GlobalProbability.init", init, above=0, at_most=1 / (1 + math.exp(-THETA_BOUND)))
+        least = 1 / (1 + math.exp(THETA_BOUND))
+        init = require_number("GlobalProbability.init", init, at_least=least, at_most=1 - least)
         momentum = require_number("GlobalProbability.momentum", momentum, at_least=0, at_most=1)
         self.num_classes, self.divergence, self.how = num_classes, divergence, update
         self.view, self.init, self.momentum = view, init, momentum
@@ -84,7 +87,7 @@ class GlobalProbability(StatefulTerm):
         return torch.sigmoid(self.theta)
 
     def forward(self, views: Views) -> PerSample:
-        s = self._target_probability(views).clamp(1e-6, 1 - 1e-6)
+        s = self._target_probability(views).clamp(LEAST, 1 - LEAST)
         q = self.q[views.y].to(s.dtype)
         if self.divergence == "generalized":
             return q * torch.log(q / s) - q + s
@@ -107,12 +110,14 @@ class GlobalProbability(StatefulTerm):
 
     @torch.no_grad()
     def update(self, views: Views) -> None:
-        if self.how == "ema":
+        needed = ("clean", "adv") if self.view == "both" else (self.view,)
+        if self.how == "gradient":
+            self.theta.clamp_(-THETA_BOUND, THETA_BOUND)
+        elif all(map(views.has, needed)):  # while the weight is zero nobody asked, and to ask would move BatchNorm
             count, total = collectives.summed(self._by_class(self._target_probability(views), views, powers=2))
             mean = total / count.clamp_min(1)
             q = torch.where(count > 0, self.momentum * self.q + (1 - self.momentum) * mean, self.q.double())
-            self.theta.copy_(torch.logit(q))
-        self.theta.clamp_(-THETA_BOUND, THETA_BOUND)
+            self.theta.copy_(torch.logit(q, eps=LEAST))
         for row, name in enumerate(("clean", "adv")):
             if views.has(name):
                 p = self._p_true(views.logits(name), views)

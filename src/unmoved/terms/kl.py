@@ -35,5 +35,8 @@ def TRADES(beta: float | Ramp = 6.0) -> Sum:
 
     ``CE(p, y) + beta * KL(p || p')``. Zhang et al. 2019; ``beta`` is their 1/lambda. Their attack maximises the KL
     from a start of 0.001 N(0, I): ``PGD(threat, loss=KL(), start="gaussian")``.
+
+    Deviations: the clean images are passed once (their code passes them once for each of the two terms, so that
+    BatchNorm's statistics move once more and dropout draws twice).
     """
     return Sum((1.0, CE("clean")), (beta, KL()))

@@ -140,7 +140,7 @@ class BiasVariance(StudyKind):
     Attributes:
         eps: evaluation radii; by default 0 and the eps of the recipes.
         modes: ``"own"`` (each model attacked itself), ``"shared"`` (the perturbation of the first model of each group
-            shown to all) and ``"joint"`` (made against the mean prediction).
+            shown to all) and ``"joint"`` (made against the mean prediction; a reconstruction).
     """
 
     name = "bias-variance"

@@ -52,7 +52,10 @@ def observe(subject: AnalysedRun, progress: Progress = no_progress) -> pd.DataFr
 
 @dataclass(frozen=True)
 class Softmax(StudyKind):
-    """Test the claim of DRSL, run by run and across runs; with fewer than four runs the last part is undecided."""
+    """Test the claim of DRSL by a reconstruction of its analysis, run by run and across runs.
+
+    With fewer than four runs the last part is undecided.
+    """
 
     name = "softmax"
 
