@@ -52,10 +52,12 @@ def by_the_algorithm(model, x0, y, start, c, divergence, adaptive):
 @pytest.mark.parametrize(("divergence", "adaptive"), [(False, True), (False, False), (True, True), (True, False)])
 def test_sensible_is_the_authors_loop(trained, divergence, adaptive):
     model, batch = trained
-    batch, c = Batch(batch.x[:48].double(), batch.y[:48]), 0.8
+    batch = Batch(batch.x[:48].double(), batch.y[:48])
     model = nn.Sequential(*model).double()
     try:
         start = PGD(THREAT, steps=0)(model, batch)
+        with torch.no_grad():  # so that some stay at the start
+            c = float(model(start).softmax(1).gather(1, batch.y[:, None]).quantile(0.2))
         loss = KL() if divergence else CE()
         attack = PGD(THREAT, loss, steps=STEPS, step_size=SIZE, stop=Sensible(c, adaptive))
         ours = attack(model, batch)
@@ -83,3 +85,20 @@ def test_the_noise_of_the_friendly_adversary_has_its_size_and_is_new_at_each_ste
         moved = attack(flat, batch) - batch.x
         assert moved.std() == pytest.approx(0.01 * math.sqrt(steps), rel=0.05)
         assert moved.mean().abs() < 0.001
+
+
+def test_sensible_leaves_what_is_misclassified_at_the_start_where_it_is_whatever_its_confidence():
+    """With c below 1/2 a wrong sample may have p_y above c: the start is judged by the prediction, too."""
+    draw = torch.Generator().manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(0.1 * torch.randn(p.shape, generator=draw))
+    batch, c = Batch(torch.rand(80, 1, 8, 8, generator=draw), torch.arange(80) % 4), 0.15
+    start, x_adv = PGD(THREAT, steps=0)(model, batch), PGD(THREAT, steps=3, stop=Sensible(c))(model, batch)
+    p = model(start).softmax(1)
+    sure = p.gather(1, batch.y[:, None]).squeeze(1) > c + 1e-3
+    wrong, still = p.argmax(1) != batch.y, (x_adv == start).flatten(1).all(1)
+    assert (sure & wrong).sum() > 5
+    assert still[wrong].all()
+    assert (~still)[sure & ~wrong].any()
