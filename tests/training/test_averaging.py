@@ -11,12 +11,15 @@ import torch
 from helpers.cli import RECIPE, recipe
 from torch import nn
 
-from unmoved import UnmovedError
+from unmoved import Method, ThreatModel, UnmovedError, train
+from unmoved.data import ArraySplit, digits
 from unmoved.models import load_weights
 from unmoved.runs.assembly import Assembly
 from unmoved.runs.recipe import read
 from unmoved.runs.train import train_recipe
+from unmoved.terms import CE
 from unmoved.training.averaging import EMA, SWA, Average
+from unmoved.training.optim import SGD
 
 
 def path_of(values: list[float], averaging: Any) -> list[float]:
@@ -55,6 +58,41 @@ def test_swa_is_the_plain_mean_of_the_last_part() -> None:
     found = path_of(values, SWA(0.75))
     assert found[:15] == values[1:16], "before its start it is the weight itself"
     assert found[-1] == pytest.approx(sum(values[16:]) / 5)
+
+
+def test_a_training_averages_what_each_of_its_steps_ends_in() -> None:
+    """With a share of 1 / (k + 1) in step k of all, not of the epoch, that is their plain mean."""
+    model, asked, seen = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), [], []  # type: ignore[var-annotated]
+
+    def mean(step: int, total: int) -> float:
+        asked.append((step, total))
+        return 1 / (step + 1)
+
+    def note(record: Any) -> None:
+        if "share" in record:
+            seen.append(model[1].weight.detach().clone())
+
+    part, method = digits(test=1600).train, Method(None, CE("clean"))
+    train(model, method, part, epochs=2, batch_size=64, average=mean, progress=note, precision="float32", device="cpu")
+    assert asked[-8:] == [(step, 8) for step in range(8)]
+    assert torch.allclose(model[1].weight, torch.stack(seen).mean(0), atol=1e-6)
+    assert not torch.allclose(model[1].weight, seen[-1], atol=1e-3)
+
+
+def test_what_is_validated_and_left_is_the_average() -> None:
+    """It stays at the first weights here, which say class 0, while the trained ones learn that all is of class 1."""
+    split = ArraySplit.of(torch.rand(32, 1, 4, 4), torch.ones(32).long(), layout="NCHW")
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
+    for p in model.parameters():
+        nn.init.zeros_(p)
+    held_out = {"validation": split, "check": lambda model, batch: batch.x, "threat": ThreatModel("linf", 0.1)}
+    log = train(
+        model, Method(None, CE("clean")), split, epochs=2, batch_size=16, optimizer=SGD(lr=1.0), precision="float32",
+        average=lambda step, total: 0.0, device="cpu", **held_out,  # type: ignore[arg-type]
+    )  # fmt: skip
+    assert log[1]["train_accuracy"] == 1.0
+    assert [record["validation_clean"] for record in log] == [0.0, 0.0]
+    assert not any(p.any() for p in model.parameters())
 
 
 @pytest.mark.parametrize("averaging", [EMA(0.0), SWA(1.0)])

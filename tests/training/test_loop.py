@@ -215,6 +215,25 @@ def test_the_seed_and_nothing_else_decides() -> None:
     assert not equal(models[0], models[2])
 
 
+def test_each_epoch_sees_every_sample_once_in_an_order_of_its_own() -> None:
+    """By the seed; the second epoch of one seed is not the first of the next."""
+
+    def orders(seed: int) -> list[tuple[int, ...]]:
+        seen: list[int] = []
+
+        def attack(model: nn.Module, batch: Batch) -> Tensor:
+            seen.extend(batch.index.tolist())
+            return batch.x
+
+        fit(linear(), Method(attack, CE()), epochs=2, seed=seed, rehearsal=False)
+        return [tuple(seen[: len(PART)]), tuple(seen[len(PART) :])]
+
+    first, second = orders(0), orders(1)
+    assert all(sorted(order) == sorted(PART.index.tolist()) for order in (*first, *second))
+    assert len({*first, *second}) == 4
+    assert orders(0) == first
+
+
 def test_the_data_is_not_changed() -> None:
     before = PART.images.clone(), PART.labels.clone()
     fit(network(), Method(Memory(), CE(), AWP()), augment=augmentation("crop-flip"))
@@ -411,6 +430,20 @@ def test_terms_and_attacks_that_remember_are_updated_once_a_step() -> None:
         assert term.updates == 2 * STEPS
         assert term.scale != 1.0  # its parameter is in the optimizer
         assert term.mean.abs().sum() > 0
+
+
+def test_what_a_term_learns_is_not_decayed() -> None:
+    """Its gradient is zero here, so that weight decay alone could move it."""
+
+    class Idle(Centre):
+        def forward(self, views: Views) -> Tensor:
+            return F.cross_entropy(views.adv, views.y, reduction="none") + 0 * self.scale
+
+    term, model = Idle(), linear()
+    before = model[1].weight.norm().item()
+    fit(model, Method(None, term), optimizer=SGD(lr=0.1, weight_decay=1.0))
+    assert term.scale == 1.0
+    assert model[1].weight.norm() < before
 
 
 # --- phases and ramps

@@ -16,6 +16,29 @@ def parameters() -> list[dict[str, Any]]:
     return [{"params": [nn.Parameter(torch.zeros(1))]}]
 
 
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (SGD(0.3, 0.5, 0.01, True), lambda p: torch.optim.SGD(p, 0.3, 0.5, weight_decay=0.01, nesterov=True)),
+        (SGD(0.3, 0.0, 0.02), lambda p: torch.optim.SGD(p, 0.3, weight_decay=0.02)),
+        (Adam(0.3, 0.01), lambda p: torch.optim.Adam(p, 0.3, weight_decay=0.01)),
+        (Adam(0.3, 0.01, decoupled=True), lambda p: torch.optim.AdamW(p, 0.3, weight_decay=0.01)),
+    ],
+    ids=["nesterov", "no momentum", "adam", "adamw"],
+)
+def test_optimizers_are_torchs(ours: SGD | Adam, theirs: Any) -> None:
+    """The same bits after three steps from the same weights."""
+    ends = []
+    for make in (ours, theirs):
+        weight = nn.Parameter(torch.tensor([1.0, -2.0]))
+        optimizer = make([{"params": [weight]}])
+        for step in range(3):
+            weight.grad = torch.tensor([0.5, step - 1.0])
+            optimizer.step()
+        ends.append(weight.detach())
+    assert torch.equal(*ends)
+
+
 def rates(schedule: Any, steps: int) -> list[float]:
     used = []
     for _ in range(steps):

@@ -120,6 +120,18 @@ def test_a_forward_that_writes_into_its_input_trains_as_one_that_does_not(method
     assert torch.allclose(model.linear.weight, step(method, a_batch()).linear.weight, atol=1e-6)  # type: ignore[operator]
 
 
+def test_the_accuracy_of_a_step_is_on_what_it_trains_on() -> None:
+    """The attacked images wherever the objective asks for them, as TRADES does beside the clean ones."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(1, 2))
+    model[1].weight.data = torch.tensor([[-1.0], [1.0]])
+    model[1].bias.data = torch.tensor([0.5, -0.5])
+    batch = Batch(torch.full((4, 1, 1, 1), 0.9), torch.ones(4).long())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    for objective, accuracy in ((terms.TRADES(), 0), (terms.MART(), 0), (terms.CE(), 0), (terms.CE("clean"), 1)):
+        method = Method(lambda model, batch: 1 - batch.x, objective)  # across the boundary
+        assert train_step(model, method, optimizer, batch, "float32").accuracy == accuracy
+
+
 @pytest.mark.parametrize("watch", [True, False])
 def test_only_a_watched_step_looks_at_values_on_a_device(watch: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     looked = []
