@@ -7,7 +7,7 @@ from math import comb
 
 import numpy as np
 import pytest
-from scipy.stats import binom, hypergeom
+from scipy.stats import binom, binomtest, hypergeom
 
 from unmoved.core.errors import UnmovedError
 from unmoved.evaluation.estimate import LEVEL, Estimate, broken_between, error_of_look
@@ -67,6 +67,25 @@ def test_the_interval_holds_for_other_images_of_the_distribution(asked: int) -> 
             for broken in range(n + 1)
         )
         assert covered >= LEVEL
+
+
+@pytest.mark.parametrize("left", [0, 1, 17, 24])
+def test_of_images_that_were_all_asked_about_the_population_has_clopper_and_pearsons_interval(left: int) -> None:
+    """Of half of the error, since the other half would go to the sample."""
+    estimate = Estimate(24, 24, 0, 0, 24, 24 - left, error=0.08)
+    theirs = binomtest(left, 24).proportion_ci(confidence_level=0.96, method="exact")
+    assert estimate.population == pytest.approx((theirs.low, theirs.high), abs=1e-9)
+
+
+def test_the_half_width_reaches_to_the_further_end() -> None:
+    """Few broken leave room for more below, many for fewer above: each side is the longer one at times."""
+    longer = set()
+    for broken in (1, 5, 20, 35, 39):
+        estimate = Estimate(n=200, survivors=160, near=0, near_broken=0, far_asked=40, far_broken=broken)
+        sides = estimate.left - estimate.interval[0], estimate.interval[1] - estimate.left
+        assert max(sides) == pytest.approx(200 * estimate.half_width)
+        longer.add(sides[0] > sides[1])
+    assert longer == {True, False}
 
 
 def test_all_asked_is_the_truth() -> None:

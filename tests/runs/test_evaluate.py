@@ -9,6 +9,7 @@ import random
 import shutil
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from unmoved.runs import asked as asked_module
 from unmoved.runs import evaluate as evaluation
 from unmoved.runs.assembly import Assembly
 from unmoved.runs.folder import Run
+from unmoved.runs.load import opened, question_about, weights_digest
 from unmoved.runs.recipe import read
 
 if not hasattr(os, "fork"):
@@ -335,6 +337,60 @@ def test_a_transfer_from_another_run(run: Path, trained: Path, tmp_path: Path) -
     assert set(Run.open(run).outcomes["attack"]) == {"transfer", "pgd"}
     message = unmoved("evaluate", run, "--attacks", f"transfer:{tmp_path / 'nowhere'}").mistake()
     assert "found none" in message
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> Run:
+    """A run whose best weights say class 0 of every image, and whose last ones class 1."""
+    text = RECIPE.replace('use = "mlp"\nhidden = [16]', 'use = "linear"')
+    parsed = read(recipe(tmp_path, text, "two"))
+    run, model = Run.create(tmp_path / "two", parsed.tables()), Assembly(parsed).model()
+    for label, which in enumerate(("best", "last")):
+        for p in model.parameters():
+            nn.init.zeros_(p)
+        model.linear.bias.data[label] = 1.0  # type: ignore[union-attr, index]
+        run.save_weights(model, which)
+    return run
+
+
+@pytest.mark.parametrize(("which", "label"), [("best", 0), ("last", 1)])
+def test_the_weights_that_were_asked_for_are_judged_and_examined(
+    two: Run, which: str, label: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = evaluation.evaluate_run(two, attacks="fgsm", n=20, weights=which)["evaluation"]
+    assert set(table["clean_prediction"]) == {label}
+    facts = two.evaluation
+    assert facts is not None
+    assert (facts["weights"], facts["weights_sha256"]) == (which, weights_digest(two, which))
+    seen: list[int] = []
+
+    def examine(model: nn.Module, *_: Any, **__: Any) -> list[Any]:
+        seen.append(int(model(torch.zeros(1, 1, 8, 8)).argmax()))
+        return []
+
+    monkeypatch.setattr(evaluation.examine, "examine", examine)
+    evaluation.examine_run(two, n=10)
+    assert seen == [label]
+
+
+def test_a_question_is_about_all_that_could_change_an_answer(two: Run) -> None:
+    assembly, model = opened(two, "best", "cpu", ())
+
+    def asked(n: int = 8) -> asked_module.Asked:
+        split = assembly.data.test.take(n, seed=0)
+        about = question_about(assembly, split, ())
+        return asked_module.Asked(two, assembly, model, split, "data", n, "pgd", "best", "float32", 128, 1, about)
+
+    weak, strong, ours = PGD(THREAT, steps=1), PGD(THREAT, steps=2), asked()
+    first = ours.digest({"pgd": weak})
+    assert first == replace(asked(), batch_size=5, workers=2).digest({"pgd": weak})
+    elsewhere = (asked(9), replace(ours, precision="bf16"), replace(ours, weights="last"))
+    others = {
+        ours.digest({"pgd": strong}),
+        ours.digest({"mine": weak}),
+        *(one.digest({"pgd": weak}) for one in elsewhere),
+    }
+    assert len({first, *others}) == 6
 
 
 def test_weights_that_are_missing(run: Path) -> None:

@@ -15,13 +15,17 @@ from torch import Tensor, nn
 
 from unmoved.attacks.ensembles import scout_of
 from unmoved.core.errors import UnmovedError
+from unmoved.core.protocols import Attack
 from unmoved.evaluation import judge
-from unmoved.evaluation.estimate import Estimate, error_of_look
+from unmoved.evaluation.estimate import LEVEL, Estimate, error_of_look
 from unmoved.evaluation.sampling import Design, Survivors
 from unmoved.runs import records, sampled
+from unmoved.runs.asked import Asked
+from unmoved.runs.assembly import Assembly
 from unmoved.runs.evaluate import evaluate_run, examine_run
 from unmoved.runs.folder import Run
 from unmoved.runs.load import Opened, opened
+from unmoved.runs.recipe import read
 
 N = 100
 
@@ -174,6 +178,75 @@ def test_survivors_are_found_where_the_data_holds_them(run: Run) -> None:
     alone = scout_of(assembly.threat)(model, one).reach
     assert ours.distance[2] == pytest.approx(float(alone), rel=1e-3)
     assert len(set(ours.distance)) == 5
+
+
+class Answers:
+    """In the place of both attacks: each breaks the samples of these identities, and no other; all are right clean."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.broken: dict[str, set[int]] = {"quick": set(), "autoattack": set()}
+        monkeypatch.setattr(Asked, "judged", lambda asked, chosen, *_, **more: self.table(asked, chosen, **more))
+
+    def table(
+        self, asked: Asked, chosen: dict[str, Attack], *, among: np.ndarray | None = None, keep: object = None
+    ) -> pd.DataFrame:
+        ((name, _),) = chosen.items()
+        rows = np.arange(len(asked.split)) if among is None else np.sort(among)
+        index, label = (column.numpy()[rows] for column in (asked.split.index, asked.split.labels))
+        success = np.isin(index, list(self.broken[name]))
+        facts = {"index": index, "label": label, "attack": name, "eps": 0.1, "norm": "linf", "clean_prediction": label}
+        facts |= {"adversarial_prediction": (label + success) % 10, "distance": 0.0, "success": success}
+        return pd.DataFrame(facts | {"by": np.where(success, name, "none")})
+
+
+@pytest.fixture
+def answers(monkeypatch: pytest.MonkeyPatch) -> Answers:
+    return Answers(monkeypatch)
+
+
+@pytest.fixture
+def untrained(tmp_path: Path) -> Run:
+    parsed = read(recipe(tmp_path, RECIPE, "untrained"), ["training.seed=5"])
+    run = Run.create(tmp_path / "untrained", parsed.tables())
+    run.save_weights(Assembly(parsed).model(), "best")
+    return run
+
+
+def survivors_in(run: Run, broken: set[int]) -> Survivors:
+    assembly, model = opened(run, "best", "cpu", ())
+    split = assembly.data.test.take(N, seed=0)
+    standing = np.flatnonzero(~np.isin(split.index.numpy(), list(broken)))
+    return sampled.survivors_of(model, split, assembly.threat, standing, assembly.recipe.training.seed)
+
+
+def test_near_and_drawn_are_counted_each_by_themselves(untrained: Run, answers: Answers) -> None:
+    """Those that the design names, of this run's seed: two near ones break here, and five of the others."""
+    split = opened(untrained, "best", "cpu", ()).assembly.data.test.take(N, seed=0)
+    answers.broken["quick"] = set(split.index[:30].tolist())
+    near, drawn = survivors_in(untrained, answers.broken["quick"]).design(20)
+    answers.broken["autoattack"] = set(split.index[np.concatenate([near, drawn[:5]])].tolist())
+    evaluate_run(untrained, attacks="standard", n=N, sample=20)
+    estimate = estimate_of(untrained)
+    assert asked_about(untrained) == set(split.index[np.concatenate([near, drawn])].tolist())
+    assert (estimate.n, estimate.survivors) == (N, 70)
+    assert (estimate.near, estimate.near_broken, estimate.far_asked, estimate.far_broken) == (2, 2, 18, 5)
+
+
+@pytest.mark.parametrize(("size", "error"), [({"sample": 20}, 1 - LEVEL), ({"within": 60}, error_of_look(0))], ids=str)
+def test_the_error_of_a_look_is_that_of_the_interval_on_record(
+    untrained: Run, answers: Answers, size: dict[str, int], error: float
+) -> None:
+    """Whoever might have gone on asking may not say 95 % of what the first look saw."""
+    evaluate_run(untrained, attacks="standard", n=N, **size)  # type: ignore[arg-type]
+    assert estimate_of(untrained).error == pytest.approx(error)
+
+
+def test_a_complete_verdict_on_other_images_or_weights_is_no_answer(untrained: Run, answers: Answers) -> None:
+    evaluate_run(untrained, attacks="standard", n=60)
+    assert list(evaluate_run(untrained, attacks="standard", n=60, sample=20)) == ["verdict"]
+    assert list(evaluate_run(untrained, attacks="standard", n=N, sample=20)) == ["sampled"]
+    untrained.save_weights(Assembly(read(untrained.path / "recipe.toml", ["training.seed=6"])).model(), "best")
+    assert list(evaluate_run(untrained, attacks="standard", n=60, sample=20)) == ["sampled"]
 
 
 # --- until the interval is short enough
