@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from unmoved.attacks.ensembles import Near
+from unmoved.attacks.ensembles import AutoAttack, Near, Quick
 from unmoved.attacks.scout import Scout
 from unmoved.core.batch import Batch
 from unmoved.core.threat import ThreatModel
@@ -85,6 +85,20 @@ def test_who_is_broken_is_asked_about_no_more() -> None:
     assert first.asked == [10, 11, 12, 13]
     assert last.asked == [12, 13]
     assert (Steps()(x_adv).argmax(1) == 1).tolist() == [True, True, False, False, False]
+
+
+def test_the_seed_of_an_ensemble_is_that_of_its_parts() -> None:
+    for norm in ("linf", "l1"):
+        for version in ("standard", "rand"):
+            whole = AutoAttack(ThreatModel(norm, 0.1), version=version, seed=7)
+            for classes in (2, 3, 10):
+                assert {part.seed for part in whole.parts(classes).values()} == {7}  # type: ignore[attr-defined]
+
+    def seeds(seed: int) -> list[int]:
+        first, near = Quick(LINF, seed=seed).parts(10).values()
+        return [first.seed, *(attack.seed for _, attack in near.attacks)]  # type: ignore[attr-defined]
+
+    assert seeds(7) == [seed + 7 for seed in seeds(0)]
 
 
 def test_who_is_near_does_not_hang_on_the_company() -> None:

@@ -20,7 +20,9 @@ def right(model, batch, x):
 
 def test_radii_follow_the_rule(trained):
     model, batch = trained
-    attack = IAAT(THREAT, gamma=0.05, momentum=0.5)
+    batch = Batch(batch.x, batch.y.clone())
+    batch.y[:20] = (batch.y[:20] + 1) % 4  # wrong as they are
+    attack = IAAT(THREAT, gamma=0.05, momentum=0.75)
     assert isinstance(attack, StatefulAttack)
     old = torch.full((len(batch),), 0.3)
     for _ in range(4):
@@ -32,10 +34,26 @@ def test_radii_follow_the_rule(trained):
         new = torch.where(right(model, batch, further), tried, torch.where(right(model, batch, x_adv), old, old - 0.05))
         new = (new * right(model, batch, batch.x)).clamp_min(0)
         attack.update(model, batch, x_adv)
-        old = 0.5 * old + 0.5 * new
-    assert old.min() < 0.25
+        old = 0.75 * old + 0.25 * new
+    assert old[20:].min() < 0.28
     wrong = ~right(model, batch, batch.x)
-    assert (attack.radius(batch.index)[wrong] < 0.05).all()
+    assert wrong.sum() >= 20
+    assert torch.allclose(attack.radius(batch.index)[wrong], torch.tensor(0.3 * 0.75**4))
+
+
+def test_a_step_is_twice_the_radius_over_their_number_and_no_shorter_than_the_least(trained, monkeypatch):
+    model, batch = trained
+    batch, sizes, ascend = batch.take(torch.arange(3)), [], ThreatModel.ascend
+
+    def noted(self, x_adv, gradient, length, *rest):
+        sizes.append(length.flatten())
+        return ascend(self, x_adv, gradient, length, *rest)
+
+    monkeypatch.setattr(ThreatModel, "ascend", noted)
+    attack = IAAT(THREAT, steps=4, step_size=0.02)
+    attack._memory.write(batch.index, torch.tensor([0.2, 0.04, 0.01]))
+    attack(model, batch)
+    assert torch.allclose(torch.stack(sizes), torch.tensor([0.1, 0.02, 0.02]).expand(4, 3))
 
 
 def test_calling_does_not_write(trained):

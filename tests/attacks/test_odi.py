@@ -43,6 +43,13 @@ def test_starts_hang_on_seed_restart_and_identity_and_on_nothing_else() -> None:
         assert 0.2 < (other != first).any(1).float().mean() < 0.8
 
 
+def test_without_steps_of_its_own_a_start_is_the_clean_image() -> None:
+    model, batch = linear(3)
+    for restart in (0, 1):
+        start = DiversifiedPGD(ThreatModel("linf", 0.1), start_steps=0)._start_of(Views(model, batch))
+        assert torch.equal(start(batch, Round(restart)), batch.x)
+
+
 def test_outputs_are_weighted_from_minus_one_to_one() -> None:
     """The weighted output of the logits e_k is the weight of class k itself."""
     count = 500

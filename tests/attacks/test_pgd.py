@@ -264,6 +264,24 @@ def test_apgd_halves_where_the_loss_stops_rising():
     assert pace.step_size.flatten().tolist() == pytest.approx([0.2, 0.1])
 
 
+def test_apgd_halves_where_the_loss_goes_up_and_down():
+    """Condition 1 counts rises over the step before, not over the start: 11 of 22 are fewer than three quarters."""
+    pace = pace_of(1)
+    for step in range(22):
+        pace.observe(pace.x, torch.tensor([2.0 if step % 2 == 0 else 1.0]), pace.x, step)
+    assert bool(pace.halved)
+
+
+def test_apgd_halves_where_a_whole_stretch_of_rises_finds_nothing_better():
+    """Condition 2: 22 rises to 22, then 18 of 19 that end below: the step is halved, and the best point taken up."""
+    pace = pace_of(1)
+    for step in range(41):
+        value = step + 1.0 if step < 22 else step - 21.0
+        x_adv, _ = pace.observe(torch.full_like(pace.x, value), torch.tensor([value]), pace.x, step)
+        assert bool(pace.step_size == 0.2) == (step < 40)
+    assert x_adv.item() == 22.0
+
+
 def test_apgd_compat_counts_the_first_rise_from_zero():
     """T27: the authors' code compares the first loss with an empty slot: 17 rises of 22 suffice, 16 do not."""
     halved = {}
@@ -376,6 +394,29 @@ def test_friendly_stops_at_the_first_wrong_point(trained):
                 left -= int(wrong[k, i])
             assert torch.allclose(x_adv[i], path[stop_at][i], atol=1e-6), (tau, i)
     assert torch.equal(PGD(LINF, steps=10, stop=Friendly(10))(model, batch), PGD(LINF, steps=10)(model, batch))
+
+
+def test_the_friendly_noise_is_drawn_anew_at_each_step():
+    """Where the loss is flat the steps are noise alone: 16 of them go sqrt(16) times as far as one, not 16 times."""
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
+    nn.init.zeros_(flat[1].weight)
+    with torch.no_grad():
+        flat[1].bias.copy_(torch.tensor([1.0, 0.0]))
+    batch = Batch(torch.full((50, 1, 8, 8), 0.5), torch.zeros(50, dtype=torch.long))
+    attack = PGD(LINF, steps=16, step_size=0.0, start="none", stop=Friendly(0, omega=0.001))
+    away = attack(flat, batch) - batch.x
+    assert away.std().item() == pytest.approx(0.004, rel=0.08)
+    later = attack(flat, Batch(batch.x, batch.y, batch.index, step=1)) - batch.x
+    assert abs((away * later).mean()) < 0.1 * away.var()
+
+
+def test_each_restart_has_a_start_of_its_own(trained):
+    _, batch = trained
+    for start in ("uniform", "gaussian"):
+        attack = PGD(LINF, start=start)
+        first, again, second = (attack._start(batch, restart) for restart in (0, 0, 1))
+        assert torch.equal(first, again)
+        assert (first != second).float().mean() > 0.9
 
 
 def test_stopped_samples_are_not_computed_again(trained):

@@ -49,6 +49,16 @@ def test_each_epoch_starts_where_the_last_one_ended(trained: tuple[nn.Module, Ba
         delta = attack.start(now) - batch.x
 
 
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+def test_first_starts_are_drawn_by_the_seed(trained: tuple[nn.Module, Batch], norm: str) -> None:
+    _, batch = trained
+    threat = ThreatModel(norm, EPS)
+    first, again, other = (PriorFGSM(threat, seed=seed).start(batch) for seed in (2, 2, 3))
+    assert torch.equal(first, again)
+    assert (first != other).float().mean() > 0.2
+    threat.check(first, batch.x)
+
+
 def test_memory_belongs_to_the_sample_and_survives(trained: tuple[nn.Module, Batch]) -> None:
     model, batch = trained
     whole, halves, fresh = PriorFGSM(THREAT), PriorFGSM(THREAT), PriorFGSM(THREAT)

@@ -79,6 +79,7 @@ def test_few_items_are_read_ahead() -> None:
     with Workers(nn.Linear(2, 2), 2) as pool:
         for done, _ in enumerate(pool.map(lambda model, k: k, items())):
             assert read <= done + 4
+    assert done + 1 == read == 50
 
 
 class Uncopied(nn.Linear):

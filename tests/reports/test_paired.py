@@ -82,6 +82,10 @@ def test_seeds_that_disagree_show_nothing():
     table = beside([base, mixed]).set_index("recipe")
     assert "[+" in table.loc["mixed", "robust"]
     assert table.loc["mixed", "conclusion"].endswith("robust: no difference shown")
+    mirrored = verdict("mirrored", {0: base.runs[0].outcomes, 1: base.runs[1].outcomes}, base="mixed")
+    table = beside([mixed, mirrored]).set_index("recipe")
+    assert ", -" in table.loc["mirrored", "robust"]
+    assert table.loc["mirrored", "conclusion"].endswith("robust: no difference shown")
 
 
 def test_a_real_gain_near_zero_is_not_called_help():
