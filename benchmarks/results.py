@@ -119,11 +119,11 @@ def page(studies: Mapping[str, Study], written: Path) -> str:
     parts.append(wrapped(HOW + by_chance(studies)))
     for name, study in studies.items():
         if study.runs:
-            parts += [f"## {STUDIES[name]['title']}\n", *_section(name, study.runs, study.beside, study.facts)]
+            parts += [f"## {STUDIES[name]['title']}\n", *_section(name, study)]
             parts += _trials(study.trials)
     if waiting := [STUDIES[name]["title"] for name, study in studies.items() if not study.runs]:
         parts.append(f"{NOT_YET.capitalize()}: {'; '.join(waiting)}.\n")
-    parts += ["## Where\n", *_where({name: study.runs for name, study in studies.items()})]
+    parts += ["## Where\n", *_where(studies)]
     return "\n".join(parts)
 
 
@@ -138,39 +138,41 @@ def by_chance(studies: Mapping[str, Study]) -> str:
     )
 
 
-def _section(study: str, runs: Runs, beside: dict[str, Comparison], facts: dict[str, dict[str, str]]) -> list[str]:
+def _section(name: str, study: Study) -> list[str]:
     parts = []
-    names = {"setting": "setting", "seeds": "seeds", "n": "n", "clean": "clean", "pgd40": "PGD-40"}
+    first = {"setting": "setting", "seeds": "seeds", "n": "n", "clean": "clean", "pgd40": "PGD-40"}
     later = {"seconds": "seconds", "passes": "passes", "grade": "doctor"}
     later |= {"flatness": "flatness", "softmax": "softmax"}
     rows = []
-    for method, known in facts.items():
+    for method, known in study.facts.items():
         if "clean" not in known:
             continue
         aa = f"**{known['autoattack']}** {known['interval']} {known['kind']}"
-        row = {"method": method} | {title: known[name] for name, title in names.items()} | {"AutoAttack": aa}
+        row = {"method": method} | {title: known[key] for key, title in first.items()} | {"AutoAttack": aa}
         row["weakest class"] = f"{known['weakest_class']}: {known['weakest']}"
-        row |= {title: known[name] for name, title in later.items()}
+        row |= {title: known[key] for key, title in later.items()}
         rows.append(row | {"var p_y": f"{known['variance']} / {known['variance_attacked']}"})
     if rows:
         parts += [
-            f"![Accuracies, and differences from what a method is added to](images/results/{study}.svg)\n",
+            f"![Accuracies, and differences from what a method is added to](images/results/{name}.svg)\n",
             f"{CAPTION}\n",
             f"{COLUMNS}\n",
             table(rows),
         ]
-    if beside:
-        parts += ["Beside what each is added to, in points:\n", table([_beside(one) for one in beside.values()])]
-    failed = [f"{run.label}: {run.row['failed']}" for of in runs.values() for run in of if run.failed]
-    parts += [f"- Failed: {words}" for words in failed] + _doubts(runs) + _at_an_end(runs)
-    done, listed = {(method, run.seed) for method, of in runs.items() for run in of}, [m for m in facts if m in METHODS]
-    missing = {seed: [name for name in listed if (name, seed) not in done] for seed in STUDIES[study]["seeds"]}
-    if whole := [str(seed) for seed, names in missing.items() if len(names) == len(listed)]:
+    if study.beside:
+        compared_rows = [_beside(one) for one in study.beside.values()]
+        parts += ["Beside what each is added to, in points:\n", table(compared_rows)]
+    failed = [f"{run.label}: {run.row['failed']}" for of in study.runs.values() for run in of if run.failed]
+    parts += [f"- Failed: {words}" for words in failed] + _doubts(study.runs) + _at_an_end(study.runs)
+    done = {(method, run.seed) for method, of in study.runs.items() for run in of}
+    listed = [method for method in study.facts if method in METHODS]
+    missing = {seed: [one for one in listed if (one, seed) not in done] for seed in STUDIES[name]["seeds"]}
+    if whole := [str(seed) for seed, methods in missing.items() if len(methods) == len(listed)]:
         parts.append(f"- {NOT_YET.capitalize()}: seed {', '.join(whole)} of all methods.")
-    for seed, names in missing.items():
-        if 0 < len(names) < len(listed):
-            parts.append(f"- {NOT_YET.capitalize()}: seed {seed} of {', '.join(names)}.")
-    parts += [f"- The {name} is not chosen yet." for name in facts if name not in METHODS]
+    for seed, methods in missing.items():
+        if 0 < len(methods) < len(listed):
+            parts.append(f"- {NOT_YET.capitalize()}: seed {seed} of {', '.join(methods)}.")
+    parts += [f"- The {method} is not chosen yet." for method in study.facts if method not in METHODS]
     return [*parts, ""]
 
 
@@ -223,15 +225,15 @@ def _beside(one: Comparison) -> dict[str, str]:
     return row | {"": one.words()}
 
 
-def _where(studies: Mapping[str, Runs]) -> list[str]:
+def _where(studies: Mapping[str, Study]) -> list[str]:
     made = Counter(
-        (study, run.row["hardware"], run.row["torch"])
-        for study, runs in studies.items()
-        for of in runs.values()
+        (name, run.row["hardware"], run.row["torch"])
+        for name, study in studies.items()
+        for of in study.runs.values()
         for run in of
         if not run.failed
     )
-    lines = [f"- {study}: {count} runs on {machine}, torch {torch}" for (study, machine, torch), count in made.items()]
+    lines = [f"- {name}: {count} runs on {machine}, torch {torch}" for (name, machine, torch), count in made.items()]
     return [
         *lines,
         "",
@@ -244,14 +246,15 @@ def _where(studies: Mapping[str, Runs]) -> list[str]:
 
 
 @style()
-def figure(study: str, runs: Runs, beside: Mapping[str, Comparison]) -> Figure:
+def figure(name: str, study: Study) -> Figure:
     """Draw the accuracies of each method, and AutoAttack's differences from what it is added to, with intervals."""
-    good = {name: [run for run in runs.get(name, []) if not run.failed] for name in methods_of(study)}
-    good = {name: of for name, of in good.items() if of}
+    good = {method: [run for run in study.runs.get(method, []) if not run.failed] for method in methods_of(name)}
+    good = {method: of for method, of in good.items() if of}
     drawn = canvas(8.4, 1.0 + 0.24 * len(good))
     left, right = drawn.subplots(1, 2, sharey=True, width_ratios=(3, 2))
     _draw_accuracies(left, good)
-    _draw_differences(right, {y: beside[name].measures["autoattack"] for y, name in enumerate(good) if name in beside})
+    beside = {y: study.beside[method] for y, method in enumerate(good) if method in study.beside}
+    _draw_differences(right, {y: one.measures["autoattack"] for y, one in beside.items()})
     left.set(yticks=range(len(good)), yticklabels=list(good), ylim=(len(good) - 0.5, -0.5))
     legend_above(drawn)
     return finished(drawn, CAPTION)
@@ -321,8 +324,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     for name, study in studies.items():
         if not all(run.failed for of in study.runs.values() for run in of):
-            drawn = figure(name, study.runs, study.beside)
-            write_atomic(docs / "images" / "results" / f"{name}.svg", to_svg(drawn).encode())
+            write_atomic(docs / "images" / "results" / f"{name}.svg", to_svg(figure(name, study)).encode())
     for path, filled_text in {docs / "results.md": text, **others}.items():
         write_atomic(path, filled_text.encode())
 

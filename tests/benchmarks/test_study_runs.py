@@ -200,7 +200,7 @@ def test_the_study_in_miniature(miniature: Command, tmp_path: Path, monkeypatch:
     assert pd.read_csv(study.outcomes_path(tables, "AT", 0))["asked"].all()
     page = results.page(results.studies_in(tmp_path / "results"), tmp_path / "verdicts.toml")
     assert f"| DRSL on TRADES | beta={beta:g} drsl={weight:g} | 1 | 200 |" in page
-    results.figure("tiny", loaded := results.load(tmp_path / "results", "tiny"), results.comparisons(loaded))
+    results.figure("tiny", results.studies_in(tmp_path / "results")["tiny"])
 
 
 def test_settings_of_another_study_are_asked_for_before_anything_is_made(
