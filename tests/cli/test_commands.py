@@ -132,6 +132,16 @@ def test_show_prints_the_resolved_recipe_and_the_schema(tmp_path: Path) -> None:
     assert "expected a recipe, the name of a part or --schema, came none" in unmoved("show").mistake()
 
 
+def test_show_prints_counts_whole_and_shares_as_they_are(tmp_path: Path) -> None:
+    path = recipe(tmp_path)
+    said = unmoved("show", path, "--set", "training.validation=200").fine().out
+    assert "\nvalidation = 200\n" in said
+    assert "\ntest = 1500\n" in said
+    said = unmoved("show", path, "--set", "training.validation=0.5", "--set", "data.test=0.25").fine().out
+    assert "\nvalidation = 0.5\n" in said
+    assert "\ntest = 0.25\n" in said
+
+
 # --- mistakes of training
 
 

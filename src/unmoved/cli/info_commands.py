@@ -7,13 +7,19 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tomli_w
 import typer
 
 from unmoved.cli import screen
 from unmoved.cli.options import Overrides, app, complete_recipe
+
+if TYPE_CHECKING:
+    from unmoved.core.untrusted import Json
+
+# What is a share of the samples, or a count of them: read as a float either way.
+SHARES_OR_COUNTS = (("training", "validation"), ("data", "test"))
 
 
 @app.command()
@@ -56,7 +62,16 @@ def show(
         del tables["name"]  # a copy is called by its own file
     words = str(tables.pop("description", ""))
     sys.stdout.writelines(f"# {line}".rstrip() + "\n" for line in words.splitlines())
+    _write_counts_whole(tables)
     sys.stdout.write(tomli_w.dumps(tables))
+
+
+def _write_counts_whole(tables: Json) -> None:
+    """Make counts of samples whole numbers, as a recipe writes them; run folders keep what decides their digests."""
+    for name, key in SHARES_OR_COUNTS:
+        table = tables.get(name)
+        if isinstance(table, dict) and isinstance(size := table.get(key), float) and size > 1 and size.is_integer():
+            table[key] = int(size)
 
 
 @app.command("list")
