@@ -134,6 +134,13 @@ def test_a_sample_of_all_survivors_is_the_complete_verdict(trained: Path, tmp_pa
         assert Run.open(folder).sampled is None
 
 
+def test_the_table_of_the_search_says_that_the_verdict_stands_below(run: Run) -> None:
+    ask = ("--attacks", "standard", "--n", N, "--no-doctor")
+    said = " ".join(unmoved("evaluate", run.path, *ask, "--sample", 20).fine().out.split())
+    assert said.index("under quick alone; the verdict stands below") < said.index("AutoAttack, sampled:")
+    assert "upper bound" not in said
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

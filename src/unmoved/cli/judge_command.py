@@ -97,7 +97,8 @@ def judge(
 
 def _say(judgement: Judgement, is_sample: bool) -> None:
     """Print what was found; say where a sample that was asked for is all there is."""
-    screen.print_summary({judgement.run.name: judgement.outcomes})
+    title = screen.BOUND if judgement.estimate is None else screen.SEARCH
+    screen.print_summary({judgement.run.name: judgement.outcomes}, title)
     if judgement.estimate is not None:
         screen.print_estimate(judgement.run.sampled)
     elif is_sample:

@@ -160,7 +160,7 @@ def evaluate(
 
 def _say_evaluated(run: Run, kind: str, table: pd.DataFrame, is_sample: bool) -> None:
     """Print what an evaluation found, and where it lies; say where a sample that was asked for is all there is."""
-    screen.print_summary({run.name: table})
+    screen.print_summary({run.name: table}, screen.SEARCH if kind == "sampled" else screen.BOUND)
     facts = run.facts(kind)
     screen.print_estimate(facts)
     for note in [] if facts is None else facts.get("notes", []):

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from unmoved.runs.records import Doctor, Evaluation
     from unmoved.training.log import EpochRecord
 
+BOUND = "accuracy in %; under attack it is an upper bound"
+SEARCH = "accuracy in % under quick alone; the verdict stands below"
 COMPLETE = "every image that quick left was to be asked about: this is AutoAttack's complete verdict"
 IN_A_PIPE = 1000  # characters of a description, which may be any file's
 _console = partial(Console, markup=False, emoji=False, highlight=False)
@@ -156,13 +158,13 @@ def say_epoch(record: EpochRecord, epochs: int) -> None:
     say(line + f", {record['seconds']:.0f} s")
 
 
-def print_summary(tables: Mapping[str, pd.DataFrame | None]) -> None:
+def print_summary(tables: Mapping[str, pd.DataFrame | None], title: str = BOUND) -> None:
     """Print the accuracies of runs, by name, as one table; those without outcomes are left out."""
     from rich.table import Table
 
     from unmoved.evaluation import outcomes
 
-    view = Table(title="accuracy in %; under attack it is an upper bound", title_justify="left")
+    view = Table(title=title, title_justify="left")
     view.add_column("recipe", no_wrap=True)
     summaries = {name: outcomes.summary(table, is_checked=True) for name, table in tables.items() if table is not None}
     measures = list(dict.fromkeys(measure for summary in summaries.values() for measure in summary["measure"]))
