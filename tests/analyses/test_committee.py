@@ -99,8 +99,10 @@ def test_models_and_the_callers_random_state_are_left_as_they_were() -> None:
     modes = [module.training for member in members for module in member.modules()]
     before = [value.clone() for member in members for value in member.state_dict().values()]
     state = torch.get_rng_state()
-    probabilities(members, [x, x], 2)
+    found = probabilities(members, [x, x], 2)
     assert torch.equal(state, torch.get_rng_state())
+    torch.rand(1)
+    assert torch.equal(found, probabilities(members, [x, x], 2)), "whatever the caller has drawn"
     assert modes == [module.training for member in members for module in member.modules()]
     after = [value for member in members for value in member.state_dict().values()]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))

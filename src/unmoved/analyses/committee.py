@@ -74,8 +74,8 @@ def probabilities(models: Sequence[nn.Module], x_by_model: Sequence[Image], batc
 
 def _of_one(model: nn.Module, x: Image, batch_size: int) -> Tensor:
     place = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), x.device)
-    devices = [place] if place.type == "cuda" else []
-    with torch.random.fork_rng(devices):
+    with torch.random.fork_rng(list(range(torch.cuda.device_count()))):
+        torch.manual_seed(0)  # of a randomised model: what it draws neither depends on the caller nor moves his state
         return torch.cat(
             [
                 torch.softmax(eval_logits(model, some.to(place)).double(), dim=1).cpu()
