@@ -24,6 +24,7 @@ def run(
         verdict={"n": settled} if settled else None,
         autoattack="outcomes" if settled else None,
         estimate=None,
+        is_of_objects=False,
     )
 
 
@@ -84,3 +85,13 @@ def test_a_model_from_elsewhere_is_not_trained_and_its_code_allowed() -> None:
     said = commands([result(run("net", path=Path("judged"), recipe=recipe), trained=False)])
     assert "unmoved evaluate judged --attacks standard --allow my_attacks --allow my_models" in said
     assert not any(" compare " in command for command in said)
+
+
+def test_what_was_an_object_in_python_is_given_to_no_command_that_must_build_it() -> None:
+    ours, theirs = run("d/at"), run("net", path=Path("judged"))
+    theirs.is_of_objects = True
+    assert commands([result(theirs, unseen=True, trained=False)]) == ["unmoved export judged"]
+    both = commands([result(theirs, unseen=True, trained=False), result(ours, unseen=True, trained=False)])
+    assert [command for command in both if "judged" in command] == ["unmoved export judged"]
+    for name in ("doctor", "evaluate", "analyze"):
+        assert any(command.startswith(f"unmoved {name} ") for command in both)

@@ -23,6 +23,7 @@ from unmoved.evaluation.estimate import Estimate
 from unmoved.reports import figures, pages, report
 from unmoved.reports.pages import Section
 from unmoved.runs import records
+from unmoved.runs.assembly import IN_PYTHON
 from unmoved.runs.by_recipe import results_by_recipe, without_seeds
 from unmoved.runs.folder import Run
 
@@ -94,6 +95,7 @@ def make(name: str = "digits/at", seed: int = 0, clean: int = 57, robust: int = 
             "attacks": ["pgd", "square"],
             "seconds": 1.5,
             "split": "test",
+            "data": "0",
             "classes": ["cat", "dog", "ship"],
         },
     )
@@ -546,6 +548,11 @@ def test_words_about_other_weights_are_not_shown(tmp_path: Path) -> None:
     assert "`unmoved evaluate runs/digits-at-0 --attacks standard` renews it" in words
     assert "runs/digits-at-0: the doctor's opinion is about other weights than the evaluation" in words
     assert "Nobody looked: unmoved doctor runs/digits-at-0 does." in words
+    run.recipe |= {"trained": False, "data": {"use": IN_PYTHON}}
+    words = page([run], tmp_path / "r.html").said
+    assert "Nobody looked: unmoved.judge does, called in Python as before." in words
+    assert "`unmoved.judge`, called in Python as before, renews it" in words
+    assert not re.search("unmoved (doctor|evaluate|analyze) runs/", words), "which cannot build its model"
     for file in (run.verdict, run.doctor):
         file["weights_sha256"] = "new"
     again = page([run], tmp_path / "r.html").said
@@ -668,6 +675,10 @@ def spoil_labels(run: Any) -> None:
     run.outcomes["by"] = np.where(run.outcomes["success"], "pgd-10", "none")
 
 
+def spoil_data(run: Any) -> None:
+    run.evaluation["data"] = "1"
+
+
 def forget_evaluation(run: Any) -> None:
     run.evaluation = None
 
@@ -691,6 +702,7 @@ def cut_outcomes(run: Any) -> None:
         (spoil_identities, r"whose test images differ \(60 and 60, 9 of them in both\)"),
         (spoil_one_identity, r"whose test images differ \(60 and 60, 59 of them in both\)"),
         (spoil_labels, "same data, came other labels in .*b-0"),
+        (spoil_data, "same images, came others in .*b-0 than in .*a-0, though both name the same data"),
         (forget_evaluation, "run `unmoved evaluate .*b-0` first"),
         (forget_outcomes, "run `unmoved evaluate .*b-0` first"),
         (cut_outcomes, "outcomes of 60 samples, came 50; run `unmoved evaluate .*b-0` again"),
@@ -702,6 +714,12 @@ def test_runs_that_do_not_compare_are_refused(spoil: Callable[[Any], None], mess
     with pytest.raises(UnmovedError, match=message):
         report.write([make("a"), other], tmp_path / "r.html", "x")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_same_images_stored_in_another_form_are_compared() -> None:
+    other = make("b")
+    other.recipe["data"], other.evaluation["data"] = {"use": "arrays"}, "1"
+    assert len(results_by_recipe([make("a"), other])) == 2
 
 
 def test_classes_lost_clean_and_under_attack_are_named_with_their_seeds() -> None:

@@ -25,30 +25,33 @@ class Step(NamedTuple):
 def next_steps(results: Sequence[RecipeResult], contenders: Sequence[RecipeResult], *, analysed: bool) -> list[Step]:
     """Return the steps that the results leave open.
 
+    Of a model and data that were objects in Python, those that no command can take are left out.
+
     Args:
         contenders: the best recipes, and those of which nothing shows that they are worse.
         analysed: the report has chapters of analyses.
     """
     runs = [run for result in contenders for run in result.runs]
+    known = [run for run in runs if not run.is_of_objects]
     n, steps = runs[0].setting.n, list[Step]()
     whose = "it" if len(results) == 1 else "the best"
-    if unseen := [run for result in results for run in result.doctor_summary.unseen]:
+    if unseen := [run for result in results for run in result.doctor_summary.unseen if not run.is_of_objects]:
         steps.append(Step("Ask the doctor whether the figures are to be believed", _each("doctor", "", unseen)))
-    unsettled = [run for run in runs if _settled_images(run) < n]
+    unsettled = [run for run in known if _settled_images(run) < n]
     if unsettled:
         asked = "what is left" if len(contenders) == 1 else "which of them is best"
         steps.append(
             Step(f"Let AutoAttack say, on all {n} images, {asked}", _each("evaluate", " --attacks standard", unsettled))
         )
-    sampled = [run for run in runs if run.estimate is not None and run not in unsettled]
+    sampled = [run for run in known if run.estimate is not None and run not in unsettled]
     if sampled:
         why = "Let AutoAttack judge what its sample left out, too"
         steps.append(Step(why, _each("evaluate", " --attacks standard", sampled)))
     few = [result for result in contenders if result.is_trained and len(result.runs) < SEEDS]
     if few:
         steps.append(Step(f"Train {SEEDS} seeds: one says nothing of the next", _more_seeds(few)))
-    if not analysed:
-        steps.append(Step("See why, and at what price", _each("analyze softmax", "", runs[:1])))
+    if known and not analysed:
+        steps.append(Step("See why, and at what price", _each("analyze softmax", "", known[:1])))
     steps.append(Step(f"Hand {whose} on: weights, model card, evidence", f"unmoved export {_quoted(runs[0].path)}"))
     return steps
 

@@ -23,7 +23,7 @@ from unmoved.evaluation.doctor.finding import DO_NOT_BELIEVE, GRADES, LOOK_CLOSE
 from unmoved.evaluation.outcomes import CLEAN, WORST
 from unmoved.runs import accuracy
 from unmoved.runs.accuracy import Measure
-from unmoved.runs.evaluated import EvaluatedRun, EvaluationSetting, require_same_samples
+from unmoved.runs.evaluated import EvaluatedRun, EvaluationSetting, on_replaced_data, require_same_samples
 
 if TYPE_CHECKING:
     from unmoved.runs.folder import Run
@@ -299,6 +299,12 @@ def _require_alike(runs: Sequence[EvaluatedRun]) -> None:
                     "evaluate them alike, or report on them apart"
                 )
         require_same_samples(first.outcomes, run.outcomes, (first.path, run.path))
+    if (pair := on_replaced_data(runs)) is not None:
+        raise UnmovedError(
+            f"expected runs judged on the same images, came others in {pair[1].path} than in {pair[0].path}, though "
+            "both name the same data: its files were replaced in between; train and evaluate again what is of the "
+            "former files (in another folder, or with the old one removed), or report on them apart"
+        )
 
 
 def _where_all_are_settled(runs: Sequence[EvaluatedRun]) -> tuple[EvaluatedRun, ...]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +17,7 @@ from unmoved.core.untrusted import Json
 from unmoved.evaluation.estimate import Estimate
 from unmoved.evaluation.outcomes import CLEAN, ROBUST
 from unmoved.runs import records
+from unmoved.runs.assembly import IN_PYTHON
 from unmoved.runs.records import Doctor, Evaluation, Provenance, difference, digest_of_outcomes
 
 if TYPE_CHECKING:
@@ -115,6 +117,11 @@ class EvaluatedRun:
             stale=(*_not_shown(run, evaluation, shown), *stale),
         )
 
+    @property
+    def is_of_objects(self) -> bool:
+        """Return whether model and data were objects in Python, which no command can build again."""
+        return _is_of_objects(self.recipe)
+
     @cached_property
     def setting(self) -> EvaluationSetting:
         return EvaluationSetting(
@@ -150,6 +157,11 @@ class EvaluatedRun:
         )
 
 
+def _is_of_objects(recipe: Json) -> bool:
+    data = recipe.get("data")
+    return isinstance(data, dict) and data.get("use") == IN_PYTHON
+
+
 def samples_of(table: pd.DataFrame) -> pd.DataFrame:
     """Return the samples that a table is about: index and label, sorted, each once."""
     return table[["index", "label"]].drop_duplicates().sort_values(["index", "label"], ignore_index=True)
@@ -174,6 +186,20 @@ def require_same_samples(ours: pd.DataFrame, theirs: pd.DataFrame, names: tuple[
     raise UnmovedError(
         f"expected runs on the same data, came other labels in {other} than in {one}; look at each data set apart"
     )
+
+
+def on_replaced_data(runs: Sequence[EvaluatedRun]) -> tuple[EvaluatedRun, EvaluatedRun] | None:
+    """Return two runs that name the same data and were judged on different images, since its files were replaced.
+
+    Data under other names is not looked at: the digest is of bytes, and the same images may be stored in other forms.
+    """
+    known: dict[str, EvaluatedRun] = {}
+    for run in runs:
+        if run.evaluation.get("data") is not None:  # older versions did not write it
+            first = known.setdefault(json.dumps(run.recipe.get("data"), sort_keys=True, default=str), run)
+            if first.evaluation.get("data") != run.evaluation.get("data"):
+                return first, run
+    return None
 
 
 def _not_shown(run: Run, evaluation: Evaluation, shown: str) -> list[str]:
@@ -208,7 +234,8 @@ def _opinion(run: Run, evaluation: Evaluation, settled: Evaluation | None) -> tu
 
 
 def _stale(what: str, run: Run, command: str, other: str = "weights", than: str = "the evaluation") -> str:
-    return f"{run.path}: {what} is about other {other} than {than}, so it is not shown; `unmoved {command}` renews it"
+    again = "`unmoved.judge`, called in Python as before," if _is_of_objects(run.recipe) else f"`unmoved {command}`"
+    return f"{run.path}: {what} is about other {other} than {than}, so it is not shown; {again} renews it"
 
 
 def _require_whole(run: Run, facts: Evaluation, table: pd.DataFrame) -> None:

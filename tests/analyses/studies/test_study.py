@@ -26,13 +26,13 @@ def outcomes_of(attack: str, robust: int) -> pd.DataFrame:
     return table.assign(distance=0.1, success=~stands, by=np.where(stands, "none", attack))
 
 
-def judged(folder: Path, **robust: int) -> Any:
+def judged(folder: Path, data: str = "0", **robust: int) -> Any:
     """A run with the outcomes of these kinds: an evaluation by quick, a verdict, and a sampled verdict."""
     run = Run.create(folder, {"name": folder.name, "training": {"seed": 0}})
     for kind, left in robust.items():
         name = "autoattack" if kind == "verdict" else "quick"
         facts: Any = {"n": N, "weights": "best", "weights_sha256": "0", "attacks": {name: "A()"}, "split": "test"}
-        facts |= {"threat": {"norm": "linf", "eps": 0.1}}
+        facts |= {"threat": {"norm": "linf", "eps": 0.1}, "data": data}
         asked = None
         if kind == "sampled":
             facts["sample"] = records.sample(Estimate(N, left, 0, 0, left // 2, 1), "AutoAttack()", {})
@@ -50,3 +50,9 @@ def test_of_a_sampled_verdict_studies_read_the_search_that_judged_all_images(fir
     tables, source = found
     assert source == "quick"  # and not AutoAttack, which left nobody knows which
     assert {name: int(table["worst case"].sum()) for name, table in tables.items()} == {"a": 30, "b": 20, "c": 25}
+
+
+def test_runs_judged_before_and_after_their_images_were_replaced_are_not_read_together(tmp_path: Path) -> None:
+    before, after = judged(tmp_path / "before", evaluation=30), judged(tmp_path / "after", data="1", evaluation=20)
+    assert answers(cast(Any, [before, after])) is None
+    assert answers(cast(Any, [before, judged(tmp_path / "again", evaluation=20)])) is not None

@@ -21,7 +21,7 @@ from unmoved.reports import pages
 from unmoved.reports.drawing import short_names
 from unmoved.reports.pages import Section
 from unmoved.runs.assembly import Assembly
-from unmoved.runs.evaluated import EvaluatedRun, require_same_samples, samples_of
+from unmoved.runs.evaluated import EvaluatedRun, on_replaced_data, require_same_samples, samples_of
 from unmoved.runs.folder import Run
 from unmoved.runs.load import Opened, opened, question_about, weights_digest
 
@@ -204,6 +204,8 @@ def answers(runs: Sequence[AnalysedRun]) -> tuple[dict[str, pd.DataFrame], str] 
     """Return by name `outcomes.by_sample` of what judged all runs on the same images, and what that is; or None."""
     judged = [one for one in runs if any(one.run.facts(kind) for kind in ("evaluation", "verdict", "sampled"))]
     evaluated = [EvaluatedRun.of(one.run) for one in judged]
+    if on_replaced_data(evaluated) is not None:
+        return None
     for source, tables in (
         ("AutoAttack", [one.autoattack for one in evaluated if one.autoattack is not None]),
         ("", [one.outcomes for one in evaluated]),
