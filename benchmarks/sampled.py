@@ -32,14 +32,14 @@ from unmoved.attacks import Quick
 from unmoved.evaluation import judge
 from unmoved.evaluation.estimate import LEVEL, Estimate
 from unmoved.evaluation.sampling import Design
-from unmoved.runs import records, sampled
+from unmoved.runs import records, sampled_autoattack
 from unmoved.runs.evaluate import evaluate_run
 from unmoved.runs.folder import Run
 from unmoved.runs.load import opened
 from unmoved.runs.provenance import hardware
 
 
-def coverage(folder: Path, size: sampled.Size, draws: int) -> dict[str, object]:
+def coverage(folder: Path, size: sampled_autoattack.Size, draws: int) -> dict[str, object]:
     """Draw sampled verdicts of a run again and again, and hold each against its complete verdict."""
     run = Run.open(folder)
     complete = run.verdict_outcomes
@@ -53,13 +53,15 @@ def coverage(folder: Path, size: sampled.Size, draws: int) -> dict[str, object]:
     cheap = judge.evaluate(model, split, {"quick": Quick(assembly.threat, seed=seed)}, assembly.threat, workers=0)
     identities = split.index.numpy()
     standing = np.flatnonzero(np.isin(identities, cheap.loc[~cheap["success"], "index"]))
-    survivors = sampled.survivors_of(model, split, assembly.threat, standing, seed)
+    survivors = sampled_autoattack.survivors_of(model, split, assembly.threat, standing, seed)
     seconds = time.monotonic() - began
     breaks = complete.loc[identities, "success"].to_numpy(bool)
     n, left = len(split), len(standing) - int(breaks[standing].sum())
     found: list[Estimate] = []
     for draw in range(draws):
-        drawn = sampled.estimated(replace(survivors, seed=1 + draw), size, n, _asked(breaks, n, len(standing)))
+        drawn = sampled_autoattack.estimated(
+            replace(survivors, seed=1 + draw), size, n, _asked(breaks, n, len(standing))
+        )
         found += [] if drawn is None else [drawn[1]]
     return {
         "run": run.name,
@@ -99,7 +101,7 @@ def _held(found: list[Estimate], left: int, n: int, draws: int) -> dict[str, obj
     }
 
 
-def speed(folder: Path, size: sampled.Size, n: int | None, keep: Path | None) -> dict[str, object]:
+def speed(folder: Path, size: sampled_autoattack.Size, n: int | None, keep: Path | None) -> dict[str, object]:
     """Time a sampled verdict, and the complete one after it, from nothing."""
     seconds: dict[str, float] = {}
     with tempfile.TemporaryDirectory() if keep is None else nullcontext(keep) as scratch:
@@ -137,7 +139,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.sample is None and args.within is None:
         args.sample, args.within = (200, None) if args.what == "coverage" else (None, 0.5)
-    size = sampled.Size(args.sample, args.within)
+    size = sampled_autoattack.Size(args.sample, args.within)
     for folder in args.runs:
         row = coverage(folder, size, args.draws) if args.what == "coverage" else speed(folder, size, args.n, args.keep)
         print(json.dumps({**row, "level": LEVEL, "torch": torch.__version__, **hardware()}), flush=True)

@@ -39,8 +39,8 @@ from unmoved.runs.assembly import Assembly
 from unmoved.runs.components import parse_number
 from unmoved.runs.evaluate import chosen_attacks, evaluate_run, examine_run, size_of
 from unmoved.runs.folder import Run
-from unmoved.runs.judged import first_logits, is_of_other_weights, judged_run, tables_of_objects
 from unmoved.runs.load import Opened, opened, weights_digest
+from unmoved.runs.trained_elsewhere import first_logits, is_of_other_weights, judged_run, tables_of_objects
 
 logger = logging.getLogger("unmoved")
 Progress = Callable[[float, str], None]

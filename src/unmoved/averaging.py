@@ -1,4 +1,4 @@
-"""Average the weights along a training (EMA, SWA), to validate, keep and evaluate in place of the last weights."""
+"""Average the weights over a training (EMA, SWA), to validate, save and evaluate the average instead of the weights."""
 
 from unmoved.training.averaging import AVERAGES, EMA, SWA, Average, Averaging, none
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from unmoved.attacks.boundary_distance import DistanceEstimator
 from unmoved.attacks.ensembles import AutoAttack, Near, Quick
-from unmoved.attacks.scout import Scout
 from unmoved.core.batch import Batch
 from unmoved.core.threat import ThreatModel
 
@@ -30,7 +30,7 @@ def batch() -> Batch:
 
 
 def beyond(model: nn.Module, some: Batch) -> Tensor:
-    """A scout that goes a little beyond the boundary, and for the sample 13 not far enough."""
+    """Search a little beyond the boundary, and for the sample 13 not far enough."""
     x = some.x.clone()
     x[:, 0, 0, 0] = torch.where(some.index == 13, x[:, 0, 0, 0] + 0.11, 0.5001)
     return x
@@ -51,8 +51,10 @@ class Records:
 def test_attacks_get_the_samples_that_are_near_enough_and_not_broken_yet() -> None:
     wide, narrow, strong = Records(), Records(), Records(0.1)
     last = Records()
-    x_adv = Near(Scout(LINF, beyond), ((6.0, wide), (1.3, narrow), (1.1, strong), (6.0, last)))(Steps(), batch())
-    assert wide.asked == [11, 12, 14], "10 is broken by the scout, for 13 it found nothing"
+    x_adv = Near(DistanceEstimator(LINF, beyond), ((6.0, wide), (1.3, narrow), (1.1, strong), (6.0, last)))(
+        Steps(), batch()
+    )
+    assert wide.asked == [11, 12, 14], "10 is broken by the search, for 13 it found nothing"
     assert narrow.asked == [11, 12]
     assert strong.asked == [11]
     assert last.asked == [11, 12, 14], "strong proposed what is no success"
@@ -63,7 +65,7 @@ def test_attacks_get_the_samples_that_are_near_enough_and_not_broken_yet() -> No
 def test_a_sample_that_is_broken_is_left_and_a_success_outside_the_ball_is_none() -> None:
     threat = ThreatModel("linf", 0.11)
     inside, outside, last = Records(0.11), Records(0.13), Records()
-    x_adv = Near(Scout(threat, beyond), ((1.3, outside), (1.3, inside), (9.0, last)))(Steps(), batch())
+    x_adv = Near(DistanceEstimator(threat, beyond), ((1.3, outside), (1.3, inside), (9.0, last)))(Steps(), batch())
     assert outside.asked == [12], "11 is within the ball"
     assert inside.asked == [12]
     assert last.asked == [12, 14]
@@ -72,7 +74,7 @@ def test_a_sample_that_is_broken_is_left_and_a_success_outside_the_ball_is_none(
 
 
 def test_who_is_broken_is_asked_about_no_more() -> None:
-    """The scout changes other pixels too, so that 11, whose boundary is in the ball, is left to the attacks."""
+    """The search changes other pixels too, so that 11, whose boundary is in the ball, is left to the attacks."""
     threat = ThreatModel("linf", 0.11)
 
     def astray(model: nn.Module, some: Batch) -> Tensor:
@@ -81,7 +83,7 @@ def test_who_is_broken_is_asked_about_no_more() -> None:
         return x
 
     first, last = Records(0.11), Records()
-    x_adv = Near(Scout(threat, astray), ((2, first), (2, last)))(Steps(), batch())
+    x_adv = Near(DistanceEstimator(threat, astray), ((2, first), (2, last)))(Steps(), batch())
     assert first.asked == [10, 11, 12, 13]
     assert last.asked == [12, 13]
     assert (Steps()(x_adv).argmax(1) == 1).tolist() == [True, True, False, False, False]
@@ -102,7 +104,7 @@ def test_the_seed_of_an_ensemble_is_that_of_its_parts() -> None:
 
 
 def test_who_is_near_does_not_hang_on_the_company() -> None:
-    whole = Near(Scout(LINF, beyond), ((1.3, Records(0.1)),))(Steps(), batch())
+    whole = Near(DistanceEstimator(LINF, beyond), ((1.3, Records(0.1)),))(Steps(), batch())
     for k in range(5):
-        alone = Near(Scout(LINF, beyond), ((1.3, Records(0.1)),))(Steps(), batch().take(torch.tensor([k])))
+        alone = Near(DistanceEstimator(LINF, beyond), ((1.3, Records(0.1)),))(Steps(), batch().take(torch.tensor([k])))
         assert torch.equal(alone[0], whole[k])

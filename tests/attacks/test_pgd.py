@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from unmoved.attacks import APGD, FGSM, PGD, Friendly, Sensible
-from unmoved.attacks.apgd_steps import MomentumPace
+from unmoved.attacks.apgd_steps import MomentumSteps
 from unmoved.attacks.gradients import attacking, gradient_at
 from unmoved.attacks.rounds import Round
 from unmoved.core.batch import Batch
@@ -241,7 +241,7 @@ def test_apgd_is_at_least_as_strong_as_pgd(trained):
 
 def pace_of(samples, steps=100, compat=False, first=0.0):
     x = torch.zeros(samples, 1, 1, 1)
-    return MomentumPace(ThreatModel("linf", 0.1), x, x, torch.full((samples,), first), x, steps, compat)
+    return MomentumSteps(ThreatModel("linf", 0.1), x, x, torch.full((samples,), first), x, steps, compat)
 
 
 def test_apgd_checkpoints_are_the_papers():

@@ -143,7 +143,7 @@ def miniature(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
     monkeypatch.setattr(
         "unmoved.runs.evaluate.AutoAttack", lambda threat, version, seed: PGD(threat, steps=3, seed=seed)
     )
-    monkeypatch.setattr("unmoved.runs.sampled.Quick", lambda threat, seed: PGD(threat, steps=1, seed=seed))
+    monkeypatch.setattr("unmoved.runs.sampled_autoattack.Quick", lambda threat, seed: PGD(threat, steps=1, seed=seed))
     where = ["--data", str(tmp_path), "--out", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
     return lambda *more: study.main(["tiny", *where, *more])
 

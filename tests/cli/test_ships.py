@@ -22,7 +22,7 @@ from unmoved import cli
 from unmoved.analyses.studies import STUDIES
 from unmoved.cli import grid_commands, screen
 from unmoved.cli.part_description import described
-from unmoved.runs import components, shipped
+from unmoved.runs import components, packaged_recipes
 from unmoved.runs import recipe as config
 
 PACKAGE = ROOT / "src" / "unmoved"
@@ -95,7 +95,7 @@ def test_the_demo_is_made_of_recipes_of_the_package(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(grid_commands, "compare", lambda recipes, **settings: asked.append((recipes, settings)))
     unmoved("demo", "--out", "there").fine()
     ((recipes, settings),) = asked
-    assert {path.as_posix() for path in recipes} <= {*shipped.names()}
+    assert {path.as_posix() for path in recipes} <= {*packaged_recipes.names()}
     assert settings["out"] == Path("there")
 
 
@@ -132,7 +132,7 @@ def test_a_list_of_one_kind_fits_a_screen(monkeypatch: pytest.MonkeyPatch) -> No
     whole = unmoved("list").fine().out
     assert max(map(len, whole.splitlines())) <= 80
     assert "..." in whole
-    for kind, names in {**components.KINDS, "analyses": STUDIES, "recipes": shipped.names()}.items():
+    for kind, names in {**components.KINDS, "analyses": STUDIES, "recipes": packaged_recipes.names()}.items():
         head, *lines = unmoved("list", kind).fine().out.splitlines()
         assert head == kind
         assert sorted(line.split()[0] for line in lines) == sorted(names)

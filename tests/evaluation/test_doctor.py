@@ -17,11 +17,11 @@ from unmoved.core.protocols import kinds_of
 from unmoved.core.threat import ThreatModel
 from unmoved.data import ArraySplit
 from unmoved.evaluation.doctor import examine as doctor
-from unmoved.evaluation.doctor import outcomes_table, verdict
+from unmoved.evaluation.doctor import outcomes_table, reported
 from unmoved.evaluation.doctor.evidence import Evidence
 from unmoved.evaluation.doctor.examine import examine
 from unmoved.evaluation.doctor.finding import Finding, summary
-from unmoved.evaluation.doctor.verdict import Verdict
+from unmoved.evaluation.doctor.reported import ReportedOutcomes
 from unmoved.evaluation.outcomes import ROBUST
 from unmoved.testing.fixtures import network, same_random_state, untouched
 
@@ -181,7 +181,7 @@ def table(outcomes: dict[str, Callable[[int], str]], n: int = 100, index: list[i
 def told(rows: pd.DataFrame, kinds: dict[str, object] | None = None) -> Evidence:
     """What the checks of a table read: nothing of the model."""
     batch = Batch(torch.zeros(1, 1, 8, 8), torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
-    return Evidence(nn.Identity(), batch, THREAT, verdict=Verdict(rows, kinds or {}))
+    return Evidence(nn.Identity(), batch, THREAT, reported=ReportedOutcomes(rows, kinds or {}))
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ def test_attacks_without_gradients_that_win_are_read_from_the_table(broken: int,
     ensemble = table({"autoattack": lambda k: "apgd-ce" if k >= 50 else "square" if k < broken else ""})
     alone = table({"apgd": lambda k: "apgd" if k >= 50 else "", "blind": lambda k: "blind" if k < broken else ""})
     for rows, those in ((ensemble, {}), (alone, {"blind": "Square(threat=...)"})):
-        found = outcomes_table.blind_wins(told(rows, dict(those)))
+        found = outcomes_table.gradient_free_wins(told(rows, dict(those)))
         assert (None if found is None else found.grade) == grade, rows
 
 
@@ -225,11 +225,11 @@ EXPORTED = {
 @pytest.mark.parametrize("name", EXPORTED)
 def test_a_table_of_an_older_run_has_reprs_or_names_alone_and_says_the_same(name: str) -> None:
     rows, attack = table({name: lambda k: ""}), EXPORTED[name]
-    declared = verdict.kinds_in(rows, {name: attack})
+    declared = reported.kinds_in(rows, {name: attack})
     assert declared == {name: kinds_of(name, attack, 10)}
-    assert verdict.kinds_in(rows, {name: declared[name]}) == declared, "as evaluations record it"
-    assert verdict.kinds_in(rows, {name: repr(attack)}) == declared
-    assert verdict.kinds_in(rows, {}) == declared
+    assert reported.kinds_in(rows, {name: declared[name]}) == declared, "as evaluations record it"
+    assert reported.kinds_in(rows, {name: repr(attack)}) == declared
+    assert reported.kinds_in(rows, {}) == declared
 
 
 def test_what_a_stranger_declares_goes_before_its_name() -> None:
@@ -240,26 +240,26 @@ def test_what_a_stranger_declares_goes_before_its_name() -> None:
             return batch.x
 
     rows = table({"square": lambda k: "", "pgd": lambda k: ""})
-    assert Verdict(rows, {}).has_blind
-    assert not Verdict(rows, {"square": Square()}).has_blind
-    assert Verdict(rows, {"square": Square()}).has_weak
-    assert not Verdict(rows, {"square": {"square": "fixed-step gradients"}}).has_weak
+    assert ReportedOutcomes(rows, {}).has_both_kinds
+    assert not ReportedOutcomes(rows, {"square": Square()}).has_both_kinds
+    assert ReportedOutcomes(rows, {"square": Square()}).has_weak
+    assert not ReportedOutcomes(rows, {"square": {"square": "fixed-step gradients"}}).has_weak
 
 
 def test_autoattack_for_randomised_models_asks_for_gradients_alone() -> None:
     rows = table({"autoattack-rand": lambda k: ""})
     for attack in ({}, {"autoattack-rand": attacks.AutoAttack(THREAT, version="rand")}):
-        read = Verdict(rows, attack)
-        assert (read.has_blind, read.by_rand, read.by_autoattack) == (False, True, False)
+        read = ReportedOutcomes(rows, attack)
+        assert (read.has_both_kinds, read.by_rand, read.by_autoattack) == (False, True, False)
 
 
 def test_samples_that_gradients_break_too_do_not_count_for_the_blind() -> None:
     rows = table({"apgd": lambda k: "apgd" if k < 50 else "", "square": lambda k: "square" if k < 50 else ""})
-    assert outcomes_table.blind_wins(told(rows)) is None
+    assert outcomes_table.gradient_free_wins(told(rows)) is None
 
 
 def test_a_table_of_blind_attacks_alone_proves_nothing() -> None:
-    assert outcomes_table.blind_wins(told(table({"square": lambda k: "square"}))) is None
+    assert outcomes_table.gradient_free_wins(told(table({"square": lambda k: "square"}))) is None
 
 
 def test_searches_that_the_table_answers_are_not_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,7 +267,7 @@ def test_searches_that_the_table_answers_are_not_run_again(monkeypatch: pytest.M
     rows = table({"pgd": lambda k: "", "autoattack": lambda k: ""})
     examined(at(), n=5, outcomes=rows, progress=lambda done, total, name: seen.append(name))
     assert not {"black box", "other loss"} & set(seen)
-    assert {"pgd overrates", "blind wins", "table is weak"} <= set(seen)
+    assert {"pgd overrates", "gradient free wins", "table is weak"} <= set(seen)
 
 
 def test_a_table_that_the_doctors_own_searches_refute_is_said() -> None:

@@ -29,8 +29,8 @@ from unmoved.core.threat import ThreatModel
 from unmoved.data import ArraySplit, digits
 from unmoved.evaluation import outcomes
 from unmoved.evaluation.journal import Journal
-from unmoved.runs import asked as asked_module
 from unmoved.runs import evaluate as evaluation
+from unmoved.runs import evaluator
 from unmoved.runs.assembly import Assembly
 from unmoved.runs.folder import Run
 from unmoved.runs.load import opened, question_about, weights_digest
@@ -248,7 +248,7 @@ def test_the_precision_of_the_search_is_the_machines_and_is_said(run: Path, monk
         asked.append(question["precision"])
         return Journal(path, question)
 
-    monkeypatch.setattr(asked_module, "Journal", noted)
+    monkeypatch.setattr(evaluator, "Journal", noted)
     for features, expected in (({}, "float32"), ({"amx_bf16": True}, "bf16")):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda features=features: features, raising=False)
         unmoved("evaluate", run, "--attacks", "pgd", "--n", 10, "--no-doctor").fine()

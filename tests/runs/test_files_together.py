@@ -319,17 +319,17 @@ def test_a_digest_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_question_is_about_the_recipe_and_the_code_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assembly = built_of()
     split = assembly.data.test
-    one = load.question_about(assembly, split, ())
-    assert load.question_about(built_of(), split, ()) == one
-    assert load.question_about(built_of(mean=[0.25]), split, ()) != one, "the same weights, other answers"
+    one = load.data_and_code(assembly, split, ())
+    assert load.data_and_code(built_of(), split, ()) == one
+    assert load.data_and_code(built_of(mean=[0.25]), split, ()) != one, "the same weights, other answers"
     module = tmp_path / "lab_of_mine.py"
     module.write_text("steps = 1\n")
     monkeypatch.syspath_prepend(tmp_path)
     __import__("lab_of_mine")
-    with_lab = load.question_about(assembly, split, ["lab_of_mine"])
+    with_lab = load.data_and_code(assembly, split, ["lab_of_mine"])
     module.write_text("steps = 2\n")
-    assert load.question_about(assembly, split, ["lab_of_mine"]) != with_lab
-    assert load.question_about(assembly, split, ()) == one
+    assert load.data_and_code(assembly, split, ["lab_of_mine"]) != with_lab
+    assert load.data_and_code(assembly, split, ()) == one
     monkeypatch.delitem(sys.modules, "lab_of_mine")
 
 

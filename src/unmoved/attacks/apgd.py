@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from unmoved.attacks.apgd_steps import MomentumPace, SparsePace
-from unmoved.attacks.calling import takes_images
+from unmoved.attacks.apgd_steps import MomentumSteps, SparseSteps
+from unmoved.attacks.call_signature import takes_images
 from unmoved.attacks.gradients import Best, attacking, broken, crossed, gradient_at, value_at
 from unmoved.attacks.relu_backward import smoothed
 from unmoved.attacks.rounds import Retired, Round, compacts, in_rounds
@@ -53,7 +53,7 @@ class APGD:
         UnmovedError: a value outside its bounds.
 
     Deviations: the first checkpoint counts the rise of the first step from the start's loss (see ``compat``). In l2 and
-    l1 a step's length counts the pixels alone that the box lets move, and the projection in l2 knows the box. Under
+    l1 a step's length counts only pixels that the box lets move, and the projection in l2 accounts for the box. Under
     autocast a success is confirmed in float32, and the last tenth of the steps is taken in float32.
     """
 
@@ -83,7 +83,7 @@ class APGD:
 
     @takes_images
     def __call__(self, model: nn.Module, batch: Batch) -> Image:
-        # A randomised model draws from the global generator, whose state is put back.
+        # A randomised model draws from the global generator, whose state is restored.
         fork = torch.random.fork_rng(enabled=self.draws > 1)
         with attacking(model, batch, self.threat) as views, smoothed(self.smooth), fork:
             if self.threat.radius == 0 or len(batch) == 0:
@@ -104,7 +104,7 @@ class APGD:
         else:
             ball, (low, high) = self._phases()[0][0], self.threat.bounds
             delta = (high - low) * noise.normal(batch.index, shape, **key)
-            # Well outside the ball in nearly every direction, and in all after this, so that it is projected onto it.
+            # Nearly every direction ends well outside the ball, and after this line all do, so they project onto it.
             delta = delta * per_image(4 * ball.radius / delta.flatten(1).abs().sum(dim=1), delta).clamp_min(1)
             return ball.project(batch.x + delta.to(batch.x.dtype), batch.x)
         return self.threat.project(batch.x + self.threat.radius * delta.to(batch.x.dtype), batch.x)
@@ -120,7 +120,7 @@ class APGD:
     def _climb(self, base: Views, x_adv: Image, retired: Retired | None) -> Best:
         *larger, (threat, steps) = self._phases()
         for ball, count in larger:
-            x_adv = self._climb_in(ball, count, base, ball.project(x_adv, base.x), None).pace.top
+            x_adv = self._climb_in(ball, count, base, ball.project(x_adv, base.x), None).stepper.top
         return self._climb_in(threat, steps, base, threat.project(x_adv, base.x) if larger else x_adv, retired).best
 
     def _climb_in(self, threat: ThreatModel, steps: int, base: Views, x_adv: Image, retired: Retired | None) -> _Ascent:
@@ -149,26 +149,26 @@ class _Ascent:
         value, self.gradient, logits = gradient_at(base, x_adv, attack.loss, attack.draws)
         self._offer(value, logits)
         common = (threat, base.x, x_adv, value, self.gradient, steps)
-        self.pace: SparsePace | MomentumPace
+        self.stepper: SparseSteps | MomentumSteps
         if threat.norm == "l1":
-            self.pace = SparsePace(*common, given=attack.large_first)
+            self.stepper = SparseSteps(*common, given=attack.large_first)
         else:
-            self.pace = MomentumPace(*common, attack.compat)
+            self.stepper = MomentumSteps(*common, attack.compat)
 
     def _offer(self, value: Tensor, logits: Tensor) -> None:
         self.best.offer(self.x_adv, value, crossed(logits, self.base.y), self.position)
 
     def step(self, step: int) -> None:
         """Take one step, and offer the iterate, the final one included, to the best."""
-        self.x_adv = self.pace.move(self.x_adv, self.gradient, step)
+        self.x_adv = self.stepper.move(self.x_adv, self.gradient, step)
         if step == self.steps - 1 and self.attack.draws == 1:
             value, logits = value_at(self.base, self.x_adv, self.attack.loss)
-            self.pace.note(self.x_adv, value, self.gradient)
+            self.stepper.note(self.x_adv, value, self.gradient)
             self._offer(value, logits)
             return
         value, self.gradient, logits = gradient_at(self.base, self.x_adv, self.attack.loss, self.attack.draws)
         self._offer(value, logits)
-        self.x_adv, self.gradient = self.pace.observe(self.x_adv, value, self.gradient, step)
+        self.x_adv, self.gradient = self.stepper.observe(self.x_adv, value, self.gradient, step)
 
     def confirm(self) -> None:
         """Under autocast, keep a success only where float32 confirms it; not at each step, since it waits for a GPU."""
@@ -186,4 +186,4 @@ class _Ascent:
         if not keep.all():
             self.base, self.position = self.base.take(keep), self.position[keep]
             self.x_adv, self.gradient = self.x_adv[keep], self.gradient[keep]
-            self.pace.take(keep)
+            self.stepper.take(keep)

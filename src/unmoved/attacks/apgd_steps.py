@@ -9,7 +9,7 @@ from unmoved.core.batch import Image, PerSample, per_image
 from unmoved.core.threat import ThreatModel
 
 
-class _Pace:
+class _Steps:
     """Remember the point of highest loss of each row, with its loss and gradient."""
 
     rows: tuple[str, ...] = ("x", "top", "top_value", "top_gradient", "step_size")
@@ -43,7 +43,7 @@ def with_momentum(
     ``z = P(x' + s g)`` with g the steepest direction; the first step, number 0, has no momentum.
 
     Args:
-        x: (B, C, H, W) the middles of the balls.
+        x: (B, C, H, W) the centres of the balls.
         x_adv, x_old: the iterates, and those before them.
         gradient: of the loss at ``x_adv``.
         size: s, one for all or (B, 1, 1, 1).
@@ -54,10 +54,10 @@ def with_momentum(
     return threat.project(x_adv + share * (z - x_adv) + (1 - share) * (x_adv - x_old), x)
 
 
-class MomentumPace(_Pace):
+class MomentumSteps(_Steps):
     """Choose steps and step sizes in linf and l2 (Croce and Hein 2020, sections 3.1 and 3.2)."""
 
-    rows = (*_Pace.rows, "x_old", "last_value", "rises", "checked_value", "halved")
+    rows = (*_Steps.rows, "x_old", "last_value", "rises", "checked_value", "halved")
 
     def __init__(
         self, threat: ThreatModel, x: Image, x_adv: Image, value: PerSample, gradient: Tensor, steps: int, compat: bool
@@ -94,15 +94,15 @@ class MomentumPace(_Pace):
         return self.back(self.halved, x_adv, gradient)
 
 
-class SparsePace(_Pace):
+class SparseSteps(_Steps):
     """Choose sparse steps in l1, over as many pixels as the best point's support suggests (Croce and Hein 2021, 4).
 
-    Pixels that stand at the edge of the box to which they would go are no part of either number: they neither use up
-    length nor stand in the way of the next largest gradient. At first the step is as sparse as the support of a
-    ``given`` start says, and has a share ``FIRST`` of all pixels where the start is noise.
+    Pixels at the edge of the box that would move outwards do not count, neither in the support nor in the step: they
+    use up no length, and the pixels of next largest gradient take their place. The first step has as many pixels as
+    the support of a ``given`` start, or a share ``FIRST`` of all pixels if the start is noise.
     """
 
-    rows = (*_Pace.rows, "count", "support")
+    rows = (*_Steps.rows, "count", "support")
     FIRST, SHRINK, LEAST, SPARSER = 0.2, 1.5, 10.0, 0.95
 
     def __init__(
@@ -111,7 +111,7 @@ class SparsePace(_Pace):
         super().__init__(threat, x, x_adv, value, gradient)
         self.step_size = torch.full_like(per_image(value, self.x), threat.radius, dtype=x.dtype)
         self.features = x[0].numel()
-        # What rounding may move a pixel by, or keep it from an edge.
+        # The distance by which rounding may move a pixel, or keep it from an edge.
         self.least = 8 * torch.finfo(x.dtype).eps * max(abs(edge) for edge in threat.bounds)
         if given:
             self.support = self._support(x_adv)
@@ -141,7 +141,7 @@ class SparsePace(_Pace):
         can_move = torch.where(gradient > 0, high - x_adv, x_adv - low) > self.least
         largest = (size * can_move).flatten(1).sort(dim=1, descending=True).values
         threshold = largest.gather(1, self.count[:, None] - 1)
-        # What came to an edge is pushed on, lest it be drawn back with the others.
+        # Pixels that reached an edge are pushed further, so that the projection does not pull them back.
         pushed = (size >= per_image(threshold, self.x)) & (size > 0)
         count = per_image((pushed & can_move).flatten(1).sum(dim=1), self.x).clamp_min(1)
         return self.threat.project(x_adv + self.step_size * (gradient.sign() * pushed) / count, self.x)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from unmoved.attacks.calling import takes_images
+from unmoved.attacks.call_signature import takes_images
 from unmoved.attacks.gradients import crossed, gradient_at, rounding
 from unmoved.attacks.minimum_norm import MARGIN, Nearest, searching
 from unmoved.core.batch import Batch, Image, PerSample, per_image
@@ -16,7 +16,7 @@ from unmoved.core.errors import UnmovedError, number_field, whole_field
 from unmoved.core.threat import ThreatModel, require_threat
 from unmoved.core.views import Views
 
-# How far inside the box (a share of its width) tanh space begins: at the very edge its gradient is zero for ever.
+# How far inside the box (a share of its width) tanh space begins: at the edge its gradient is zero for good.
 INSET = 1e-4
 
 
@@ -25,7 +25,7 @@ class CW:
     """The l2 attack of Carlini and Wagner (2017, section VI.A).
 
     ``min_w ||x' - x||_2^2 + c max(z_y - max_{j != y} z_j + confidence, 0) / u`` with ``x' = (tanh(w) + 1) / 2`` scaled
-    to the valid images, by Adam; u is what the maximum is at x, and distances are in widths of the bounds. c is
+    to the valid images, by Adam; u is the value of the maximum at x, and distances are in widths of the bounds. c is
     searched per sample: halfway between the largest that failed and the smallest that succeeded, ten times larger while
     none succeeded. On a linear model the right c is twice the squared distance, whatever the scale of the logits.
 
@@ -122,7 +122,7 @@ class CW:
     def _objective(
         self, views: Views, x_adv: Image, const: PerSample, unit: PerSample
     ) -> tuple[PerSample, Tensor, Tensor]:
-        """Return the objective (n,), its gradient over the image, and who is misclassified with confidence (n,)."""
+        """Return the objective (n,), its gradient over the image, and which are misclassified with confidence (n,)."""
         margin, ascent, logits = gradient_at(views, x_adv, MARGIN)
         low, high = self.threat.bounds
         delta = (x_adv - views.x) / (high - low)

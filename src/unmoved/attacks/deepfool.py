@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from unmoved.attacks.calling import takes_images
+from unmoved.attacks.call_signature import takes_images
 from unmoved.attacks.gradients import crossed, input_gradient, not_differentiable, rounding
 from unmoved.attacks.hyperplanes import dual_length, length, toward
 from unmoved.attacks.minimum_norm import Nearest, searching
@@ -40,7 +40,7 @@ class DeepFool:
     Raises:
         UnmovedError: norm l1, or a value outside its bounds.
 
-    Deviations: the box, which the paper does not know; points are clipped to it at each step. A step is at least as
+    Deviations: the box, which the paper leaves out; points are clipped to it at each step. A step is at least as
     long as rounding asks for (the authors add 1e-4 to each). "Misclassified" asks for a margin above rounding.
     """
 
@@ -82,7 +82,7 @@ class DeepFool:
             if len(go) == 0:
                 return
             views, position, total, classes = views.take(go), position[go], total[go] + step[go], classes[go]
-            # What lies outside the box is forgotten, so that a pixel can turn back at once.
+            # The part outside the box is dropped, so that a pixel can turn back at once.
             tried = (views.x + (1 + self.overshoot) * total).clamp(low, high)
             total = (tried - views.x) / (1 + self.overshoot)
         x_adv = views.x + (1 + self.overshoot) * total
@@ -90,7 +90,7 @@ class DeepFool:
             nearest.offer(position, x_adv, crossed(views.at(x_adv).adv, views.y), views.x)
 
     def _linearised(self, views: Views, x_adv: Image, classes: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the step to the nearest linear boundary, who is misclassified already (B,), the candidates (B, k)."""
+        """Return the step to the nearest linear boundary, whether it is misclassified (B,), the candidates (B, k)."""
         x = x_adv.detach().requires_grad_(True)
         z = views.at(x).adv
         if classes is None:

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from unmoved.attacks.apgd import APGD
-from unmoved.attacks.calling import takes_images
+from unmoved.attacks.boundary_distance import DistanceEstimator
+from unmoved.attacks.call_signature import takes_images
 from unmoved.attacks.fab import FAB
 from unmoved.attacks.fmn import FMN
 from unmoved.attacks.gradients import require_attackable
 from unmoved.attacks.odi import DiversifiedPGD
-from unmoved.attacks.scout import Scout
 from unmoved.attacks.square import Square
 from unmoved.core.batch import Batch, Image
 from unmoved.core.errors import keep_field, number_field, require_choice, require_seed
@@ -25,19 +25,19 @@ from unmoved.core.views import eval_logits
 from unmoved.terms import CE, DLR, Margin, TargetedDLR, TargetedMargin
 
 VERSIONS = ("standard", "rand")
-# In units of eps, by the scout: of what lies beyond, long attacks break next to nothing.
+# Estimated distance of the boundary, in units of eps, beyond which long attacks break next to nothing.
 NEARER = 1.5
 
 
 @dataclass(frozen=True)
 class AutoAttack:
-    """AutoAttack (Croce and Hein 2020), its versions with the budgets of the authors' code.
+    """AutoAttack (Croce and Hein 2020), with the versions and budgets of the authors' code.
 
     ``standard``: APGD on cross-entropy, APGD on the targeted DLR loss, targeted FAB, Square. linf and l2: 100 steps,
     one restart, 9 targets, 5,000 queries; l1: 5 restarts of the first, 5 targets of the second, both from large balls.
     ``rand``, for randomised models: APGD on cross-entropy and on DLR, each gradient averaged over 20 passes. Each
-    attack starts from the clean image and runs on what those before it left robust; a sample is left once it is broken.
-    What stays robust comes back clean.
+    attack starts from the clean image and runs on the samples that those before it left robust. The clean image is
+    returned for samples that stay robust.
 
     Args:
         threat: the ball.
@@ -98,13 +98,14 @@ class AutoAttack:
 class Quick:
     """A cheap ensemble for every day; its robust accuracy is an upper bound, and not to be reported as AutoAttack's.
 
-    A few steps on the margin; then a scout, FMN with gradients through dead ReLUs, says how far the boundary is. Where
-    it lies within ``reach`` eps follow PGD from output-diversified starts, through dead ReLUs and towards four classes,
-    and APGD; within `NEARER` eps more starts, and more steps.
+    First a few steps of PGD on the margin; then a short FMN with gradients through dead ReLUs estimates how far the
+    boundary is (`DistanceEstimator`). Samples whose boundary lies within ``reach`` eps are attacked by PGD from
+    output-diversified starts, through dead ReLUs and towards four classes, and by APGD; those within `NEARER` eps also
+    with more starts and more steps.
 
     Args:
         threat: the ball.
-        reach: how far away the boundary may be by the scout's word (`Scout`), in units of eps.
+        reach: largest estimated distance of the boundary, in units of eps, at which a sample is attacked further.
         seed: keys all noise.
 
     Raises:
@@ -133,7 +134,7 @@ class Quick:
         )
         return {
             "pgd-margin": DiversifiedPGD(ball, steps=10, start_steps=0, seed=seed),
-            "near": Near(scout_of(ball), ladder),
+            "near": Near(distance_estimator(ball), ladder),
         }
 
     def notes(self, num_classes: int) -> list[str]:
@@ -144,40 +145,41 @@ class Quick:
         return in_turn(model, batch, self.threat, self.parts)
 
 
-def scout_of(threat: ThreatModel) -> Scout:
-    """Return who says how near a sample is: a few steps of FMN, through dead ReLUs."""
-    return Scout(threat, FMN(threat, steps=20, smooth=10))
+def distance_estimator(threat: ThreatModel) -> DistanceEstimator:
+    """Return the estimator that `Quick` uses: a few steps of FMN, with gradients through dead ReLUs."""
+    return DistanceEstimator(threat, FMN(threat, steps=20, smooth=10))
 
 
 @dataclass(frozen=True)
 class Near:
-    """Run attacks in turn, each on the samples alone whose boundary a scout believes near the ball.
+    """Run attacks in turn, each only on samples whose estimated distance to the boundary is small enough.
 
-    Near is a matter of the sample's own reach, not of its rank among others: so a verdict does not depend on the batch.
+    Each sample is compared with a fixed limit and not with the other samples, so that its outcome does not depend on
+    the batch.
 
     Args:
-        scout: finds how far each boundary is, and may break a sample on the way.
-        attacks: pairs (reach, attack): the attack runs where the boundary is within reach eps.
+        estimator: estimates the distances; the images that it finds may already break a sample.
+        attacks: pairs (limit, attack): the attack runs where the distance is at most this many eps.
     """
 
-    scout: Scout
+    estimator: DistanceEstimator
     attacks: tuple[tuple[float, Attack], ...]
 
     @takes_images
     def __call__(self, model: nn.Module, batch: Batch) -> Image:
-        threat = self.scout.threat
+        threat = self.estimator.threat
         require_attackable(model, batch, threat)
         x_adv = batch.x.detach().clone()
         if len(batch) == 0 or threat.radius == 0:
             return x_adv
-        reach, surface = self.scout(model, batch)
-        won = _has_broken(model, surface, batch, threat)
-        x_adv[won], reach[won] = surface[won], torch.inf
+        distance, in_ball = self.estimator(model, batch)
+        won = _has_broken(model, in_ball, batch, threat)
+        x_adv[won], distance[won] = in_ball[won], torch.inf
         for limit, attack in self.attacks:
-            near = torch.nonzero(reach <= limit).flatten()
+            near = torch.nonzero(distance <= limit).flatten()
             if len(near):
                 proposal, won = _tried(model, batch.take(near), threat, attack)
-                x_adv[near[won]], reach[near[won]] = proposal[won], torch.inf
+                x_adv[near[won]], distance[near[won]] = proposal[won], torch.inf
         return x_adv
 
 
@@ -186,7 +188,7 @@ def in_turn(
 ) -> Image:
     """Run attacks in turn; return the clean image where none broke the sample or it is misclassified already.
 
-    Every success is checked in float32, on the whole image in the ball, before the sample is left.
+    A sample counts as broken, and is not attacked again, only after its image was checked in float32 and in the ball.
     """
     require_attackable(model, batch, threat)
     x_adv = batch.x.detach().clone()
@@ -202,7 +204,7 @@ def in_turn(
 
 
 def _tried(model: nn.Module, batch: Batch, threat: ThreatModel, attack: Attack) -> tuple[Image, Tensor]:
-    """Return an attack's proposals, and which are successes."""
+    """Return an attack's proposals, and which of them are successes."""
     proposal = attack(model, batch)
     return proposal, _has_broken(model, proposal, batch, threat)
 
@@ -214,7 +216,7 @@ def _has_broken(model: nn.Module, proposal: Image, batch: Batch, threat: ThreatM
 
 
 def _wrong(model: nn.Module, x: Image, y: Tensor) -> tuple[Tensor, int]:
-    """Return who is misclassified in float32, (B,), and the number of classes."""
+    """Return which images are misclassified in float32, (B,) bool, and the number of classes."""
     logits = eval_logits(model, x)
     require_labels(y, logits.shape[1])
     return logits.argmax(dim=1) != y, logits.shape[1]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from unmoved.attacks.calling import takes_images
+from unmoved.attacks.call_signature import takes_images
 from unmoved.attacks.gradients import Best, crossed, input_gradient, not_differentiable, rounding
 from unmoved.attacks.hyperplanes import length, to_hyperplane, toward
 from unmoved.attacks.minimum_norm import clear, searching
@@ -135,7 +135,7 @@ class FAB:
         x = x_adv.detach().requires_grad_(True)
         z = base.at(x).adv
         classes = base.target[:, None] if self.targeted else _wrong_classes(base.y, z.shape[1])
-        # The boundary that is clear of rounding: a plane at 0 is crossed in one batch size and not in another.
+        # A boundary shifted by the rounding error: a plane at 0 would be crossed in one batch size and not in another.
         gap = z.gather(1, classes) - z.gather(1, base.y[:, None]) - 2 * rounding(z.detach(), base.y)[:, None]
         normal = torch.zeros_like(x.detach()).flatten(1)
         shortest, excess = torch.full_like(normal[:, 0], torch.inf), torch.zeros_like(normal[:, 0])
@@ -167,9 +167,9 @@ class FAB:
 
 
 def _sides(logits: Logits, y: Label) -> tuple[Tensor, Tensor]:
-    """Return who is misclassified by more than rounding, and who is that or on the boundary: two (B,) bool.
+    """Return which are misclassified by more than rounding, and which are that or on the boundary: two (B,) bool.
 
-    A point on the boundary goes back like one beyond it: there the way to the boundary is 0, so it would stay for good.
+    A point on the boundary goes back like one beyond it: its step to the boundary is 0, so that it would never move.
     """
     lead = margin(logits, y)
     return lead > rounding(logits, y), lead >= -rounding(logits, y)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from unmoved.attacks.calling import takes_images
+from unmoved.attacks.call_signature import takes_images
 from unmoved.attacks.gradients import crossed, gradient_at, rounding
 from unmoved.attacks.hyperplanes import dual_length, length
 from unmoved.attacks.minimum_norm import MARGIN, Nearest, searching

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from unmoved.core import views as seen
 from unmoved.core.batch import Batch, Image, Label, Logits, PerSample, per_image
 from unmoved.core.errors import UnmovedError
-from unmoved.core.heap import keep_freed_memory
+from unmoved.core.malloc import keep_freed_memory
 from unmoved.core.model_errors import cause_in_graph
 from unmoved.core.precision import float32_only
 from unmoved.core.preconditions import require_images, values_of
@@ -112,21 +112,21 @@ _DIFFERENTIABLE = (
 
 
 def value_at(base: Views, x_adv: Image, loss: Term, logits: Logits | None = None) -> tuple[PerSample, Logits]:
-    """Compute the loss (B,) and the logits (B, K) at ``x_adv``, unless these are known, without a gradient."""
+    """Compute the loss (B,) and, unless they are given, the logits (B, K) at ``x_adv``, without a gradient."""
     with torch.no_grad():
         views = base.at(x_adv, logits)
         return values_of(loss, views, "attack loss"), views.adv
 
 
 def crossed(logits: Logits, y: Label) -> Tensor:
-    """Return who is misclassified by more than what another batch size may round away, (B,) bool."""
+    """Return which samples are misclassified by more than the rounding of another batch size, (B,) bool."""
     return margin(logits, y) > rounding(logits, y)
 
 
 def rounding(logits: Logits, y: Label) -> PerSample:
-    """Bound what another order of the same sums may move a margin by, (B,): a share of its two logits' size.
+    """Bound the change of a margin when its sums are computed in another order, (B,): a share of its two logits' size.
 
-    The others do not count: a class that is masked has a logit of -1e9 or of minus infinity.
+    The other logits do not count: a masked class has a logit of -1e9 or of minus infinity.
     """
     size = torch.maximum(best_wrong(logits, y).abs(), logits.gather(1, y[:, None]).squeeze(1).abs())
     return 32 * torch.finfo(logits.dtype).eps * torch.where(size.isfinite(), size, 0.0)
@@ -135,7 +135,7 @@ def rounding(logits: Logits, y: Label) -> PerSample:
 def broken(model: nn.Module, x_adv: Image, logits: Logits | None, y: Label) -> Tensor:
     """Return which proposals are misclassified, (B,) bool, as `crossed`; under autocast float32 confirms a success.
 
-    Without logits, the model is asked about every proposal.
+    Without logits, they are computed for every proposal.
     """
     wrong = torch.ones_like(y, dtype=torch.bool) if logits is None else crossed(logits, y)
     if torch.is_autocast_enabled(x_adv.device.type) and wrong.any():

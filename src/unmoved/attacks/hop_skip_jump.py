@@ -1,4 +1,4 @@
-"""Attack by HopSkipJump a model of which only the predicted classes are seen."""
+"""Attack by HopSkipJump, which uses only the predicted classes of the model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from unmoved.attacks.calling import takes_images
+from unmoved.attacks.call_signature import takes_images
 from unmoved.attacks.gradients import crossed
 from unmoved.attacks.hyperplanes import length
 from unmoved.attacks.minimum_norm import Nearest, searching
@@ -21,10 +21,10 @@ from unmoved.core.protocols import QUERIES
 from unmoved.core.threat import ThreatModel, require_threat
 from unmoved.core.views import Views
 
-# Images in one forward pass, about; the result does not depend on it.
+# Approximate number of images in a forward pass; the result does not depend on it.
 PASS = 1024
 HALVINGS = 12
-# Apart in the streams of noise: one for each direction; starts have the negative ones.
+# Streams of noise: one for each direction; the starts use negative ones.
 STRIDE = 1 << 20
 
 
@@ -52,9 +52,8 @@ class HopSkipJump:
     Raises:
         UnmovedError: norm l1, or a value outside its bounds.
 
-    Deviations: the start (the authors try fine grey noise alone). The bisection takes 10 to 24 decisions, whatever
-    its exact rule asks beyond. A last decision moves the result outwards,
-    by a share of 1e-4 and clear of rounding.
+    Deviations: the start (the authors try fine grey noise alone). The bisection takes 10 to 24 decisions, even
+    if the exact rule asks for more. A last decision moves the result outwards, by a share of 1e-4 and beyond rounding.
     """
 
     threat: ThreatModel
@@ -107,7 +106,7 @@ class HopSkipJump:
             used = used + count + asked + bisections
 
     def _start(self, views: Views, tries: int) -> tuple[Image, Tensor, Tensor]:
-        """Return misclassified blends, the decisions asked for, one for the clean image, and who has a blend (n,)."""
+        """Return misclassified blends, the number of decisions used, and which samples have a blend (n,)."""
         x_adv, has_start = views.x.clone(), torch.zeros_like(views.y, dtype=torch.bool)
         used, go = torch.ones_like(views.y), torch.arange(len(has_start), device=has_start.device)
         for attempt in range(tries):
@@ -188,5 +187,5 @@ class HopSkipJump:
 
 
 def _misclassified(views: Views, x_adv: Image) -> Tensor:
-    """Ask the model for its decisions, (n,) bool, and nothing else; one that rounding may turn is 'right'."""
+    """Return whether the model misclassifies each image, (n,) bool; not if rounding could turn the decision."""
     return crossed(views.at(x_adv).adv, views.y)

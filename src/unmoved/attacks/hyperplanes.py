@@ -1,4 +1,4 @@
-"""Find the shortest way from a point of a box to a hyperplane, in linf, l2 or l1, exactly and for each row."""
+"""Find the shortest step from a point of a box to a hyperplane, in linf, l2 or l1, exactly and for each row."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ def to_hyperplane(
     Args:
         z: (B, d), points in the box.
         w: (B, d), normals; an entry that is zero is not moved.
-        excess: (B,), <w, z> - b, which near the plane is known more exactly than b.
+        excess: (B,), <w, z> - b, which is known more exactly than b near the plane.
         norm: ``"linf"``, ``"l2"`` or ``"l1"``.
         bounds: the box, the same in each entry.
 
     Returns:
-        (B, d): the step; the one to the corner nearest to the plane where no point of the box is on it.
+        (B, d): the step; to the corner nearest to the plane if no point of the box lies on the plane.
 
     Raises:
         UnmovedError: an unknown norm.
     """
     require_choice("norm", norm, DUAL)
     low, high = bounds
-    # On a CPU masks of bool and torch.where cost ten times what arithmetic does, hence the signs and 0/1 numbers.
+    # On a CPU boolean masks and torch.where cost ten times as much as arithmetic, hence the signs and 0/1 numbers.
     sign = w.sign().mul_(-excess.sign()[:, None])
     room = (sign + 1).mul_((high - low) / 2)
     room = room.addcmul_(sign, z if low == 0 else z - low, value=-1).clamp_min_(0)
@@ -60,8 +60,8 @@ def toward(
     """Find the step of `to_hyperplane`, with the same arguments, and a length to compare planes by.
 
     Returns:
-        (B, d): the step. (B,): its length; the largest finite number where it ends at a corner short of the plane, so
-        that any plane within reach is nearer, and inf where w is 0 or not a number.
+        (B, d): the step. (B,): its length; the largest finite number if it ends at a corner short of the plane, so that
+        any plane that can be reached is nearer, and inf if w is 0 or not a number.
     """
     step = to_hyperplane(z, w, excess, norm, bounds)
     top = w.abs().amax(dim=1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from unmoved.attacks.calling import takes_images
+from unmoved.attacks.call_signature import takes_images
 from unmoved.attacks.gradients import MODES, attacking, gradient_at, require_attackable
 from unmoved.attacks.sample_memory import SampleMemory
 from unmoved.core.batch import Batch, Image, per_image

@@ -30,16 +30,16 @@ def searching(model: nn.Module, batch: Batch, threat: ThreatModel) -> Iterator[V
 
 
 def clear(views: Views, x_adv: Image, threat: ThreatModel, further_by: float = 0.0) -> Image:
-    """Move proposals a little further from the clean images where they are misclassified there too.
+    """Move proposals a little further from the clean images, if they stay misclassified.
 
-    A point at the boundary is misclassified in one batch size or precision and right in another, and where both logits
-    are about zero their size does not tell. Hence a way outwards, of a share ``further_by`` of the distance and at
-    least `CLEAR` units in the last place of the images: what the rounding in a first layer moves a boundary by, times a
-    margin for the layers behind it. No point is carried out of the ball of radius eps.
+    Rounding can make a point at the boundary misclassified in one batch size or precision and right in another, and
+    where both logits are about zero their size does not bound it. So points move outwards by a share ``further_by`` of
+    the distance, and at least by `CLEAR` units in the last place of the images: the shift of a boundary by rounding in
+    the first layer, times a margin for the later layers. No point is moved out of the ball of radius eps.
     """
     x, (low, high) = views.x, threat.bounds
     away = length((x_adv - x).flatten(1), threat.norm)
-    # Rounding adds up like noise over the pixels, which in l1 few move against.
+    # Rounding adds up like noise over all pixels, while in l1 only few pixels move.
     ulps = CLEAR * torch.finfo(x.dtype).eps * max(abs(low), abs(high))
     ulps = ulps * x[0].numel() ** 0.5 if threat.norm == "l1" else ulps
     reach = away + (further_by * away).clamp_min(ulps)
@@ -56,10 +56,10 @@ class Nearest:
 
     Attributes:
         x: (B, C, H, W) those points.
-        distance: (B,) how far they are; inf where there is none, 0 where the clean image is misclassified.
+        distance: (B,) their distances; inf if there is none, 0 if the clean image is misclassified.
         open: (n,) int64, positions of the samples to attack: those that the model gets right.
         views: the views of these samples.
-        margin: (n,) what their margin is at the clean image.
+        margin: (n,) their margins at the clean image.
     """
 
     def __init__(self, views: Views, threat: ThreatModel) -> None:
@@ -74,7 +74,7 @@ class Nearest:
         self.margin = margin(logits, views.y)[self.open]
 
     def cleared(self, further_by: float = 0.0) -> Image:
-        """Return `x`, clear of the boundary by more than rounding; see `clear`."""
+        """Return `x`, moved beyond the boundary by more than rounding; see `clear`."""
         broken = torch.nonzero(self.distance[self.open].isfinite()).flatten()
         if len(broken):
             rows = self.open[broken]

@@ -1,4 +1,4 @@
-"""Attack by one step from strong noise, which leaves the ball: N-FGSM, to train by and not to judge by."""
+"""Attack by one step from strong noise, which leaves the ball: N-FGSM, for training and not for evaluation."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from unmoved.attacks.calling import takes_images
+from unmoved.attacks.call_signature import takes_images
 from unmoved.attacks.gradients import MODES, attacking, gradient_at
 from unmoved.core.batch import Batch, Image
 from unmoved.core.errors import keep_field, number_field, require_choice, require_seed
@@ -26,7 +26,7 @@ class NFGSM:
     ball may overfit catastrophically: the model learns to hide from the step. Strong noise that is never clipped to the
     ball prevents that, at the same cost.
 
-    It leaves the ball by design (``leaves_ball``): a training step takes its images as they are, a verdict refuses it.
+    It leaves the ball by design (``leaves_ball``): a training step uses its images as they are; evaluation refuses it.
 
     Args:
         threat: the ball; its eps is the unit of the noise.

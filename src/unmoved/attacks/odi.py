@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from unmoved.attacks.apgd_steps import with_momentum
-from unmoved.attacks.calling import takes_images
+from unmoved.attacks.call_signature import takes_images
 from unmoved.attacks.gradients import Best, attacking, broken, gradient_at, value_at
 from unmoved.attacks.relu_backward import smoothed
 from unmoved.attacks.rounds import Retired, Round, Start, compacts, in_rounds
@@ -30,9 +30,9 @@ class DiversifiedPGD:
     """PGD from output-diversified starts (ODI-PGD, Tashiro et al. 2020, eq. 2 and 3) with cosine steps.
 
     From a random point of the ball ``start_steps`` steps of length eps go up ``w . z(x')``, with ``w`` uniform in
-    [-1, 1]^K: starts differ in what the model says, not in pixels alone. Then ``z = P(x + s_k g)``,
+    [-1, 1]^K: starts differ in the model's outputs, not only in pixels. Then ``z = P(x + s_k g)``,
     ``x <- P(x + 0.75 (z - x) + 0.25 (x - x_old))`` as in Auto-PGD, ``s_k = eps (1 + cos(pi k / steps))`` (the cosine
-    schedule of Liu et al. 2022, A3, section 3): of few steps more break a sample than of halved ones.
+    schedule of Liu et al. 2022, A3, section 3): with few steps it breaks more samples than halving does.
 
     Args:
         threat: the ball.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from unmoved.attacks.calling import takes_images
+from unmoved.attacks.call_signature import takes_images
 from unmoved.attacks.gradients import MODES, Best, attacking, broken, gradient_at, value_at
 from unmoved.attacks.relu_backward import smoothed
 from unmoved.attacks.stopping import StoppingRule
@@ -45,8 +45,8 @@ class PGD:
         seed: keys the start together with the step and the sample's identity.
         mode: the model's mode while it is attacked, ``"eval"`` or ``"train"`` (batch statistics, not tracked).
         smooth: alpha of a softplus whose derivative stands in for ReLU's, 0 for none; see `relu_backward.smoothed`. For
-            judging alone: a network that is trained by it learns to hide from it, and from no other attack
-            (docs/performance.md, "Towards 95 %").
+            evaluation only: a network trained with it learns to resist it and no other attack (docs/performance.md,
+            "Towards 95 %").
 
     Raises:
         UnmovedError: a value outside its bounds.
@@ -89,7 +89,7 @@ class PGD:
 
     @property
     def takes_mixed(self) -> bool:
-        """Return whether nothing but the loss asks for the labels: no stopping rule, no choice among points."""
+        """Return whether only the loss uses the labels: no stopping rule, no choice among points."""
         return self.stop is None and self.keep == "last" and self.restarts == 1
 
     @takes_images
@@ -151,7 +151,7 @@ class PGD:
             else:
                 break
             halt, memory = stop(logits, base.y, value, step, memory)
-            go = torch.nonzero(~halt).flatten()  # a GPU is waited for here, once, and not at each use of a mask
+            go = torch.nonzero(~halt).flatten()  # waits for the GPU once, and not at each use of a mask
             if len(go) < len(position):
                 gone = torch.nonzero(halt).flatten()
                 rest[position[gone]] = (before if stop.undo else x_adv)[gone]

@@ -1,4 +1,4 @@
-"""Attack by one step from where the last one on the same image has led: FGSM with a prior-guided start."""
+"""Attack by one step from the last perturbation of the same image: FGSM with a prior-guided start."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from unmoved.attacks.calling import takes_images
+from unmoved.attacks.call_signature import takes_images
 from unmoved.attacks.gradients import MODES, attacking, gradient_at
 from unmoved.attacks.sample_memory import SampleMemory
 from unmoved.core import noise
@@ -37,7 +37,7 @@ class PriorFGSM:
     Raises:
         UnmovedError: a value outside its bounds.
 
-    Deviations: what is remembered is rounded to half precision, in units of eps. The paper is about linf; in l2 and l1
+    Deviations: perturbations are remembered in half precision, in units of eps. The paper is about linf; in l2 and l1
     the first start is uniform in the ball. Left out are the momentum over epochs of FGSM-MEP, which
     needs the gradient beside the image, and the regulariser, the squared distance of the logits at start and end of the
     step: a term sees the clean and the attacked image, not the start. A phase with its own table begins with an empty

@@ -11,18 +11,18 @@ from torch import Tensor
 
 Pair = tuple[int, int]
 
-# What else than multiplications costs, in multiplications: to write one number, and to call what one stretch calls.
+# Costs in units of one multiplication: to write one number, and to call the functions of one stretch.
 WRITING, CALLING = 16, 300_000
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One operation on images, whose every output is computed of a window of its input.
+    """One operation on images, each of whose outputs is computed from a window of its input.
 
     Attributes:
-        function: what is called, as ``function(images, *args, **kwargs)``.
+        function: called as ``function(images, *args, **kwargs)``.
         shape: (channels, height, width) of the whole result.
-        local: the same without padding, of a patch; None where it does not pad.
+        local: the same function without padding, for a patch; None if the layer does not pad.
         kernel, stride, padding: (height, width) each; the kernel with its dilation.
         work: multiplications for one position of the result, all channels.
     """
@@ -42,7 +42,7 @@ class Layer:
         return self.function(x, *self.args, **self.kwargs)
 
     def patch(self, x: Tensor) -> Tensor:
-        """Compute a patch whose surroundings are in it."""
+        """Compute a patch that includes its surroundings."""
         return self(x) if self.local is None else self.local(x)
 
     def cost(self, height: int, width: int) -> int:
@@ -52,11 +52,11 @@ class Layer:
 
 @dataclass
 class Reach:
-    """What windows of one side reach, along one axis, in the image and after each layer.
+    """The positions that windows of one side influence, along one axis, in the image and after each layer.
 
     Attributes:
-        starts: for the image and each layer, (places of the window,) int64, where what is reached begins.
-        sizes: for the same, how long it is at most; a start is such that this fits into the map.
+        starts: for the image and each layer, (places of the window,) int64, the first influenced position.
+        sizes: for the same, the largest number of influenced positions; starts are such that it fits into the map.
     """
 
     starts: list[Tensor]
@@ -71,7 +71,7 @@ class Reach:
         for layer in layers:
             kernel, stride, padding = layer.kernel[axis], layer.stride[axis], layer.padding[axis]
             length = layer.shape[1 + axis]
-            # Output o is computed of the inputs o stride - padding + (0 .. kernel - 1).
+            # Output o is computed from the inputs o stride - padding + (0 .. kernel - 1).
             first = (-((kernel - 1 - padding - first) // stride)).clamp(0, length - 1)
             last = ((last + padding) // stride).clamp(0, length - 1)
             size = max(int((last - first).max()) + 1, 1)
@@ -82,7 +82,7 @@ class Reach:
 
 @dataclass
 class Stretch:
-    """Consecutive layers, computed for what a window reaches alone: a patch of their input becomes one of their output.
+    """Consecutive layers, computed only where a window reaches: a patch of their input becomes one of their output.
 
     Attributes:
         inputs, outputs: (height, width) of (places of the window, positions) int64: the rows, times the width of the
@@ -105,7 +105,7 @@ class Stretch:
         made = cls(layers[first:end], shapes[end], inside=[[] for _ in range(first, end)])
         for axis, reach in enumerate(reaches):
             start, size = reach.starts[end], reach.sizes[end]
-            # Rows are numbered by their first position.
+            # Each row is numbered by its first position.
             made.outputs.append(_positions(start, size) * (shapes[end][2] if axis == 0 else 1))
             for k in reversed(range(first, end)):
                 layer = layers[k]
@@ -119,7 +119,7 @@ class Stretch:
         return made
 
     def __call__(self, whole: Tensor, top: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute what windows at these places reach.
+        """Compute the outputs that windows at these places influence.
 
         Args:
             whole: (n, H, W, C), the input of the first layer.
@@ -161,7 +161,7 @@ def stretches(layers: Sequence[Layer], shape: tuple[int, ...], side: int, worth:
         layers: the first layers of a network, each on the output of the one before.
         shape: (C, H, W) of the image.
         side: of the window that changes.
-        worth: share of the cost of all of them that is worth the trouble.
+        worth: patches are used if they cost at most this share of the whole layers.
 
     Returns:
         The stretches, from the first layer on; none where no choice is worth it.

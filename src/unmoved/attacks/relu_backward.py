@@ -22,11 +22,11 @@ def smoothed(alpha: float) -> AbstractContextManager[object]:
 
     ``forward: max(z, 0)``; ``backward: g sigmoid(alpha z)``, the derivative of ``log(1 + exp(alpha z)) / alpha``
     (Xie et al. 2020, Smooth Adversarial Training, section 3, with alpha = 10; an instance of Athalye et al. 2018's
-    backward pass by approximation). A network whose first ReLUs stay dead within eps has next to no gradient there,
-    and an ascent stands before an open door.
+    backward pass by approximation). If the first ReLUs of a network stay dead within eps, it has next to no
+    gradient there, and gradient ascent fails although adversarial images are near.
 
     Args:
-        alpha: larger is closer to ReLU, in units of one over an activation; 0 leaves ReLU its own derivative.
+        alpha: larger is closer to ReLU, in units of one over an activation; 0 keeps ReLU's own derivative.
 
     Raises:
         UnmovedError: a negative alpha.

@@ -12,7 +12,7 @@ from unmoved.attacks.gradients import Best
 from unmoved.core.batch import Batch, Image
 from unmoved.core.views import Views, ranked_wrong
 
-ROWS = 128  # a pass of a small network is fastest, image for image, at about this size on a CPU
+ROWS = 128  # at about this batch size a small network is fastest per image on a CPU
 ROWS_ON_DEVICE = 1024
 COMPACT_EVERY = 10  # steps between compactions on a device, where each one waits for the device
 
@@ -24,7 +24,7 @@ def compacts(device: torch.device, step: int) -> bool:
 
 @dataclass(frozen=True)
 class Round:
-    """One attempt at every sample: a restart, aimed at the wrong class of this rank by clean logits, or at none."""
+    """One attempt per sample: a restart, targeted at the wrong class of this rank by clean logits or untargeted."""
 
     restart: int
     rank: int | None = None
@@ -36,15 +36,15 @@ class Round:
 
 
 def rounds_of(restarts: int, targets: int, num_classes: int) -> list[Round]:
-    """List targets in the order of their clean logits, each with all its restarts; 0 targets aim at none."""
+    """List targets in the order of their clean logits, each with all its restarts; 0 targets make untargeted rounds."""
     ranks: Sequence[int | None] = range(min(targets, num_classes - 1)) if targets else [None]
     return [Round(restart, rank) for rank in ranks for restart in range(restarts)]
 
 
 class Retired:
-    """Keep track of the rows that are done: broken ones, and later rounds at a sample that an earlier round broke.
+    """Track the rows that are done: broken ones, and those of later rounds for a sample that an earlier round broke.
 
-    Earlier rounds go on, so that what is returned does not depend on how many rounds shared a pass.
+    Earlier rounds continue, so that the result does not depend on how many rounds shared a pass.
     """
 
     def __init__(self, owner: Tensor) -> None:
@@ -70,7 +70,7 @@ def in_rounds(base: Views, restarts: int, targets: int, start: Start, climb: Cli
         base: the views of the batch.
         start: (batch, round) -> first iterates.
         climb: (views, first iterates, which rows may stop) -> the best of each row.
-        until_broken: a sample is left as soon as a round broke it.
+        until_broken: stop attacking a sample as soon as a round broke it.
     """
     left = torch.arange(len(base.y), device=base.y.device)
     full = ROWS if left.device.type == "cpu" else ROWS_ON_DEVICE

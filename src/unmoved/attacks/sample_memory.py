@@ -10,10 +10,10 @@ from unmoved.core.batch import Index
 
 
 class SampleMemory:
-    """Rows by identity, which may be any 64-bit number, such as a hash; as large as the samples that were seen."""
+    """Store one row per sample seen, by its identity, which may be any 64-bit number, such as a hash."""
 
     def __init__(self) -> None:
-        # Rows stand as they came, with room for more behind them; identities are sorted, beside their rows' places.
+        # Rows are stored in order of arrival, with spare room at the end; the sorted identities point to them.
         self._index, self._place = (torch.empty(0, dtype=torch.int64) for _ in range(2))
         self._rows = torch.empty(0)
 
@@ -29,7 +29,7 @@ class SampleMemory:
 
     def write(self, index: Index, rows: Tensor) -> None:
         """Remember the rows (B, ...) of these samples, and of those that the other processes have in this batch."""
-        # A sample may be another process's in the next epoch: all of them remember all rows.
+        # Another process may have the sample in the next epoch, so every process remembers all rows.
         index, rows = collectives.gathered(index), collectives.gathered(rows)
         is_new = ~self._places(index)[1] if len(self) else torch.ones_like(index, dtype=torch.bool)
         if is_new.any():
@@ -46,7 +46,7 @@ class SampleMemory:
 
     def _make_room(self, new: Index, like: Tensor) -> None:
         before, after = len(self), len(self) + len(new)
-        if after > len(self._rows):  # twice as much: so each row is moved a few times alone
+        if after > len(self._rows):  # double the room, so that each row is moved only a few times
             wider = like.new_zeros(max(after, 2 * before), *like.shape[1:])
             if before:
                 wider[:before] = self._rows[:before]
@@ -60,6 +60,6 @@ class SampleMemory:
         return self._index, self._rows[self._place]
 
     def load(self, index: Index, rows: Tensor) -> None:
-        """Become the memory whose `state` these are."""
+        """Restore the memory from what `state` returned."""
         self._index, order = index.clone().sort()
         self._place, self._rows = order, rows.clone()

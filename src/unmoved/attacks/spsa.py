@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from unmoved.attacks.calling import takes_images
+from unmoved.attacks.call_signature import takes_images
 from unmoved.attacks.gradients import Best, attacking, broken, value_at
 from unmoved.core import noise
 from unmoved.core.batch import Batch, Image, per_image
@@ -18,7 +18,7 @@ from unmoved.core.threat import ThreatModel, require_threat
 from unmoved.core.views import Views
 from unmoved.terms import Margin
 
-# Images in one forward pass, about; the estimate does not depend on it.
+# Approximate number of images in a forward pass; the estimate does not depend on it.
 PASS = 1024
 # Signs cut from one random number.
 SIGNS = 16

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from unmoved.attacks.calling import takes_images
+from unmoved.attacks.call_signature import takes_images
 from unmoved.attacks.gradients import Best, broken, value_at
-from unmoved.attacks.incremental import Incremental
+from unmoved.attacks.incremental_inference import Incremental
 from unmoved.attacks.minimum_norm import searching
 from unmoved.attacks.square_proposals import Draws, Flips, Tiles, mosaic, stripes
-from unmoved.attacks.watched_layers import first_layers
+from unmoved.attacks.traced_layers import first_layers
 from unmoved.core.batch import Batch, Image, PerSample
 from unmoved.core.errors import UnmovedError, flag_field, keep_field, number_field, require_seed, whole_field
 from unmoved.core.preconditions import require_loss
@@ -56,10 +56,10 @@ class Square:
     Deviations: each sample has windows and signs of its own (the authors' code shares them within a batch). A window
     may reach the last row and column, as in the paper (the code never moves them). The code asks once more than
     ``queries``. A proposal that changes no pixel is not computed, since a deterministic model would repeat itself, but
-    counts as a query. A rise within the rounding of the loss is none. In linf on a CPU the first layers are computed
-    where a window reaches alone, if that is cheaper (`Incremental`): a few queries are asked both ways before that is
-    trusted, each success is confirmed by a pass over the whole image, and the model may see some of the next proposals
-    along with one that is kept; they are made anew, and count once.
+    counts as a query. A rise within the rounding of the loss does not count. In linf on a CPU the first layers are
+    computed only where a window reaches, if that is cheaper (`Incremental`): a few queries are computed both ways
+    first, each success is confirmed by a pass over the whole image, and proposals that share a pass with one that is
+    kept are computed again later; each counts once.
     """
 
     threat: ThreatModel
@@ -128,9 +128,9 @@ class Square:
     ) -> tuple[Image, PerSample, Tensor]:
         """Iterate over samples that are not misclassified; ``x_best`` and ``value`` are written to.
 
-        Where patches are computed, which costs a call little but calls much, several iterations of a sample share a
-        pass if few proposals are kept. Those after the first that is kept were made for another image: they are thrown
-        away, and made anew.
+        With patches a query is cheap compared with the overhead of a call, so several iterations of a sample share a
+        pass if few proposals are kept. Proposals after the first one kept started from an image that has changed:
+        they are discarded and made anew.
         """
         wrong, layout = torch.zeros_like(value, dtype=torch.bool), _layout(base.model)
         at, together, asked, changed = torch.zeros_like(base.y), 1, 0, 0
@@ -148,7 +148,7 @@ class Square:
             logits = known.logits(x_new, rows, *propose.place(rows, turns)) if known.is_on else None
             new, logits = value_at(part, x_new, self.loss, logits)
             lost = logits.argmax(dim=1) != part.y
-            if lost.any():  # as it rarely is
+            if lost.any():  # rarely
                 lost = broken(base.model, x_new, logits, part.y)
             if known.is_on:
                 lost = _confirmed(part, x_new, lost)
@@ -162,7 +162,7 @@ class Square:
                 best.index_copy_(0, kept, proposed.index_select(0, better))
             if known.is_on:
                 known.accept(kept, better)
-                # A fifth is thrown away at most, about.
+                # At most about a fifth is discarded.
                 asked, changed = asked + len(rows), changed + len(kept)
                 together = max(1, min(TOGETHER // len(left), asked // (2 * changed + 1)))
         return x_best, value, wrong
@@ -184,7 +184,7 @@ class Square:
 
 
 def _confirmed(views: Views, x_adv: Image, lost: Tensor) -> Tensor:
-    """Return which of the proposals that are ``lost`` a pass over whole images finds misclassified, too, (B,) bool."""
+    """Return which of the ``lost`` proposals are misclassified in a pass over whole images, too, (B,) bool."""
     asked = torch.nonzero(lost).flatten()
     if len(asked) == 0:
         return lost

@@ -16,7 +16,7 @@ from unmoved.terms import CE
 
 
 class StoppingRule(Protocol):
-    """Say which samples stop; they are frozen for good, not computed again, and stay in the training loss."""
+    """Decide which samples stop; they are not attacked further, and stay in the training loss."""
 
     @property
     def undo(self) -> bool:
@@ -24,11 +24,11 @@ class StoppingRule(Protocol):
 
     @property
     def inert(self) -> bool:
-        """Return whether the rule lets nothing move at all: the attack then returns the clean image."""
+        """Return whether the rule never allows a step, so that the attack returns the clean image."""
 
     @property
     def opening(self) -> Term | None:
-        """Return the loss of the start and of the first step, where it is not the attack's own."""
+        """Return the loss of the start and the first step if it differs from the attack's own; otherwise None."""
 
     @property
     def jitter(self) -> float:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from unmoved.attacks.calling import takes_images
+from unmoved.attacks.call_signature import takes_images
 from unmoved.attacks.gradients import require_attackable
 from unmoved.attacks.pgd import PGD
 from unmoved.core.batch import Batch, Image
@@ -22,12 +22,12 @@ from unmoved.core.threat import ThreatModel, require_threat, with_threat
 class Transfer:
     """An attack on a source model, its result proposed as it is (Szegedy et al. 2014; Papernot et al. 2016).
 
-    ``x' = attack(source, x)``. The attacked model is not asked anything, so what its gradients hide does not matter:
-    where a transferred attack succeeds more often than one on the model itself, the latter is too weak.
+    ``x' = attack(source, x)``. The attacked model is not used, so that masked gradients do not matter: if a transferred
+    attack succeeds more often than one on the model itself, the latter attack is too weak.
 
     Args:
         threat: the ball; it replaces the threat model of ``attack`` wherever that has one.
-        source: the model that is attacked instead; left as it is found.
+        source: the model that is attacked instead; it is left as it was.
         attack: any attack; ``None`` is `PGD` with 50 steps that keeps its best point.
 
     Raises:
@@ -47,7 +47,7 @@ class Transfer:
             raise UnmovedError(f"Transfer.source: expected an nn.Module, came {type(self.source).__name__}")
 
     def __repr__(self) -> str:
-        """Name the source by its weights, so that a verdict on record is not taken for that of another source."""
+        """Name the source by its weights, so that recorded outcomes are not mistaken for those of another source."""
         digest = hashlib.sha256()
         for name, tensor in self.source.state_dict().items():
             digest.update(name.encode())
@@ -57,12 +57,12 @@ class Transfer:
 
     @property
     def minimum_norm(self) -> bool:
-        """Return whether it may leave the ball: as the attack that it runs."""
+        """Return whether the attack that it runs may leave the ball."""
         return self.attack is not None and is_minimum_norm(self.attack)
 
     @property
     def leaves_ball(self) -> bool:
-        """Return whether it leaves the ball by design: as the attack that it runs."""
+        """Return whether the attack that it runs leaves the ball by design."""
         return self.attack is not None and leaves_ball(self.attack)
 
     @takes_images

@@ -149,7 +149,7 @@ def _made(jobs: list[Job], workers: int | None, cluster: Cluster | None) -> list
 
 def _analysed(runs: Sequence[Run], names: Sequence[str], n: int, allow: Sequence[str], out: Path) -> list[Section]:
     """Analyse the runs, save what came out, and return its chapters for the report."""
-    from unmoved.experiments.chapters import FOLDER, chapters
+    from unmoved.experiments.report_chapters import FOLDER, chapters
 
     with screen.follow() as follow:
         return chapters(runs, names, n, allow=allow, out=out / FOLDER, progress=follow)
@@ -158,7 +158,7 @@ def _analysed(runs: Sequence[Run], names: Sequence[str], n: int, allow: Sequence
 def _analysed_before(runs: Sequence[Run], allow: Sequence[str]) -> list[Section]:
     """Return the chapters that the comparison of these runs had; without those that cannot be made here, and say so."""
     from unmoved.core.errors import UnmovedError
-    from unmoved.experiments.chapters import analysed, chapters
+    from unmoved.experiments.report_chapters import analysed, chapters
 
     sections: list[Section] = []
     try:

@@ -40,15 +40,15 @@ def show(
     A recipe is printed with every default filled in, as TOML that can be trained: unmoved show digits/at > mine.toml
     """
     from unmoved.core import errors
+    from unmoved.runs import packaged_recipes
     from unmoved.runs import recipe as config
-    from unmoved.runs import shipped
 
     if schema:
         sys.stdout.write(json.dumps(config.Recipe.model_json_schema(), indent=2) + "\n")
         return
     if name is None:
         raise errors.UnmovedError("show: expected a recipe, the name of a part or --schema, came none")
-    file = shipped.located(name)
+    file = packaged_recipes.located(name)
     kinds = {} if file.exists() else _kinds()
     if parts := {kind: members[str(name)] for kind, members in kinds.items() if str(name) in members}:
         from unmoved.cli.part_description import described
@@ -107,9 +107,9 @@ def _recipes() -> dict[str, str]:
     """Return the first line of each recipe of the package, and of those in the folder ``recipes`` here."""
     from unmoved.core.errors import UnmovedError
     from unmoved.core.untrusted import regular
-    from unmoved.runs import shipped
+    from unmoved.runs import packaged_recipes
 
-    files = {name: shipped.located(Path(name)) for name in shipped.names()}
+    files = {name: packaged_recipes.located(Path(name)) for name in packaged_recipes.names()}
     files |= {str(path): path for path in sorted(Path("recipes").glob("*/*.toml"))}
     lines: dict[str, str] = {}
     for name, path in files.items():

@@ -40,11 +40,11 @@ def _before_any_command(
 
 def complete_recipe(begun: str) -> list[str]:
     """Return the recipes of the package, the TOML files and the folders whose names begin so."""
-    from unmoved.runs import shipped
+    from unmoved.runs import packaged_recipes
 
     here = sorted(glob.glob(f"{glob.escape(begun)}*"))
     paths = [path + os.sep if os.path.isdir(path) else path for path in here]
-    return [name for name in shipped.names() if name.startswith(begun)] + [
+    return [name for name in packaged_recipes.names() if name.startswith(begun)] + [
         path for path in paths if path.endswith((os.sep, ".toml"))
     ]
 

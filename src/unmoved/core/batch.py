@@ -38,11 +38,11 @@ class Batch:
     Attributes:
         x: (B, C, H, W) float, images in [0, 1].
         y: (B,) int64, labels.
-        index: (B,) int64, a sample's identity for ever; 0..B-1 unless given. Keys all noise and per-sample memory.
+        index: (B,) int64, the identity of each sample, which never changes; 0..B-1 by default. Keys noise and memory.
         step: the optimizer step, set by the training loop; with ``index`` it keys the noise.
-        target: (B,) int64, the class that a targeted attack aims at; None where nobody aims.
-        other: (B,) int64, the second label of images that are mixed of two, as by `data.CutMix`; else None.
-        share: (B,) float in [0, 1], the part of each image that ``y`` is the label of; None without ``other``.
+        target: (B,) int64, the class that a targeted attack aims at; None for an untargeted one.
+        other: (B,) int64, the second label of images mixed from two, as by `data.CutMix`; None for ordinary images.
+        share: (B,) float in [0, 1], the part of each image that has the label ``y``; None without ``other``.
 
     Raises:
         UnmovedError: images or labels of the wrong shape or type.
@@ -106,7 +106,7 @@ class Batch:
 
     @property
     def largest(self) -> Label:
-        """The label (B,) of the larger part of each image; ``y`` where both are equal, or where nothing is mixed."""
+        """Return the label (B,) of the larger part of each image; ``y`` if the parts are equal or nothing is mixed."""
         return self.y if self.other is None or self.share is None else torch.where(self.share < 0.5, self.other, self.y)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:

@@ -21,8 +21,8 @@ SAFE = "PYTHONSAFEPATH"  # the option -P, as processes inherit it
 def nothing_from_here() -> Iterator[None]:
     """Keep Python processes started inside the block from importing modules of the current folder.
 
-    They are started as ``python -c``, which looks in the current folder before the standard library: a struct.py that
-    lies there would run. multiprocessing then hands them the ``sys.path`` of this process.
+    They are started as ``python -c``, which looks in the current folder before the standard library: a struct.py in
+    that folder would run. multiprocessing then gives them the ``sys.path`` of this process.
     """
     with variable(SAFE, "1"):
         yield
@@ -30,10 +30,11 @@ def nothing_from_here() -> Iterator[None]:
 
 @contextmanager
 def out_of_reach_of_interrupts() -> Iterator[None]:
-    """Start processes inside the block that Ctrl-C does not reach: whoever starts them ends them.
+    """Start processes inside the block that Ctrl-C does not reach; this process has to end them.
 
-    A terminal sends it to all of its processes. Each would say something of its own, and lightning-fabric ends the
-    first when another ends before it. Processes inherit which signals are blocked; this one hears it after the block.
+    A terminal sends the interrupt to all of its processes. Each would print its own message, and lightning-fabric ends
+    the first process when another ends before it. Processes inherit which signals are blocked; this process receives
+    the interrupt after the block.
     """
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
@@ -46,10 +47,10 @@ def out_of_reach_of_interrupts() -> Iterator[None]:
 
 
 def end_with_parent(line: Connection | None = None) -> None:
-    """End this process as soon as its parent is gone, even if killed: it would go on alone and keep its run locked.
+    """End this process as soon as its parent has ended or was killed, instead of keeping its run locked.
 
     Args:
-        line: the end of a pipe; let this process end, too, when the other end is closed.
+        line: one end of a pipe; also end this process when the other end is closed.
     """
     parent, number = multiprocessing.parent_process(), os.getppid()
 

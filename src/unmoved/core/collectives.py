@@ -1,9 +1,9 @@
 """Compute sums, means and gathers over the processes that train one model, each with its rows of a batch.
 
-Each process holds some rows of a batch; gradients are averaged over the processes (DDP). That gives what one process
-with the whole batch would do as long as each mean is weighted by its samples (`mean`), and each quantity that couples
-samples is taken over all of them (`logsumexp`, `gathered`, `summed`). Outside `sharing`, and in one process, these
-are the plain operations.
+Each process holds some rows of a batch; gradients are averaged over the processes (DDP). The result equals that of one
+process with the whole batch if each mean is weighted by the number of samples (`mean`), and each quantity that couples
+samples is computed over all of them (`logsumexp`, `gathered`, `summed`). Outside `sharing`, and in a single process,
+these functions are the plain operations.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from unmoved.core.batch import Batch, PerSample
 class Share:
     """Describe one process's rows of a batch: ``rank, rank + count, ...`` of ``total``, ``own`` of them.
 
-    A batch smaller than the number of processes leaves some without a sample: they work on the batch's first one,
-    which then counts for nothing (``own`` is 0).
+    If a batch is smaller than the number of processes, some have no sample of their own (``own`` is 0): they compute
+    on the first sample of the batch with weight zero.
     """
 
     rank: int
@@ -69,8 +69,8 @@ def mean(values: PerSample) -> Tensor:
 def logsumexp(values: PerSample) -> Tensor:
     """Compute ``log sum_i exp(values_i)`` over the rows of all processes.
 
-    Its gradient is scaled by total / own, so that the mean over all samples of a term that adds this number to each
-    of them has the gradient that it has in one process, and so has the sum over own samples that an attack maximises.
+    Its gradient is scaled by total / own. A term that adds this number to every sample then has the same gradient as
+    in one process, both in the mean over all samples (training) and in the sum over own samples (an attack).
     """
     if _current is None:
         return torch.logsumexp(values, dim=0)
@@ -83,7 +83,7 @@ def logsumexp(values: PerSample) -> Tensor:
 
 
 def own(rows: Tensor) -> Tensor:
-    """Return the rows that count: all, or none if this process has no sample of its own."""
+    """Return all rows, or none if this process has no sample of its own."""
     return rows if _current is None else rows[: _current.own]
 
 
@@ -102,7 +102,7 @@ def summed(value: Tensor) -> Tensor:
 
 
 def _rows(rows: Tensor) -> list[Tensor]:
-    """Each process's rows, in the order of the ranks: as many as a batch leaves to each."""
+    """Return the rows of each process, in the order of the ranks; their numbers may differ."""
     assert _current is not None
     size = -(-_current.total // _current.count)
     padded = rows.new_zeros(size, *rows.shape[1:])

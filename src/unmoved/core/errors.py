@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 
 class UnmovedError(ValueError):
-    """Report a mistake that the user can mend: the message says what was expected, what came and what to do."""
+    """Report a mistake that the user can correct: the message says what was expected, what came and what to do."""
 
 
 def is_want_of_memory(error: BaseException) -> bool:
-    """Return whether something failed for want of memory, which torch reports as RuntimeErrors of several texts."""
+    """Return whether an error means that memory ran out, which torch reports as RuntimeErrors with several texts."""
     text = str(error).lower()
     signs = ("allocate memory", "not enough memory", "out of memory")
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(sign in text for sign in signs))
@@ -97,7 +97,7 @@ def require_whole(
 
 
 def require_seed(name: str, value: object) -> int:
-    """Apply `require_whole` to a seed: a whole number of at most 64 bits, with its sign."""
+    """Apply `require_whole` to a seed: a whole number that fits into a signed 64-bit integer."""
     return require_whole(name, value, at_least=-(2**63), at_most=2**63 - 1)
 
 
@@ -105,7 +105,7 @@ def require_flag(name: str, value: object) -> bool:
     """Return ``value`` as True or False.
 
     Raises:
-        UnmovedError: it is neither, such as the text "no", which Python takes for true.
+        UnmovedError: it is neither, for example the text "no", which Python counts as true.
     """
     value = _scalar(value)
     if not isinstance(value, bool):
@@ -137,7 +137,7 @@ def flag_field(owner: object, name: str) -> None:
 def keep_field(owner: object, name: str, require: Callable[[str, object], object]) -> None:
     """Replace a frozen field by ``require(name, value)``; ``name`` as in `number_field`.
 
-    Fields are set once, while the value is being made: it is as frozen as before.
+    Call it from ``__post_init__`` only: from then on the value is frozen as always.
     """
     field = name.rpartition(".")[2]
     object.__setattr__(owner, field, require(name, getattr(owner, field)))

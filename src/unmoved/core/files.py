@@ -22,7 +22,7 @@ _TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{32}\.tmp")
 
 
 def write_atomic(path: Path, data: bytes, *, previous: Path | None = None) -> None:
-    """Replace the file as a whole: a crash leaves the old one or the new one, never a part.
+    """Replace the file as a whole: after a crash it is the old one or the new one, never a part.
 
     Args:
         previous: as in `replacing`.
@@ -39,7 +39,7 @@ def replacing(path: Path, *, previous: Path | None = None) -> Iterator[BinaryIO]
     """Open a temporary file that replaces ``path`` as a whole when the block ends without an error.
 
     Args:
-        previous: the old file takes this name. A crash between the two renames leaves it alone, as ``previous``.
+        previous: the old file is renamed to this. After a crash between the two renames only ``previous`` exists.
 
     Raises:
         UnmovedError: as `write_atomic`.
@@ -65,18 +65,18 @@ def replacing(path: Path, *, previous: Path | None = None) -> Iterator[BinaryIO]
 def write_set(folder: Path, name: str, files: Mapping[str, bytes], folders: Mapping[str, str] = {}) -> None:
     """Replace several files of a folder together: a crash leaves all the old ones or all the new ones.
 
-    They are written beside the old ones first. Then one rename makes them the set that is valid, ``.NAME.new``, and
-    from there each takes its place; whoever reads between the renames finds a file by `latest`.
+    The new files are first written beside the old ones. One rename to ``.NAME.new`` makes them the valid set, and each
+    file is then moved from there to its place; between these renames `latest` finds a file.
 
     Args:
         name: what the set is called; a folder may hold several.
         files: name, or path below the folder -> content.
-        folders: name -> the folder beside it that takes its place, which is given up; "" where there is to be none.
+        folders: name -> the folder beside it that replaces it; "" to remove it without a replacement.
 
     Raises:
         UnmovedError: as `write_atomic`; the old files are as they were.
     """
-    finish_set(folder, name)  # the one before, where a crash came between its renames
+    finish_set(folder, name)  # of the last set, if a crash came between its renames
     staged, valid = folder / f".{name}.{uuid.uuid4().hex}.tmp", folder / f".{name}.new"
     writing = folder / name
     try:
@@ -107,7 +107,7 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def finish_set(folder: Path, name: str) -> None:
-    """Move the files of a complete set to their places, if a crash kept `write_set` from it.
+    """Move the files of a complete set to their places, if `write_set` was interrupted before it did so.
 
     Raises:
         UnmovedError: a folder that cannot be written.
@@ -143,7 +143,7 @@ def _replace_folder(place: Path, source: str) -> None:
 
 
 def latest(folder: Path, name: str, file: str) -> Path:
-    """Return where a file of a set is: in its place, or in a complete set that a crash kept from it."""
+    """Return where a file of a set is: in its place, or still in the folder of an interrupted `write_set`."""
     valid = folder / f".{name}.new" / file
     return valid if os.path.lexists(valid) else folder / file
 
@@ -152,7 +152,7 @@ def append(path: Path, data: bytes, *, synced: bool = True) -> None:
     """Append to a file. A crash may leave a part of the data at its end.
 
     Args:
-        synced: whether it is on disk when this returns, and no crash of the machine can lose it any more.
+        synced: whether to wait until the data is on disk, so that a crash of the machine cannot lose it.
 
     Raises:
         UnmovedError: as `write_atomic`.
@@ -194,12 +194,12 @@ def remove_leftovers(folder: Path, *, older_than: float = 0.0, spare: str = "") 
     """Remove temporary files of `write_atomic` and `write_set` that killed processes left in a folder.
 
     Args:
-        older_than: seconds; leave younger ones, where somebody else may be writing.
-        spare: leave those of the file of this name.
+        older_than: seconds; younger files are left, since another process may be writing them.
+        spare: the temporary files of the file of this name are left.
     """
     for path in folder.glob(".*.tmp"):
         match = _TEMPORARY.fullmatch(path.name)
-        with contextlib.suppress(OSError):  # somebody else has removed it, or it may not be removed: it harms nobody
+        with contextlib.suppress(OSError):  # already removed, or not permitted: a leftover does no harm
             if match and match[1] != spare and time.time() - path.lstat().st_mtime >= older_than:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 

@@ -1,7 +1,7 @@
 """Show what the package logs: a handler for ``logging.getLogger("unmoved")`` that writes one sentence a line.
 
-The package logs what somebody should know and nobody must act on, such as a damaged file that was mended. A program
-that imports it decides with ``logging`` what becomes of that; the command and its processes show it with `shown`.
+The package logs what is worth knowing and needs no action, such as a damaged file that was repaired. A program that
+imports the package configures these messages with ``logging``; the command and its processes show them with `shown`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ MOST_WORDS = 5000  # characters of a message
 
 
 def printable(words: str) -> str:
-    """Escape what would steer a terminal, and cut what is too long to read: a message may hold a stranger's names."""
+    """Escape control characters and shorten long texts, since a message may hold names from untrusted files."""
     words = words if len(words) <= MOST_WORDS else words[:MOST_WORDS] + " ..."
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in words)
 
@@ -46,7 +46,7 @@ class Notes(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
             self.say(f"note: {record.getMessage()}")
-        except Exception:  # a pipe that nobody reads any more ends no training
+        except Exception:  # a closed pipe must not end a training
             self.handleError(record)
 
 

@@ -14,7 +14,7 @@ _SIZES = ("shapes cannot be multiplied", "channels", "size of tensor", "Kernel s
 def explained(error: Exception, model: nn.Module, x: Tensor) -> UnmovedError | None:
     """Return a message that explains why ``model`` raised ``error`` on images ``x``; None if the cause is unknown.
 
-    Nothing is caught that is a mistake within the model and not between model and images.
+    Errors from mistakes inside the model are not explained, only those of images that do not fit the model.
     """
     words = None if isinstance(error, UnmovedError) else _cause(error, model, x) or cause_in_graph(error)
     return None if words is None else UnmovedError(f"model {type(model).__name__}: {words}")

@@ -1,10 +1,10 @@
 """Draw random numbers that depend on (seed, stream, step, sample identity, pixel) and nothing else.
 
-So a verdict does not depend on batch size, order or device, two processes with half the batch each draw what one
-process with the whole batch draws, and the caller's random state is never touched.
+So the result of an evaluation does not depend on batch size, order or device; two processes with half the batch each
+draw the same numbers as one process with the whole batch; and the caller's random state is never touched.
 
 The generator is SplitMix64 (Steele, Lea and Flood, OOPSLA 2014): on a CPU in numpy's uint64, block by block so that
-what lies between key and value stays in the processor's cache; elsewhere in wrapping int64 tensor arithmetic.
+intermediate values stay in the processor's cache; elsewhere in wrapping int64 tensor arithmetic.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def _mix_in_place(z: np.ndarray, scratch: np.ndarray) -> None:
 def _drawn(
     index: Tensor, shape: tuple[int, ...], seed: int, step: int, stream: int, value: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """(B, *shape) float32: ``value``, entry by entry, of tensors of 64 random bits each that it may write into."""
+    """Return (B, *shape) float32: ``value`` of 64 random bits per entry, whose tensors it may overwrite."""
     seed = require_whole("seed", seed)
     key = torch.zeros_like(index)
     for part in (torch.full_like(index, _signed(seed)), torch.full_like(index, stream), torch.full_like(index, step)):

@@ -22,7 +22,7 @@ class Ramp:
     value(s) = start + (stop - start) * min(s / over, 1), with s in [0, 1] the share of the phase that is done.
 
     Raises:
-        UnmovedError: an end that is no finite number, or ``over`` outside (0, 1].
+        UnmovedError: an end that is not a finite number, or ``over`` outside (0, 1].
     """
 
     start: float
@@ -53,10 +53,10 @@ def ramp_field(owner: object, name: str, **bounds: Unpack[Bounds]) -> None:
 
 
 def number(name: str, value: float | Ramp) -> float:
-    """Return a field that may ramp as the number it is.
+    """Return the number in a field that may ramp.
 
     Raises:
-        UnmovedError: it is a `Ramp` that nobody resolved.
+        UnmovedError: it is a `Ramp` that was not resolved.
     """
     if isinstance(value, Ramp):
         raise UnmovedError(f"{name} is a Ramp: only the training loop resolves ramps; give a number here")
@@ -84,7 +84,7 @@ def _number_or_part(value: object, share: float) -> object:
 
 @dataclass(frozen=True)
 class Phases:
-    """A `Method` per stretch of epochs: ``Phases((0, warm_up), (10, method))``.
+    """Hold a `Method` for each range of epochs: ``Phases((0, warm_up), (10, method))``.
 
     Raises:
         UnmovedError: no phase, a first phase that does not start at epoch 0, or starts that do not increase.

@@ -1,6 +1,6 @@
 """Choose the number format (float32 or bf16) and memory layout of forward and backward passes.
 
-Parameters, losses and judged predictions are float32 always.
+Parameters, losses and the predictions that decide an evaluation are always float32.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def _ieee() -> Iterator[None]:
     before = [switch.fp32_precision for switch in switches]
 
     def turn(states: list[str]) -> None:
-        # Torch has an older and a newer switch for each, and whoever reads the older one fails where they disagree.
+        # Torch has an older and a newer switch for each, and reading the older one fails if they disagree.
         cudnn.allow_tf32, matmul.allow_tf32 = states[0] == "tf32", states[2] == "tf32"
         for switch, state in zip(switches, states, strict=True):
             switch.fp32_precision = state
@@ -104,10 +104,10 @@ def memory_format_for(model: nn.Module, device: torch.device | str, x: Tensor | 
     """Choose channels_last, in which convolutions are faster, if its gradients are known to be right.
 
     On a CPU the weights' gradient of a 1x1 convolution with a stride and few input channels is wrong in channels_last,
-    or the process crashes or hangs (uxlfoundation/oneDNN, issue 6035; torch 2.13 has it). A model with one, such as
-    a `preact_resnet18` narrower than 16, stays contiguous there, and is right. What a class outside torch and this
-    package computes is seen by looking: at ``x`` (B, C, H, W), in training and in evaluation mode, on a copy. Where
-    that is not possible, or a parameter could be such a kernel in a pass yet to come, the model stays contiguous, too.
+    or the process crashes or hangs (uxlfoundation/oneDNN, issue 6035; torch 2.13 has it). A model with such a
+    convolution, for example a `preact_resnet18` narrower than 16, therefore stays contiguous. For classes outside torch
+    and this package, a copy of the model is run on ``x`` (B, C, H, W) in both modes and its convolutions are recorded.
+    If that is not possible, or a parameter could become such a kernel later, the model stays contiguous, too.
     """
     if any(tensor.ndim > 4 for tensor in (*model.parameters(), *model.buffers())):  # torch has no such format for them
         return torch.contiguous_format
@@ -131,7 +131,7 @@ def _is_right_in_channels_last(model: nn.Module, x: Tensor | None) -> bool:
 
 
 def _is_miscomputed(kernel: Sequence[int], stride: Sequence[int], groups: int, transposed: bool) -> bool:
-    """Of a kernel (out, in / groups, height, width); where it is transposed, both numbers of channels are looked at."""
+    """Return whether a convolution is affected; ``kernel`` is its weight's shape (out, in / groups, height, width)."""
     channels = min(kernel[0] // groups, kernel[1]) if transposed else kernel[1]
     return max(kernel[2:]) == 1 and max(stride) > 1 and channels < _BLOCK
 
@@ -166,7 +166,7 @@ def _is_right_where_seen(model: nn.Module, x: Tensor) -> bool:
                 twin(x)
             with evaluating(twin):
                 twin(x)
-    except Exception:  # a stranger's model may refuse anything; the training says so in its own words
+    except Exception:  # any error of the user's model is reported by the training itself
         return False
     return convolutions.are_right
 
@@ -175,9 +175,9 @@ def _is_right_where_seen(model: nn.Module, x: Tensor) -> bool:
 def constant_weights(model: nn.Module) -> Iterator[None]:
     """Let weights require no gradient inside the block, for an attack on what ``torch.compile`` returned.
 
-    A compiled graph computes every gradient that could be asked for, and an attack asks for the image's alone. Other
-    models are left as they are: eager passes compute what is asked for, and autocast keeps its copies of weights that
-    need a gradient only.
+    A compiled graph computes the gradients of all weights, while an attack needs only that of the image. Other models
+    are left as they are: eager passes compute only what is needed, and autocast caches its copies only of weights that
+    require a gradient.
     """
     dynamo = sys.modules.get("torch._dynamo.eval_frame")  # importing it takes seconds
     is_compiled = dynamo is not None and isinstance(model, dynamo.OptimizedModule)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from unmoved.core.errors import UnmovedError
 
-# By how much of the box's width rounding, such as that of a resized image, may carry a pixel outside.
+# Share of the box's width that a pixel may lie outside it, because of rounding such as that of a resized image.
 TOLERANCE = 1e-6
 
 
@@ -51,7 +51,7 @@ def require_images(x: Tensor, bounds: tuple[float, float] = (0.0, 1.0), where: s
     """Raise `UnmovedError` unless every pixel is a number within ``bounds``.
 
     Args:
-        x: images of a floating type; one pass over them, about a millionth of a second for a thousand pixels.
+        x: images of a floating type. The check takes about a microsecond per thousand pixels.
         bounds: smallest and largest valid pixel value; `TOLERANCE` of the width is allowed on both sides.
         where: what the message calls the images.
     """
@@ -109,7 +109,7 @@ def require_labels(y: Tensor, num_classes: int | None = None, where: str = "labe
 
 
 def require_per_sample(values: object, size: int, name: str) -> Tensor:
-    """Return ``values``; raise `UnmovedError` unless they are floats of shape (size,): a number for each sample.
+    """Return ``values``; raise `UnmovedError` unless they are floats of shape (size,), one for each sample.
 
     Args:
         values: what a term returned.
@@ -137,10 +137,10 @@ def _is_per_sample(values: object, size: int) -> TypeGuard[Tensor]:
 def require_callable(name: str, value: object, arguments: str, order: str = "") -> None:
     """Raise `UnmovedError` unless ``value`` can be called with ``arguments``, words such as ``"model, batch"``.
 
-    A signature that Python cannot read is taken on trust.
+    A signature that Python cannot read is accepted.
 
     Args:
-        order: what to do, for whoever has confused two things.
+        order: advice for the message, such as the order of the arguments.
     """
     words = f"{name}: expected something that is called with ({arguments}), came "
     advice = f"; {order}" if order else ""
@@ -169,7 +169,7 @@ def require_term(name: str, value: object) -> None:
 
 
 def require_loss(name: str, value: object) -> None:
-    """Raise `UnmovedError` unless ``value`` may be the loss of an attack; how it is called is seen with its values."""
+    """Raise `UnmovedError` unless ``value`` may be an attack's loss; its arguments are checked when it is called."""
     if not callable(value) or isinstance(value, type) or _is_factory(value):
         require_term(name, value)
 
@@ -177,7 +177,7 @@ def require_loss(name: str, value: object) -> None:
 def values_of(term: Callable[[Labelled], object], views: Labelled, what: str) -> Tensor:
     """Compute ``term(views)``, (B,), and check it; messages begin with ``what``, such as ``"term"``, and its repr.
 
-    Of images that are mixed of two it is ``share term(y) + (1 - share) term(other)``.
+    For images mixed from two it is ``share term(y) + (1 - share) term(other)``.
 
     Raises:
         UnmovedError: the term takes other arguments, as the losses of torch do, or returns something else.
@@ -201,12 +201,12 @@ def require_attack(name: str, value: object) -> None:
 
 
 def _is_factory(value: object) -> bool:
-    """Return whether this is one of our functions that make a term or an attack but are none themselves."""
+    """Return whether this is a function of this package that makes a term or an attack, and is not one itself."""
     return inspect.isfunction(value) and value.__module__.startswith(("unmoved.attacks.", "unmoved.terms."))
 
 
 def _signature_of(value: Callable[..., object]) -> inspect.Signature | None:
-    """Return the signature of a function or callable object; of a module, that of its forward."""
+    """Return the signature of a function or callable object; for a module, that of its ``forward``."""
     with suppress(ValueError):
         if isinstance(value, nn.Module):
             return inspect.signature(value.forward)
@@ -228,11 +228,11 @@ def _kind(value: object) -> str:
 
 
 def require_model(model: object, order: str) -> None:
-    """Raise `UnmovedError` unless ``model`` is a module whose weights are there.
+    """Raise `UnmovedError` unless ``model`` is a module with weights in memory.
 
     Args:
         model: what was given as the model.
-        order: the call with its arguments in order, for whoever has confused them.
+        order: the call with its arguments in order, which the message shows.
     """
     if isinstance(model, type):
         raise UnmovedError(f"model: expected an nn.Module, came the class {model.__name__}; use {model.__name__}(...)")

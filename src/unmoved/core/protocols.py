@@ -33,7 +33,7 @@ class Attack(Protocol):
 
 @runtime_checkable
 class MinimumNormAttack(Protocol):
-    """An attack that seeks the nearest misclassified image and may leave the ball, which is then no success."""
+    """An attack that seeks the nearest misclassified image; one outside the ball does not count as a success."""
 
     minimum_norm: bool
 
@@ -47,33 +47,33 @@ class Ensemble(Protocol):
     def __call__(self, model: nn.Module, batch: Batch) -> Image: ...
 
     def parts(self, num_classes: int) -> Mapping[str, Attack]:
-        """The attacks by name, in their order."""
+        """Return the attacks by name, in their order."""
         ...
 
     def notes(self, num_classes: int) -> list[str]:
-        """What was adapted to this many classes, in sentences; empty where nothing was."""
+        """Return sentences about what was adapted to this number of classes; empty if nothing was."""
         ...
 
 
 class AttackDeclarations(Protocol):
-    """What an attack may say of itself in attributes; where one is missing, the value given here holds.
+    """Attributes by which an attack declares its properties; each is optional and has the default given here.
 
     Each is read by one function: `kind_of`, `draws_of`, `is_lockstep`, `is_minimum_norm`, `leaves_ball`,
     `takes_mixed`.
 
     Attributes:
-        kind: what it asks of the model: ``"gradients"`` (default), ``"fixed-step gradients"`` (as PGD, whose steps
-            follow no progress and which masking fools first), ``"queries"`` (outputs alone) or ``"transfer"``
-            (nothing: it is found on another model).
+        kind: what it uses of the model: ``"gradients"`` (default), ``"fixed-step gradients"`` (like PGD, whose steps do
+            not adapt to progress, so that gradient masking fools it first), ``"queries"`` (outputs only) or
+            ``"transfer"`` (nothing: the images are found on another model).
         draws: forward passes whose mean logits decide its success; 1 (default) unless it attacks a randomised model.
-        lockstep: whether each call makes as many passes whatever its samples are, so that processes with shares of one
-            batch meet in every pass; False (default) where samples that are done are left out.
-        minimum_norm: whether it seeks the nearest misclassified image and may leave the ball, which is then no success;
-            False (default) where every proposal lies in the ball.
-        leaves_ball: whether it leaves the ball by design: training takes its images, and a verdict refuses it; False by
-            default.
-        takes_mixed: whether it also attacks images that are mixed of two (`data.CutMix`), as all that it asks of labels
-            goes through a loss; False (default) where it compares predictions with one label or remembers each image.
+        lockstep: whether the number of passes of a call is the same for all samples, so that processes with shares of
+            one batch meet in every pass; False (default) if samples that are done are left out.
+        minimum_norm: whether it seeks the nearest misclassified image, of which one outside the ball does not count as
+            a success; False (default) if every proposal lies in the ball.
+        leaves_ball: whether it leaves the ball by design, so that it can be used in training but not in evaluation;
+            False by default.
+        takes_mixed: whether it also attacks images mixed from two (`data.CutMix`), since it uses labels in its loss
+            only; False (default) if it compares predictions with one label or remembers each image.
     """
 
     kind: str
@@ -105,10 +105,10 @@ class Term(Protocol):
 
 
 class TermDeclarations(Protocol):
-    """What a term may say of itself in attributes; read by `couples_samples`.
+    """Attributes by which a term declares its properties; read by `couples_samples`.
 
     Attributes:
-        couples_samples: whether its value of one sample depends on the others of the batch; False by default.
+        couples_samples: whether its value for one sample depends on the other samples of the batch; False by default.
     """
 
     couples_samples: bool
@@ -127,7 +127,7 @@ class StatefulTerm(nn.Module):
         """Learn from one batch without a gradient; nothing by default."""
 
     def report(self) -> Mapping[str, object]:
-        """What the log of an epoch should say of it (numbers and lists), asked for once after each epoch."""
+        """Return numbers and lists for the log; called once after each epoch."""
         return {}
 
 
@@ -149,7 +149,7 @@ class Method:
     ``attack=None`` trains on clean images (the adversarial view is then the clean one); ``defense=None`` is `Plain`.
 
     Raises:
-        UnmovedError: a class in place of what it makes, or one kind of component in the place of another.
+        UnmovedError: a class in place of an instance, or a component of the wrong kind.
     """
 
     attack: Attack | None
@@ -166,7 +166,7 @@ class Method:
 
 
 def kind_of(attack: object) -> str:
-    """The kind that an attack, or its class, declares: one of `ATTACK_KINDS`.
+    """Return the kind that an attack, or its class, declares: one of `ATTACK_KINDS`.
 
     Raises:
         UnmovedError: it declares another.
@@ -177,16 +177,16 @@ def kind_of(attack: object) -> str:
 
 
 def draws_of(attack: Attack) -> int:
-    """The number of forward passes whose mean logits decide an attack's success.
+    """Return the number of forward passes whose mean logits decide an attack's success.
 
     Raises:
-        UnmovedError: it declares something else than a whole number >= 1.
+        UnmovedError: it declares something other than a whole number >= 1.
     """
     return require_whole(f"{_name(attack)}.draws", getattr(attack, "draws", 1), at_least=1)
 
 
 def is_lockstep(attack: Attack) -> bool:
-    """Whether an attack declares that it makes as many passes whatever its samples are.
+    """Return whether an attack declares that its number of passes is the same for all samples.
 
     Raises:
         UnmovedError: it declares neither True nor False.
@@ -231,7 +231,7 @@ def require_in_ball(name: str, attack: Attack) -> None:
 
 
 def couples_samples(term: object) -> bool:
-    """Whether a term declares that its value of one sample depends on the others.
+    """Return whether a term declares that its value for one sample depends on the others.
 
     Raises:
         UnmovedError: it declares neither True nor False.
@@ -244,17 +244,17 @@ def _name(part: object) -> str:
 
 
 def parts_of(name: str, attack: Attack, num_classes: int) -> dict[str, Attack]:
-    """The parts of an ensemble by name, or the attack alone under its own name."""
+    """Return the parts of an ensemble by name, or the attack itself under its own name."""
     return dict(attack.parts(num_classes)) if isinstance(attack, Ensemble) else {name: attack}
 
 
 def kinds_of(name: str, attack: Attack, num_classes: int) -> dict[str, str]:
-    """The kind of each of an attack's parts, as `parts_of` names them."""
+    """Return the kind of each part of an attack, under the names of `parts_of`."""
     return {part: kind_of(own) for part, own in parts_of(name, attack, num_classes).items()}
 
 
 def notes_of(attack: Attack, num_classes: int) -> list[str]:
-    """What an ensemble adapted to this many classes, in sentences; nothing of any other attack."""
+    """Return sentences about what an ensemble adapted to this number of classes; empty for any other attack."""
     return attack.notes(num_classes) if isinstance(attack, Ensemble) else []
 
 

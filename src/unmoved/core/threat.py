@@ -23,7 +23,7 @@ Part = TypeVar("Part")
 NORMS = ("linf", "l2", "l1")
 _ORDER = {"linf": math.inf, "l2": 2.0, "l1": 1.0}
 NEWTON_STEPS = 8
-# How far beyond the box, in its widths, an l2 step may push a pixel: its square has to stay small in float32.
+# How far beyond the box, in its widths, an l2 step may push a pixel, so that its square stays small in float32.
 BEYOND = 100.0
 
 
@@ -35,8 +35,8 @@ def _flat_norm(v: Tensor, order: float = 2.0) -> Tensor:
 def _soft_threshold(size: Tensor, room: Tensor, eps: float | Tensor) -> Tensor:
     """``s_i = clamp(size_i - t, 0, room_i)`` with the smallest t >= 0 for which ``sum_i s_i <= eps``, (B, d).
 
-    The sum falls piecewise linearly in t, so Newton's method is exact once it is on the root's piece. Where it has not
-    come there soon, every third turn halves the bracket instead.
+    The sum falls piecewise linearly in t, so Newton's method is exact once it is on the root's piece. If it does not
+    get there soon, every third iteration bisects the bracket instead.
     """
     goal = torch.as_tensor(eps, dtype=size.dtype, device=size.device).reshape(-1, 1)
     t = below = torch.zeros_like(size[:, :1])
@@ -46,7 +46,7 @@ def _soft_threshold(size: Tensor, room: Tensor, eps: float | Tensor) -> Tensor:
         kept = torch.minimum(left.clamp_min(0), room)
         excess = kept.sum(1, keepdim=True) - goal
         slope = left.eq_(kept).sum(1, keepdim=True)  # in place: as floats they add up faster than as bools
-        # What rounding of the sum and of t leaves in doubt; the last line below settles it.
+        # Rounding of the sum and of t may leave it slightly above; the last line below corrects that.
         doubt = 4 * torch.finfo(size.dtype).eps * (goal + slope * t)
         done = torch.where(t == 0, excess <= doubt, excess.abs() <= doubt)
         if done.all():
@@ -94,8 +94,8 @@ def _bounds(bounds: object) -> tuple[float, float]:
 def _stretch(size: Tensor, room: Tensor, goal: Tensor) -> Tensor:
     """Find the t >= 0 with ``|| min(t size_i, room_i) ||_2 = goal``, (B, 1), from below.
 
-    The square of the norm is concave and piecewise linear in t^2, so that no step of Newton's method ends beyond the
-    root, and one suffices where no room is short. A fixed number of them: a GPU need not be waited for.
+    The square of the norm is concave and piecewise linear in t^2, so that no step of Newton's method overshoots the
+    root, and one step is exact if no room is short. The number of steps is fixed, so that a GPU need not be waited for.
     """
     square = size * size
     ends = (room / size.clamp_min(torch.finfo(size.dtype).tiny)).square_()
@@ -108,9 +108,9 @@ def _stretch(size: Tensor, room: Tensor, goal: Tensor) -> Tensor:
 
 
 def _largest_first(size: Tensor, room: Tensor, budget: Tensor) -> Tensor:
-    """Amounts of sum ``budget``, those of largest size filled first (a fractional knapsack); ties in order, (B, d).
+    """Divide ``budget`` over entries by falling size (a fractional knapsack); ties in order, (B, d).
 
-    The full ones get the whole budget instead of their room, those after them nothing.
+    Entries that are filled get the whole budget instead of their room; those after the last get nothing.
     """
     order = size.argsort(dim=1, descending=True, stable=True)
     room = room.gather(1, order)
@@ -152,7 +152,7 @@ class ThreatModel:
         """Return eps as a number.
 
         Raises:
-            UnmovedError: eps is a `Ramp` that nobody resolved.
+            UnmovedError: eps is a `Ramp` that was not resolved.
         """
         return number("threat.eps", self.eps)
 
@@ -203,9 +203,10 @@ class ThreatModel:
     def step(self, x_adv: Image, gradient: Tensor, length: float | Tensor) -> Tensor:
         """Return the step from ``x_adv`` that raises the loss most to first order, of this length after clipping.
 
-        linf: ``length sign(g)``. l2: ``t g``, where ``t`` makes up for what the box stops. l1: the pixels of largest
-        size first, each as far as the box leaves room, until the length is used up. A pixel at the edge of the box is
-        pushed on and uses up no length: so `project`, which knows the box, does not draw it back with the others.
+        linf: ``length sign(g)``. l2: ``t g``, with ``t`` so large that the step has this length after clipping. l1: the
+        pixels of largest size first, each as far as the box leaves room, until the length is used up. A pixel at the
+        edge of the box is pushed further and uses up no length, so that `project`, which accounts for the box, does
+        not pull it back.
 
         Args:
             length: one, or one per sample that broadcasts over images.
@@ -228,11 +229,11 @@ class ThreatModel:
     def ascend(
         self, x_adv: Image, gradient: Tensor, length: float | Tensor, x: Image, radius: PerSample | None = None
     ) -> Image:
-        """Return ``project(x_adv + step)``, the step no longer than it need be.
+        """Return ``project(x_adv + step)``, with the step cut to the length that can be useful.
 
         l1: at most the radius, since one such step fills the ball. l2: at most the radius and twice ``||x_adv - x||``:
-        one step from ``x`` itself then ends where the linearised loss is highest in the ball cut by the box, while what
-        a longer one is drawn back to is not that point; from elsewhere Madry's and Auto-PGD's steps are shorter.
+        one step from ``x`` itself then ends where the linearised loss is highest in the ball cut by the box, which the
+        projection of a longer step would miss. From other points Madry's and Auto-PGD's steps are shorter anyway.
         """
         if self.norm != "linf":
             most = self._radii(radius, x) + (0.0 if self.norm == "l1" else 2 * _flat_norm(x_adv - x))
@@ -242,8 +243,8 @@ class ThreatModel:
     def project(self, x_adv: Image, x: Image, radius: PerSample | None = None) -> Image:
         """Return the nearest point of the ball around ``x`` cut by the box of valid images; ``radius`` as in `start`.
 
-        In l2 and l1 clipping the nearest point of the ball would not give it (Croce and Hein 2021, "Mind the box",
-        section 3): what a clipped pixel cannot use is left to the others.
+        In l2 and l1 projecting onto the ball and then clipping gives another point (Croce and Hein 2021, "Mind the
+        box", section 3): here the other pixels may use what a clipped pixel cannot.
         """
         eps, delta = self._radii(radius, x), x_adv - x
         if self.norm == "l1":
@@ -267,7 +268,7 @@ class ThreatModel:
         room = torch.where(delta > 0, high - x, x - low).clamp_min(0)
         size = _soft_threshold(delta.abs().flatten(1), room.flatten(1), eps).reshape(x.shape)
         x_adv = (x + size * delta.sign()).clamp(low, high)
-        # Rounding adds up over pixels in this norm: where it went away from x, the next number towards x is taken.
+        # Rounding adds up over pixels in this norm: where it moved a pixel away from x, take the next number towards x.
         return torch.where((x_adv - x).abs() > size, torch.nextafter(x_adv, x), x_adv)
 
     def distance(self, x_adv: Image, x: Image) -> PerSample:

@@ -69,7 +69,7 @@ class APD:
         optimizer.zero_grad(set_to_none=True)
         loss = backward()
         moved = [p for p in weights.trainable(model, optimizer) if p.grad is not None]
-        # The path is kept in units of the ball, so that a device need not tell the weights' norm to the host.
+        # The path is kept in units of the ball, so that the host need not read the weights' norm from the GPU.
         unit = weights.norm(p.detach() for p in moved) if self.relative else 1.0
         eps = number("APD.eps", self.eps)
         step_size = 1.5 * eps / self.steps if self.step_size is None else self.step_size

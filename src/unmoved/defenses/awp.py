@@ -22,7 +22,7 @@ class AWP:
     2020, equations (8)-(10), with the scope of the authors' code: tensors of more than one dimension (no biases, no
     normalisation), each with its own relative radius; the optimizer step, weight decay included, is taken at w + v.
     Two forward-backward passes. Running statistics of BatchNorm move in the second pass only, the one it steps from;
-    what tells of the weights, such as the vectors of spectral norm, in the first, at the uncorrupted ones.
+    buffers that depend on the weights, such as the vectors of spectral norm, in the first, at the uncorrupted ones.
     ``gamma = 0`` is `Plain`.
 
     Args:

@@ -13,7 +13,6 @@ from torch import nn
 
 from unmoved.core.batch import Batch, Image, Label
 from unmoved.core.errors import UnmovedError, require_whole
-from unmoved.core.passes import one_pass, require_distinct
 from unmoved.core.precision import autocast, device_of
 from unmoved.core.preconditions import require_attack, require_images, require_labels, require_model, require_split
 from unmoved.core.protocols import (
@@ -26,6 +25,7 @@ from unmoved.core.protocols import (
     parts_of,
     require_in_ball,
 )
+from unmoved.core.split_batches import one_pass, require_distinct
 from unmoved.core.threat import ThreatModel, require_threat
 from unmoved.core.views import eval_logits
 from unmoved.evaluation.journal import Journal

@@ -1,4 +1,4 @@
-"""Choose which survivors of a cheap attack an expensive one is asked about: the nearest, and a draw of the others."""
+"""Sample survivors of a cheap attack for an expensive one: those nearest to the boundary, and a draw of the rest."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import torch
 from unmoved.core import noise
 from unmoved.evaluation.estimate import Estimate
 
-NEAR = 0.1  # of the sample goes to the nearest survivors
-STREAM = 7_000_003  # of the noise that orders the samples
+NEAR = 0.1  # share of the sample that goes to the nearest survivors
+STREAM = 7_000_003  # the stream of noise that orders the survivors
 
 
 class Design(NamedTuple):
-    """Say which survivors the expensive attack is asked about, by their positions in the data.
+    """Hold the positions in the data of the survivors that the expensive attack is run on.
 
     Attributes:
-        near: the nearest, all asked about.
-        drawn: the simple random sample of the others.
+        near: the nearest survivors, all of them.
+        drawn: a simple random sample of the others.
     """
 
     near: np.ndarray
@@ -30,13 +30,13 @@ class Design(NamedTuple):
 
 @dataclass(frozen=True)
 class Survivors:
-    """Hold what the cheap attack left robust, and how near each is to breaking.
+    """Hold the samples that the cheap attack left robust, with the estimated distance of each to the boundary.
 
     Args:
         position: (N,) in the data.
         index: (N,) identities, which key the draw.
-        distance: (N,) of the decision boundary, as a scout believes; infinity where it does not know of one.
-        seed: of the draw.
+        distance: (N,) estimated, to the decision boundary; infinity where no boundary was found.
+        seed: keys the draw.
     """
 
     position: np.ndarray
@@ -48,9 +48,9 @@ class Survivors:
         return len(self.position)
 
     def design(self, sample: int) -> Design:
-        """Choose ``sample`` survivors, which seed, identities and distances alone decide; a larger sample holds them.
+        """Choose ``sample`` survivors, by seed, identities and distances alone; a larger sample contains a smaller one.
 
-        (A sample's far ones are the first in a random order; in a larger one more of these count as near.)
+        Those drawn are the first in a random order; in a larger sample more of them count as near.
         """
         near = self._near(sample)
         by_distance = np.lexsort((self.index, self.distance))

@@ -17,7 +17,7 @@ from unmoved.exports.exported_run import ExportedRun, Judgement, Result
 from unmoved.exports.robustbench import architecture
 from unmoved.runs.assembly import IN_PYTHON
 from unmoved.runs.components import KINDS
-from unmoved.runs.foreign import is_foreign
+from unmoved.runs.third_party import is_foreign
 
 ESTIMATED = "AutoAttack (standard), sampled"
 _MARKS = re.compile(r"([\\`*_{}\[\]<>#!|~&$])")

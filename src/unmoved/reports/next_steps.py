@@ -10,7 +10,7 @@ from typing import NamedTuple
 from unmoved.runs.by_recipe import RecipeResult
 from unmoved.runs.evaluated import EvaluatedRun
 from unmoved.runs.folder import folder_name
-from unmoved.runs.foreign import packages_of
+from unmoved.runs.third_party import packages_of
 
 SEEDS = 3  # fewer say little of the next one
 

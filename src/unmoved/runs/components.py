@@ -32,8 +32,8 @@ from unmoved.core import protocols
 from unmoved.core.errors import UnmovedError, did_you_mean
 from unmoved.core.phases import Ramp
 from unmoved.core.threat import ThreatModel
-from unmoved.runs import foreign
-from unmoved.runs.foreign import Factory, Place
+from unmoved.runs import third_party
+from unmoved.runs.third_party import Factory, Place
 from unmoved.terms.sum import snake_case
 from unmoved.training import averaging, optim
 
@@ -123,7 +123,7 @@ class Foreign(Component):
     """A class or function of another package, ``use = "module:Name"``; its other keys are its arguments."""
 
     model_config = ConfigDict(extra="allow")
-    use: str = Field(pattern=f"^{foreign.NAMED}$")
+    use: str = Field(pattern=f"^{third_party.NAMED}$")
 
 
 class WeightsFile(Settings):
@@ -303,10 +303,10 @@ def build(kind: str, table: Component, allow: Collection[str] = (), **given: obj
     """Make the object that a validated table describes; ``given`` fills parameters that recipes do not set.
 
     Raises:
-        UnmovedError: as `foreign.find`, or arguments that it does not take.
+        UnmovedError: as `third_party.find`, or arguments that it does not take.
     """
     use = table.use
-    factory = foreign.find(use, allow, PLACES[kind]) if ":" in use else KINDS[kind][use]
+    factory = third_party.find(use, allow, PLACES[kind]) if ":" in use else KINDS[kind][use]
     settings = {name: getattr(table, name) for name in type(table).model_fields} | (table.model_extra or {})
     ignored = {"use", "weight", *(OF_MODELS if kind == "models" else ())}
     settings = {name: _value(value, allow) for name, value in settings.items() if name not in ignored}
@@ -327,7 +327,7 @@ def build(kind: str, table: Component, allow: Collection[str] = (), **given: obj
     except TypeError as error:
         raise UnmovedError(f"use = {use!r}: {error}; its arguments are the other keys of the same table") from error
     if ":" in use and not (kind == "average" and made is None):
-        foreign.require_made(use, made, PLACES[kind])
+        third_party.require_made(use, made, PLACES[kind])
     return made
 
 

@@ -23,14 +23,14 @@ from unmoved.data.split import drawn
 from unmoved.evaluation.doctor import examine
 from unmoved.evaluation.doctor.finding import summary
 from unmoved.evaluation.outcomes import CLEAN, WORST
-from unmoved.runs import components, sampled
-from unmoved.runs.asked import Asked
+from unmoved.runs import components, sampled_autoattack
 from unmoved.runs.assembly import Assembly
+from unmoved.runs.evaluator import Evaluator
 from unmoved.runs.folder import Run
-from unmoved.runs.foreign import is_foreign
-from unmoved.runs.load import Opened, opened, question_about, weights_digest
+from unmoved.runs.load import Opened, data_and_code, opened, weights_digest
 from unmoved.runs.records import Doctor, attacks_of, digest_of_outcomes
 from unmoved.runs.shorthand import attack_tables
+from unmoved.runs.third_party import is_foreign
 
 VERDICTS = ("standard", "rand")
 
@@ -68,17 +68,19 @@ def evaluate_run(
         precision: of the search alone; every success is judged in float32.
         save_adversarial: keep the successful images too, as ``adversarial/*.npz`` beside the outcomes.
         validation: judge what ``training.validation`` held out, to choose settings by, into ``validation``.
-        sample, within: with ``"standard"``, ask AutoAttack about a sample of what `Quick` leaves; see `sampled.Size`.
+        sample, within: with ``"standard"``, run AutoAttack on a sample of what `Quick` leaves; see
+            `sampled_autoattack.Size`.
         allow: packages of strangers whose code may run.
         progress: called with (share of the work, what is known so far).
         ready: gives what `opened` gives for these weights, where it was called already.
 
     Returns:
-        Folder name -> the outcomes table of `judge.evaluate`; see `sampled.answer` for a sample.
+        Folder name -> the outcomes table of `judge.evaluate`; see `sampled_autoattack.evaluate_sample` for a sample.
 
     Raises:
-        UnmovedError: as `judge.evaluate` and `sampled.answer`; an unknown name; weights that are missing or do not fit;
-            ``validation`` of a run that held nothing out; a run that another process trains or evaluates.
+        UnmovedError: as `judge.evaluate` and `sampled_autoattack.evaluate_sample`; an unknown name; weights
+            that are missing or do not fit; ``validation`` of a run that held nothing out; a run that another process
+            trains or evaluates.
     """
     size = size_of(sample, within, attacks, is_plain=not (save_adversarial or validation))
     n = None if n is None else require_whole("n", n, at_least=1)
@@ -88,16 +90,25 @@ def evaluate_run(
         precision = resolve(precision, device_of(model))  # another machine's "auto" may be another one
         count = n or assembly.recipe.evaluation.n
         images = _images(run, assembly, count, validation)
-        about = question_about(assembly, images.split, allow)
+        inputs = data_and_code(assembly, images.split, allow)
         kinds = chosen_attacks(attacks, assembly, allow, validation)
-        asked = Asked(run, assembly, model, *images, count, attacks, weights, precision, batch_size, workers, about)
+        evaluator = Evaluator(
+            run, assembly, model, *images, count, attacks, weights, precision, batch_size, workers, inputs
+        )
         if size is not None:
-            return sampled.answer(asked, kinds["verdict"], size, partial(_report, progress, 0, 1))
+            return sampled_autoattack.evaluate_sample(
+                evaluator, kinds["verdict"], size, partial(_report, progress, 0, 1)
+            )
         parts = [partial(_report, progress, number, len(kinds)) for number in range(len(kinds))]
-        return {k: asked.answer(k, kinds[k], save_adversarial, part) for k, part in zip(kinds, parts, strict=True)}
+        return {
+            k: evaluator.evaluate_and_save(k, kinds[k], save_adversarial, part)
+            for k, part in zip(kinds, parts, strict=True)
+        }
 
 
-def size_of(sample: int | None, within: float | None, attacks: str, *, is_plain: bool = True) -> sampled.Size | None:
+def size_of(
+    sample: int | None, within: float | None, attacks: str, *, is_plain: bool = True
+) -> sampled_autoattack.Size | None:
     """Return how large a sample is wanted; None for none.
 
     Raises:
@@ -110,7 +121,7 @@ def size_of(sample: int | None, within: float | None, attacks: str, *, is_plain:
             "--sample, --within: expected --attacks standard, without --save-adversarial and --validation, came "
             f"--attacks {attacks}; a sample estimates what AutoAttack's standard version leaves of test images"
         )
-    return sampled.Size(sample, within)
+    return sampled_autoattack.Size(sample, within)
 
 
 def _report(progress: Callable[[float, str], None] | None, number: int, count: int, share: float, text: str) -> None:

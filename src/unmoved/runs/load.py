@@ -75,8 +75,8 @@ def _digest(path: Path, stamp: tuple[int, ...]) -> str:
     return untrusted.digest(path)
 
 
-def question_about(assembly: Assembly, split: ArraySplit | Selection, allow: Collection[str]) -> Json:
-    """Return what any result about a run's model depends on, beside its weights and the settings: data and code."""
+def data_and_code(assembly: Assembly, split: ArraySplit | Selection, allow: Collection[str]) -> Json:
+    """Return what a result about a run's model depends on beside its weights and the settings: data and code."""
     recipe = json.dumps(assembly.recipe.setting(), sort_keys=True, default=str)
     return {
         "images": split.digest,

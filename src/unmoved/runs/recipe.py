@@ -18,7 +18,7 @@ from unmoved.core.precision import PRECISIONS
 from unmoved.core.threat import ThreatModel
 from unmoved.core.untrusted import LONGEST, Json, JsonValue, readable, require_plain, text_file, toml
 from unmoved.evaluation.outcomes import CLEAN, WORST
-from unmoved.runs import recipe_keys, shipped
+from unmoved.runs import packaged_recipes, recipe_keys
 from unmoved.runs.components import (
     KINDS,
     AttackTable,
@@ -282,7 +282,7 @@ def read(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     """
     asked = Path(path)
     try:
-        path = shipped.located(asked)
+        path = packaged_recipes.located(asked)
         if path.is_fifo() and path.parent in PIPES:  # what a shell puts in the place of <(...)
             with path.open(encoding="utf-8") as file:
                 text = file.read(LONGEST + 1)

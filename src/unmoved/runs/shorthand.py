@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from unmoved.core.errors import UnmovedError, did_you_mean
 from unmoved.core.untrusted import Json, JsonValue, toml
 from unmoved.runs.components import INJECTED, KINDS, parse_number
-from unmoved.runs.foreign import is_foreign
+from unmoved.runs.third_party import is_foreign
 
 _CALL = re.compile(r"(?P<use>[^()]+?)\s*(?:\((?P<settings>.*)\))?", re.DOTALL)
 

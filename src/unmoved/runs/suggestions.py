@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from unmoved.runs import shipped
+from unmoved.runs import packaged_recipes
 
 MOST = 3  # paths in a message
 
@@ -17,7 +17,7 @@ def recipe_meant(path: Path, parts: Mapping[str, Iterable[str]]) -> str:
     Args:
         parts: kind -> names of what recipes are made of.
     """
-    known = [*map(Path, shipped.names()), *sorted(Path("recipes").glob("*/*.toml"))]
+    known = [*map(Path, packaged_recipes.names()), *sorted(Path("recipes").glob("*/*.toml"))]
     short = Path(path.parent.name, path.stem)  # of a path that ends in a name
     if near := _of_this_name(path, known) or _of_this_name(short, known) or _near(path, known) or _near(short, known):
         return _meant(near)
@@ -37,7 +37,7 @@ def run_meant(path: Path) -> str:
         return f", found a file{train}"
     if path.is_dir():
         return f", found a folder of runs{_meant(inside)}" if (inside := _runs_below(path)) else ""
-    if shipped.located(path) != path:
+    if packaged_recipes.located(path) != path:
         return f", found a recipe; train it first: unmoved train {path} --out RUN"
     here = _runs_below(Path("runs"))
     near = _of_this_name(path, here) or _near(path, here)

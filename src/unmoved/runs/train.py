@@ -17,7 +17,7 @@ from unmoved.core.untrusted import Json
 from unmoved.runs import recipe as config
 from unmoved.runs.assembly import Assembly
 from unmoved.runs.folder import Run
-from unmoved.runs.judged import is_of_other_weights
+from unmoved.runs.trained_elsewhere import is_of_other_weights
 from unmoved.terms.sum import stateful
 from unmoved.training import distributed, loop
 from unmoved.training.checkpoint import NEWEST, PREVIOUS

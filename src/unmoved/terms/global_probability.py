@@ -132,7 +132,7 @@ class GlobalProbability(StatefulTerm):
     def report(self) -> dict[str, list[float | None]]:
         """Return q, and per class the mean and variance of p_y since the last report, clean and adversarial.
 
-        Of a class without a sample both are None, since JSON has no NaN.
+        Both are None for a class without samples, since JSON has no NaN.
         """
         facts: dict[str, list[float | None]] = {"q": self.q.tolist()}
         for row, name in enumerate(("clean", "adv")):

@@ -1,4 +1,4 @@
-"""Refuse terms whose value on an image that is mixed of two is no mean of their values for its two labels."""
+"""Refuse terms that cannot be computed for an image mixed from two as the mean of the values for its two labels."""
 
 from __future__ import annotations
 

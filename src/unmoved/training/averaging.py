@@ -1,4 +1,4 @@
-"""Average the weights along a training (EMA, SWA), to validate, keep and evaluate in place of the last weights."""
+"""Average the weights over a training (EMA, SWA), to validate, save and evaluate the average instead of the weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class EMA:
 
     The smaller d of the first steps t (the schedule of TensorFlow's ``ExponentialMovingAverage`` with ``num_updates``)
     lets the average forget the random weights that it starts from: ``1 / C(t + 10, 9)`` of them are left after step t.
-    With a fixed decay of 0.9995 half of them would be after 1,386 steps.
+    With a fixed decay of 0.9995 half of them would still be left after 1,386 steps.
 
     Raises:
         UnmovedError: a decay outside [0, 1].
@@ -60,27 +60,27 @@ class SWA:
 
 
 def none() -> None:
-    """No average: the weights themselves."""
+    """Return None: no average, the weights themselves are kept."""
 
 
 class Average:
-    """A model beside the trained one, which follows it as an `Averaging` says.
+    """Hold a second model whose weights are the average of the trained one's.
 
-    Each tensor counts once, under however many names it stands. Floating-point buffers, such as the running statistics
-    of BatchNorm, are averaged alike, also those that ``state_dict`` leaves out; other tensors are copied.
+    A tensor with several names is averaged once. Floating-point buffers, such as the running statistics of BatchNorm,
+    are averaged in the same way, also those that ``state_dict`` leaves out; other tensors are copied.
     """
 
     def __init__(self, model: nn.Module, averaging: Averaging) -> None:
         try:
             self.model = copy.deepcopy(model).requires_grad_(False)
-        except Exception as error:  # a stranger's model may hold what cannot be copied
+        except Exception as error:  # a user's model may hold something that cannot be copied
             raise UnmovedError(
                 f"average: expected a model that copy.deepcopy copies, came {type(model).__name__} "
                 f"({str(error).partition(chr(10))[0]:.200}); keep no tensors of a pass in its attributes, or train "
                 "without average"
             ) from error
         self._averaging = averaging
-        # Where infinity says "never", as in a mask, or "nothing yet", it has no mean with a number, nor with itself.
+        # An infinite entry, as in a mask, has no mean with a number or with itself.
         self._boundless = {
             (k, name)
             for k, module in enumerate(self.model.modules())
@@ -90,7 +90,7 @@ class Average:
 
     @torch.no_grad()
     def follow(self, model: nn.Module, step: int, total: int) -> None:
-        """Take in the weights after optimizer step ``step`` (from 0) of ``total``."""
+        """Update the average with the weights after optimizer step ``step`` (from 0) of ``total``."""
         share = self._averaging(step, total)
         pairs = list(zip(self.model.parameters(), model.parameters(), strict=True))
         moving = [pair for pair in pairs if _has_mean(pair[0])]
@@ -102,7 +102,7 @@ class Average:
         self._follow_buffers(model, share)
 
     def _follow_buffers(self, model: nn.Module, share: float) -> None:
-        """By new tensors: buffers may share memory, with each other or within themselves, and be written to twice."""
+        """Average buffers into new tensors, since they may share memory and would be written to twice."""
         moving: list[tuple[nn.Module, str, Tensor, Tensor]] = []
         for k, (mine, theirs) in enumerate(zip(self.model.modules(), model.modules(), strict=True)):
             before = buffers(mine)

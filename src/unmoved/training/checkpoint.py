@@ -21,19 +21,19 @@ from unmoved.training.state import SavedState
 
 logger = logging.getLogger("unmoved")
 NEWEST, PREVIOUS = "trainer.pt", "trainer.previous.pt"
-_SEAL = b"\nunmoved sha256 "  # and 64 hexadecimal digits, at the end of the file: all that comes before is whole
+_SEAL = b"\nunmoved sha256 "  # then 64 hexadecimal digits: the checksum of everything before, at the end of the file
 _CHUNK = 1 << 20
 
 
 class _Damaged(Exception):
-    """Report that the file is not what was saved, or nothing that may be read."""
+    """Report that the file is not as it was saved, or of a kind that is not read."""
 
 
 class _Hashed:
     """Write to a file and through a checksum at once, so that the state is never in memory a second time.
 
-    What stops the writing, be it a full disk or an interruption, is kept and raised by `close`: torch would cover it
-    with a complaint of its own archive writer.
+    An error while writing, such as a full disk or an interruption, is stored and raised by `close`; otherwise torch
+    would replace it by an error of its archive writer.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -60,16 +60,16 @@ class _Hashed:
 
 
 class Budget:
-    """Decide when to save: as often as a share of the time allows, of training and saving together.
+    """Decide when to save, so that saving takes at most a given share of the time of training and saving together.
 
-    Only when it is saved depends on the clock, never what: a training that is gone on with ends in the same bits from
-    whatever epoch. A kill loses what was trained since, about (seconds of a save) / share.
+    The clock decides only when a state is saved: a training ends in the same bits from whichever epoch it is resumed.
+    If it is killed, the training since the last save is lost, about (seconds of a save) / share.
 
     Args:
         share: in [0, 1]; 1 allows every epoch, 0 none.
-        expected: seconds that the first save is thought to take; each later one, what the last one took.
-        is_first: whether the run has nothing saved yet. Its first save is allowed whatever it costs (unless ``share``
-            is 0), so that what cannot be saved is known now and not at the end; those after it make up for its time.
+        expected: expected seconds of the first save; later ones are expected to take as long as the last.
+        is_first: whether the run has nothing saved yet. The first save is then made whatever it takes (unless ``share``
+            is 0), so that a state that cannot be saved is found early; later saves make up for its time.
     """
 
     def __init__(self, share: float, expected: float, *, is_first: bool = False) -> None:
@@ -77,7 +77,7 @@ class Budget:
         self.trained = self.spent = 0.0
 
     def allows(self, seconds: float) -> bool:
-        """Return whether to save now, ``seconds`` of training after the last time that this was asked."""
+        """Return whether to save now, after ``seconds`` of training since the last call."""
         self.trained += seconds
         saving = self.spent + self.expected
         if self.is_first:
@@ -108,8 +108,8 @@ def save(folder: Path, state: SavedState) -> None:
     Raises:
         UnmovedError: as `files.write_atomic`.
     """
-    # Checksum and state in one file: a kill cannot come between them. Readers of zip archives look for the archive's
-    # end from the back and pass over the seal, so that torch.load opens the file as it is.
+    # Checksum and state are in one file, so that they are replaced together. Readers of zip archives search the
+    # archive's end from the back and skip the seal, so that torch.load opens the file as it is.
     with replacing(folder / NEWEST, previous=folder / PREVIOUS) as file:
         hashed = _Hashed(file)
         torch.save(state, cast(IO[bytes], hashed))
@@ -120,19 +120,19 @@ def load(folder: Path, *, mend: bool = False) -> SavedState | None:
     """Load the newest whole state, or None if nothing was saved; read with ``weights_only=True``: nothing in it is run.
 
     Args:
-        mend: whether a damaged newest is removed where the one before is taken, and that is logged. Whoever saves next
-            must do so: `save` would put the damaged one in the place of the whole one.
+        mend: remove and log a damaged newest state when the one before is used. Needed before the next `save`, which
+            would replace the intact state by the damaged one.
 
     Raises:
-        UnmovedError: none of them is whole; or one cannot be read at the moment, which says nothing about what is in
-            it: for want of memory or permission, or because the disk does not answer. Nothing is removed then.
+        UnmovedError: no state is intact; or one cannot be read at the moment, because of memory, permissions or the
+            disk, so that nobody knows whether it is damaged. Nothing is removed then.
     """
     problems: dict[str, _Damaged] = {}
     for name in (NEWEST, PREVIOUS):
         path = folder / name
         try:
             state = _read(path)
-        except FileNotFoundError:  # the newest, too, for a moment: see `files.replacing`
+        except FileNotFoundError:  # even the newest may be missing for a moment: see `files.replacing`
             continue
         except _Damaged as error:
             problems[name] = error
@@ -156,7 +156,7 @@ def load(folder: Path, *, mend: bool = False) -> SavedState | None:
 
 
 def _read(path: Path) -> SavedState:
-    """Read a state; raise `_Damaged` if it is not what `save` wrote, any other error if that cannot be known now."""
+    """Read a state; raise `_Damaged` if it is not what `save` wrote, another error if it cannot be read now."""
     require_regular(path, path.stat())
     with open(path, "rb") as file:
         _require_seal(file)
@@ -164,7 +164,7 @@ def _read(path: Path) -> SavedState:
         try:
             state: SavedState = torch.load(file, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, EOFError, LookupError, TypeError, ValueError, AttributeError) as error:
-            # Sealed, so it is what was saved; but `save` writes nothing that torch refuses.
+            # The checksum fits, but `save` writes nothing that torch refuses.
             raise _Damaged(type(error).__name__) from error
     if not isinstance(state, dict) or not isinstance(state.get("log"), dict):
         raise _Damaged("of another version of unmoved")
@@ -175,7 +175,7 @@ def _require_seal(file: BinaryIO) -> None:
     """Read all of a file once, a piece at a time, and raise `_Damaged` unless it ends in its own checksum."""
     size = os.fstat(file.fileno()).st_size
     file.seek(max(size - 64 - len(_SEAL), 0))
-    if file.read(len(_SEAL)) != _SEAL:  # before all of it is read: it may be anything, and of any length
+    if file.read(len(_SEAL)) != _SEAL:  # before the whole file is read, which may be anything, and of any length
         raise _Damaged("its checksum differs")
     file.seek(0)
     left, digest = size - 64, hashlib.sha256()

@@ -1,4 +1,4 @@
-"""Start the processes that train one model on several devices, by lightning-fabric, and let them agree."""
+"""Start and synchronise the processes that train one model on several devices, by lightning-fabric."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ RESIDENT = 0.25  # the share of a device's free memory that training data may ta
 def prepare(device: str = "auto", devices: int = 1, nodes: int = 1, precision: Precision = "32-true") -> Fabric:
     """Make the engine for ``nodes`` machines with ``devices`` processes each, one a device; nothing is started yet.
 
-    Under ``torchrun`` it tells how many there are. On a CPU a device is a process, and they share the cores.
-    ``precision`` is fabric's, that of the parameters.
+    Under ``torchrun`` their number comes from torchrun. On a CPU each device is a process, and they share the cores.
+    ``precision`` is fabric's name for the precision of the parameters.
 
     Raises:
         UnmovedError: a device that this machine lacks, fewer than one, or other numbers than torchrun's.
@@ -55,14 +55,14 @@ def prepare(device: str = "auto", devices: int = 1, nodes: int = 1, precision: P
             )
         devices, nodes = here, world // here
     accelerator = "auto" if device == "auto" else device
-    # Named, or fabric would take a batch job of Slurm for one of several processes.
+    # Named explicitly, since fabric would take a batch job of Slurm for one of several processes.
     place = TorchElasticEnvironment() if dist.is_torchelastic_launched() else LightningEnvironment()
     if devices * nodes == 1:
         return Fabric(accelerator=accelerator, devices=1, precision=precision, plugins=[place])
     available = torch.cuda.device_count()
     if device != "cpu" and torch.cuda.is_available() and devices > available:
         raise UnmovedError(f"--devices: expected at most {available}, as many as this machine has, came {devices}")
-    # Running statistics are averaged by the loop; DDP would overwrite them between two passes of one step.
+    # The training loop averages running statistics; DDP would overwrite them between two passes of one step.
     settings = inspect.signature(nn.parallel.DistributedDataParallel).parameters
     buffers = "forward_sync_buffers" if "forward_sync_buffers" in settings else "broadcast_buffers"
     options: dict[str, Any] = {buffers: False}
@@ -78,7 +78,7 @@ def prepare(device: str = "auto", devices: int = 1, nodes: int = 1, precision: P
 
 
 def rank(devices: int = 1, nodes: int = 1) -> int:
-    """Return the number of this process among all that train, from its environment, before anything is started."""
+    """Return the rank of this process from its environment, before anything is started."""
     if dist.is_torchelastic_launched():
         return int(os.environ["RANK"])
     if devices * nodes == 1:
@@ -120,7 +120,9 @@ def together(fabric: Fabric) -> Iterator[None]:
         _end(fabric)
         raise
     finally:
-        if several:  # what starting the others has set would make a second training believe that it is one of them
+        if (
+            several
+        ):  # the variables set for the other processes would make a second training believe that it is one of them
             for name in os.environ.keys() - before.keys():
                 del os.environ[name]
     if several and dist.is_initialized():
@@ -132,7 +134,7 @@ def _end(fabric: Fabric) -> None:
     """End the processes that this one started; they would wait for it until a timeout."""
     started: list[subprocess.Popen[bytes]] = getattr(fabric.strategy.launcher, "procs", [])
     children = list(started)
-    started.clear()  # lightning's observer, who has the same list, would kill this process before it has spoken
+    started.clear()  # lightning's observer shares this list, and would kill this process before it prints its message
     for process in children:
         process.kill()
         process.wait()
@@ -170,7 +172,7 @@ def synchronized(model: nn.Module, fabric: Fabric) -> nn.Module:
 
 
 def require_lockstep(phases: Phases, sync_batchnorm: bool) -> None:
-    """Raise `UnmovedError` for attacks that ask the other processes, each a different number of times."""
+    """Raise `UnmovedError` for attacks that need the other processes in each pass and vary their number of passes."""
     for _, method in phases.phases:
         attack = method.attack
         if attack is None or is_lockstep(attack):

@@ -1,7 +1,7 @@
-"""Write and read a training's log: files that grow by a line an epoch, and that a resumed training cuts back.
+"""Write and read a training's log: files that grow by a line per epoch, and that a resumed training truncates.
 
-``metrics.jsonl`` has a record an epoch; what terms report by class, lists of as many numbers as there are classes, goes
-to ``per_class.jsonl``, so that the log stays as small as it would be with two classes.
+``metrics.jsonl`` has one record per epoch. Lists with a number for each class, which some terms report, go to
+``per_class.jsonl``, so that ``metrics.jsonl`` does not grow with the number of classes.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from unmoved.core import files, untrusted
 
 logger = logging.getLogger("unmoved")
 METRICS, PER_CLASS = "metrics.jsonl", "per_class.jsonl"
-MOST = 2**30  # bytes of a file of a training that is gone on with
+MOST = 2**30  # bytes of a log file that a training can resume from
 
 
 @final
 class StepRecord(TypedDict):
-    """Report a step of a training.
+    """Hold the numbers of one training step.
 
     Attributes:
         epoch: its number, from 0.
@@ -39,7 +39,7 @@ class StepRecord(TypedDict):
 
 @final
 class EpochRecord(TypedDict):
-    """Report an epoch of a training: a line of the log.
+    """Hold the numbers of one epoch: a line of the log.
 
     Attributes:
         epoch: its number, from 1.
@@ -48,11 +48,12 @@ class EpochRecord(TypedDict):
         eps: the radius of the attack in the last step; None without one.
         loss, train_accuracy, parts: means over the samples, ``parts`` of each term, unweighted.
         validation_clean, validation_robust, validation_n: accuracies in [0, 1] on so many held-out samples.
-        validation_chance: of always answering their most frequent class; in several processes, of that of each part.
-        terms: what each term that reports something says of itself.
-        overfitting: a sentence, where the epoch was seen to overfit catastrophically.
-        back_to: the epoch whose weights were taken up again for that.
-        stopped: whether training ended there for that.
+        validation_chance: accuracy of always predicting the most frequent class of these samples (with several
+            processes, of each one's part).
+        terms: the numbers that terms report.
+        overfitting: a sentence, if catastrophic overfitting was detected in the epoch.
+        back_to: the epoch whose weights were restored because of it.
+        stopped: whether training ended because of it.
         kept: whether it is the best epoch so far.
         seconds: since the training began, interruptions left out.
     """
@@ -80,7 +81,7 @@ Progress: TypeAlias = Callable[[StepRecord | EpochRecord], None]
 
 
 class FileMark(TypedDict):
-    """Say where a file of the log stands: its length, and the checksum of what it holds."""
+    """Hold the length and the checksum of a log file."""
 
     bytes: int
     sha256: str
@@ -102,8 +103,8 @@ def divided(record: Mapping[str, object]) -> tuple[dict[str, object], ByClass]:
 
 
 def joined(record: EpochRecord, lists: Mapping[str, object]) -> EpochRecord:
-    """Put together what `divided` made two of; ``lists`` may have its epoch beside the terms."""
-    terms: object = record.get("terms", {})  # of a damaged log anything
+    """Join what `divided` has divided; ``lists`` may hold its epoch beside the terms."""
+    terms: object = record.get("terms", {})  # may be anything in a damaged log
     if not isinstance(terms, dict):
         return record
     pairs = {name: (terms.get(name, {}), facts) for name, facts in lists.items()}
@@ -129,11 +130,11 @@ def by_class(lines: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
 
 
 class Log:
-    """Append to the two log files of a run, and know how far their content is its own.
+    """Append to the two log files of a run, and truncate them to a saved mark.
 
-    A mark (`mark`) is kept in the trainer's state, with the record of the epoch that the state is of: that line is
-    written when the state is saved. So a log whose last line is that of the last epoch says that nothing is left to do,
-    and no kill comes between a state and its line.
+    The trainer's state holds a mark of the log (`mark`) and the record of its own epoch, which is appended only after
+    the state is saved. So a log that ends with the last epoch shows that the training is complete, and a process that
+    is killed between the two writes loses no line.
 
     Raises:
         UnmovedError: files that cannot be written.
@@ -143,25 +144,25 @@ class Log:
         self._files = {name: _Lines(folder / name) for name in (METRICS, PER_CLASS)}
 
     def mark(self) -> Mark:
-        """Return where the files stand; they are on disk when this returns."""
+        """Return the current marks of the files; their content is on disk when this returns."""
         return {name: file.mark() for name, file in self._files.items()}
 
     def add(self, record: EpochRecord) -> None:
-        """Append an epoch's record. A crash of the machine may lose it, as nothing that is saved counts on it yet."""
+        """Append an epoch's record. A crash of the machine may lose it, which no saved state relies on yet."""
         slim, lists = divided(record)
-        # The record comes last: who finds it finds the numbers by class.
+        # The record comes last: if it is there, so are the numbers by class.
         if lists:
             self._files[PER_CLASS].add({"epoch": record["epoch"], **lists})
         self._files[METRICS].add(slim)
 
     def records(self, mark: Mark, before: int) -> list[EpochRecord]:
-        """Return the records up to a mark, of epochs below ``before``; of a damaged log those that can be read."""
+        """Return the records up to a mark, of epochs below ``before``; from a damaged log those that can be read."""
         records, lists = (self._files[name].read(mark[name], before) for name in (METRICS, PER_CLASS))
         by_epoch = {line["epoch"]: line for line in lists}
         return [joined(record, by_epoch.get(record["epoch"], {})) for record in records]
 
     def go_back(self, mark: Mark | None, before: int) -> None:
-        """Cut the files back to a mark, or empty them; those that are damaged keep what can be read. It is logged."""
+        """Truncate the files to a mark, or empty them; damaged ones keep their readable lines, which is logged."""
         for name, file in self._files.items():
             file.go_back(None if mark is None else mark[name], before)
 

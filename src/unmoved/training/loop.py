@@ -18,10 +18,10 @@ from unmoved import models
 from unmoved.core import collectives, weights
 from unmoved.core.batch import Batch
 from unmoved.core.errors import UnmovedError, several
-from unmoved.core.passes import one_epoch
 from unmoved.core.phases import Phases
 from unmoved.core.preconditions import require_model, require_split
 from unmoved.core.protocols import Attack, Method, Split
+from unmoved.core.split_batches import one_epoch
 from unmoved.core.threat import ThreatModel
 from unmoved.terms.sum import snake_case
 from unmoved.training import averaging, distributed, overfitting, resuming
@@ -40,8 +40,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("unmoved")
 ORDER = "train(model, method, split)"
-_PART = "parts."  # begins the name of a mean that is of a term
-WATCHED = 50  # on a GPU, the loss of one step in so many is looked at
+_PART = "parts."  # prefix of the names of the terms' means
+WATCHED = 50  # on a GPU the loss is checked in one of so many steps
 
 
 def train(
@@ -84,9 +84,9 @@ def train(
         sync_batchnorm: let BatchNorm normalise over all processes (on GPUs); else each by itself, statistics averaged.
         checkpoint_share: share of the time in [0, 1] that saving may take; 1 saves each epoch. See `checkpoint.Budget`.
         device, fabric: "auto", "cpu", "cuda", "mps"; or an engine: processes share each batch, the first has the run.
-        run: where to log and save; a state saved there is gone on with, also over more epochs if its past is the same.
+        run: where to log and save. Training resumes from a state saved there, also for more epochs if its past fits.
         progress: called with a `StepRecord` after each step and the `EpochRecord` after each epoch.
-        rehearsal: whether to try each phase and the validation on a few samples first; nothing changes by it.
+        rehearsal: whether to try each phase and the validation on a few samples first; it does not change the result.
 
     Raises:
         UnmovedError: arguments of other kinds or outside their bounds; a loss that is not finite (it names the step;
@@ -126,7 +126,7 @@ def _train(
     checkpoint_share: float,
     progress: Progress | None,
 ) -> list[EpochRecord]:
-    """Train epoch by epoch from where ``run`` stands; arguments and result as in `train`."""
+    """Train epoch by epoch from the state of ``run``; arguments and result as in `train`."""
     if held_out is None and plan.on_overfitting != overfitting.GO_ON:
         raise UnmovedError(
             f"on_overfitting: expected validation data to notice it by, came none with {plan.on_overfitting!r}; pass "
@@ -151,7 +151,7 @@ def _train(
         for epoch in range(state.epochs, plan.epochs):
             if plan.on_overfitting == overfitting.STOP and state.is_stopped:
                 break
-            train_mode()  # again in each epoch: a callback may have left another
+            train_mode()  # in each epoch, since a callback may have changed the modes
             began = monotonic()
             record = _epoch(parts, plan, state, averaged, epoch, report)
             if held_out is not None:
@@ -170,7 +170,7 @@ def _train(
 
 
 def _resume(state: TrainerState, parts: Parts, plan: Plan) -> None:
-    """Bring all parts, in every process, to where the run stands, if this call can go on from there."""
+    """Restore all parts, in every process, from the state of the run, if this call can resume from it."""
     saved = distributed.broadcast(parts.fabric, state.saved())
     if saved is not None:
         saved = resuming.followed(
@@ -197,13 +197,15 @@ def _epoch(
     """Take the steps of one epoch and return its record, without what validation and terms add to it."""
     fabric, steps, seed, means = parts.fabric, plan.steps_per_epoch, plan.seed_of(epoch), _Means()
     bounds = bounds_of_phases(plan.phases)
-    torch.manual_seed(seed + fabric.global_rank)  # what a model draws, such as dropout, is not keyed by sample
+    torch.manual_seed(
+        seed + fabric.global_rank
+    )  # for the model's own randomness, such as dropout, which is not keyed by sample
     for k, batch in enumerate(one_epoch(plan.split, plan.batch_size, seed)):
         batch, share = collectives.Share.of(batch, fabric.global_rank, fabric.world_size)
         batch = replace(batch.to(fabric.device), step=epoch * steps + k)
         batch = batch if plan.augment is None else plan.augment(batch, plan.seed)
         method = plan.phases.at(epoch + k / steps, plan.epochs)
-        # On a GPU, to look at every loss would be to wait for every step.
+        # On a GPU, checking every loss would mean waiting for every step.
         watch = fabric.device.type == "cpu" or k % WATCHED == 0
         with collectives.sharing(share):
             with _compiling(parts), _stopping(epoch, state):
@@ -218,7 +220,7 @@ def _epoch(
                     watch=watch,
                     bounds=bounds,
                 )
-            if share is not None:  # asked anew: a layer may have put another tensor in a buffer's place
+            if share is not None:  # listed anew, since a layer may have replaced a buffer by another tensor
                 collectives.average([b for b in parts.model.buffers() if b.is_floating_point()])
         values = {"loss": step.loss, "train_accuracy": step.accuracy}
         values |= {_PART + name: value for name, value in step.parts.items()}
@@ -245,7 +247,7 @@ def _epoch(
 class _Means:
     """Compute means over samples, not over batches: the last batch may be smaller.
 
-    Each name's mean is over the samples for which it was given: a term whose weight is still zero has no value.
+    Each mean is over the samples for which its name was given, since a term of weight zero has no value.
     """
 
     def __init__(self) -> None:
@@ -266,14 +268,14 @@ class _Means:
 
 
 def _require_finite(model: nn.Module, step: int) -> None:
-    """Raise `Diverged` where a weight is not finite; a GPU is waited for once."""
+    """Raise `Diverged` if a weight is not finite; this waits for a GPU once."""
     if not torch.stack([p.detach().isfinite().all() for p in model.parameters()]).all():
         raise Diverged(f"a weight became NaN or infinite by step {step}")
 
 
 @contextmanager
 def _compiling(parts: Parts) -> Iterator[None]:
-    """Name the model where ``torch.compile``, which works at the first pass, cannot build it."""
+    """Explain an error of ``torch.compile``, which compiles the model in the first pass."""
     try:
         yield
     except RuntimeError as error:
@@ -288,7 +290,7 @@ def _compiling(parts: Parts) -> Iterator[None]:
 
 @contextmanager
 def _stopping(epoch: int, state: TrainerState) -> Iterator[None]:
-    """Let an `UnmovedError` name the epoch and what is saved."""
+    """Add the epoch, and what is saved, to the message of an `UnmovedError`."""
     try:
         yield
     except UnmovedError as error:

@@ -112,7 +112,9 @@ class OneCycle:
     def __call__(self, optimizer: Optimizer, total: int, per_epoch: int) -> LRScheduler:
         peaks = [group["lr"] for group in optimizer.param_groups]
         steps, warmup = total + 1, self.warmup
-        if warmup * steps == 1:  # a rise of no steps, which torch divides by; a hair less starts at the peak
+        if (
+            warmup * steps == 1
+        ):  # a rise of zero steps, by which torch would divide; a slightly smaller share starts at the peak
             warmup *= 1 - 1e-9
         return OneCycleLR(
             optimizer, max_lr=peaks, total_steps=steps, pct_start=warmup, cycle_momentum=self.cycle_momentum

@@ -1,4 +1,4 @@
-"""Notice catastrophic overfitting while it happens: training improves, and robustness on held-out data is gone."""
+"""Detect catastrophic overfitting: training accuracy still rises while robustness on held-out data collapses."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 GO_ON, STOP, GO_BACK = "go_on", "stop", "go_back"
 RULES = (GO_ON, STOP, GO_BACK)
 RECENT = 5  # epochs that an epoch is compared with
-FAR, NEAR = 0.10, 0.02  # accuracy lost that is a fall, and that is none: the epoch is still a good one
+FAR, NEAR = 0.10, 0.02  # loss of robust accuracy that is a fall, and up to which an epoch still counts as good
 
 
 @dataclass(frozen=True)
 class Fall:
-    """The good epoch before a fall, and the one that fell."""
+    """The last good epoch, and the epoch in which robust accuracy fell."""
 
     before: EpochRecord
     now: EpochRecord
@@ -27,7 +27,7 @@ class Fall:
         """Say in one sentence what happened, what is done about it by ``rule``, and what to do.
 
         Args:
-            back_to: the epoch whose weights are taken up again; None where none are kept.
+            back_to: the epoch whose weights are restored; None if none are kept.
         """
         before, now = self.before, self.now
         taken = "" if back_to is None else f"the weights of epoch {back_to} are taken up again, "
@@ -47,7 +47,7 @@ class Fall:
 
 
 def recent(log: Sequence[EpochRecord]) -> list[EpochRecord]:
-    """Return the epochs that the next one is compared with: the last few since a fall, and what was gone back to."""
+    """Return the epochs that the next one is compared with: the last few since a fall, and the one restored then."""
     since: list[EpochRecord] = []
     for record in log:
         if "overfitting" in record:
@@ -59,21 +59,21 @@ def recent(log: Sequence[EpochRecord]) -> list[EpochRecord]:
 
 
 def reference(log: Sequence[EpochRecord]) -> EpochRecord | None:
-    """Return the best of `recent` by robust accuracy on held-out data, the last of equals; None if there is none."""
+    """Return the best of `recent` by robust accuracy on held-out data, the last in a tie; None if there is none."""
     return max(reversed(recent(log)), key=lambda record: record["validation_robust"], default=None)
 
 
 def fall(log: Sequence[EpochRecord], record: EpochRecord) -> Fall | None:
-    """Return the fall in an epoch, or None where there is none.
+    """Return the fall in an epoch, or None.
 
     Robust accuracy on held-out data lies below the best of the last few epochs by 10 points, or by more than half, and
-    by twice the standard error of the difference; accuracy in training, under the training's attack, rose since. Of an
-    average of the weights a fall takes a few epochs, so that the epoch before alone would not show it. No fall is one
-    from what always answering the same class gets, as a network does that has not learned anything yet.
+    by twice the standard error of the difference; training accuracy, under the training's attack, rose since then. With
+    averaged weights a fall takes a few epochs, so that comparing with the last epoch alone would miss it. A fall from
+    the accuracy of predicting one class always is not counted: such a network has not learned anything yet.
 
     Args:
         log: the epochs before.
-        record: of the epoch, with its validation.
+        record: the epoch's, with its validation.
     """
     before = reference(log)
     if before is None or "validation_robust" not in record:
@@ -88,6 +88,6 @@ def fall(log: Sequence[EpochRecord], record: EpochRecord) -> Fall | None:
 
 
 def is_good(log: Sequence[EpochRecord], record: EpochRecord) -> bool:
-    """Return whether an epoch is one to go back to: hardly worse than the best of the last few."""
+    """Return whether an epoch may be restored later: it is hardly worse than the best of the last few."""
     before = reference(log)
     return before is None or record.get("validation_robust", 0.0) >= before["validation_robust"] - NEAR

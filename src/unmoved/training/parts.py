@@ -1,4 +1,4 @@
-"""What a training is made of: the model, its optimizer and schedule, the terms that learn, and the engine."""
+"""Build the objects of a training: the model, its optimizer and schedule, the terms that learn, and the engine."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from unmoved.core import collectives, weights
 from unmoved.core import precision as formats
-from unmoved.core.passes import one_pass
 from unmoved.core.phases import Phases
 from unmoved.core.protocols import StatefulTerm
+from unmoved.core.split_batches import one_pass
 from unmoved.terms.sum import stateful
 from unmoved.training import averaging, distributed, resuming
 from unmoved.training.optim import Groups
@@ -33,17 +33,17 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Parts:
-    """The objects of one training.
+    """Hold the objects of one training.
 
     Attributes:
         model: the bare module, on the engine's device.
-        attacked: it, or what ``torch.compile`` made of it.
-        wrapped: that, as the engine runs it.
-        optimizer: of the model and of the terms that learn.
-        wrapped_optimizer: it, as the engine steps it.
-        scheduler: of the optimizer.
+        attacked: ``model``, or what ``torch.compile`` made of it.
+        wrapped: ``attacked``, as the engine runs it.
+        optimizer: steps the model and the terms that learn.
+        wrapped_optimizer: ``optimizer``, as the engine steps it.
+        scheduler: the schedule of the learning rate.
         terms: the terms that learn or remember, each once.
-        settings: what a later call that goes on from here is held against.
+        settings: those that a later call must share in order to resume.
         fabric: the engine.
         precision: ``"float32"`` or ``"bf16"``.
     """
@@ -61,18 +61,18 @@ class Parts:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """All that the optimizer steps."""
+        """Return all parameters that the optimizer steps."""
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def backward(self, loss: Tensor) -> None:
-        """Take the gradients of a loss; those of the terms are averaged over the processes here, DDP knows no terms."""
+        """Compute the gradients of a loss, and average those of the terms over the processes, which DDP does not do."""
         self.fabric.backward(loss)
         collectives.average([p.grad for term in self.terms for p in term.parameters() if p.grad is not None])
 
     def state(
         self, phases: Phases, average: averaging.Average | None, run: Store | None, checkpoint_share: float
     ) -> TrainerState:
-        """Make what the training remembers."""
+        """Make the state that is saved and restored."""
         return TrainerState(
             self.model,
             self.optimizer,
@@ -122,7 +122,7 @@ def build(
 
 
 def _optimizer(model: nn.Module, terms: list[StatefulTerm], plan: Plan) -> Optimizer:
-    """The optimizer of the model's parameters and, without weight decay, of the terms'."""
+    """Make the optimizer of the model's parameters and, without weight decay, of those of the terms."""
     groups: Groups = [{"params": list(model.parameters())}]
     learned = list(nn.ModuleList(terms).parameters())
     if learned:

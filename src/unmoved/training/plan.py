@@ -1,4 +1,4 @@
-"""What a training was asked to do, checked before anything is built: data, method, lengths, functions of the user."""
+"""Check the arguments of a training before anything is built: data, method, lengths, functions of the user."""
 
 from __future__ import annotations
 
@@ -24,22 +24,23 @@ class Plan:
     """Hold the arguments of `train` that say what is done at each step.
 
     Attributes:
-        phases: a method for each stretch of epochs.
+        phases: a method for each range of epochs.
         split: the training data.
         epochs: passes over it.
-        batch_size: samples a step, of all processes together.
+        batch_size: samples per step, over all processes together.
         optimizer: parameter groups -> optimizer, such as ``optim.SGD(lr=0.1)``. Parameters that it leaves out are
             constant: no defense moves them, and their ``.grad`` stays what it was.
         schedule: (optimizer, total steps, steps an epoch) -> scheduler, stepped once per optimizer step.
-        augment: (batch, seed) -> batch; one that draws partners (`CutMix`) does so from the split.
+        augment: (batch, seed) -> batch; `CutMix` draws its partners from the split.
         average: `averaging.EMA` or `averaging.SWA`: validate, keep and return the averaged weights.
-        seed: of shuffling, augmentation and the model's own randomness; the caller's random state is left alone.
-        on_overfitting: what to do where the validation sees catastrophic overfitting: ``"go_on"`` (it is named in the
-            log), ``"stop"`` with the weights of the last good epoch, or ``"go_back"`` to these and train on from there
-            for the epochs that are left, whose steps have noise of their own.
+        seed: keys shuffling, augmentation and the model's own randomness; the caller's random state is left alone.
+        on_overfitting: what to do when validation shows catastrophic overfitting: ``"go_on"`` (only log it), ``"stop"``
+            with the weights of the last good epoch, or ``"go_back"`` to these weights and train from there for the
+            remaining epochs, with new noise.
 
     Raises:
-        UnmovedError: a number outside its bounds, a function that is none, or a split that has no partners to draw.
+        UnmovedError: a number outside its bounds, a function that cannot be called, or a split without samples to
+            draw partners from.
     """
 
     phases: Phases
@@ -79,5 +80,5 @@ class Plan:
         return self.epochs * self.steps_per_epoch
 
     def seed_of(self, epoch: int) -> int:
-        """One seed per epoch, far apart for neighbouring run seeds."""
+        """Return the seed of an epoch; those of neighbouring run seeds are far apart."""
         return (self.seed * 1_000_003 + epoch) % 2**63

@@ -1,4 +1,4 @@
-"""Try a step of each phase and a validation before training, so that what they refuse is found at once."""
+"""Try a step of each phase and the validation before training, so that errors show at once and not epochs later."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from torch import nn
 from unmoved.core import weights
 from unmoved.core.batch import Batch
 from unmoved.core.errors import UnmovedError, require_number
-from unmoved.core.passes import one_pass, require_distinct
 from unmoved.core.phases import Phases, resolve
 from unmoved.core.precision import autocast
 from unmoved.core.preconditions import require_labels
 from unmoved.core.protocols import Split, StatefulAttack, parts_of
+from unmoved.core.split_batches import one_pass, require_distinct
 from unmoved.core.threat import bounds_of
 from unmoved.core.views import logits
 from unmoved.evaluation import judge
@@ -31,18 +31,18 @@ from unmoved.training.plan import Plan
 from unmoved.training.step import Diverged, train_step
 from unmoved.training.validation import Validation
 
-EARLY = 1e-3  # the share of a phase that is tried: a ramp that begins at zero has left it there
+EARLY = 1e-3  # where in a phase its step is tried: a ramp that begins at zero is above zero there
 _CONTAINERS = (dict, OrderedDict, list, set, deque)
 
 
 class _Still(torch.optim.Optimizer):
-    """Stand for an optimizer that takes no step and remembers nothing."""
+    """An optimizer that takes no step and has no state."""
 
     def __init__(self, parameters: list[nn.Parameter]) -> None:
         super().__init__([{"params": parameters, "lr": 0.0}], {})
 
     def step(self, closure: object = None) -> None:  # type: ignore[override]
-        """Take none."""
+        """Do nothing."""
 
 
 def rehearse_training(
@@ -55,15 +55,15 @@ def rehearse_training(
     precision: str = "float32",
     parameters: list[nn.Parameter] | None = None,
 ) -> None:
-    """Ask once everything that a training will ask of its parts; afterwards all is as it was.
+    """Call everything once that a training will call; afterwards all objects are as they were.
 
     Args:
         count: processes that take shares of each batch.
         parameters: as `rehearse`.
 
     Raises:
-        UnmovedError: as `smallest_batch`, `rehearse` and `rehearse_validation`; a label beyond the logits, of any
-            sample where the split has its labels at hand.
+        UnmovedError: as `smallest_batch`, `rehearse` and `rehearse_validation`; a label beyond the logits, checked
+            for all samples if the split holds its labels in memory.
     """
     batch = smallest_batch(plan.split, plan.batch_size, count).to(device)
     with as_found(model), torch.no_grad(), weights.evaluating(model), autocast(precision, device):
@@ -92,12 +92,12 @@ def rehearse(
 
     Args:
         model: on the device of the batch.
-        phases: all of them are tried, their ramps just begun.
-        batch: as `smallest_batch` gives it.
+        phases: each is tried, with its ramps near their start.
+        batch: as returned by `smallest_batch`.
         parameters: those that the optimizer steps; None for all.
         precision: as in `train_step`.
         augment: (batch, seed) -> batch.
-        seed: of the augmentation.
+        seed: keys the augmentation.
 
     Raises:
         UnmovedError: what `train_step` refuses.
@@ -106,7 +106,7 @@ def rehearse(
     for _, method in phases.phases:
         terms = list(stateful(method.objective))
         owned = [*model.parameters(), *(p for term in terms for p in term.parameters())]
-        # A frozen value remembers nothing, so that trying it is harmless; a stranger's function might not be.
+        # A frozen value has no state, so that trying it is harmless; a user's own function may have.
         defense = method.defense if dataclasses.is_dataclass(method.defense) else None
         tried = dataclasses.replace(resolve(method, EARLY), defense=defense)
         with as_found(model, *terms, method.attack), weights.in_training(model) as (train_mode, _):
@@ -139,14 +139,14 @@ def _require_report(report: object, name: str) -> None:
 
 
 def bounds_of_phases(phases: Phases) -> tuple[float, float] | None:
-    """Return the smallest and largest pixel value: a phase without an attack sees the same images as others."""
+    """Return the smallest and largest pixel value, which phases without an attack take from the others."""
     return next(filter(None, (bounds_of(method.attack) for _, method in phases.phases)), None)
 
 
 def rehearse_validation(model: nn.Module, held_out: Validation) -> None:
     """Read all of a validation's data and run its attack on two samples, as `judge.evaluate` does.
 
-    Everything is as before after it.
+    Afterwards everything is as before.
 
     Raises:
         UnmovedError: what the judge refuses.
@@ -170,7 +170,7 @@ def smallest_batch(split: Split, size: int, count: int = 1) -> Batch:
     """Return a batch as large as an epoch's smallest, in batches of ``size`` that ``count`` processes share.
 
     Raises:
-        UnmovedError: a split whose batches are none, or number their samples anew.
+        UnmovedError: a split that yields no `Batch`, or numbers the samples of each batch from 0.
     """
     last = (len(split) - 1) % size + 1
     batches = one_pass(split, max(last // count, 1))
@@ -182,10 +182,10 @@ def smallest_batch(split: Split, size: int, count: int = 1) -> Batch:
 
 @contextmanager
 def as_found(*things: object) -> Iterator[None]:
-    """Restore models, terms, attacks and torch's random state after the block, whatever it does to them.
+    """Restore models, terms, attacks and torch's random state after the block.
 
-    Weights, gradients, buffers and attributes are put back, and the contents of lists, sets and dictionaries; nothing
-    is copied that cannot be.
+    Weights, gradients, buffers and attributes are restored, and the contents of lists, sets and dictionaries. Objects
+    that cannot be copied are left out.
     """
     modules = list({id(m): m for t in things if isinstance(t, nn.Module) for m in t.modules()}.values())
     parameters = list({id(p): p for m in modules for p in m.parameters(recurse=False)}.values())
@@ -231,7 +231,7 @@ def _attributes(thing: object) -> Callable[[], None]:
 
 
 def require_trained(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
-    """Raise `UnmovedError` if no parameter of the model moves: none there, all frozen, none in the optimizer."""
+    """Raise `UnmovedError` if nothing would be trained: no parameters, all frozen, or none in the optimizer."""
     kind = f"model {type(model).__name__}"
     if next(model.parameters(), None) is None:
         raise UnmovedError(f"{kind}: expected parameters to train, came none; evaluate and attacks take it as it is")
@@ -248,7 +248,7 @@ def require_trained(model: nn.Module, optimizer: torch.optim.Optimizer | None = 
 
 
 def require_optimizer(optimizer: object) -> None:
-    """Raise `UnmovedError` unless it is an optimizer that steps as a training does."""
+    """Raise `UnmovedError` unless this is an optimizer whose ``step`` needs no arguments."""
     if not isinstance(optimizer, torch.optim.Optimizer) or not _can_call(optimizer.step):
         raise UnmovedError(
             f"optimizer: expected a function that returns a torch.optim.Optimizer whose step() needs no closure, "

@@ -25,7 +25,7 @@ def groups_of(optimizer: Optimizer) -> list[dict[str, Setting]]:
 
 
 def name_of(scheduler: LRScheduler) -> str:
-    """Describe a new schedule in words that differ where its kind or its numbers do."""
+    """Describe a new schedule by its kind and numbers."""
     return f"{type(scheduler).__name__} {sorted(scheduler.state_dict().items())!r}"
 
 
@@ -40,17 +40,14 @@ def followed(
     average: Share | None,
     where: str,
 ) -> SavedState:
-    """Return what was saved, with the schedule of this call in place of that of the call that began.
+    """Return the saved state with the schedule of this call, after checking that this call may resume from it.
 
     Args:
-        saved: with the settings that the call that began saved; without them nothing can be held against this call.
-        settings: of this call.
-        optimizer: of this call, new.
-        scheduler: of this call, new.
-        steps: an epoch.
-        phases: of this call.
-        average: of this call.
-        where: the run.
+        saved: the state, with the settings of the call that began the run; nothing is checked without them.
+        settings, phases, average: of this call.
+        optimizer, scheduler: of this call, new.
+        steps: per epoch.
+        where: the run, for messages.
 
     Raises:
         UnmovedError: a batch size, optimizer, rate or number of samples that differs; more epochs, or another schedule,
@@ -73,9 +70,9 @@ def require_same(saved: Settings, now: Settings, done: int, where: str) -> None:
     """Raise `UnmovedError` if a call cannot go on after ``done`` epochs of another.
 
     Args:
-        saved: settings of the call that began.
-        now: those of this call.
-        where: the run.
+        saved: settings of the call that began the run.
+        now: settings of this call.
+        where: the run, for messages.
     """
     was, new = _flat(saved), _flat(now)
     differing = [f"{key} = {was.get(key)!r}, came {new.get(key)!r}" for key in new if was.get(key) != new.get(key)]
@@ -91,17 +88,16 @@ def require_same(saved: Settings, now: Settings, done: int, where: str) -> None:
 def follow_schedule(
     saved: StateDict, done: int, steps: int, optimizer: Optimizer, scheduler: LRScheduler, where: str
 ) -> StateDict:
-    """Return the state of this call's schedule after ``done`` epochs of ``steps`` steps: where the run must stand.
+    """Return the state of this call's schedule after ``done`` epochs of ``steps`` steps, which must fit the saved run.
 
     Args:
         saved: state of the saved optimizer.
-        optimizer: that of this call, new; it takes the schedule's numbers, and no step.
+        optimizer: that of this call, new; the schedule changes its numbers, and no step is taken.
         scheduler: its schedule, new.
-        where: the run.
+        where: the run, for messages.
 
     Raises:
-        UnmovedError: the schedule would have brought the optimizer to other numbers: followed from here on, the rate
-            would leap.
+        UnmovedError: this schedule would have led to other numbers by now, so that the learning rate would jump.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch wants the optimizer to step, too
@@ -127,7 +123,7 @@ def follow_schedule(
 def require_same_past(
     phases: Phases, average: Share | None, done: int, steps: int, epochs: tuple[int, int], where: str
 ) -> None:
-    """Raise `UnmovedError` if ramps or the average over more epochs would have been others so far.
+    """Raise `UnmovedError` if ramps or the average would have been different so far with this number of epochs.
 
     Args:
         epochs: (of the call that began, of this one).

@@ -1,4 +1,4 @@
-"""Define what ``trainer.pt`` holds, key by key: everything that a training needs to go on from an epoch."""
+"""Define what ``trainer.pt`` holds, key by key: everything that a training needs to resume from an epoch."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ Setting: TypeAlias = bool | int | float | str | list[float]
 
 
 class Settings(TypedDict):
-    """Hold the settings that a call which goes on from a state must share with the one that began.
+    """Hold the settings that a call which resumes must share with the call that began the training.
 
     Attributes:
-        epochs: as many as the training was to have; they and ``schedule`` may differ where the past does not.
-        batch_size: images a step, of all processes together.
-        samples: of the training data.
+        epochs: planned in all; they and ``schedule`` may differ if the epochs done so far would have been the same.
+        batch_size: images per step, over all processes together.
+        samples: size of the training data.
         optimizer: for each parameter group the optimizer's ``kind``, and its numbers before any schedule changed them.
-        schedule: its kind and numbers in words.
+        schedule: its kind and numbers, as `resuming.name_of` describes them.
     """
 
     epochs: int
@@ -32,7 +32,7 @@ class Settings(TypedDict):
 
 
 class GoodState(TypedDict):
-    """Hold the state of an epoch before a catastrophic overfitting.
+    """Hold the state of the last good epoch, from before catastrophic overfitting.
 
     Attributes:
         epoch: its number, from 1.
@@ -48,15 +48,15 @@ class SavedState(TypedDict):
 
     Attributes:
         model, optimizer, schedule, terms: their ``state_dict``.
-        average: that of the averaged model, where there is one.
-        good: the state of the last good epoch, where training may go back to it.
+        average: the ``state_dict`` of the averaged model, if there is one.
+        good: the state of the last good epoch, if training may go back to it.
         best: the score of the best epoch, see `TrainerState.commit`.
         best_model: the weights of the best epoch.
-        settings: of the call that saved; older versions saved none.
-        epochs: how many are done.
-        record: of the last of them.
-        log: where the log stood before that record.
-        records: those before it, which are read from the log and not saved again.
+        settings: those of the call that saved; older versions saved none.
+        epochs: the number of epochs done.
+        record: the record of the last of them.
+        log: the mark of the log before that record.
+        records: the records before it, which are read from the log and not saved here.
     """
 
     model: Tensors

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from unmoved.attacks.calling import require_takes_mixed
+from unmoved.attacks.call_signature import require_takes_mixed
 from unmoved.core import collectives, weights
 from unmoved.core import precision as formats
 from unmoved.core.batch import Batch
@@ -30,13 +30,13 @@ class Diverged(UnmovedError):
 
 @dataclass(frozen=True)
 class Step:
-    """Hold what one optimizer step saw at the uncorrupted weights.
+    """Hold loss and accuracy of one optimizer step, at the uncorrupted weights.
 
     Attributes:
         loss: the mean objective.
         parts: each term's own mean, unweighted.
-        accuracy: share of the batch that was right on the view that was trained on; of an image mixed of two, the label
-            of the larger part is the right one.
+        accuracy: share of the batch that was right on the view trained on; for an image mixed from two, the label of
+            the larger part counts as right.
     """
 
     loss: Tensor
@@ -59,20 +59,20 @@ def train_step(
     """Take one step of a method: make x_adv once, then let the defense take gradient and step.
 
     Args:
-        model: in training mode, its parameters (and those of learned terms) in ``optimizer``. Those that are not there
-            are constant in the step: no defense moves them, and their ``.grad`` stays what it was.
+        model: in training mode, its parameters (and those of learned terms) in ``optimizer``. Other
+            parameters are constant in the step: no defense moves them, and their ``.grad`` stays as it was.
         method: what to do.
         batch: images, labels, identities; set ``batch.step`` so that each step draws new noise.
         precision: ``"auto"``, ``"float32"`` or ``"bf16"``; parameters stay float32.
-        attacked: the bare module where ``model`` is a wrapper.
-        backward: what turns a loss into gradients, where an engine has its own.
-        watch: whether to look at images, labels and the loss, for which a GPU has to be waited for.
-        bounds: smallest and largest valid pixel value, where the attack has no threat model that says it; [0, 1].
+        attacked: the bare module, if ``model`` is a wrapper.
+        backward: computes gradients from a loss, if the engine has its own function for it.
+        watch: whether to check images, labels and the loss, which waits for a GPU.
+        bounds: smallest and largest valid pixel value if the attack has no threat model; [0, 1] by default.
 
     Raises:
         UnmovedError: with ``watch``, images out of bounds, labels beyond the logits, a loss that is
-            not finite (`Diverged`); a term that does not return (B,), a loss without a gradient; of images
-            mixed of two, an attack or a term that needs one label. Raised before anything is changed.
+            not finite (`Diverged`); a term that does not return (B,), a loss without a gradient; an attack
+            or term that needs one label per image, with mixed images. Raised before anything is changed.
     """
     with nullcontext() if watch else without_waiting():
         if not isinstance(model, nn.Module) or not isinstance(method, Method) or not isinstance(batch, Batch):
@@ -124,7 +124,7 @@ def _step(
             words = ", ".join(f"{name} = {value:g}" for name, value in means.items())
             raise Diverged(f"the loss became {loss.item():g} at step {batch.step} ({words})")
         if not first:
-            # A view that the objective did not ask for is not computed: its pass would move BatchNorm's statistics.
+            # A view that the objective did not use is not computed here: its pass would move BatchNorm's statistics.
             logits = views.adv if views.has("adv") else views.clean
             accuracy = (logits.detach().argmax(dim=1) == batch.largest).double().mean()
             first.append((views, Step(values.detach().mean(), means, accuracy)))

@@ -17,7 +17,7 @@ class Store(Protocol):
 
     @property
     def path(self) -> Path:
-        """Return where that is, for messages."""
+        """Return the place of the store, for messages."""
         ...
 
     @property
@@ -42,9 +42,9 @@ class Store(Protocol):
         ...
 
     def mend_weights(self, state: SavedState) -> None:
-        """Write weights that are missing or damaged anew, from a saved state."""
+        """Rewrite weights that are missing or damaged, from a saved state."""
         ...
 
     def mend_log(self, state: SavedState) -> None:
-        """Bring the log back to where it was when the state was saved."""
+        """Truncate the log to its length when the state was saved."""
         ...

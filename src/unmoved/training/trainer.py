@@ -1,4 +1,4 @@
-"""Keep what a training remembers from epoch to epoch, save it into a run, and restore it from there."""
+"""Hold the state that a training carries from epoch to epoch, save it into a run, and restore it from there."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from unmoved.training.log import EpochRecord
 from unmoved.training.state import GoodState, SavedState, Settings, Tensors
 from unmoved.training.store import Store
 
-_EVERY_SAVE = 0.02  # seconds that a save takes at least: the files of it are on disk when it returns
+_EVERY_SAVE = 0.02  # least seconds of a save, which waits until its files are on disk
 
 
 class Part(Protocol):
@@ -29,7 +29,7 @@ class Part(Protocol):
 
 
 class TrainerState:
-    """Hold everything that resuming needs. ``trainer.pt`` is written last: it is the point a run comes back to.
+    """Hold everything that resuming needs. ``trainer.pt`` is written last: a run resumes from it.
 
     Attributes:
         epochs: how many are done; ``saved_epochs`` of them are saved.
@@ -63,14 +63,14 @@ class TrainerState:
         self._share, self._budget = share, None if share < 1 else checkpoint.Budget(share, 0.0)
 
     def saved(self) -> SavedState | None:
-        """Load what the run saved, with its records, or None; what is damaged on disk is logged and removed."""
+        """Load the saved state with its records, or None; damaged files are logged and removed."""
         state = self.run.load_state(mend=True) if self.run is not None else None
         if self.run is None or state is None:
             return None
         return state | {"records": self.run.log.records(state["log"], state["epochs"])}
 
     def restore(self, saved: SavedState | None) -> None:
-        """Go on from what `saved` returned, here or in the process that has the run; its files are mended."""
+        """Resume from what `saved` returned, in this process or in the one that has the run; repair the run's files."""
         if saved is None:
             if self.run is not None:
                 self.run.log.go_back(None, 1)
@@ -98,7 +98,7 @@ class TrainerState:
             ) from error
         self.saved_epochs = self.epochs
         if self.run is not None:
-            self.run.mend_weights(saved)  # first: of all that is mended they alone may be unreadable for now
+            self.run.mend_weights(saved)  # first, since only this can fail because a file is unreadable at the moment
             self.run.mend_log(saved)
 
     @property
@@ -107,9 +107,9 @@ class TrainerState:
         return bool(self.log) and self.log[-1].get("stopped", False)
 
     def watch(self, record: EpochRecord, rule: str) -> EpochRecord:
-        """Return the record of an epoch that is about to be committed, with what is to be said of overfitting.
+        """Return the record of an epoch before it is committed, with its entries about overfitting added.
 
-        A good epoch is remembered, unless the ``rule`` is to go on; by one of the others the parts go back to the last.
+        A good epoch is remembered unless ``rule`` is "go_on"; with the other rules a fall restores the last good one.
         """
         fallen = overfitting.fall(self.log, record) if self.adversarial else None
         if fallen is None:
@@ -125,13 +125,13 @@ class TrainerState:
         return {**record, "stopped": True} if rule == overfitting.STOP else record
 
     def _go_back(self, good: GoodState) -> None:
-        """Restore all parts but the schedule, which goes on, as the numbers of steps do: their noise is another."""
+        """Restore all parts but the schedule, which continues with the step numbers, so that later noise is new."""
         groups = self.parts["optimizer"].state_dict()["param_groups"]
         for name, state in _copied(good["parts"]).items():
             self.parts[name].load_state_dict(state | {"param_groups": groups} if name == "optimizer" else state)
 
     def commit(self, record: EpochRecord, seconds: float, *, last: bool = False) -> None:
-        """Append an epoch to the log, and save where it is the ``last`` or the time for it has come.
+        """Append an epoch to the log, and save if it is the ``last`` or a save is due.
 
         The best epoch is the first of the highest validation accuracy: robust, then clean; the other way round for a
         training without an attack, whose robust accuracy is noise near zero and would pick an epoch by chance.
@@ -146,7 +146,7 @@ class TrainerState:
             self.best, self.best_model, self._best_is_saved = score, None, False
         if self.run is None:
             return
-        if self._budget is None:  # the first epoch: now there is an optimizer's memory to be saved, too
+        if self._budget is None:  # the first epoch: only now does the optimizer have state to be saved
             expected = _EVERY_SAVE + 2 * checkpoint.guessed(self._states())
             self._budget = checkpoint.Budget(self._share, expected, is_first=self.epochs == 1)
         if self._budget.allows(seconds) or last:
@@ -154,13 +154,13 @@ class TrainerState:
                 self._save(self.run, record)
         self.run.log.add(record)
         if is_best and not last and "validation_robust" in record:
-            # A copy: the model moves on, and best.safetensors can be mended from it. Without validation the next
+            # A copy, since the model changes; best.safetensors can be repaired from it. Without validation the next
             # epoch is the best one anyway.
             self.best_model = {k: _copy(value) for k, value in self.kept.state_dict().items()}
 
     def _states(self) -> dict[str, Any]:
         states = {name: part.state_dict() for name, part in self.parts.items()}
-        # Where the best weights are those of now, torch.save writes their memory once.
+        # If the best weights are the current ones, torch.save writes their memory once.
         best_model = dict(self.kept.state_dict()) if self.best_model is None else self.best_model
         good = {} if self._good is None else {"good": self._good}
         return states | good | {"best": list(self.best), "best_model": best_model}
@@ -180,7 +180,7 @@ Value = TypeVar("Value")
 
 
 def _copied(value: Value) -> Value:
-    """Return a copy of tensors in plain containers, in the memory of the processor."""
+    """Copy tensors in plain containers to the CPU."""
     made: Any = value
     if isinstance(value, Tensor):
         made = _copy(value)

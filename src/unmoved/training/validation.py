@@ -1,4 +1,4 @@
-"""Clean and robust accuracy on held-out data after each epoch, by which the best epoch is picked."""
+"""Measure clean and robust accuracy on held-out data after each epoch, by which the best epoch is picked."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Accuracies(TypedDict):
 
 @dataclass(frozen=True)
 class Validation:
-    """Held-out data, the attack on it, and the threat model that it is judged by."""
+    """Hold the validation data, the attack on it, and the threat model."""
 
     split: Split
     check: Attack
@@ -41,10 +41,10 @@ class Validation:
     def of(
         cls, split: Split | None, check: Attack | None, threat: ThreatModel | None, order: str = "validation"
     ) -> Validation | None:
-        """Make one of the arguments of `train`, or None without data; the attack is a 10-step PGD where none is given.
+        """Make a validation from the arguments of `train`; None without data. The default attack is a 10-step PGD.
 
         Args:
-            order: the call that a message shows.
+            order: the call with its arguments in order, which messages show.
 
         Raises:
             UnmovedError: data without a threat model, or arguments of other kinds.
@@ -62,7 +62,7 @@ class Validation:
         return None if split is None or check is None or threat is None else cls(split, check, threat)
 
     def accuracy(self, model: nn.Module, batch_size: int, fabric: Fabric) -> Accuracies:
-        """Measure; where a split can be selected from, each of several processes takes its part of the samples.
+        """Measure both accuracies; if samples of the split can be selected, processes share them.
 
         Raises:
             UnmovedError: as `judge.evaluate`.

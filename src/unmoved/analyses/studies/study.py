@@ -23,7 +23,7 @@ from unmoved.reports.pages import Section
 from unmoved.runs.assembly import Assembly
 from unmoved.runs.evaluated import EvaluatedRun, on_replaced_data, require_same_samples, samples_of
 from unmoved.runs.folder import Run
-from unmoved.runs.load import Opened, opened, question_about, weights_digest
+from unmoved.runs.load import Opened, data_and_code, opened, weights_digest
 
 Progress = Callable[[float, str], None]
 
@@ -135,7 +135,7 @@ def subjects(
             if held.split.digest == analysed[0].split.digest:  # files of other names, the same images
                 read[asked] = held = held._replace(split=analysed[0].split)
         question: dict[str, object] = {"weights": weights_digest(run, weights)}
-        question |= question_about(assembly, held.split, allow)
+        question |= data_and_code(assembly, held.split, allow)
         analysed.append(AnalysedRun(name, run, assembly, model, held.split, question))
     return analysed
 

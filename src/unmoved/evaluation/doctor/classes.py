@@ -1,6 +1,6 @@
-"""Check what the model says of the classes: that it tells them apart, by their own names, and loses none of them.
+"""Check that the model tells the classes apart, numbers them as the labels do, and loses none of them.
 
-Where there is a table of outcomes all its samples count, otherwise those that are looked at.
+The checks use all samples of the table of outcomes if there is one, otherwise the samples of the examination.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from unmoved.evaluation.doctor.evidence import Evidence
 from unmoved.evaluation.doctor.finding import DO_NOT_BELIEVE, LOOK_CLOSER, NOTE, Finding
 from unmoved.evaluation.doctor.lost_classes import LostClass
 
-# Shares of the samples of other classes that are given to the one class that is always predicted.
+# Shares of the samples of other classes that a model predicts as one and the same class.
 CONSTANT_CLOSER, CONSTANT_WRONG = 0.5, 0.75
-# How far the accuracy may reach, at most, from that of luck (0) to that of a perfect model (1).
+# Upper bound of the accuracy, on a scale from chance (0) to a perfect model (1).
 LUCK_CLOSER, LUCK_WRONG = 0.5, 0.25
-# Accuracy gained by other names of the classes: none in honest models, 2 / K where two names are exchanged.
+# Accuracy gained by renumbering the classes: none in honest models, 2 / K if two classes are exchanged.
 NAMES_CLOSER, NAMES_WRONG = 0.05, 0.15
 MOST_NAMED = 5
 
@@ -37,10 +37,10 @@ class Answers:
 
     @classmethod
     def of(cls, evidence: Evidence, *, attacked: bool = False) -> Answers:
-        """Take the answers from the table, or from what is looked at; only those ``attacked`` tell what is robust."""
-        if evidence.verdict is not None:
-            first = evidence.verdict.table.drop_duplicates("index").sort_values("index")
-            samples = evidence.verdict.samples.sort_values("index")
+        """Read the table, or the samples of the examination, whose robustness is computed only with ``attacked``."""
+        if evidence.reported is not None:
+            first = evidence.reported.table.drop_duplicates("index").sort_values("index")
+            samples = evidence.reported.samples.sort_values("index")
             return cls(*(c.to_numpy() for c in (first["label"], first["clean_prediction"], samples[outcomes.WORST])))
         label, prediction = evidence.batch.y.cpu().numpy(), evidence.clean.argmax(dim=1).cpu().numpy()
         robust = label == prediction
@@ -74,10 +74,10 @@ def constant(evidence: Evidence) -> Finding | None:
 
 
 def luck(evidence: Evidence) -> Finding | None:
-    """Find an accuracy that is no better than luck, max(1 / K, share of the most frequent class).
+    """Find an accuracy that is no better than chance: max(1 / K, share of the most frequent class).
 
-    One that is below this share, though its predictions go with the labels, is a note: a model may be made for
-    classes of equal weight.
+    An accuracy below this share is only a note if the predictions depend on the labels: the model may have been
+    trained for classes of equal weight.
     """
     if constant(evidence) is not None or names(evidence) is not None:
         return None
@@ -87,7 +87,7 @@ def luck(evidence: Evidence) -> Finding | None:
     chance = max(1 / classes, float(share.max()))
     if by_luck(right, n, chance) <= 1 - LEVEL:
         return None
-    least = max(1 / classes, lower(float(share.max()) * n, n))  # of few samples some class is always frequent
+    least = max(1 / classes, lower(float(share.max()) * n, n))  # among few samples some class is always frequent
     reached = (upper(right, n) - least) / (1 - least)
     found = DO_NOT_BELIEVE if reached <= LUCK_WRONG else LOOK_CLOSER if reached <= LUCK_CLOSER else None
     if found is not None and by_luck(right, n, float((share * predicted).sum())) <= 1 - LEVEL:
@@ -107,10 +107,10 @@ def luck(evidence: Evidence) -> Finding | None:
 
 
 def names(evidence: Evidence) -> Finding | None:
-    """Find predictions that are right under other names of the classes: all names shifted, or some exchanged.
+    """Find predictions that are right under another numbering of the classes: all shifted, or some exchanged.
 
-    The best exchange (the assignment of largest agreement, Kuhn 1955) is found on one half of the samples and judged on
-    the other, and the other way round: on its own half it would gain from luck.
+    The best numbering (the assignment of largest agreement, Kuhn 1955) is fitted on each half of the samples and scored
+    on the other half; on the half that it was fitted to, it would gain by chance.
     """
     if constant(evidence) is not None:
         return None
@@ -166,7 +166,7 @@ def lost_under_attack(evidence: Evidence) -> Finding | None:
 
 
 def _lost(evidence: Evidence, check: str, lost: Sequence[LostClass], words: str, why: str, do: str) -> Finding | None:
-    """Make the finding of the classes that are lost, the gravest first; the others' bound is that of the first."""
+    """Make the finding about lost classes, the gravest first; it quotes the others' bound for the first."""
     if not lost:
         return None
     said = [words.format(one.hits, one.n, _name(evidence, one.label)) for one in lost[:MOST_NAMED]]
@@ -184,7 +184,7 @@ def _cross_fitted(answers: Answers, classes: int) -> np.ndarray:
 
 
 def _assignment(answers: Answers, which: np.ndarray, classes: int) -> np.ndarray:
-    """Return the one-to-one map from predictions to labels under which most samples are right; itself where equal."""
+    """Return the one-to-one map from predictions to labels by which most samples are right; the identity in a tie."""
     together = 0.5 * np.eye(classes)
     np.add.at(together, (answers.prediction[which], answers.label[which]), 1)
     return np.asarray(scipy.optimize.linear_sum_assignment(together, maximize=True)[1])

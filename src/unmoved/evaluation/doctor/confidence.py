@@ -1,4 +1,4 @@
-"""Bound shares by exact binomial limits, so that no grade is given that the number of samples does not support."""
+"""Bound shares by exact binomial limits, so that no grade rests on too few samples."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ LEVEL = 0.95  # of each one-sided bound
 def lower(count: float, n: float) -> float:
     """Return the lower bound of a share at `LEVEL`, one-sided (Clopper and Pearson 1934).
 
-    The p at which Binomial(n, p) reaches ``count`` or more with probability 1 - LEVEL. Fractions of a sample are
-    allowed, where one sample that was looked at stands for several.
+    The p at which Binomial(n, p) reaches ``count`` or more with probability 1 - LEVEL. ``count`` and ``n`` may be
+    fractions, since one sample of a costly attack can stand for several.
     """
     return 0.0 if count <= 0 else float(scipy.special.betaincinv(count, n - count + 1, 1 - LEVEL))
 
@@ -24,7 +24,7 @@ def upper(count: float, n: float) -> float:
 
 
 def by_luck(count: int, n: int, share: float) -> float:
-    """Return the probability of ``count`` or more out of ``n`` where each comes with probability ``share``."""
+    """Return the probability of ``count`` or more successes in ``n`` trials of probability ``share``."""
     return 1.0 if count <= 0 else float(scipy.special.bdtrc(count - 1, n, share))
 
 
@@ -35,10 +35,10 @@ def grade(count: float, n: float, closer: float, wrong: float) -> str | None:
 
 
 def grade_of_gain(gained: int, lost: int, n: int, closer: float, wrong: float, tries: int) -> str | None:
-    """Grade what a change to all samples gains: ``gained`` become right and ``lost`` become wrong, out of ``n``.
+    """Grade the net gain of a change to all samples: ``gained`` of ``n`` become right and ``lost`` become wrong.
 
-    The net gain is graded as a share, if the sign test says that it is no accident: at 1 - LEVEL, divided by the number
-    of changes that were tried (Bonferroni).
+    The net gain is graded as a share if the sign test finds it significant at level (1 - LEVEL) / ``tries``, where
+    ``tries`` is the number of changes that were tried (Bonferroni).
     """
     if by_luck(gained, gained + lost, 0.5) > (1 - LEVEL) / tries:
         return None

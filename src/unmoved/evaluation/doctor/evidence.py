@@ -1,4 +1,4 @@
-"""Collect what the checks share: samples, logits, gradients, and attacks that several of them read, each run once."""
+"""Collect what the checks share: samples, logits, gradients, and attacks, each computed once."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from unmoved.core.batch import Batch, Image, Logits, PerSample, per_image
 from unmoved.core.protocols import Attack, Term
 from unmoved.core.threat import ThreatModel
 from unmoved.core.views import eval_logits
-from unmoved.evaluation.doctor.verdict import Verdict
+from unmoved.evaluation.doctor.reported import ReportedOutcomes
 from unmoved.terms import CE, DLR, Margin, TargetedDLR, TargetedMargin
 
-WEAK_STEPS = 20  # PGD-20 with cross-entropy is what papers report most, and what masking fools first
+WEAK_STEPS = 20  # PGD-20 with cross-entropy: the attack that papers report most, and the first that masking fools
 STRONG_STEPS = 100  # AutoAttack's
 MORE_RESTARTS = 4
 PASSES = 5  # AutoAttack's count of forward passes that must agree
-DRAWS = 20  # passes whose mean logits decide where they do not: one lucky draw is no success (AutoAttack's rand)
+DRAWS = 20  # passes whose mean logits decide if the model is random: one lucky draw is no success (AutoAttack's rand)
 TARGETS, TARGET_STEPS = 3, 50  # a target beyond the third likeliest class rarely adds to the first three
 QUERIES = 500
-MOST = 40  # survivors that the costly searches look at: a share of a tenth still shows, at under half the time
+MOST = 40  # survivors that the costly attacks run on: enough to see a share of a tenth, at under half the time
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +35,7 @@ class AttackResult:
 
     Attributes:
         batch: those samples.
-        x_adv: (B, C, H, W), the clean image where the attack proposed nothing finite.
+        x_adv: (B, C, H, W), with the clean image in place of a proposal that is not finite.
         broken: (B,) bool, whether ``x_adv`` is misclassified.
     """
 
@@ -58,15 +58,15 @@ class AttackResult:
 class Evidence:
     """Hold a model, the samples it is examined on, and the attacks that several checks read, each run once.
 
-    The white-box searches go from cheap to costly, each on the samples that those before it left.
+    The white-box attacks go from cheap to costly, each on the samples that those before it left robust.
 
     Attributes:
-        model: as it was handed over; evidence is taken in evaluation mode unless a check says otherwise.
+        model: in the mode in which it was given; the checks use evaluation mode unless they say otherwise.
         batch: the samples, on the model's device.
         threat: the ball.
-        seed: keys the noise of all searches.
+        seed: keys the noise of all attacks.
         surrogate: another model of the same task, for transfer.
-        verdict: the outcomes whose worst case is the number shown, if there are any.
+        reported: the outcomes whose worst case is the reported robust accuracy, if there are any.
         classes: the names of the classes, or none.
     """
 
@@ -75,11 +75,11 @@ class Evidence:
     threat: ThreatModel
     seed: int = 0
     surrogate: nn.Module | None = None
-    verdict: Verdict | None = None
+    reported: ReportedOutcomes | None = None
     classes: tuple[str, ...] = ()
 
     def logits(self, x: Image, mode: str = "eval") -> Logits:
-        """Compute logits without a gradient; ``"train"`` leaves every submodule in the mode it came in."""
+        """Compute logits without a gradient; ``"train"`` leaves every submodule in its own mode."""
         return eval_logits(self.model, x, mode=mode)
 
     @cached_property
@@ -93,7 +93,7 @@ class Evidence:
 
     @cached_property
     def started(self) -> Batch:
-        """Move the right samples to random points of their balls: stored pixels lie on a grid, a special place."""
+        """Move the right samples to random points of their balls, since stored pixels lie on the 8-bit grid."""
         return Batch(self.threat.start(self.right, seed=self.seed), self.right.y, self.right.index)
 
     @cached_property
@@ -103,8 +103,8 @@ class Evidence:
 
     @property
     def by_autoattack(self) -> bool:
-        """Return whether the number shown is AutoAttack's, in its standard version."""
-        return self.verdict is not None and self.verdict.by_autoattack
+        """Return whether the reported accuracy is under AutoAttack's standard version."""
+        return self.reported is not None and self.reported.by_autoattack
 
     # --- gradients
 
@@ -123,7 +123,7 @@ class Evidence:
     # --- searches
 
     def search(self, attack: Attack, batch: Batch) -> AttackResult:
-        """Run an attack and judge its proposals."""
+        """Run an attack and check which of its images are misclassified."""
         if len(batch) == 0:
             return nothing(batch)
         x_adv = attack(self.model, batch)
@@ -181,12 +181,12 @@ class Evidence:
 
     @cached_property
     def black_box(self) -> AttackResult:
-        """Run random search on what every gradient attack left."""
+        """Run random search on the samples that every gradient attack left robust."""
         return self.search(Square(self.threat, queries=QUERIES, seed=self.seed), self.survivors)
 
     @cached_property
     def transferred(self) -> AttackResult:
-        """Try images that were made for the surrogate on what every gradient attack left."""
+        """Try images made for the surrogate on the samples that every gradient attack left robust."""
         if self.surrogate is None:
             return nothing(self.survivors)
         return self.search(Transfer(self.threat, self.surrogate), self.survivors)
@@ -204,7 +204,7 @@ class Evidence:
     def looked_at(self, count: float) -> tuple[float, float]:
         """Return (count, number of right samples), both in samples that the costly attacks were run on.
 
-        Where one of them stands for several, it is one observation.
+        A sample that stands for several counts as one observation.
         """
         per = max(self.scale, 1.0)
         return count / per, len(self.right) / per

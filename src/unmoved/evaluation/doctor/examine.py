@@ -2,22 +2,21 @@
 
 What the grades mean
 --------------------
-A finding speaks about the number shown: the worst case of the table of outcomes, or whatever accuracy under attack
-would be reported where there is none.
+A finding is about the reported robust accuracy: the worst case of the table of outcomes, or, without a table, any
+accuracy under attack that would be reported.
 
-- "do not believe": the doctor itself broke samples that the table calls robust, or found a fault that voids any verdict
-  on this model: it is random, in training mode, depends on the batch, has no gradient, a zero or wrong one, or logits
-  that are not finite; it sees other images than it was made for; it predicts a constant, no better than chance, under
-  other names of the classes, or never one of the classes.
-- "look closer": the number may be right, and something beside it should be known.
-- "note": what is true and does not touch the number.
+- "do not believe": the doctor itself broke samples that the table calls robust, or found a fault that makes any
+  robust accuracy of this model meaningless: it is random, in training mode, depends on the batch, has no gradient, a
+  zero or wrong one, or logits that are not finite; it gets images in another form than it was made for; it predicts a
+  constant, no better than chance, by another numbering of the classes, or never one of the classes.
+- "look closer": the number may be right, but should be read together with this finding.
+- "note": a fact that does not change the number.
 
-On a verdict by AutoAttack's standard version `UNDER_AUTOATTACK` has the gravest grade of each check whose objection is
-to a weaker attack than those behind the number. Checks that are not in it keep their grades: they are about the faults
-above.
+If the number is from AutoAttack's standard version, a check whose objection is to a weaker attack than AutoAttack gets
+at most its grade in `UNDER_AUTOATTACK`. Checks that are not listed there keep their grades: they find the faults above.
 
-A grade that rests on a share of the samples is that of the share's one-sided exact 95 % bound (`confidence`): a few
-images cannot accuse a model. What one sample proves, such as a logit that is not finite, needs no more.
+A share of the samples is graded by its one-sided exact 95 % bound (`confidence`), so that a few images are not enough
+for a grade. A fault that one sample proves, such as a logit that is not finite, needs no more than one.
 """
 
 from __future__ import annotations
@@ -38,11 +37,11 @@ from unmoved.evaluation import judge
 from unmoved.evaluation.doctor import classes, gradients, outcomes_table, outputs, preprocessing, searches
 from unmoved.evaluation.doctor.evidence import Evidence
 from unmoved.evaluation.doctor.finding import GRADES, LOOK_CLOSER, NOTE, Finding
-from unmoved.evaluation.doctor.verdict import Verdict
+from unmoved.evaluation.doctor.reported import ReportedOutcomes
 
 ORDER = "examine(model, split, threat)"
 Check = Callable[[Evidence], Finding | None]
-# What the model is, before anything is attacked.
+# Checks of the model itself, before any attack.
 OUTPUTS: tuple[Check, ...] = (
     outputs.mode,
     outputs.stochastic,
@@ -55,7 +54,7 @@ OUTPUTS: tuple[Check, ...] = (
     classes.luck,
     classes.lost_clean,
 )
-# What its gradients and searches say; they need samples that the model gets right.
+# Checks of gradients and attacks, which need samples that the model gets right.
 ATTACKED: tuple[Check, ...] = (
     gradients.existing,
     gradients.finite,
@@ -71,11 +70,11 @@ ATTACKED: tuple[Check, ...] = (
     searches.transfer,
     classes.lost_under_attack,
     outcomes_table.pgd_overrates,
-    outcomes_table.blind_wins,
+    outcomes_table.gradient_free_wins,
     outcomes_table.table_is_weak,
 )
-# The gravest grade on a verdict by AutoAttack. PGD, restarts, steps and the scale of the logits are what its parts do
-# not depend on; that gradients mislead leaves its last part, which needs none.
+# The gravest grade of these checks if AutoAttack's standard version gave the number: its parts do not depend on PGD,
+# restarts, the number of steps or the scale of the logits, and the last of them (Square) needs no gradients.
 UNDER_AUTOATTACK = {
     "PGD overrates": NOTE,
     "a stronger search wins": NOTE,
@@ -107,18 +106,18 @@ def examine(
 
     Args:
         model: images (B, C, H, W) in [0, 1] -> logits (B, K), in the mode in which it is evaluated: a model that is
-            handed over in training mode is told so where that changes its outputs. Everything else is checked in
-            evaluation mode. Left as it was found.
+            given in training mode is reported if that changes its outputs. Everything else is checked in
+            evaluation mode. The model is left as it was.
         split: the data that the accuracy is about.
-        threat: the ball that it is about.
-        outcomes: the table of `unmoved.evaluate` whose worst case is the number shown: what it says of PGD, of attacks
-            without gradients and of the classes is read from it, and it is held against the searches made here.
-        attacks: the attacks of that table, name -> attack (or what `verdict.kinds_in` takes in its place); those left
-            out are taken for what their names say.
+        threat: the threat model that the accuracy is about.
+        outcomes: the table of `unmoved.evaluate` whose worst case is the reported accuracy. The checks read from it how
+            PGD and attacks without gradients did and what became of each class, and compare it with their own attacks.
+        attacks: the attacks of that table, name -> attack (or what `reported.kinds_in` takes in its place); one left
+            out is known by its name.
         surrogate: another model of the same task, for a transfer attack.
         n: number of samples, drawn from the split by ``seed``.
-        seed: of all noise; the caller's random state is left alone.
-        progress: called with (checks done, checks in all, the check at work).
+        seed: keys all noise; the caller's random state is left alone.
+        progress: called with (checks done, checks in all, name of the current check).
 
     Raises:
         UnmovedError: arguments that are no model, split and threat model; no data; images out of range; a model
@@ -129,11 +128,11 @@ def examine(
     require_threat("threat", threat)
     n, seed = require_whole("n", n, at_least=1), require_seed("seed", seed)
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    # A randomised model draws from the global generator: its draws are fixed, and the caller's state is put back.
+    # A randomised model draws from the global generator: fix its draws, and restore the caller's state afterwards.
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
-        verdict = None if outcomes is None else Verdict(outcomes, attacks or {})
-        evidence = _evidence(model, split, threat, n, seed, surrogate, verdict)
+        reported = None if outcomes is None else ReportedOutcomes(outcomes, attacks or {})
+        evidence = _evidence(model, split, threat, n, seed, surrogate, reported)
         plan, findings = _plan(evidence), []
         for done, check in enumerate(plan):
             if progress is not None:
@@ -152,30 +151,30 @@ def _evidence(
     n: int,
     seed: int,
     surrogate: nn.Module | None,
-    verdict: Verdict | None = None,
+    reported: ReportedOutcomes | None = None,
 ) -> Evidence:
     """Shuffle the samples, since classes may be stored one after the other, and check the images as the judge does."""
     batch = next(judge.checked_batches(model, _Shuffled(split, seed), min(n, len(split)), threat))
     named = tuple(str(name) for name in getattr(split, "classes", ()))
-    evidence = Evidence(model, batch, threat, seed, surrogate, verdict, named)
+    evidence = Evidence(model, batch, threat, seed, surrogate, reported, named)
     require_labels(batch.y, evidence.clean.shape[1])
     return evidence
 
 
 def _plan(evidence: Evidence) -> list[Check]:
-    """Choose the checks: where the table has the answer, it is read instead of attacking again."""
-    verdict = evidence.verdict
+    """Choose the checks; leave out an attack whose result the table already holds."""
+    reported = evidence.reported
     if not evidence.clean.isfinite().all():
         return [gradients.finite]
     if len(evidence.right) == 0:
         return list(OUTPUTS)
-    known = {searches.black_box} if verdict is not None and verdict.has_blind else set()
-    known |= {searches.other_loss} if verdict is not None and verdict.has_weak else set()
+    known = {searches.black_box} if reported is not None and reported.has_both_kinds else set()
+    known |= {searches.other_loss} if reported is not None and reported.has_weak else set()
     return [*OUTPUTS, *(check for check in ATTACKED if check not in known)]
 
 
 def _about_the_number(finding: Finding, evidence: Evidence) -> Finding:
-    """Lower the grade of an objection to a weaker attack than those behind the number shown."""
+    """Lower the grade of an objection to a weaker attack than those behind the reported accuracy."""
     most = UNDER_AUTOATTACK.get(finding.check) if evidence.by_autoattack else None
     if most is None or GRADES.index(finding.grade) >= GRADES.index(most):
         return finding

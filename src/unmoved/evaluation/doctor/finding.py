@@ -37,7 +37,7 @@ class Finding:
 
 
 def summary(findings: Iterable[Finding]) -> str:
-    """Return the sentence to put beside the number: the checks of the gravest grade; empty where only notes object."""
+    """Return the sentence to print beside the number: the checks of the gravest grade; empty for notes alone."""
     said = list(findings)
     for grade, opening in ((DO_NOT_BELIEVE, "Do not believe this number"), (LOOK_CLOSER, "Look closer at this number")):
         checks = dict.fromkeys(finding.check for finding in said if finding.grade == grade)

@@ -14,14 +14,15 @@ from unmoved.evaluation.doctor.searches import without_gradients
 from unmoved.terms import CE, Margin
 from unmoved.terms.margin import margin
 
-# Shares of points whose gradient is not finite: none in honest models. A logit that is not finite is a fault at once.
+# Shares of points whose gradient is not finite: none in honest models. A single logit that is not finite is a fault.
 BAD_WRONG = 0.02
-# Shares of samples whose whole gradient is exactly zero: none in honest models; each is a sample no attack can move.
+# Shares of samples whose whole gradient is exactly zero: none in honest models; no gradient attack can move such
+# a sample.
 ZERO_CLOSER, ZERO_WRONG = 0.02, 0.1
 # Finite differences along the steepest pixels agree with the gradient to 1 % in honest networks (median 0.02 %).
 STEP, PIXELS, DISAGREES = 1e-3, 4, 0.5
 SLOPE_CLOSER, SLOPE_WRONG = 0.1, 0.25
-AUDIBLE = 50  # times float32's rounding of the logits that a difference must reach to be read at all
+AUDIBLE = 50  # a difference of logits counts from this many times their float32 rounding on
 
 
 def existing(evidence: Evidence) -> Finding | None:
@@ -97,7 +98,7 @@ def vanishing(evidence: Evidence) -> Finding | None:
 
 
 def honest_slope(evidence: Evidence) -> Finding | None:
-    """Find gradients that are not the slope: finite differences of the margin along steep pixels disagree."""
+    """Find gradients that are not the slope of the margin, by finite differences along the steepest pixels."""
     found = (
         evidence.gradient(evidence.started, Margin("adv")) if evidence.has_gradient and not evidence.is_random else None
     )

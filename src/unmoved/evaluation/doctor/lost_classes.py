@@ -1,4 +1,4 @@
-"""Find the classes that a model does not know, or of which nothing is left under attack, while the others hold."""
+"""Find classes that a model never or hardly recognises, or that lose everything under attack, unlike the others."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import numpy.typing as npt
 from unmoved.evaluation.doctor.confidence import lower, upper
 from unmoved.evaluation.doctor.finding import DO_NOT_BELIEVE, GRADES, LOOK_CLOSER, NOTE
 
-# The recall of a class, at most, over that of the others, at least: for a recall of 0, and for any.
+# Upper bound of a class's recall, divided by the lower bound of the others': for a recall of 0, and for any recall.
 NONE_CLOSER, SOME_CLOSER, SOME_NOTE = 0.5, 0.25, 0.5
 # The same under attack, where honest models differ more from class to class.
 NONE_ROBUST, SOME_ROBUST = 1 / 3, 0.1
 
 
 class LostClass(NamedTuple):
-    """A class of which ``hits`` of ``n`` samples are right (or robust), while of the others at least ``others`` are."""
+    """A class with ``hits`` of ``n`` samples right (or robust); of the other classes, at least the share ``others``."""
 
     grade: str
     label: int
@@ -28,7 +28,7 @@ class LostClass(NamedTuple):
 
 
 def lost_clean(label: npt.NDArray[np.int64], right: npt.NDArray[np.bool_]) -> list[LostClass]:
-    """List the classes that the model does not know, the gravest first: recall 0, or far below that of the others."""
+    """List the classes of recall 0, or far below that of the others, on clean images; the gravest first."""
     return _lost(
         label,
         right,
@@ -43,7 +43,7 @@ def lost_clean(label: npt.NDArray[np.int64], right: npt.NDArray[np.bool_]) -> li
 def lost_under_attack(
     label: npt.NDArray[np.int64], right: npt.NDArray[np.bool_], robust: npt.NDArray[np.bool_]
 ) -> list[LostClass]:
-    """List the classes of which, of what is right clean, nothing or next to nothing is robust, the gravest first."""
+    """List the classes of whose correctly classified samples almost none is robust, the gravest first."""
     return _lost(
         label[right],
         robust[right],
@@ -57,7 +57,7 @@ def lost_under_attack(
 def _lost(
     label: npt.NDArray[np.int64], hit: npt.NDArray[np.bool_], bars: Callable[[int], Sequence[tuple[str, float]]]
 ) -> list[LostClass]:
-    """Grade each class by the upper bound of its share over the lower bound of that of all other samples."""
+    """Grade each class by the ratio of its share's upper bound to the lower bound of all other samples' share."""
     total, found = int(hit.sum()), list[LostClass]()
     for k in np.unique(label):
         hits, n = int(hit[label == k].sum()), int((label == k).sum())

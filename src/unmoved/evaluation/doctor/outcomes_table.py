@@ -1,4 +1,4 @@
-"""Check the table of outcomes that the number shown comes from."""
+"""Check the outcomes behind the reported robust accuracy: which attacks broke which samples, and how many are left."""
 
 from __future__ import annotations
 
@@ -10,40 +10,40 @@ from unmoved.evaluation.doctor.evidence import Evidence
 from unmoved.evaluation.doctor.finding import Finding
 from unmoved.evaluation.doctor.searches import beaten, loss_gap, weaker_wins
 
-# How many points more than the table's attacks the doctor's own searches may break on the same samples. Evaluated by
-# PGD and APGD with cross-entropy alone, honest TRADES models lose 15; what AutoAttack leaves loses under 1.
+# How many percent of the samples the doctor's own attacks may break beyond those that the table's attacks broke. After
+# an evaluation by PGD and APGD with cross-entropy alone, honest TRADES models lose 15; after AutoAttack, under 1.
 OWN_CLOSER, OWN_WRONG, OWN_LEAST = 0.05, 0.25, 3
 AFTER_AUTOATTACK_CLOSER, AFTER_AUTOATTACK_WRONG = 0.02, 0.1
 
 
 def pgd_overrates(evidence: Evidence) -> Finding | None:
     """Find a large gap between PGD and the strongest attack of the table."""
-    verdict = evidence.verdict
-    if verdict is None or not verdict.has_weak:
+    reported = evidence.reported
+    if reported is None or not reported.has_weak:
         return None
-    samples = verdict.samples
-    best = str(samples[verdict.weak].sum().idxmin())
+    samples = reported.samples
+    best = str(samples[reported.weak].sum().idxmin())
     before, after, right = (int(samples[c].sum()) for c in (best, outcomes.WORST, outcomes.CLEAN))
     measured = f"of {len(samples)} samples {best!r} leaves {before} robust, all attacks together {after}"
-    return loss_gap(before - after, right, measured, verdict.by_autoattack)
+    return loss_gap(before - after, right, measured, reported.by_autoattack)
 
 
-def blind_wins(evidence: Evidence) -> Finding | None:
+def gradient_free_wins(evidence: Evidence) -> Finding | None:
     """Find samples of the table that only attacks without gradients broke, alone or as part of an ensemble."""
-    verdict = evidence.verdict
-    if verdict is None or not verdict.has_blind:
+    reported = evidence.reported
+    if reported is None or not reported.has_both_kinds:
         return None
-    right = verdict.table[verdict.table["clean_prediction"] == verdict.table["label"]]
+    right = reported.table[reported.table["clean_prediction"] == reported.table["label"]]
     wins = right[right["success"]]
-    blind = [verdict.is_blind(attack, by) for attack, by in zip(wins["attack"], wins["by"], strict=True)]
-    is_blind = pd.Series(blind, index=wins.index, dtype=bool)
-    only_blind = is_blind.groupby(wins["index"]).all()
-    count, samples = int(only_blind.sum()), right["index"].nunique()
+    flags = [reported.is_gradient_free(attack, by) for attack, by in zip(wins["attack"], wins["by"], strict=True)]
+    is_gradient_free = pd.Series(flags, index=wins.index, dtype=bool)
+    only_gradient_free = is_gradient_free.groupby(wins["index"]).all()
+    count, samples = int(only_gradient_free.sum()), right["index"].nunique()
     found = beaten(count, count, samples)
     if found is None:
         return None
-    who = " and ".join(repr(name) for name in sorted(set(wins["by"][is_blind])))
-    left = samples - int((~only_blind).sum())
+    who = " and ".join(repr(name) for name in sorted(set(wins["by"][is_gradient_free])))
+    left = samples - int((~only_gradient_free).sum())
     return weaker_wins(
         "black-box stronger", found, f"{who} broke {count} of {left} samples that no gradient attack of the table broke"
     )
@@ -51,17 +51,17 @@ def blind_wins(evidence: Evidence) -> Finding | None:
 
 def table_is_weak(evidence: Evidence) -> Finding | None:
     """Find samples that the table calls robust and that the doctor's own attacks broke."""
-    verdict = evidence.verdict
-    if verdict is None:
+    reported = evidence.reported
+    if reported is None:
         return None
-    known = set(verdict.samples["index"])
+    known = set(reported.samples["index"])
     seen = [int(k) for k in evidence.right.index if int(k) in known]
     searches = [*evidence.white_box, evidence.transferred]
-    searches += [] if verdict.has_blind else [evidence.black_box]  # the table's own had more queries
+    searches += [] if reported.has_both_kinds else [evidence.black_box]  # the table's random search had more queries
     broken = {int(k) for search in searches for k in search.batch.index[search.broken]}
-    count = len(broken & verdict.robust)
+    count = len(broken & reported.robust)
     bars = (OWN_CLOSER, OWN_WRONG)
-    if verdict.by_autoattack:
+    if reported.by_autoattack:
         bars = (AFTER_AUTOATTACK_CLOSER, AFTER_AUTOATTACK_WRONG)
     found = grade(count, len(seen), *bars)
     if found is None or count < OWN_LEAST:
@@ -73,6 +73,6 @@ def table_is_weak(evidence: Evidence) -> Finding | None:
         "calls robust",
         "the accuracy reported is above what a modest search already refutes",
         "AutoAttack is not enough here: attack with more restarts and steps, and by a search adapted to the model"
-        if verdict.by_autoattack
+        if reported.by_autoattack
         else "evaluate with stronger attacks (unmoved evaluate --attacks standard)",
     )

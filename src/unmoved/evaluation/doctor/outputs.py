@@ -46,7 +46,7 @@ def stochastic(evidence: Evidence) -> Finding | None:
     """Find outputs that are random even in evaluation mode."""
     if not evidence.is_random:
         return None
-    by_rand = evidence.verdict is not None and evidence.verdict.by_rand
+    by_rand = evidence.reported is not None and evidence.reported.by_rand
     return Finding(
         "randomness",
         NOTE if by_rand else DO_NOT_BELIEVE,

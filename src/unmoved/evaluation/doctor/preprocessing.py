@@ -1,4 +1,4 @@
-"""Check that the model is given the images that it was made for: normalised once, in their range, channels and axes."""
+"""Check that images reach the model as it expects them: normalised once, in range, with the right channels and axes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from unmoved.evaluation.doctor.confidence import grade_of_gain
 from unmoved.evaluation.doctor.evidence import Evidence
 from unmoved.evaluation.doctor.finding import Finding
 
-# Accuracy gained by other pixels: honest digits and MNIST models gain at most 3 points, mistaken ones tens.
+# Accuracy gained by transforming the images: at most 3 points for honest digits and MNIST models, tens if one was due.
 GAIN_CLOSER, GAIN_WRONG = 0.1, 0.2
 Transform = Callable[[Image], Image]
 
@@ -51,7 +51,7 @@ def arrangement(evidence: Evidence) -> Finding | None:
 
 
 def _best(evidence: Evidence, transforms: list[tuple[str, Transform]]) -> tuple[str, str] | None:
-    """Return the grade of the transform that gains most, and what it was measured to gain; None if none gains."""
+    """Return the grade of the transform that gains most, and its gain in words; None if none gains."""
     if evidence.is_random:
         return None
     x, y = evidence.batch.x, evidence.batch.y
@@ -61,7 +61,7 @@ def _best(evidence: Evidence, transforms: list[tuple[str, Transform]]) -> tuple[
         try:
             out = evidence.logits(transform(x))
         except (AssertionError, UnmovedError, ValueError, RuntimeError):
-            continue  # a model may refuse such pixels: then it was not made for them
+            continue  # a model that refuses such pixels was not made for them
         if not out.isfinite().all():
             continue
         other = out.argmax(dim=1) == y

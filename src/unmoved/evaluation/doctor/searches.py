@@ -25,19 +25,20 @@ from unmoved.evaluation.doctor.evidence import (
 from unmoved.evaluation.doctor.finding import LOOK_CLOSER, NOTE, Finding
 from unmoved.terms import CE, Margin
 
-# What the margin adds to cross-entropy at the same 20 steps. Honest TRADES and MART models lose up to 21 points of 100
-# here (their logits are small, and cross-entropy then pushes all classes at once), AT models up to 8.
+# Share that the margin loss breaks beyond cross-entropy at the same 20 steps. Honest TRADES and MART models lose up to
+# 21 points of 100 here (their logits are small, and cross-entropy then pushes all classes at once), AT models up to 8.
 LOSS_NOTE, LOSS_CLOSER, LOSS_WRONG = 0.1, 0.25, 0.35
-# What APGD with restarts and targets adds to PGD-20 with both losses: at most 8 points in honest models of digits.
+# Share that APGD with restarts and targets breaks beyond PGD-20 with both losses: at most 8 points in honest models of
+# digits.
 SEARCH_CLOSER, SEARCH_WRONG = 0.1, 0.15
-# What further restarts add to one: at most 4 points in honest models.
+# Share that further restarts break beyond one: at most 4 points in honest models.
 RESTARTS_CLOSER, RESTARTS_WRONG = 0.08, 0.15
-# What a search that sees no gradient adds to all those that do: 0 or 1 of 100 in honest models.
+# Share that a gradient-free attack breaks beyond all gradient attacks: 0 or 1 of 100 in honest models.
 BLACK_CLOSER, BLACK_WRONG, BLACK_LEAST = 0.02, 0.05, 3
-# What the gradient misses where an attacker may paint any image: nothing in honest models.
+# Share that a gradient attack does not break in a ball that holds all images: none in honest models.
 BOX_CLOSER, BOX_WRONG = 0.03, 0.1
-# The share of the whole rise of the margin that comes after half of 100 equal steps: under 1 % in honest models. So
-# large a rise must show in many of the samples: a mean may be that of a single one.
+# The share of the whole rise of the margin that comes after half of 100 equal steps: under 1 % in honest models. Many
+# samples must show such a rise, since a single one can make a mean.
 RISE_STEPS, RISE_CLOSER, RISE_WRONG = 100, 0.1, 0.3
 RISING_CLOSER, RISING_WRONG = 0.1, 0.25
 # Adversarial images lost to rounding: none in honest models unless eps is below the grid of 8 bits.
@@ -56,7 +57,7 @@ def other_loss(evidence: Evidence) -> Finding | None:
 
 
 def loss_gap(count: int, right: int, measured: str, by_autoattack: bool) -> Finding | None:
-    """Make the finding of ``count`` of ``right`` samples that PGD with cross-entropy leaves to something stronger."""
+    """Make the finding that ``count`` of ``right`` samples resist PGD with cross-entropy and not a stronger attack."""
     if lower(count, right) < LOSS_NOTE:
         return None
     return Finding(
@@ -139,10 +140,12 @@ def still_rising(evidence: Evidence) -> Finding | None:
 
 
 def whole_box(evidence: Evidence) -> Finding | None:
-    """Find a gradient attack that fails where any image is allowed, so that painting another image succeeds."""
+    """Find a gradient attack that fails in a ball that holds all images, where replacing the image would succeed."""
     low, high = evidence.threat.bounds
     box = ThreatModel("linf", high - low, evidence.threat.bounds)
-    loss: Term = Margin("adv") if evidence.by_autoattack else CE("adv")  # no figure of AutoAttack rests on the latter
+    loss: Term = (
+        Margin("adv") if evidence.by_autoattack else CE("adv")
+    )  # AutoAttack does not rest on cross-entropy alone
     attack = PGD(box, loss=loss, steps=WEAK_STEPS, start="none", keep="best", seed=evidence.seed)
     climbed = evidence.climb(attack, evidence.right)
     painted = torch.zeros_like(climbed.broken)
@@ -170,13 +173,13 @@ def _pictures(evidence: Evidence) -> list[Image]:
 
 
 def black_box(evidence: Evidence) -> Finding | None:
-    """Find that random search breaks what every gradient attack left."""
+    """Find that random search breaks samples that every gradient attack left robust."""
     who = f"Square with {QUERIES} queries, which sees no gradient,"
     return _beats_white_box(evidence, evidence.black_box, "black-box stronger", who)
 
 
 def transfer(evidence: Evidence) -> Finding | None:
-    """Find that images made for another model break what every gradient attack on this one left."""
+    """Find that images made for another model break samples that every gradient attack on this one left robust."""
     who = "PGD on the surrogate model, transferred,"
     return _beats_white_box(evidence, evidence.transferred, "transfer stronger", who)
 
@@ -190,14 +193,14 @@ def _beats_white_box(evidence: Evidence, search: AttackResult, check: str, who: 
 
 
 def beaten(seen: int, count: float, n: float) -> str | None:
-    """Grade samples that only a weaker attacker broke: ``seen`` of them, which stand for ``count`` of ``n``."""
+    """Grade the samples that only a weaker attack broke: ``seen`` of them, which stand for ``count`` of ``n``."""
     if seen == 0:
         return None
     return (grade(count, n, BLACK_CLOSER, BLACK_WRONG) or NOTE) if seen >= BLACK_LEAST else NOTE
 
 
 def weaker_wins(check: str, found: str, measured: str) -> Finding:
-    """Make the finding of an attacker who knows less and does better."""
+    """Make the finding that an attack with less knowledge of the model does better."""
     return Finding(
         check,
         found,
@@ -208,8 +211,8 @@ def weaker_wins(check: str, found: str, measured: str) -> Finding:
 
 
 def without_gradients(evidence: Evidence) -> str:
-    """Say what to attack with where gradients lead nowhere, other than what has run."""
-    if evidence.verdict is not None and evidence.verdict.asked_outputs_alone:
+    """Advise what to try where gradients mislead: more queries if a gradient-free attack has run, else to run one."""
+    if evidence.reported is not None and evidence.reported.has_gradient_free:
         return "raise the queries of the attacks without gradients, or attack through a faithful smooth stand-in (BPDA)"
     return "attack without gradients (Square, SPSA) or through a faithful smooth stand-in (BPDA)"
 

@@ -15,7 +15,7 @@ from unmoved.core.files import write_atomic
 from unmoved.evaluation import judge
 
 
-def keeper(folder: Path) -> judge.Keep:
+def saver(folder: Path) -> judge.Keep:
     """Return a function that saves the successful images of each chunk: index, label, x_adv."""
 
     def keep(part: str, batch: Batch, proposal: Image, success: np.ndarray) -> None:

@@ -12,7 +12,7 @@ from unmoved.core.protocols import Split
 def one_pass(split: Split, size: int) -> Iterator[Batch]:
     """Iterate over all samples of a split in batches, in stored order.
 
-    A pass that ended early would leave the samples that nobody saw unattacked, and a robust accuracy too high.
+    If a split yielded too few samples, the missing ones would not be attacked and robust accuracy would be too high.
 
     Raises:
         UnmovedError: something other than a `Batch`, or another number of samples than ``len(split)``.
@@ -35,7 +35,7 @@ def one_epoch(split: Split, size: int, shuffle: int) -> Iterator[Batch]:
     """Iterate over the shuffled batches of an epoch: at most ceil(len(split) / size) of at most ``size`` samples.
 
     Raises:
-        UnmovedError: something other than a `Batch`, a larger batch, or more of them: the schedule counts steps.
+        UnmovedError: something other than a `Batch`, a larger batch, or more batches, since the schedule counts steps.
     """
     most = -(-len(split) // size)
     for k, batch in enumerate(_batches(split.batches(size, shuffle=shuffle))):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from unmoved import Batch, Method, ThreatModel, UnmovedError, attacks, evaluate, models, terms, train
-from unmoved.core.passes import one_epoch, one_pass, require_distinct
+from unmoved.core.split_batches import one_epoch, one_pass, require_distinct
 from unmoved.evaluation.doctor import examine
 
 THREAT = ThreatModel("linf", 0.1)

@@ -1,4 +1,4 @@
-"""Read the table of outcomes that the number shown comes from: which attacks ran, and what they left robust."""
+"""Read the outcomes behind the reported robust accuracy: which attacks ran, and which samples they left robust."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from unmoved.core.protocols import FIXED_STEP, QUERIES, TRANSFER, kind_of, kinds
 from unmoved.core.threat import ThreatModel
 from unmoved.evaluation import outcomes
 
-BLIND = {QUERIES, TRANSFER}
-CLASSES = 10  # parts of an ensemble are named for so many where nothing says how many there are
+GRADIENT_FREE = {QUERIES, TRANSFER}
+CLASSES = 10  # number of classes by which the parts of an ensemble are named if the real number is not known
 ANY_BALL = ThreatModel("linf", 0.1)
 
 
-class Verdict:
-    """Hold a table of outcomes and the kinds of its attacks.
+class ReportedOutcomes:
+    """Hold the outcomes behind the reported robust accuracy, and the kinds of the attacks.
 
     Args:
         table: the outcomes, one row per sample and attack.
@@ -41,23 +41,23 @@ class Verdict:
 
     @property
     def weak(self) -> list[str]:
-        """Return the attacks that are PGD, or that declare themselves as weak."""
+        """Return the attacks that take steps of fixed size, as PGD does."""
         return [name for name, parts in self.kinds.items() if set(parts.values()) == {FIXED_STEP}]
 
     @property
     def has_weak(self) -> bool:
-        """Return whether the table holds PGD, or what declares itself as weak, beside something else."""
+        """Return whether the table holds an attack of fixed step size, such as PGD, beside one of another kind."""
         return 0 < len(self.weak) < len(self.kinds)
 
     @property
-    def asked_outputs_alone(self) -> bool:
+    def has_gradient_free(self) -> bool:
         """Return whether the table holds an attack that uses no gradient."""
-        return bool(self._all_kinds & BLIND)
+        return bool(self._all_kinds & GRADIENT_FREE)
 
     @property
-    def has_blind(self) -> bool:
-        """Return whether the table holds an attack that uses no gradient, beside one that does."""
-        return self.asked_outputs_alone and bool(self._all_kinds - BLIND)
+    def has_both_kinds(self) -> bool:
+        """Return whether the table holds an attack that uses gradients and one that uses none."""
+        return self.has_gradient_free and bool(self._all_kinds - GRADIENT_FREE)
 
     @property
     def by_autoattack(self) -> bool:
@@ -69,9 +69,9 @@ class Verdict:
         """Return whether AutoAttack's version for randomised models is among the attacks."""
         return self._ran("rand")
 
-    def is_blind(self, attack: str, by: str) -> bool:
-        """Return whether a part of an attack uses no gradient; if its ensemble no longer has that part, by its name."""
-        return (self.kinds[attack].get(by) or kind_of(_class_of(by))) in BLIND
+    def is_gradient_free(self, attack: str, by: str) -> bool:
+        """Return whether a part of an attack uses no gradient; one that the ensemble no longer has goes by its name."""
+        return (self.kinds[attack].get(by) or kind_of(_class_of(by))) in GRADIENT_FREE
 
     @property
     def _all_kinds(self) -> set[str]:
@@ -83,13 +83,13 @@ class Verdict:
 
 
 def kinds_in(table: pd.DataFrame, attacks: Mapping[str, object]) -> dict[str, dict[str, str]]:
-    """Map attacks to the kinds of their parts: as declared, or as the class that a name begins with declares.
+    """Map each attack to the kinds of its parts, as declared by the attack or by the class that its name begins with.
 
     Args:
         table: outcomes.
-        attacks: name -> the attack, or the kinds of its parts (`unmoved.core.protocols.kinds_of`), as evaluations
-            record them, or its repr, which is all that those made before version 0.2 have. The attack's name in the
-            table stands in for what is missing.
+        attacks: name -> the attack, the kinds of its parts (`unmoved.core.protocols.kinds_of`, as evaluations record
+            them), or its repr (as evaluations before version 0.2 record it). Missing ones are known by their name in
+            the table.
     """
     return {name: _kinds(name, attacks.get(name, name)) for name in table["attack"].unique()}
 

@@ -13,7 +13,7 @@ from torch import nn
 from unmoved import models, terms
 from unmoved.core.errors import UnmovedError
 from unmoved.data import DataSet
-from unmoved.runs import foreign
+from unmoved.runs import third_party
 from unmoved.runs.components import PLACES
 
 MARK = "called"
@@ -177,7 +177,7 @@ def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def found(use: str, place: str, *allow: str) -> Any:
-    return foreign.find(use, allow or ("my_lab",), PLACES[place])
+    return third_party.find(use, allow or ("my_lab",), PLACES[place])
 
 
 OFFERED = {
@@ -273,7 +273,7 @@ def test_ours_are_of_the_kinds_that_places_ask_for() -> None:
         if isinstance(thing, type):
             assert PLACES["terms"].fits(thing), name
     for name in ("mlp", "small_cnn"):
-        assert foreign.find(f"unmoved.models:{name}", ["unmoved"], PLACES["models"]) is getattr(models, name)
+        assert third_party.find(f"unmoved.models:{name}", ["unmoved"], PLACES["models"]) is getattr(models, name)
 
 
 def test_a_module_of_the_same_name_from_another_folder_is_not_taken_for_the_one_of_here(

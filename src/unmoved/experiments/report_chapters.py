@@ -1,4 +1,4 @@
-"""Make the chapters of analyses in a comparison's report, and find those that runs were analysed for before."""
+"""Make the analysis chapters of a report, and find the analyses that a comparison of the same runs has made."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from unmoved.core import untrusted
 from unmoved.reports.pages import Section
 from unmoved.runs.folder import Run
 
-FOLDER = "analysis"  # in that of the comparison
+FOLDER = "analysis"  # in the folder of the comparison
 
 
 def chapters(
@@ -45,7 +45,7 @@ def analysed(runs: Sequence[Run]) -> dict[str, int]:
     """Return the analyses that a comparison made of these runs and no others, each with its number of images.
 
     Raises:
-        UnmovedError: a verdict of an analysis that is damaged.
+        UnmovedError: a damaged ``verdict.json`` of an analysis.
     """
     folders = [run.path.resolve() for run in runs]
     homes = {folder.parent.parent for folder in folders}

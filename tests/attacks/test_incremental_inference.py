@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from unmoved import Batch, ThreatModel
-from unmoved.attacks import incremental, square
-from unmoved.attacks.incremental import Incremental
+from unmoved.attacks import incremental_inference, square
+from unmoved.attacks.incremental_inference import Incremental
 from unmoved.attacks.receptive_fields import Reach, Stretch, stretches
 from unmoved.attacks.square import Square
-from unmoved.attacks.watched_layers import first_layers
+from unmoved.attacks.traced_layers import first_layers
 from unmoved.core import views
 from unmoved.models import preact_resnet18, small_cnn
 
@@ -62,7 +62,7 @@ def everywhere(monkeypatch):
             cuts = [0, len(layers)] if kind == "one" else range(len(layers) + 1)
             return [Stretch.of(layers, i, j, reaches, shape) for i, j in itertools.pairwise(cuts)] if layers else []
 
-        monkeypatch.setattr(incremental, "stretches", choose)
+        monkeypatch.setattr(incremental_inference, "stretches", choose)
 
     return use
 
@@ -71,7 +71,7 @@ def everywhere(monkeypatch):
 @pytest.mark.parametrize("name", STACKS)
 def test_patches_give_the_logits_of_whole_passes(name, kind, everywhere, monkeypatch):
     """Windows at every place, several one after the other, with some kept and some of the images left out."""
-    monkeypatch.setattr(incremental, "CHECKED", 0)
+    monkeypatch.setattr(incremental_inference, "CHECKED", 0)
     everywhere(kind)
     torch.manual_seed(0)
     model = network(STACKS[name]())
@@ -204,7 +204,7 @@ def test_a_pass_that_disagrees_with_the_whole_one_is_given_up(trained, everywher
 
     monkeypatch.setattr(Stretch, "__call__", faulty)
     assert torch.equal(ATTACK(model, batch), plain)
-    assert 1 <= len(called) <= incremental.CHECKED
+    assert 1 <= len(called) <= incremental_inference.CHECKED
 
 
 def test_no_sample_is_left_on_the_word_of_patches(trained, everywhere, monkeypatch):
@@ -213,7 +213,7 @@ def test_no_sample_is_left_on_the_word_of_patches(trained, everywhere, monkeypat
     with torch.no_grad():
         batch = batch.take(model(batch.x).argmax(1) == batch.y)
     everywhere("one")
-    monkeypatch.setattr(incremental, "CHECKED", 0)
+    monkeypatch.setattr(incremental_inference, "CHECKED", 0)
     asked = []
     monkeypatch.setattr(Incremental, "logits", lambda self, x, *_: asked.append(len(x)) or -model(x))
     monkeypatch.setattr(Incremental, "accept", lambda *_: None)

@@ -1,4 +1,4 @@
-"""Watch a pass of a network, and describe the layers that it begins with by their receptive fields."""
+"""Trace a forward pass of a network, and describe its first layers by their receptive fields."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from torch.overrides import TorchFunctionMode
 from unmoved.attacks.receptive_fields import Layer, Pair
 from unmoved.core.batch import Image
 
-# What computes each number of its result from the one at the same place, and from parameters of the channel.
+# Pointwise functions: each output is computed from the input at the same position and parameters of its channel.
 _POINTWISE: set[object] = {
     *(Tensor.relu, Tensor.relu_, Tensor.clamp, Tensor.sub, Tensor.add, Tensor.mul, Tensor.div),
     *(torch.relu, torch.relu_, torch.clamp, torch.sub, torch.add, torch.mul, torch.div, torch.tanh, torch.sigmoid),
     *(F.relu, F.relu6, F.leaky_relu, F.elu, F.silu, F.gelu, F.softplus, F.hardtanh, F.batch_norm, F.dropout),
 }
-# What asks for no value.
+# Functions that read no value of a tensor.
 _LOOKS: set[object] = {
     *(getattr(Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "device", "requires_grad", "is_cuda")),
     *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.__len__, Tensor.is_floating_point),
 }
-# The names of what follows the image.
+# The names of the arguments after the image.
 _MAX_POOL = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
 _ARGUMENTS: dict[object, tuple[str, ...]] = {
     torch.conv2d: ("weight", "bias", "stride", "padding", "dilation", "groups"),
@@ -39,30 +39,30 @@ _ARGUMENTS: dict[object, tuple[str, ...]] = {
 
 @contextmanager
 def first_layers(model: nn.Module, x: Image, wanted: bool = True) -> Iterator[list[Layer]]:
-    """Watch a pass of the model over ``x`` inside the block, and fill the list with the operations it begins with.
+    """Trace the pass of the model over ``x`` inside the block, and fill the list with its first layers.
 
-    They are those of which each works on windows of the last one's result, as long as nothing else looks at a result
-    but the last one, so that it can stand for all of them. The model may be written in any way; one with hooks inside,
-    a scripted or a compiled one, and one on a device, have none.
+    These are the operations from the image on that each work on windows of the result before, up to the first result
+    that something else reads too: the last layer's output then determines everything that follows. The model may be
+    written in any way. The list stays empty for a model with hooks inside, a scripted or compiled one, and on a GPU.
     """
-    if not wanted or not _can_be_watched(model) or x.device.type != "cpu" or x.ndim != 4:
+    if not wanted or not _can_be_traced(model) or x.device.type != "cpu" or x.ndim != 4:
         yield []
         return
-    with _Watching(x) as watcher:
-        yield watcher.layers
+    with _Tracer(x) as tracer:
+        yield tracer.layers
 
 
-def _can_be_watched(model: nn.Module) -> bool:
+def _can_be_traced(model: nn.Module) -> bool:
     parts = list(model.modules())
     if hasattr(model, "_orig_mod") or any(isinstance(part, torch.jit.ScriptModule) for part in parts):
         return False
-    # Those of the model as a whole see its images and its logits, which are true.
+    # Hooks of the model as a whole see only its images and logits, which are computed as always.
     inside = any(part._forward_hooks or part._forward_pre_hooks for part in parts[1:])
     return not (inside or hooks._global_forward_hooks or hooks._global_forward_pre_hooks)
 
 
-class _Watching(TorchFunctionMode):
-    """Watch the calls of a pass, of this thread alone."""
+class _Tracer(TorchFunctionMode):
+    """Record the function calls of a pass, in this thread only."""
 
     def __init__(self, x: Image) -> None:
         TorchFunctionMode.__init__(self)
@@ -95,7 +95,7 @@ class _Watching(TorchFunctionMode):
         return out
 
     def _number(self, tensor: object) -> int | None:
-        # From the last on: what works in place returns what it was given.
+        # Search from the last: an operation in place returns the tensor that it was given.
         numbers = reversed(range(len(self._results)))
         return next((number for number in numbers if self._results[number] is tensor), None)
 
@@ -109,13 +109,13 @@ def _tensors(tree: object) -> Iterator[Tensor]:
 
 
 def _layer(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], out: object) -> Layer | None:
-    """Describe a call whose first argument is the image, or return None where it is no layer that is known."""
+    """Describe a call whose first argument is the image, or return None if the call is no known layer."""
     x = args[0]
     if not isinstance(out, Tensor) or out.ndim != 4 or len(out) != len(x):
         return None
     make = partial(Layer, func, args[1:], kwargs, shape=(out.shape[1], out.shape[2], out.shape[3]))
     if func in _POINTWISE:
-        # Batch norm's vectors are of the channels.
+        # The vectors of batch norm hold one entry per channel.
         others = [] if func is F.batch_norm else _tensors((args[1:], kwargs))
         by_channel = all(t.numel() == 1 or (t.ndim >= 3 and t.shape[-2:] == (1, 1)) for t in others)
         return make() if by_channel and out.shape == x.shape and not kwargs.get("training") else None

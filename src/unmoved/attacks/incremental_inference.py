@@ -13,25 +13,25 @@ from unmoved.attacks.receptive_fields import Layer, stretches
 from unmoved.core import views
 from unmoved.core.batch import Image, Logits
 
-CHECKED = 3  # queries that are asked both ways before patches are trusted
-ROUNDING = 512  # units in the last place of a sample's largest logit by which both ways may differ
+CHECKED = 3  # queries that are computed both ways before patches are trusted
+ROUNDING = 512  # units in the last place of a sample's largest logit by which the two results may differ
 
 
 class Incremental:
-    """Know what a network's first layers make of images, and compute its logits where a window of these is changed.
+    """Compute a network's logits for images that differ in a window from images whose feature maps are stored.
 
-    The layers are computed where the window reaches alone. What follows is the model itself, as it is written: its
-    first calls are answered with what is known.
+    The first layers are computed only where the window reaches. The rest is the model itself, unchanged: its calls of
+    the first layers are given the stored maps with the new patches.
 
     Args:
         model: in evaluation mode.
-        layers: its first ones, by `watched_layers.first_layers`.
+        layers: its first layers, from `traced_layers.first_layers`.
         x: (B, C, H, W) the images.
         side: of the windows, in pixels.
 
     Attributes:
-        is_on: whether patches are worth it, and gave the logits of whole passes up to rounding.
-        is_wrong: whether they did not.
+        is_on: whether patches are cheaper, and their logits have agreed with whole passes up to rounding.
+        is_wrong: whether their logits disagreed.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[Layer], x: Image, side: int) -> None:
@@ -39,8 +39,8 @@ class Incremental:
         self._stretches = stretches(layers, tuple(x.shape[1:]), side)
         self._layers = [layer for stretch in self._stretches for layer in stretch.layers]
         self.is_on, self.is_wrong = bool(self._layers), False
-        self._maps: list[Tensor] = []  # (B, H, W, C) what each stretch makes of the images
-        self._news: list[tuple[Tensor, Tensor]] = []  # its patches of the last queries, and where they are
+        self._maps: list[Tensor] = []  # (B, H, W, C) the output of each stretch for the images
+        self._news: list[tuple[Tensor, Tensor]] = []  # its patches for the last queries, and their positions
         with torch.no_grad():
             for stretch in self._stretches:
                 for layer in stretch.layers:
@@ -51,7 +51,7 @@ class Incremental:
         self._layout = torch.channels_last if turned else torch.contiguous_format
 
     def take(self, rows: Tensor) -> None:
-        """Know these of the images (n,) int64 alone."""
+        """Keep only these images, (n,) int64."""
         self._maps = [known.index_select(0, rows) for known in self._maps]
 
     def logits(self, x_new: Image, rows: Tensor, top: Tensor, left: Tensor) -> Logits:
@@ -70,7 +70,7 @@ class Incremental:
             logits = self._logits(x_new, rows, top, left)
             size = torch.finfo(whole.dtype).eps * whole.abs().amax(dim=1, keepdim=True)
             self.is_on = bool(((logits - whole).abs() <= ROUNDING * size).all())
-        except Exception:  # a stranger's model may stumble over anything; whole passes serve it
+        except Exception:  # any error of the user's model: whole passes are used instead
             self.is_on = False
         self.is_wrong = not self.is_on
         return whole
@@ -90,21 +90,21 @@ class Incremental:
             return logits if answering.is_over else views.logits(self._model, x_new)
 
     def accept(self, rows: Tensor, which: Tensor) -> None:
-        """Put images of the last `logits`, those at ``which`` (m,) int64, in the place of ``rows`` (m,) int64."""
+        """Replace the stored images ``rows`` (m,) by images ``which`` (m,) of the last call of `logits`, both int64."""
         for known, (patches, where) in zip(self._maps, self._news, strict=True):
             moved = where.index_select(0, which) + ((rows - which) * (known.shape[1] * known.shape[2]))[:, None]
             known.flatten(0, 2).index_copy_(0, moved.flatten(), patches.index_select(0, which).flatten(0, 1))
 
 
 class _Answering(TorchFunctionMode):
-    """Answer a model's first calls, in this thread alone, with what they come to; the others are computed."""
+    """Return stored results for a model's calls of its first layers, in this thread only; compute all other calls."""
 
     def __init__(self, layers: Sequence[Layer], x: Image, result: Tensor) -> None:
         TorchFunctionMode.__init__(self)
         self.is_over = False
         self._x: Tensor | None = x
         self._layers, self._number, self._awaited, self._result = layers, 0, x, result
-        # Nothing looks at what lies between; if something does, it gets no number.
+        # Nothing should read a result in between; if something does, it gets no value.
         self._nothing = x.new_full((), torch.nan)
 
     def __torch_function__(

@@ -1,4 +1,4 @@
-"""Judge a run's model by attacks and save the outcomes in its folder, kept through interruptions."""
+"""Evaluate a run's model under attacks and save the outcomes in its folder; an interrupted evaluation is resumed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from unmoved.core import untrusted
 from unmoved.core.protocols import Attack, kinds_of, notes_of
 from unmoved.core.untrusted import Json
 from unmoved.data import ArraySplit, Selection
-from unmoved.evaluation import curve_and_gallery, judge, successes
+from unmoved.evaluation import adversarial_images, curve_and_gallery, judge
 from unmoved.evaluation.journal import Journal
 from unmoved.runs.assembly import Assembly
 from unmoved.runs.folder import Run
@@ -30,16 +30,16 @@ CURVE_SAMPLES = 500
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
-    """The arguments of `evaluate_run`, and what was made of them.
+class Evaluator:
+    """Hold a run with the settings of `evaluate_run`, and evaluate its model under attacks.
 
     Attributes:
-        split: the images that are judged.
-        data: the digest of the part of the data that they were drawn from.
-        count: how many were asked for; None for all.
-        attacks: as they were asked for.
+        split: the images to evaluate on.
+        data: the digest of the part of the data that these images were drawn from.
+        count: the number of images that the user asked for; None for all.
+        attacks: their names, as the user gave them.
         precision: ``"float32"`` or ``"bf16"``.
-        about: what else the answers depend on, of `question_about`.
+        data_and_code: what else the outcomes depend on, as `load.data_and_code` returns it.
     """
 
     run: Run
@@ -53,21 +53,21 @@ class Asked:
     precision: str
     batch_size: int
     workers: int
-    about: Json
+    data_and_code: Json
 
-    def answer(
+    def evaluate_and_save(
         self, kind: str, chosen: dict[str, Attack], save_adversarial: bool, report: Callable[[float, str], None]
     ) -> pd.DataFrame:
-        """Judge by some attacks, save the outcomes in the folder ``kind`` and return them."""
+        """Evaluate under these attacks, save the outcomes in the folder ``kind`` and return them."""
         began, folder = time.monotonic(), self.run.path / kind
         steps = curve_and_gallery.radii(self.assembly.threat) if kind == "evaluation" else []
-        most = 0.8 if steps else 1.0  # of the work is attacks, the rest is the curve
+        most = 0.8 if steps else 1.0  # the share of the work that is attacks; the rest is the curve
         digest = self.digest(chosen)
         images = f".adversarial-{digest[:16]}" if save_adversarial else None
         journal = self.journal(kind, chosen, images)
-        successes.clear(folder, images)
-        keep = None if images is None else successes.keeper(folder / images)
-        table = self.judged(chosen, journal, lambda share, words: report(most * share, words), keep=keep)
+        adversarial_images.clear(folder, images)
+        keep = None if images is None else adversarial_images.saver(folder / images)
+        table = self.evaluate(chosen, journal, lambda share, words: report(most * share, words), keep=keep)
         curve = self._curve(steps, report) if kind == "evaluation" else None
         gallery = None
         if kind == "evaluation":
@@ -87,7 +87,7 @@ class Asked:
         journal.close()
         return table
 
-    def judged(
+    def evaluate(
         self,
         chosen: Mapping[str, Attack],
         journal: Journal,
@@ -96,7 +96,7 @@ class Asked:
         among: np.ndarray | None = None,
         keep: judge.Keep | None = None,
     ) -> pd.DataFrame:
-        """Return what `judge.evaluate` says of these attacks, on the samples at these positions or on all."""
+        """Return the outcomes of `judge.evaluate` for these attacks, on all samples or on those at these positions."""
         return judge.evaluate(
             self.model,
             self.split,
@@ -112,15 +112,15 @@ class Asked:
         )
 
     def journal(self, kind: str, chosen: Mapping[str, Attack], images: str | None = None) -> Journal:
-        """Open the journal of the folder ``kind``, which knows the answers that were given to this question before."""
-        return Journal(self.run.path / kind / "journal.jsonl", self._question(chosen) | {"kept": images})
+        """Open the journal of the folder ``kind``, with the outcomes that an interrupted evaluation left there."""
+        return Journal(self.run.path / kind / "journal.jsonl", self._inputs(chosen) | {"kept": images})
 
     def digest(self, chosen: Mapping[str, Attack]) -> str:
-        """Return the sha256 of what the answers of these attacks depend on."""
-        return hashlib.sha256(json.dumps(self._question(chosen), sort_keys=True).encode()).hexdigest()
+        """Return the sha256 of everything that the outcomes of these attacks depend on."""
+        return hashlib.sha256(json.dumps(self._inputs(chosen), sort_keys=True).encode()).hexdigest()
 
-    def _question(self, chosen: Mapping[str, Attack]) -> Json:
-        """Return anything that could change an answer in the journal."""
+    def _inputs(self, chosen: Mapping[str, Attack]) -> Json:
+        """Return everything that the outcomes of these attacks depend on."""
         attacks: Json = {name: repr(attack) for name, attack in chosen.items()}
         weights = weights_digest(self.run, self.weights)
         return {
@@ -128,11 +128,11 @@ class Asked:
             "attacks": attacks,
             "asked": self.attacks,
             "precision": self.precision,
-            **self.about,
+            **self.data_and_code,
         }
 
     def facts(self, attacks: Mapping[str, Attack], began: float) -> Evaluation:
-        """Return what is written beside the outcomes of attacks that began at this time of the monotonic clock."""
+        """Describe the evaluation, for the JSON file beside its outcomes; ``began`` is by the monotonic clock."""
         threat, num_classes = self.assembly.threat, self.split.num_classes
         return {
             "images": self.split.digest,

@@ -1,4 +1,4 @@
-"""Let an attack be called with images and labels, as other libraries call theirs, beside a batch."""
+"""Let an attack be called as ``attack(model, x, y)``, as in other libraries, and as ``attack(model, batch)``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def takes_images(call: Callable[[Owner, nn.Module, Batch], Image]) -> Callable[.
     ``x`` (B, C, H, W) in [0, 1] and ``y`` (B,) become a batch whose samples have the identities 0..B-1.
 
     Raises:
-        UnmovedError: labels beside a batch, which has its own; as `Batch`; of mixed images, as `require_takes_mixed`.
+        UnmovedError: labels given together with a batch; as `Batch`; for mixed images as `require_takes_mixed`.
     """
 
     @functools.wraps(call)
@@ -39,7 +39,7 @@ def takes_images(call: Callable[[Owner, nn.Module, Batch], Image]) -> Callable[.
 
 
 def require_takes_mixed(attack: object) -> None:
-    """Raise `UnmovedError` unless an attack, and its loss if it has one, may be asked about images mixed of two."""
+    """Raise `UnmovedError` unless an attack, and its loss if it has one, can handle images mixed from two."""
     if not takes_mixed(attack):
         raise UnmovedError(
             f"images mixed of two (CutMix): expected an attack that does nothing but climb its loss, came "

@@ -13,15 +13,15 @@ import torch
 from helpers.cli import RECIPE, recipe, unmoved
 from torch import Tensor, nn
 
-from unmoved.attacks.ensembles import scout_of
+from unmoved.attacks.ensembles import distance_estimator
 from unmoved.core.errors import UnmovedError
 from unmoved.core.protocols import Attack
 from unmoved.evaluation import judge
 from unmoved.evaluation.estimate import LEVEL, Estimate, error_of_look
 from unmoved.evaluation.sampling import Design, Survivors
-from unmoved.runs import records, sampled
-from unmoved.runs.asked import Asked
+from unmoved.runs import records, sampled_autoattack
 from unmoved.runs.assembly import Assembly
+from unmoved.runs.evaluator import Evaluator
 from unmoved.runs.evaluate import evaluate_run, examine_run
 from unmoved.runs.folder import Run
 from unmoved.runs.load import Opened, opened
@@ -68,7 +68,7 @@ def test_the_estimate_counts_what_the_tables_hold(run: Run) -> None:
     assert cheap is not None
     assert asked is not None
     assert (estimate.n, estimate.survivors) == (N, int((~cheap["success"]).sum()))
-    assert estimate.survivors > sampled.FEWEST  # else nothing here is sampled
+    assert estimate.survivors > sampled_autoattack.FEWEST  # else nothing here is sampled
     assert set(asked["index"]) <= set(cheap.loc[~cheap["success"], "index"])
     assert len(asked) == estimate.asked == 20
     assert estimate.near_broken + estimate.far_broken == int(asked["success"].sum())
@@ -175,14 +175,14 @@ def test_a_randomised_model_is_refused(run: Run) -> None:
 
 
 def test_survivors_are_found_where_the_data_holds_them(run: Run) -> None:
-    """Each has the reach that the scout gives it alone, whatever the batches and threads."""
+    """Each has the distance that is estimated for it alone, whatever the batches and threads."""
     assembly, model = opened(run, "best", "cpu", ())
     split, standing = assembly.data.test, np.array([1, 4, 5, 9, 11])
-    ours = sampled.survivors_of(model, split, assembly.threat, standing, 5, batch_size=3, workers=2)
+    ours = sampled_autoattack.survivors_of(model, split, assembly.threat, standing, 5, batch_size=3, workers=2)
     assert ours.position.tolist() == [1, 4, 5, 9, 11]
     assert (ours.index.tolist(), ours.seed) == (split.index[standing].tolist(), 5)
     (one,) = split.select(torch.tensor([5])).batches(1)
-    alone = scout_of(assembly.threat)(model, one).reach
+    alone = distance_estimator(assembly.threat)(model, one).distance
     assert ours.distance[2] == pytest.approx(float(alone), rel=1e-3)
     assert len(set(ours.distance)) == 5
 
@@ -192,14 +192,14 @@ class Answers:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.broken: dict[str, set[int]] = {"quick": set(), "autoattack": set()}
-        monkeypatch.setattr(Asked, "judged", lambda asked, chosen, *_, **more: self.table(asked, chosen, **more))
+        monkeypatch.setattr(Evaluator, "evaluate", lambda evaluator, chosen, *_, **more: self.table(evaluator, chosen, **more))
 
     def table(
-        self, asked: Asked, chosen: dict[str, Attack], *, among: np.ndarray | None = None, keep: object = None
+        self, evaluator: Evaluator, chosen: dict[str, Attack], *, among: np.ndarray | None = None, keep: object = None
     ) -> pd.DataFrame:
         ((name, _),) = chosen.items()
-        rows = np.arange(len(asked.split)) if among is None else np.sort(among)
-        index, label = (column.numpy()[rows] for column in (asked.split.index, asked.split.labels))
+        rows = np.arange(len(evaluator.split)) if among is None else np.sort(among)
+        index, label = (column.numpy()[rows] for column in (evaluator.split.index, evaluator.split.labels))
         success = np.isin(index, list(self.broken[name]))
         facts = {"index": index, "label": label, "attack": name, "eps": 0.1, "norm": "linf", "clean_prediction": label}
         facts |= {"adversarial_prediction": (label + success) % 10, "distance": 0.0, "success": success}
@@ -223,7 +223,7 @@ def survivors_in(run: Run, broken: set[int]) -> Survivors:
     assembly, model = opened(run, "best", "cpu", ())
     split = assembly.data.test.take(N, seed=0)
     standing = np.flatnonzero(~np.isin(split.index.numpy(), list(broken)))
-    return sampled.survivors_of(model, split, assembly.threat, standing, assembly.recipe.training.seed)
+    return sampled_autoattack.survivors_of(model, split, assembly.threat, standing, assembly.recipe.training.seed)
 
 
 def test_near_and_drawn_are_counted_each_by_themselves(untrained: Run, answers: Answers) -> None:
@@ -260,7 +260,7 @@ def test_a_complete_verdict_on_other_images_or_weights_is_no_answer(untrained: R
 
 
 def truth(breaks: np.ndarray, n: int, asked: list[int]):  # type: ignore[no-untyped-def]
-    """AutoAttack's answers, as `sampled.estimated` asks for them."""
+    """AutoAttack's outcomes, as `sampled_autoattack.estimated` asks for them."""
 
     def ask(design: Design, error: float) -> tuple[pd.DataFrame, Estimate]:
         asked.append(len(design.near) + len(design.drawn))
@@ -281,7 +281,7 @@ def test_each_look_spends_its_own_share_of_the_error_on_a_larger_sample() -> Non
         return answer(design, error)  # type: ignore[no-any-return]
 
     lost = Survivors(np.arange(200), np.arange(200), np.full(200, np.inf))
-    found = sampled.estimated(lost, sampled.Size(within=2.0), 220, ask)
+    found = sampled_autoattack.estimated(lost, sampled_autoattack.Size(within=2.0), 220, ask)
     assert found is not None
     assert len(asked) > 1  # else it stopped at once, and nothing is tested
     assert asked == sorted(set(asked))
@@ -292,7 +292,7 @@ def test_each_look_spends_its_own_share_of_the_error_on_a_larger_sample() -> Non
 def test_what_cannot_be_reached_says_what_was() -> None:
     breaks, asked = np.zeros(300, dtype=bool), []  # type: ignore[var-annotated]
     lost = Survivors(np.arange(300), np.arange(300), np.full(300, np.inf))
-    found = sampled.estimated(lost, sampled.Size(20, 1.0), 300, truth(breaks, 300, asked))
+    found = sampled_autoattack.estimated(lost, sampled_autoattack.Size(20, 1.0), 300, truth(breaks, 300, asked))
     assert found is not None
     assert asked == [20]
     assert found[1].half_width > 0.01

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from unmoved.attacks.scout import Scout
+from unmoved.attacks.boundary_distance import DistanceEstimator
 from unmoved.core.batch import Batch
 from unmoved.core.threat import ThreatModel
 
@@ -43,17 +43,17 @@ def brighter(model: nn.Module, some: Batch) -> Tensor:
 def test_a_linear_margin_tells_the_distance_exactly(norm: str, unit: float) -> None:
     """Four pixels at distance d have the norms d, 2 d and 4 d."""
     threat = ThreatModel(norm, 0.1 * unit)
-    reach, surface = Scout(threat, brighter)(Linear(), batch())
-    torch.testing.assert_close(reach, DISTANCES / 0.1, atol=1e-4, rtol=0)
-    threat.check(surface, batch().x)
-    torch.testing.assert_close(threat.distance(surface, batch().x).float(), torch.full((4,), 0.1 * unit))
+    distance, in_ball = DistanceEstimator(threat, brighter)(Linear(), batch())
+    torch.testing.assert_close(distance, DISTANCES / 0.1, atol=1e-4, rtol=0)
+    threat.check(in_ball, batch().x)
+    torch.testing.assert_close(threat.distance(in_ball, batch().x).float(), torch.full((4,), 0.1 * unit))
 
 
 def test_the_margin_counts_and_not_how_long_the_way_is() -> None:
     """A margin that has fallen by a hundredth of itself in the ball would take a hundred times as far."""
-    reach, _ = Scout(ThreatModel("linf", 0.1), brighter)(Cliff(), batch())
-    assert reach[0] < 1, "broken on the way"
-    assert (reach[2:] > 10).all()
+    distance, _ = DistanceEstimator(ThreatModel("linf", 0.1), brighter)(Cliff(), batch())
+    assert distance[0] < 1, "broken on the way"
+    assert (distance[2:] > 10).all()
 
 
 def test_no_boundary_is_believed_in_where_none_was_found_or_nothing_falls() -> None:
@@ -64,9 +64,9 @@ def test_no_boundary_is_believed_in_where_none_was_found_or_nothing_falls() -> N
         return some.x.clone()
 
     for search in (darker, stays):
-        reach, surface = Scout(ThreatModel("linf", 0.1), search)(Linear(), batch())
-        assert torch.isinf(reach).all()
-        assert torch.isfinite(surface).all()
+        distance, in_ball = DistanceEstimator(ThreatModel("linf", 0.1), search)(Linear(), batch())
+        assert torch.isinf(distance).all()
+        assert torch.isfinite(in_ball).all()
 
 
 def test_a_search_that_ends_short_of_the_boundary_is_not_believed() -> None:
@@ -75,10 +75,10 @@ def test_a_search_that_ends_short_of_the_boundary_is_not_believed() -> None:
     def short(model: nn.Module, some: Batch) -> Tensor:
         return some.x + 0.04
 
-    assert torch.isinf(Scout(ThreatModel("linf", 0.1), short)(Linear(), batch()).reach).all()
+    assert torch.isinf(DistanceEstimator(ThreatModel("linf", 0.1), short)(Linear(), batch()).distance).all()
 
 
 def test_an_image_found_inside_the_ball_is_the_surface() -> None:
-    reach, surface = Scout(ThreatModel("linf", 0.5), brighter)(Linear(), batch())
-    torch.testing.assert_close(surface, torch.full_like(surface, 0.55))
-    assert (reach <= 1).all()
+    distance, in_ball = DistanceEstimator(ThreatModel("linf", 0.5), brighter)(Linear(), batch())
+    torch.testing.assert_close(in_ball, torch.full_like(in_ball, 0.55))
+    assert (distance <= 1).all()
