@@ -46,7 +46,7 @@ class PGD:
         mode: the model's mode while it is attacked, ``"eval"`` or ``"train"`` (batch statistics, not tracked).
         smooth: alpha of a softplus whose derivative stands in for ReLU's, 0 for none; see `relu_backward.smoothed`. For
             evaluation only: a network trained with it learns to resist it and no other attack (docs/performance.md,
-            "Towards 95 %").
+            "Towards 95 percent").
 
     Raises:
         UnmovedError: a value outside its bounds.

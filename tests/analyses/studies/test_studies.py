@@ -64,7 +64,7 @@ def test_a_report_of_the_same_runs_is_the_page_of_the_comparison_and_computes_no
     page = (trained / "report.html").read_text(encoding="utf-8")
     (title,) = re.findall("<title>(.*)</title>", page)
     runs = [moved / Path(run).relative_to(trained) for run in facts_of(trained, "softmax")["settings"]["runs"]]
-    monkeypatch.setattr(torch.nn.Linear, "forward", lambda *_: pytest.fail("a pass that is on the shelf"))
+    monkeypatch.setattr(torch.nn.Linear, "forward", lambda *_: pytest.fail("a pass whose table is cached"))
     (moved / "report.html").unlink()
     shutil.rmtree(moved / "report-figures")
     unmoved("report", *runs, "--out", moved / "report.html", "--title", title).fine()
@@ -95,7 +95,7 @@ def test_each_analysis_of_the_command_line_says_the_same_twice_and_computes_once
     runs = paths(trained)
     first = unmoved("analyze", what, *runs, "--n", 40, "--out", tmp_path / "one").fine()
     for room, name in ((torch.nn.Linear, "forward"), (torch.nn.Conv2d, "forward")):
-        monkeypatch.setattr(room, name, lambda *_: pytest.fail("a pass that is on the shelf"))
+        monkeypatch.setattr(room, name, lambda *_: pytest.fail("a pass whose table is cached"))
     second = unmoved("analyze", what, *runs, "--n", 40, "--out", tmp_path / "two").fine()
     assert digests(tmp_path / "one" / what) == digests(tmp_path / "two" / what)
     assert [line for line in first.out.splitlines() if line.startswith("- ")] == [
@@ -111,8 +111,8 @@ def test_an_interrupted_analysis_goes_on_and_ends_the_same(
     broken = tmp_path / "broken"
     shutil.copytree(trained, broken)
     for folder in (straight, broken):
-        for shelf in folder.glob("*/*/analysis"):
-            shutil.rmtree(shelf)
+        for cache in folder.glob("*/*/analysis"):
+            shutil.rmtree(cache)
     for name in ("softmax", "corruption", "bias-variance"):
         unmoved("analyze", name, *paths(straight)[:4], "--n", 30, "--out", straight / "a").fine()
     real = torch.nn.Linear.forward

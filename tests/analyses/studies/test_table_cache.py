@@ -1,4 +1,4 @@
-"""A table on the shelf is made once, comes back bit for bit, and never answers another question."""
+"""A cached table is made once, comes back bit for bit, and is never returned for another key."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def test_another_question_has_another_table(tmp_path: Path) -> None:
 @pytest.mark.parametrize("harm", ["cut", "flip", "empty", "binary", "foreign"])
 def test_a_torn_or_changed_file_is_made_again(tmp_path: Path, harm: str) -> None:
     make = Counting()
-    shelf = TableCache(tmp_path)
-    shelf.table("t", {"n": 1}, make)
+    cache = TableCache(tmp_path)
+    cache.table("t", {"n": 1}, make)
     (path,) = tmp_path.iterdir()
     data = path.read_bytes()
     where = data.index(b"-2")
@@ -56,7 +56,7 @@ def test_a_torn_or_changed_file_is_made_again(tmp_path: Path, harm: str) -> None
             "foreign": data.replace(b'n\\": 1', b'n\\": 7'),
         }[harm]
     )
-    assert_frame_equal(shelf.table("t", {"n": 1}, make), TABLE)
+    assert_frame_equal(cache.table("t", {"n": 1}, make), TABLE)
     assert make.calls == 2
     assert path.read_bytes() == data
 

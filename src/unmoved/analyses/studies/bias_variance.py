@@ -91,7 +91,7 @@ def predict(group: Group, eps: float, mode: str) -> Tensor:
     attack = PGD(threat, steps=STEPS, step_size=3 * eps / STEPS, start="none")
     condition: dict[str, object] = {"attack": repr(attack) if eps else None, "mode": mode if eps else None}
     if mode != "own" and eps:
-        condition["models"] = [member.question for member in group.members]
+        condition["models"] = [member.key for member in group.members]
     predictions = []
     for k, member in enumerate(group.members):
 
@@ -103,7 +103,7 @@ def predict(group: Group, eps: float, mode: str) -> Tensor:
                 rows.append(pd.DataFrame(p.cpu().numpy(), columns=[f"p{c}" for c in range(p.shape[1])]))
             return pd.concat(rows, ignore_index=True)
 
-        table = member.shelf.table("probabilities", member.question | condition, make)
+        table = member.cache.table("probabilities", member.key | condition, make)
         predictions.append(torch.from_numpy(table.to_numpy(copy=True)))
     return torch.stack(predictions)
 

@@ -115,17 +115,17 @@ class Corruption(StudyKind):
         parts, sweeps = len(scopes) + self.deep, []
         for k, (view, scope) in enumerate(scopes):
             grid = GRID if scope == "global" else (HEADLINE,)
-            question = run.question | {"view": view, "scope": scope, "grid": grid, "draws": DRAWS, "steps": STEPS}
-            question |= {"attack": repr(images.attack) if view != "clean" else None, "p": str(self._p), "top": self.top}
+            key = run.key | {"view": view, "scope": scope, "grid": grid, "draws": DRAWS, "steps": STEPS}
+            key |= {"attack": repr(images.attack) if view != "clean" else None, "p": str(self._p), "top": self.top}
             make = partial(self._sweep, images, view, scope, grid)
-            sweeps.append(run.shelf.table("corruption", question, make))
+            sweeps.append(run.cache.table("corruption", key, make))
             progress((k + 1) / parts, f"corruption: {run.name}")
         tables = {"sweep": pd.concat(sweeps, ignore_index=True)}
         if self.deep:
             risk = ModelRisk(run.model, images.clean)
             eps = HEADLINE * math.sqrt(sum(float((p.detach().double() ** 2).sum()) for p in risk.parameters))
-            question = run.question | {"view": "clean", "eps": HEADLINE, "steps": STEPS}
-            tables["plane"] = run.shelf.table("plane", question, lambda: surface.plane(risk, eps, steps=STEPS))
+            key = run.key | {"view": "clean", "eps": HEADLINE, "steps": STEPS}
+            tables["plane"] = run.cache.table("plane", key, lambda: surface.plane(risk, eps, steps=STEPS))
             tables["lines"] = surface.axes(tables["plane"])  # no pass of their own
             progress(1.0, f"loss surface: {run.name}")
         return tables
@@ -214,7 +214,7 @@ def _second_order(runs: Sequence[AnalysedRun], summary: pd.DataFrame) -> dict[st
     for subject in runs:
         risk = ModelRisk(subject.model, list(subject.split.batches(CHUNK)))
         make = partial(_curvature, risk)
-        curvatures[subject.name] = subject.shelf.table("hessian", subject.question, make)
+        curvatures[subject.name] = subject.cache.table("hessian", subject.key, make)
         (row,) = curvatures[subject.name].itertuples(index=False)
         measured = summary[(summary["run"] == subject.name) & (summary["view"] == "clean")]
         predicted.append(hessian.second_order(measured, hessian.Curvature(*row)))

@@ -1,4 +1,4 @@
-"""Declare an analysis of runs: its name, its options, and its part that belongs to one run alone."""
+"""Define the base class of analyses of runs: a name, options of the command, and two methods."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ T = TypeVar("T")
 class Option:
     """Say how a field of a `StudyKind` is given to ``unmoved analyze``: as ``--`` and the field's name.
 
-    A field whose default is False or True is a flag, the latter with its opposite ``--no-...``.
+    A field whose default is False or True is a flag; with the default True it is switched off by ``--no-...``.
 
     Attributes:
         help: what it does; the name of the analysis is put before it.
@@ -64,16 +64,16 @@ class StudyKind(ABC):
 
     @classmethod
     def for_report(cls) -> Self:
-        """Return the analysis as a chapter of a report has it: by default with the defaults of the command."""
+        """Return the analysis with the options of a report's chapter: by default those of the command."""
         return cls()
 
     def prepare(self, run: AnalysedRun) -> None:  # noqa: B027 - most have no such part
-        """Put into the run's cache of tables what belongs to it alone: what a pool of processes shares out."""
+        """Cache the tables that need this run alone, so that several processes can make them."""
 
     @abstractmethod
     def __call__(self, runs: Sequence[AnalysedRun], progress: Progress = no_progress) -> Study:
         """Analyse the runs.
 
         Raises:
-            UnmovedError: whatever the analysis refuses.
+            UnmovedError: runs that the analysis refuses.
         """

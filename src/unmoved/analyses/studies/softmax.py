@@ -37,14 +37,14 @@ def observe(subject: AnalysedRun, progress: Progress = no_progress) -> pd.DataFr
     attack, nearest = APGD(subject.assembly.threat), FMN(subject.assembly.threat)
     tables, done = [], 0
     for batch in subject.split.batches(CHUNK):
-        question = subject.question | {
+        key = subject.key | {
             "attack": repr(attack),
             "nearest": repr(nearest),
             "from": done,
             "to": done + len(batch),
         }
         make = partial(softmax.collect_batch, subject.model, batch, attack, subject.assembly.threat, nearest)
-        tables.append(subject.shelf.table("softmax", question, make))
+        tables.append(subject.cache.table("softmax", key, make))
         done += len(batch)
         progress(done / len(subject.split), f"softmax: {subject.name}")
     return pd.concat(tables, ignore_index=True)

@@ -34,8 +34,8 @@ class AnalysedRun:
 
     Attributes:
         name: the recipe's name, with what tells its runs apart where several of one recipe are studied.
-        question: what a table made from this model and these images depends on; see `table_cache`.
-        shelf: where its tables are kept, in the run's own folder.
+        key: what every table made from this model and these images depends on, for `cache`.
+        cache: the cache of its tables, in the run's folder.
     """
 
     name: str
@@ -43,10 +43,10 @@ class AnalysedRun:
     assembly: Assembly
     model: nn.Module
     split: ArraySplit
-    question: dict[str, object]
+    key: dict[str, object]
 
     @property
-    def shelf(self) -> TableCache:
+    def cache(self) -> TableCache:
         return TableCache(self.run.path / "analysis")
 
     @property
@@ -134,9 +134,9 @@ def subjects(
             _require_alike(analysed[0], run, assembly, held.split)
             if held.split.digest == analysed[0].split.digest:  # files of other names, the same images
                 read[asked] = held = held._replace(split=analysed[0].split)
-        question: dict[str, object] = {"weights": weights_digest(run, weights)}
-        question |= data_and_code(assembly, held.split, allow)
-        analysed.append(AnalysedRun(name, run, assembly, model, held.split, question))
+        key: dict[str, object] = {"weights": weights_digest(run, weights)}
+        key |= data_and_code(assembly, held.split, allow)
+        analysed.append(AnalysedRun(name, run, assembly, model, held.split, key))
     return analysed
 
 

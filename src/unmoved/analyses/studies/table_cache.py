@@ -17,10 +17,9 @@ MOST_TABLE = 2**28  # bytes
 
 
 class TableCache:
-    """Keep tables in a folder, each for one question: a question that differs, even by a digit, has another table.
+    """Cache tables in a folder, each under a key: everything that could change one of its values.
 
-    A file holds its question, its table and the digest of both: one that was torn or changed is not mistaken for an
-    answer, its table is made again.
+    A file holds key, table and the digest of both. If it is damaged or was changed, the table is made again.
 
     Args:
         folder: made when the first table comes.
@@ -32,39 +31,39 @@ class TableCache:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def table(self, name: str, question: Mapping[str, object], make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
-        """Return the table that answers the question; call ``make`` if there is none yet.
+    def table(self, name: str, key: Mapping[str, object], make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
+        """Return the table of this key; call ``make`` if it is not cached yet.
 
         Args:
             name: the file's name begins with it.
-            question: whatever could change one value of the table, as JSON.
+            key: everything that could change one value of the table, as JSON.
         """
-        asked = json.dumps(question, sort_keys=True)
-        path = self.folder / f"{name}-{hashlib.sha256(asked.encode()).hexdigest()[:16]}.json"
-        table = _read(path, asked)
+        text = json.dumps(key, sort_keys=True)
+        path = self.folder / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+        table = _read(path, text)
         if table is None:
-            write_atomic(path, _text(make(), asked).encode())
-            table = _read(path, asked)
+            write_atomic(path, _text(make(), text).encode())
+            table = _read(path, text)
         if table is None:
             raise UnmovedError(f"{path}: what was written cannot be read again; does something else write there?")
         return table
 
 
 # JSON rather than CSV: Python writes and reads its floats to the last bit.
-def _text(table: pd.DataFrame, asked: str) -> str:
-    body = json.dumps({"question": asked, "table": table.to_dict("list")})
+def _text(table: pd.DataFrame, key: str) -> str:
+    body = json.dumps({"question": key, "table": table.to_dict("list")})
     return f"{body}\n{hashlib.sha256(body.encode()).hexdigest()}\n"
 
 
-def _read(path: Path, asked: str) -> pd.DataFrame | None:
+def _read(path: Path, key: str) -> pd.DataFrame | None:
     try:
         body, digest, end = untrusted.content(path, MOST_TABLE).decode().split("\n")
-    except (OSError, ValueError):  # a pipe, too: the table takes its place
+    except (OSError, ValueError):  # also a pipe, which the new table replaces
         return None
     if end or digest != hashlib.sha256(body.encode()).hexdigest():
         return None
-    try:  # the digest keeps out what was torn, not what was forged
+    try:  # the digest detects damage, not forgery
         kept = json.loads(body)
-        return pd.DataFrame(kept["table"]) if kept["question"] == asked else None
+        return pd.DataFrame(kept["table"]) if kept["question"] == key else None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
