@@ -1,8 +1,8 @@
 """Read TOML, JSON and .npz files from untrusted sources, with limits on size, depth, numbers and keys.
 
-Parsers are written for honest files: a few hundred brackets end them, a long dotted key or a number of a million digits
-keeps them busy for hours, a small archive fills the memory, and deep tables end whoever prints or copies them. Whoever
-opens a file waits for ever where it is a pipe that nobody writes into, and reads for ever where it is a device.
+Ordinary parsers are not made for hostile files: a few hundred brackets crash them, a long dotted key or a number of a
+million digits takes hours, a small archive fills the memory, and deeply nested tables crash code that prints or copies
+them. Opening a pipe without a writer blocks for ever, and reading a device never ends.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ import numpy as np
 
 from unmoved.core.errors import UnmovedError, is_want_of_memory
 
-# A parsed JSON or TOML document whose keys are not known. To type checkers it is what pydantic.JsonValue is:
-# this module needs no pydantic, and fields of its models need that one.
+# A parsed JSON or TOML document of unknown keys. For type checkers it is pydantic.JsonValue, which fields of pydantic
+# models need; at run time this module does not import pydantic.
 JsonValue: TypeAlias = "str | int | float | bool | list[JsonValue] | dict[str, JsonValue] | None"
 Json: TypeAlias = "dict[str, JsonValue]"
 
 LONGEST = 2**18  # characters of a TOML file; a recipe has two thousand
-MOST_JSON = 2**24  # bytes; parsed, they may take thirty times the room
+MOST_JSON = 2**24  # bytes; parsed, they may take thirty times as much memory
 DOTS = 200  # in a line: tomllib's time grows with the square of a key's parts
 DEEPEST = 32  # tables and lists inside each other
-# What compressed files may grow to: far above what images and arrays do, far below what a bomb does (1000 times).
+# Largest expansion of compressed files: far more than images and arrays need, far less than a bomb (1000 times).
 ROOM, GROWTH = 2**30, 100
-_UNPAIRED = re.compile("[\ud800-\udfff]")  # what Python makes of such bytes, and no file in UTF-8 can hold
-WHOLE = range(-(2**63), 2**63)  # what TOML promises of an integer
+_UNPAIRED = re.compile("[\ud800-\udfff]")  # surrogates, which Python makes of undecodable bytes and UTF-8 cannot encode
+WHOLE = range(-(2**63), 2**63)  # the integers of TOML
 
 
 # A pipe is opened without waiting for its writer.
@@ -53,7 +53,7 @@ def regular(path: Path) -> BufferedReader:
         UnmovedError: a folder, a pipe, a device or a socket; a file that may not be read.
     """
     try:
-        require_regular(path, os.stat(path))  # first: to open a device may already do something
+        require_regular(path, os.stat(path))  # before opening, which may already have an effect on a device
         descriptor = os.open(path, _READING)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise FileNotFoundError(error.errno, error.strerror, str(path)) from None
@@ -61,10 +61,10 @@ def regular(path: Path) -> BufferedReader:
         raise UnmovedError(f"{path}: expected a readable file, came: {error.strerror or error}") from error
     except UnmovedError:
         raise
-    except ValueError as error:  # characters that no path has
+    except ValueError as error:  # characters that no path can have
         raise UnmovedError(f"{str(path)!r:.500}: expected the path of a file, came: {brief(error)}") from error
     try:
-        require_regular(path, os.fstat(descriptor))  # it may have been exchanged
+        require_regular(path, os.fstat(descriptor))  # the file may have been replaced meanwhile
         return os.fdopen(descriptor, "rb")
     except BaseException:
         os.close(descriptor)
@@ -220,7 +220,7 @@ def npz(path: Path, wanted: Collection[str] | None = None) -> dict[str, np.ndarr
 def _require_no_bomb(path: Path, stream: BinaryIO, wanted: Collection[str] | None) -> None:
     """Check the sizes that the archive and its arrays announce, before numpy allocates memory for them.
 
-    zipfile never gives more than the archive announces.
+    zipfile never returns more than the archive announces.
     """
     most = most_unpacked(os.fstat(stream.fileno()).st_size)
     stream.seek(0)
@@ -243,13 +243,13 @@ def array_header(where: str, unpacked: IO[bytes], size: int) -> tuple[tuple[int,
     """Read an array's header: (shape, whether it is stored column by column, type of its numbers or texts).
 
     Args:
-        unpacked: a stream; afterwards it stands at the first number.
-        size: bytes that the array has room in.
+        unpacked: a stream; afterwards its position is the first number.
+        size: bytes available for the array.
 
     Raises:
-        UnmovedError: no such array, or one that ``size`` bytes have no room for; it names ``where``.
+        UnmovedError: no array, or one larger than ``size`` bytes; the message names ``where``.
     """
-    if unpacked.read(6) != b"\x93NUMPY":  # numpy would hand it out as bytes
+    if unpacked.read(6) != b"\x93NUMPY":  # numpy would return it as bytes
         raise UnmovedError(f"{where}: expected an array, came something else; save with numpy.savez")
     version = tuple(unpacked.read(2))
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
@@ -263,7 +263,7 @@ def array_header(where: str, unpacked: IO[bytes], size: int) -> tuple[tuple[int,
         )
     if dtype.kind not in "biufcSU" or not all(0 <= side < 2**63 for side in shape):
         raise UnmovedError(f"{where}: expected an array of numbers or texts, came {dtype!s:.80} of shape {shape!s:.80}")
-    # An empty text has no bytes: as many as anybody likes would fit.
+    # An empty text has zero bytes, so that any number of them would fit.
     if math.prod(shape) * max(dtype.itemsize, 1) > size:
         raise UnmovedError(f"{where}: expected {size} bytes, came the shape {shape!s:.80}; save or copy it again")
     return shape, columns, dtype
@@ -276,7 +276,7 @@ def most_unpacked(packed: int) -> int:
 
 @contextmanager
 def damage_explained(path: Path, kind: str, mend: str = "copy or download it again") -> Iterator[None]:
-    """Make every error of a library that reads a file an `UnmovedError`: each library has errors of its own.
+    """Turn any error of a library that reads a file into an `UnmovedError`.
 
     Args:
         kind: what the file should be, such as ``"tar archive"``.
@@ -302,7 +302,7 @@ def readable(name: str) -> str:
     """Convert a path or other string of the operating system to text: bytes that are not UTF-8 become ``\\xff``."""
     try:
         data = name.encode("utf-8", "surrogateescape")
-    except UnicodeEncodeError:  # no bytes of the system's, but half a character
+    except UnicodeEncodeError:  # a surrogate that does not come from bytes
         data = name.encode("utf-8", "backslashreplace")
     return data.decode("utf-8", "backslashreplace")
 

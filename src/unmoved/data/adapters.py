@@ -38,7 +38,7 @@ Arrays: TypeAlias = Tensor | np.ndarray
 
 @runtime_checkable
 class Table(Protocol):
-    """Define what is used of a Hugging Face dataset."""
+    """The part of a Hugging Face dataset that is used here."""
 
     column_names: list[str]
     features: Mapping[str, object]
@@ -51,10 +51,10 @@ class Table(Protocol):
 def as_split(
     data: object, *, classes: Sequence[str] | None = None, layout: str | None = None
 ) -> tuple[ArraySplit | Selection, list[str]]:
-    """Return the images and labels of ``data`` as a split in memory, and notes on what was done to them.
+    """Return the images and labels of ``data`` as a split in memory, and notes on conversions.
 
-    A DataLoader's dataset is read in the order in which it is stored, so that a sample keeps its identity whatever the
-    loader shuffles. Images of uint8 are divided by 255; floating ones must lie in [0, 1].
+    A DataLoader's dataset is read in stored order, so that a sample keeps its identity however the loader
+    shuffles. Images of uint8 are divided by 255; floating ones must lie in [0, 1].
 
     Args:
         data: one of `FORMS`; of a `DataSet` the test part.
@@ -79,7 +79,7 @@ def as_split(
     if images.dtype in (torch.uint8, np.uint8):
         notes.append("images of 0..255 (uint8) were divided by 255")
     if layout is None and isinstance(images, Tensor) and images.ndim == 4 and images.shape[1] in (1, 3, 4):
-        layout = "NCHW"  # as torch has it, where the shape alone does not tell
+        layout = "NCHW"  # torch's layout, if the shape alone does not tell
     return ArraySplit.of(images, labels, classes=names, layout=layout), notes
 
 
@@ -162,7 +162,7 @@ def _collated(samples: list[object]) -> tuple[Tensor, Tensor]:
 
 def _pixels(image: object) -> Arrays:
     if isinstance(image, Pillow.Image):
-        if image.mode == "P":  # numbers of a palette's colours
+        if image.mode == "P":  # indices into a palette
             image = image.convert("RGB")
         if image.mode not in ("L", "RGB"):
             raise UnmovedError(f"data: expected Pillow images of mode L or RGB, came {image.mode}; convert them first")

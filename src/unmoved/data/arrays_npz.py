@@ -49,7 +49,7 @@ def arrays(
     if there >= set(SPLIT):
         labels = [content[key] for key in ("y_train", "y_test")]
         if named is None and all(y.dtype.kind in "iu" and y.size for y in labels):
-            # A test part may lack the last class, so both take their names from both.
+            # A test part may lack the last class, so the class names are taken from both parts.
             named = list(numbered(f"{file}: labels", max(int(y.max()) for y in labels)))
         train, held = (
             _Source(f"{file}: {part}", images[f"x_{part}"], content[f"y_{part}"], named, layout).part()
@@ -68,7 +68,7 @@ def arrays(
 
 
 class _Source:
-    """Hold labels and what is known of images in a file; everything but the pixels is checked when it is made."""
+    """Hold labels and the description of images in a file; all but the pixels is checked on creation."""
 
     def __init__(
         self, name: str, images: Stored, labels: np.ndarray, classes: Sequence[str] | None, layout: str | None
@@ -98,6 +98,6 @@ def _names(classes: np.ndarray, file: Path) -> list[str]:
         if classes.size <= MOST_CLASSES:
             return [str(name) for name in classes.ravel()]
         came = f"{classes.size} names"
-    except (SystemError, ValueError):  # numbers that no character has
+    except (SystemError, ValueError):  # numbers that are no code points
         came = "something else"
     raise UnmovedError(f"{file}: expected at most {MOST_CLASSES} class names in 'classes', came {came}")

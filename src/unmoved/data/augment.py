@@ -1,6 +1,6 @@
 """Augment images: ``augment(batch, seed)`` returns a batch with moved images and the same labels, or mixed ones.
 
-The noise is keyed by (seed, step, identity), so what happens to a sample does not depend on who else is in its batch.
+The noise is keyed by (seed, step, identity), so a sample is augmented in the same way in any batch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from unmoved.core.errors import UnmovedError, number_field, require_choice, whol
 from unmoved.core.protocols import Split
 
 MODES = {"zeros": "constant", "reflect": "reflect"}
-# Streams far from those of the attacks: the same seed must not make an attack's start follow the augmentation.
+# Streams far from those of the attacks: with equal seeds, starts and augmentations must not be correlated.
 CROP, FLIP, CUTOUT, CUTMIX = 0xC409, 0xF119, 0xC070, 0xC3A1
 
 
@@ -33,7 +33,7 @@ class Augmentation(Protocol):
 
 @runtime_checkable
 class DrawsPartners(Protocol):
-    """An augmentation that reads other samples of the training data than those of the batch, once it has them."""
+    """An augmentation that also reads training samples outside the batch, and must be given the training data."""
 
     def over(self, split: Split) -> Augmentation:
         """Return the same augmentation with this training data."""
@@ -104,8 +104,8 @@ class Cutout:
     Raises:
         UnmovedError: a size below 1, or a fill outside [0, 1].
 
-    Deviations: ``fill`` is 0.5 where the paper has the mean of the data, which its normalisation makes zero (0.47 on
-    CIFAR-10).
+    Deviations: ``fill`` is 0.5; the paper fills with the mean of the data, which is zero after its normalisation
+    (0.47 on CIFAR-10).
     """
 
     size: int | None = None
@@ -171,21 +171,21 @@ class CutMix:
     ``x = M x_A + (1 - M) x_B`` and ``y = s y_A + (1 - s) y_B`` (eq. 1), the mask M zero in a box with sides
     ``W sqrt(1 - lambda)`` and ``H sqrt(1 - lambda)`` (eq. 2) around a uniform place, cut off at the edges and rounded,
     lambda uniform in [0, 1] (alpha = 1). The share s is counted in pixels, as in the last lines of algorithm 1. Labels
-    become ``Batch.y``, ``other`` and ``share``; whatever asks for the value of a term mixes that by the share.
+    become ``Batch.y``, ``other`` and ``share``; the values of terms are mixed by the share.
 
     `over` gives it the training data, as `train` does before the first step.
 
     Args:
-        before: what is done to both images, each by its own noise, before they are mixed. Other augmentations belong
-            here: after it, they would change the areas and leave the shares.
-        data: what partners are drawn from.
+        before: the augmentation of both images, each with its own noise, before they are mixed. Other augmentations
+            must be given here: after mixing, they would change the areas but not the shares.
+        data: the data that partners are drawn from.
 
     Raises:
         UnmovedError: data of which samples cannot be selected, no data, or images that are mixed already.
 
     Deviations: the partner is drawn from all the training data, not from the batch, so that it depends on (seed, step,
     identity) alone; each sample has a box of its own, where the authors' code has one a batch; and every sample is
-    mixed, where that code leaves out batches at a rate that is set.
+    mixed, while that code leaves out batches at a given rate.
     """
 
     before: Augmentation = Chain()
@@ -218,7 +218,7 @@ class CutMix:
 
 
 def positions(high: Tensor, low: Tensor, count: int) -> Tensor:
-    """Turn two draws of 24 bits into positions below ``count``, (B,), all as likely; one is coarse for millions."""
+    """Turn two draws of 24 bits into uniform positions below ``count``, (B,); one is too coarse for millions."""
     high, low = ((draw * 2**24).long() for draw in (high, low))
     return (high * count + (low * count >> 24)) >> 24
 
@@ -246,8 +246,8 @@ _SIZED = re.compile(r"\b(crop|cutout)(\d{1,2})\b")
 def augmentation(name: str) -> Augmentation:
     """Return the augmentation that recipes call ``name``: none, or crop, flip, cutout, cutmix joined by hyphens.
 
-    What is named before cutmix is done to both images before they are mixed. A number behind crop or cutout is its
-    size in pixels, where it is not the default: ``crop2-flip`` pads by two.
+    Parts before cutmix are applied to both images before they are mixed. A number after crop or cutout is its size in
+    pixels, if it is not the default: ``crop2-flip`` pads by two.
 
     Raises:
         UnmovedError: an unknown name; a cutout of no pixel.

@@ -20,8 +20,10 @@ from unmoved.data.validation import require_path
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 SHAPE, PIXELS = (3, 32, 32), 3 * 32 * 32
-RECORDS = 10_000  # in each file of both forms; fewer means that something was lost
-MOST_BYTES = 2**20 + 4 * RECORDS * (1 + PIXELS)  # no form takes more a pixel; a larger claim is for the memory
+RECORDS = 10_000  # in each file of both forms; fewer means a damaged file
+MOST_BYTES = 2**20 + 4 * RECORDS * (
+    1 + PIXELS
+)  # no form takes more bytes per pixel; a larger claim would only exhaust the memory
 TRAIN, TEST = tuple(f"data_batch_{k}" for k in range(1, 6)), ("test_batch",)
 INSIDE = ("cifar-10-batches-bin", "cifar-10-batches-py", "cifar-10-binary.tar.gz", "cifar-10-python.tar.gz")
 
@@ -89,7 +91,7 @@ def _from_archive(path: Path, names: tuple[str, ...]) -> Iterator[tuple[str, byt
 
 
 def _batches(there: list[str]) -> tuple[str, ...]:
-    """Return the names of the six batch files of whichever form is there, training first."""
+    """Return the names of the six batch files of the form that is present, training first."""
     for suffix in (".bin", ""):
         names = tuple(name + suffix for name in TRAIN + TEST)
         missing = [name for name in names if name not in there]

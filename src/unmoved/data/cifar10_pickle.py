@@ -1,6 +1,6 @@
 """Read pickles of plain containers and byte arrays without running anything they name.
 
-Each global a numpy array's pickle needs is answered by a stand-in of ours that only records; any other is refused.
+The globals that the pickle of a numpy array needs are replaced by stand-ins that only record; any other is refused.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class StoredArray:
 
 @dataclass(frozen=True, slots=True)
 class _StandIn:
-    """Stand for a global: a name that may be called, if at all, and that no pickle can change."""
+    """Replace a global by an object that can at most be called, and that no pickle can change."""
 
     call: Callable[..., object] | None
 
@@ -109,18 +109,18 @@ OPCODES = frozenset(_OPCODE_NAMES.split())
 # The files in use have 50,000 opcodes, and at most one tuple for each of 10,000 texts.
 MOST_OPCODES, MOST_TUPLES, LONGEST_REPEATED = 1_000_000, 25_000, 256
 _KEEP, _RECALL = {"BINPUT", "LONG_BINPUT", "MEMOIZE"}, {"BINGET", "LONG_BINGET"}
-# After these the thing on top may be a tuple, or one of which nobody knows here what it is.
+# After these the object on top of the stack may be a tuple, or is unknown.
 _MAY_BE_TUPLE = {"TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_TUPLE", "MARK"}
 _MAY_BE_TUPLE |= {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD"}
 
 
 def _check_opcodes(data: bytes) -> None:
-    """Refuse other opcodes and claims beyond the data: the unpickler would allocate memory before it looks.
+    """Refuse other opcodes, and lengths beyond the data, for which the unpickler would allocate memory.
 
-    A few bytes may also describe what is endless to look at: tuples of tuples as a dictionary's key, each repeated
-    twice, take time without end to hash; deep ones end the process; a long text may be copied again and again.
+    A few bytes may also describe objects that take unlimited time: a dictionary key of tuples of tuples, each repeated
+    twice, never ends to hash; deep ones crash the process; a long text may be copied again and again.
     """
-    may_repeat: dict[int, bool] = {}  # whether what stands under this number may be repeated
+    may_repeat: dict[int, bool] = {}  # memo number -> whether its object may be repeated
     small, tuples = False, 0
     for number, (opcode, argument, _) in enumerate(pickletools.genops(data)):
         name = opcode.name
@@ -158,7 +158,7 @@ def loads(data: bytes, name: str) -> object:
     try:
         _check_opcodes(data)
         return _Unpickler(io.BytesIO(data), encoding="bytes").load()
-    except Exception as error:  # hostile bytes can make the unpickler raise nearly anything; nothing of theirs runs
+    except Exception as error:  # hostile bytes can make the unpickler raise nearly anything, but run nothing
         raise UnmovedError(
             f"{name}: expected a pickle of arrays and plain containers, came one that was refused "
             f"({brief(error)}); download the official file again"

@@ -38,12 +38,12 @@ class Unread:
 class DataSet:
     """Hold a training and a test split of the same classes and image shape, as every source returns them.
 
-    A part that comes unread is read when it is asked for, and again where nobody has held on to it.
+    An unread part is read when it is first used, and again if it has been released since.
 
     Args:
         train, test: the parts.
         name: the source, without the part.
-        skipped: files left out because they could not be read, only where the user asked for that.
+        skipped: unreadable files that were left out, if the user allowed that.
 
     Raises:
         UnmovedError: the two parts do not belong together.

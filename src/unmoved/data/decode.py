@@ -66,12 +66,12 @@ class Pixels:
 def _lies_on_its_side(image: Image.Image) -> bool:
     try:
         return bool(image.getexif().get(ORIENTATION, 1) != 1)
-    except Exception:  # metadata may be broken in as many ways as pixels; the image is none the worse for it
+    except Exception:  # metadata may be broken in many ways; the image is still good
         return False
 
 
 class CorruptImage(Exception):
-    """Report bytes that are no whole image of a known format; only such images may be skipped."""
+    """Report bytes that are not a complete image of a known format; only such images may be skipped."""
 
 
 def decode(data: bytes, pixels: Pixels, formats: list[str]) -> np.ndarray:
@@ -90,7 +90,7 @@ def decode(data: bytes, pixels: Pixels, formats: list[str]) -> np.ndarray:
                 return pixels(image)
     except UnmovedError:
         raise
-    except MemoryError as error:  # of this moment, not of the image
+    except MemoryError as error:  # memory is short at the moment; the image is not at fault
         raise UnmovedError("expected memory to decode it, came none; free some, or set a smaller size") from error
     except UnidentifiedImageError as error:
         raise CorruptImage("of no known format") from error
@@ -105,7 +105,7 @@ def decode(data: bytes, pixels: Pixels, formats: list[str]) -> np.ndarray:
 
 @contextmanager
 def pillow_warnings() -> Iterator[None]:
-    """Make Pillow's warning of a bomb an error inside; ignore its remarks on odd metadata and old formats."""
+    """Turn Pillow's decompression bomb warning into an error; ignore warnings on metadata and old formats."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
         warnings.filterwarnings("ignore", category=DeprecationWarning, message=".*Pillow")
@@ -116,5 +116,5 @@ def pillow_warnings() -> Iterator[None]:
 def known_formats() -> list[str]:
     """Return the formats that may be decoded: all that Pillow and its plugins know but the refused ones."""
     Image.init()
-    # The usual ones first: a format without a signature costs an attempt for each image of those behind it.
+    # The usual formats first: one without a signature costs an attempt for each image of later formats.
     return sorted((name for name in Image.OPEN if name not in REFUSED), key=lambda name: name not in USUAL)

@@ -20,7 +20,7 @@ from unmoved.data.validation import LARGEST
 
 R = TypeVar("R")
 Progress = Callable[[int, int], None]
-Item = tuple[int, str, Path | bytes]  # where it goes, its name, and its bytes or where they are
+Item = tuple[int, str, Path | bytes]  # its position, its name, and its bytes or the path to them
 
 CHUNK, CHUNK_BYTES = 64, 8 * 2**20
 
@@ -31,12 +31,12 @@ def decode_all(
     """Decode all images, of one size, in threads.
 
     Args:
-        items: each of the places 0..total-1 once, in any order.
+        items: each of the positions 0..total-1 once, in any order.
 
     Returns:
-        images: (n, C, H, W) uint8, in the order of their places.
-        kept: (n,) the places that could be read.
-        skipped: names of those that could not.
+        images: (n, C, H, W) uint8, in the order of their positions.
+        kept: (n,) the positions of the images that could be read.
+        skipped: the names of those that could not.
 
     Raises:
         UnmovedError: a corrupt image (unless skipped), two sizes, a decompression bomb; the file is named.
@@ -66,7 +66,7 @@ def decode_all(
             pool.shutdown(wait=True, cancel_futures=True)
             raise
     if not good.all():
-        room.images = room.images[good[: len(room.images)]]  # none at all where none was read
+        room.images = room.images[good[: len(room.images)]]  # empty if no image was read
     return room.images, good.nonzero()[0], sorted(skipped)
 
 
@@ -90,7 +90,7 @@ class _Room:
 
 
 def _attempt(place: int, name: str, data: Path | bytes, pixels: Pixels, formats: list[str], room: _Room) -> str | None:
-    """Return what is wrong with the bytes, in words: an exception would keep the half decoded image in memory."""
+    """Decode into ``room``; return an error as text, since an exception would keep the image in memory."""
     try:
         data = content(data, LARGEST) if isinstance(data, Path) else data
     except OSError as error:
@@ -107,7 +107,7 @@ def _attempt(place: int, name: str, data: Path | bytes, pixels: Pixels, formats:
 
 def _room(total: int, first: np.ndarray, name: str) -> np.ndarray:
     try:
-        if total * first.size > _memory():  # many systems give more than they have, and end the process later
+        if total * first.size > _memory():  # many systems overcommit memory, and kill the process later
             raise MemoryError
         return np.empty((total, *first.shape), np.uint8)
     except MemoryError as error:

@@ -40,7 +40,7 @@ class Decoded:
 
 @dataclass(frozen=True)
 class Slot:
-    """Name the cache file of one folder under one set of settings, and the stamp by which it is still valid."""
+    """Hold the cache file of one folder with one set of settings, and the stamp by which it is valid."""
 
     file: Path
     stamp: str
@@ -63,7 +63,7 @@ class Slot:
         return Slot(folder / f"{path.name}-{key[:16]}.npz", _digest([key, *stamps]))
 
     def load(self) -> Decoded | None:
-        """Load the cached folder if its stamp fits; whether its images are whole is seen when they are read."""
+        """Load the cached folder if its stamp fits; its images are checked when they are read."""
         try:
             kept = npz(self.file, ("stamp", "labels", "train", "classes", "skipped"))
             if str(kept["stamp"]) != self.stamp:
@@ -71,7 +71,7 @@ class Slot:
             texts = [tuple(str(text) for text in kept[key]) for key in ("classes", "skipped")]
             images = stored(self.file, ["images"])["images"]
             found = Decoded(images, kept["labels"], int(kept["train"]), *texts)
-        except Exception:  # a damaged cache has as many errors as zip and numpy have, and one remedy: decode again
+        except Exception:  # a damaged cache may raise any error of zip and numpy; the images are decoded again
             return None
         labels = found.labels
         fits = images.dtype == np.uint8 and len(images.shape) == 4 and labels.dtype == np.int64
@@ -79,8 +79,8 @@ class Slot:
         return found if fits and labels.min() >= 0 and labels.max() < len(found.classes) else None
 
     def save(self, decoded: Decoded) -> None:
-        """Keep images that are in memory: all of them, or none where they cannot be written."""
-        with suppress(UnmovedError), replacing(self.file) as file:  # it costs time at the next start, nothing else
+        """Write the images to the cache, all of them, or none if that fails."""
+        with suppress(UnmovedError), replacing(self.file) as file:  # without a cache the next start only takes longer
             np.savez(
                 file,
                 stamp=np.array(self.stamp),

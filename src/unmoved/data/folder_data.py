@@ -100,7 +100,7 @@ def _data_set(decoded: Decoded, name: str, test: float, seed: int, decode: Calla
     else:
         chosen = stratified(labels, held_out(f"{name}: held-out size", test, len(labels)), seed)
     masks = {"train": ~chosen, "test": chosen}
-    # In a folder with parts each numbers its own.
+    # In a folder with parts each part numbers its own images.
     index = {part: torch.arange(int(m.sum())) if parted else m.nonzero().flatten() for part, m in masks.items()}
     images = decoded.images
     if isinstance(images, np.ndarray):
@@ -115,7 +115,7 @@ def _data_set(decoded: Decoded, name: str, test: float, seed: int, decode: Calla
         try:
             room = Filling(f"{name} images", images.shape, count=len(index[part]), layout="NCHW")
             x = images.picked(masks[part], room)
-        except UnmovedError:  # a damaged cache has one remedy
+        except UnmovedError:  # a damaged cache: decode again
             anew: ArraySplit = getattr(_data_set(decode(), name, test, seed, decode), part)
             return anew
         return ArraySplit(x, labels[masks[part]], index[part], classes, name)
@@ -126,9 +126,9 @@ def _data_set(decoded: Decoded, name: str, test: float, seed: int, decode: Calla
 
 
 def _put_last(images: np.ndarray, chosen: np.ndarray) -> None:
-    """Move the chosen images behind the others, in place: their array may be half of the memory."""
+    """Move the chosen images behind the others, in place, since the array may fill half of the memory."""
     behind, stay = images[chosen], np.flatnonzero(~chosen)
     step = max(1, PIECE // images[:1].nbytes)
-    for start in range(0, len(stay), step):  # each goes to a place that has been read already, or stays
+    for start in range(0, len(stay), step):  # each moves to a position that has been read already, or stays
         images[start : start + step][: len(stay) - start] = images[stay[start : start + step]]
     images[len(stay) :] = behind

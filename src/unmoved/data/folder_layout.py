@@ -14,7 +14,7 @@ Parts = tuple[str, ...]
 
 
 def is_litter(name: str) -> bool:
-    """Return whether a file or folder is hidden or one that operating systems leave behind."""
+    """Return whether a file or folder is hidden or left by an operating system."""
     return name.startswith(".") or name in LITTER
 
 
@@ -39,8 +39,8 @@ class Layout:
         """Find the layout of a tree with these files and folders.
 
         Args:
-            where: how messages call the root.
-            packed: an archive, whose single top folder is taken for the root.
+            where: the name of the root in messages.
+            packed: an archive, whose single top folder counts as the root.
 
         Raises:
             UnmovedError: no class, one class, an empty one, a folder inside one, or other classes in test than train.

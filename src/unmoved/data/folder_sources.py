@@ -13,8 +13,8 @@ from unmoved.data import tar_archive
 from unmoved.data.decode_all import Item
 from unmoved.data.folder_layout import Layout, is_litter
 
-MOST_FOLDERS = 100_000  # links may go round in circles, and more than one way
-DEPTH = 4  # folder levels that are looked into: one more than any layout has, to be able to say so
+MOST_FOLDERS = 100_000  # links may form cycles
+DEPTH = 4  # folder levels that are searched: one more than any layout has, to report a deeper one
 
 
 def tree(root: Path) -> Folder | Tar:
@@ -61,7 +61,7 @@ class Tar:
         with tar_archive.opened(self.root) as tar:
             layout = Layout.of(tar.files, tar.folders, str(self.root), packed=True)
             places = {name: place for place, name in enumerate(layout.files)}
-            # In the order of the archive: compressed data cannot be read backwards.
+            # In the archive's order, since compressed data cannot be read backwards.
             yield layout, ((places[n], f"{self.root}: {n}", tar.read(n)) for n in tar.files if n in places)
 
 
@@ -87,7 +87,7 @@ def _walk(root: Path) -> tuple[dict[str, str], set[str]]:
                             )
                         if depth < DEPTH:
                             waiting.append((f"{name}/", depth + 1))
-                    elif entry.is_file() or entry.is_symlink():  # a link to nowhere is an error, not an absence
+                    elif entry.is_file() or entry.is_symlink():  # a broken link is an error, not an absent file
                         files[name] = _stamp(entry.stat())
         except OSError as error:
             raise UnmovedError(f"{root / prefix}: expected a readable folder, came {error}") from error
@@ -95,5 +95,5 @@ def _walk(root: Path) -> tuple[dict[str, str], set[str]]:
 
 
 def _stamp(status: os.stat_result) -> str:
-    # Times of content may be set, and copying tools do; the time of the last change of any kind may not.
+    # The modification time can be set, and copying tools do so; the change time cannot.
     return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"

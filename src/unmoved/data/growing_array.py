@@ -1,4 +1,4 @@
-"""Collect images that come a few at a time in one tensor, without ever holding them twice."""
+"""Collect images that arrive a few at a time in one tensor, without ever holding them twice."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from unmoved.core.preconditions import require_images
 Array: TypeAlias = "Tensor | np.ndarray"
 CHANNELS = (1, 2, 3, 4)
 LAYOUTS = ("NCHW", "NHWC")
-PIECE = 2**22  # bytes that are under way at a time
+PIECE = 2**22  # bytes that are converted at a time
 
 
 class Filling:
     """Hold ``count`` images; as uint8 while every pixel is k/255, as float32 from the first that is not.
 
     Args:
-        what: how messages name these images.
+        what: the name of these images in messages.
         shape: of the array they come from, (N, H, W), (N, C, H, W) or (N, H, W, C).
         count: how many will be put in; N by default.
         layout: ``"NCHW"`` or ``"NHWC"``, needed where the shape alone does not tell.
@@ -76,13 +76,13 @@ class Filling:
 
     @property
     def images(self) -> Tensor:
-        """Return (count, C, H, W): what has been put in so far, and room for the rest."""
+        """Return (count, C, H, W): the images put in so far, and room for the rest."""
         return self._room(torch.uint8) if self._images is None else self._images
 
     def _room(self, dtype: torch.dtype) -> Tensor:
         if self._images is None:
             self._images = torch.empty((self._count, *self.shape), dtype=dtype, device=self._device)
-        elif dtype == torch.float32 and self._images.dtype == torch.uint8:  # none before this one needed it
+        elif dtype == torch.float32 and self._images.dtype == torch.uint8:  # the images before this one fit into uint8
             wider = torch.empty(self._images.shape, dtype=torch.float32, device=self._device)
             torch.div(self._images[: self._filled], 255, out=wider[: self._filled])
             self._images = wider
@@ -100,7 +100,9 @@ def as_own(values: Array) -> Tensor:
     """Convert to a tensor; a numpy array is copied, in this machine's byte order."""
     if isinstance(values, Tensor):
         return values.detach()
-    if values.dtype == np.uint64:  # torch computes little with unsigned types; a wrapped label is found negative
+    if (
+        values.dtype == np.uint64
+    ):  # torch supports little of unsigned types; a label that wraps is negative, and refused
         values = values.astype(np.int64)
     return torch.from_numpy(np.array(values, dtype=values.dtype.newbyteorder("="), order="C"))
 

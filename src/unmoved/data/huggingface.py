@@ -21,7 +21,7 @@ from unmoved.data.validation import as_classes, as_labels, numbered
 
 
 class _Table(Protocol):
-    """What is used of a split of the library: a table of columns and rows."""
+    """The part of a split of the library that is used here: a table of columns and rows."""
 
     @property
     def column_names(self) -> Sequence[str]: ...
@@ -104,7 +104,7 @@ def _require_column(table: _Table, column: str, where: str) -> None:
 
 
 class _Images:
-    """Read a column of images; one of them is decoded to see what they are."""
+    """Read a column of images; the first is decoded to find their shape and mode."""
 
     def __init__(self, table: _Table, column: str | None, pixels: Pixels, where: str) -> None:
         if not len(table):

@@ -21,7 +21,7 @@ def saver(folder: Path) -> judge.Keep:
     def keep(part: str, batch: Batch, proposal: Image, success: np.ndarray) -> None:
         path = folder / f"{part}-{int(batch.index[0]):08d}.npz"
         if not success.any():
-            path.unlink(missing_ok=True)  # of a chunk that was kept but not answered, in larger chunks
+            path.unlink(missing_ok=True)  # left by an interruption between saving images and results
             return
         won = torch.from_numpy(success).to(proposal.device)
         arrays: dict[str, Tensor] = {"index": batch.index[won], "label": batch.y[won], "x_adv": proposal[won]}
@@ -33,7 +33,7 @@ def saver(folder: Path) -> judge.Keep:
 
 
 def clear(folder: Path, spare: str | None) -> None:
-    """Remove the images of interrupted evaluations, but for the one that goes on."""
+    """Remove the images of interrupted evaluations, except of the one that is resumed (``spare``)."""
     begun = (folder / "journal.jsonl").exists()
     for kept in folder.glob(".adversarial-*"):
         if not kept.is_symlink() and not (begun and kept.name == spare):

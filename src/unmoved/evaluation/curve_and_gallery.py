@@ -34,7 +34,7 @@ def curve(
     """Run one attack at several radii, replacing its threat model at each, and return the outcomes.
 
     Raises:
-        UnmovedError: an attack that is no dataclass with a ``threat`` field.
+        UnmovedError: an attack that is not a dataclass with a ``threat`` field.
     """
     tables = []
     for done, radius in enumerate(eps):
@@ -60,8 +60,8 @@ def gallery(
     """Attack some samples that the model gets right; return arrays that `unmoved.Run` saves.
 
     Args:
-        table: outcomes of the attack of this name: of the samples that it broke, some of each class are taken; without
-            them the first of the split.
+        table: outcomes of the attack of this name. The gallery shows samples that it broke, some of each class; without
+            a table or broken samples, the first of the split.
     """
     parts: list[dict[str, np.ndarray]] = []
     missing = count = require_whole("count", count, at_least=1)

@@ -1,7 +1,7 @@
 """Estimate how many images an expensive attack would leave robust, from counts of a sample, with an exact interval.
 
-The design is stratified sampling with two strata (`sampling`): the near survivors of a cheap attack are all asked
-about and add no error; of the others a simple random sample is, drawn without replacement. The estimate is that of
+The design is stratified sampling with two strata (`sampling`): the expensive attack runs on all near survivors of a
+cheap one, which add no error, and on a simple random sample of the others, without replacement. The estimate is that of
 Horvitz and Thompson (1952); its interval inverts the hypergeometric distribution exactly, so that it holds for no or
 few events too (Katz 1953; for strata, Wendell and Schmee 1996, of which this is the case of one random stratum).
 """
@@ -16,9 +16,9 @@ from functools import cached_property, lru_cache
 from unmoved.core.errors import UnmovedError, number_field, whole_field
 
 LEVEL = 0.95
-# Of the error, for each end of the interval: few more break than were seen to, and the few are what is unknown.
+# Shares of the error for the two ends of the interval: breaks are rare, so the unknown is how many more there are.
 MORE_BROKEN, FEWER_BROKEN = 0.9, 0.1
-FIRST_LOOK, LATER_LOOK = 0.7, 0.3  # shares of the error that the looks of `--within` spend
+FIRST_LOOK, LATER_LOOK = 0.7, 0.3  # of the error, for the first and the later looks of `--within`
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Estimate:
     Args:
         n: images in all.
         survivors: those that the cheap attack left robust.
-        near, near_broken: those of them that were nearest and all asked about, and how many of these broke.
-        far_asked, far_broken: how many of the other survivors were drawn and asked about, and how many of these broke.
+        near, near_broken: number of the nearest survivors, which are all attacked, and how many of them broke.
+        far_asked, far_broken: number of the other survivors that were drawn and attacked, and how many of them broke.
         error: the probability with which the interval may miss the truth, over draws.
 
     Raises:
@@ -62,7 +62,7 @@ class Estimate:
 
     @property
     def asked(self) -> int:
-        """Return how many survivors the expensive attack was asked about."""
+        """Return on how many survivors the expensive attack was run."""
         return self.near + self.far_asked
 
     @property
@@ -77,12 +77,12 @@ class Estimate:
 
     @cached_property
     def population(self) -> tuple[float, float]:
-        """Return an interval for the share left robust of all images of the distribution that the n were drawn from.
+        """Return an interval for the robust share of all images of the distribution that the n were drawn from.
 
         Half of the error goes to the sample of survivors, half to the n images (Clopper and Pearson 1934 at each end of
         the interval for these), so that by Bonferroni's inequality the whole holds with probability 1 - ``error``.
         """
-        from scipy.special import betaincinv  # scipy takes a moment to load, which no other command need wait for
+        from scipy.special import betaincinv  # imported here, since scipy takes a moment to load
 
         (low, high), part = self._interval(self.error / 2), self.error / 4
         least = 0.0 if low == 0 else float(betaincinv(low, self.n - low + 1, part))
@@ -96,7 +96,7 @@ class Estimate:
         return max(self.left - low, high - self.left) / self.n
 
     def words(self) -> str:
-        """Say the estimate as it may be quoted, in percent of the n images, its interval rounded outwards."""
+        """Return the estimate as text to quote, in percent of the n images, with the interval rounded outwards."""
         low, high = (100 * count / self.n for count in self.interval)
         ends = f"[{math.floor(10 * low + 1e-6) / 10:.1f}, {math.ceil(10 * high - 1e-6) / 10:.1f}]"
         asked = f"{self.asked:,} of {self.survivors:,} survivors asked"
@@ -131,7 +131,7 @@ def broken_between(size: int, asked: int, broken: int, error_below: float, error
         return broken, broken
 
     def last(low: int, high: int, is_possible: Callable[[int], bool]) -> int:
-        """Return the last of low..high for which this is true; it is for the first, and for none after a false one."""
+        """Return the last of low..high for which this is true, by bisection: true at first, then false."""
         while low < high:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if is_possible(middle) else (low, middle - 1)

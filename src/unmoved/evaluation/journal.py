@@ -14,7 +14,7 @@ from unmoved.core import untrusted
 from unmoved.core.errors import UnmovedError
 from unmoved.core.files import append, write_atomic
 
-MOST_JOURNAL = 2**28  # bytes: five million answers
+MOST_JOURNAL = 2**28  # bytes: five million results
 Answers = tuple[np.ndarray, np.ndarray, np.ndarray]
 _Whole = Annotated[int, Field(ge=0, lt=2**63)]
 
@@ -44,8 +44,8 @@ class Journal:
     """Keep one line per finished chunk of samples, in a file that belongs to one model, data and attacks.
 
     Args:
-        path: the file; made when the first answers come.
-        question: what is asked (weights, attacks, data, versions). Answers to another question are thrown away.
+        path: the file; made when the first results come.
+        question: what the results depend on (weights, attacks, data, versions). Results of another one are discarded.
 
     Raises:
         UnmovedError: a file that cannot be read or written.
@@ -68,11 +68,11 @@ class Journal:
             self.path.unlink(missing_ok=True)
             return
         good = [self._head]
-        for line in lines[1:-1]:  # what follows the last line end was torn by the interruption
+        for line in lines[1:-1]:  # the part after the last line end was cut off by the interruption
             try:
                 entry = _Entry.model_validate_json(line)
             except ValueError:
-                break  # a bad line: it and what follows are computed again
+                break  # a bad line: this chunk and the later ones are computed again
             self._answers.setdefault((entry.attack, entry.part), []).append(entry.answers())
             good.append(line)
         if good != lines[:-1] or lines[-1]:

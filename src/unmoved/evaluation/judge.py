@@ -54,23 +54,22 @@ def evaluate(
     """Run attacks on a model and return one row per sample and attack, judged in float32 in evaluation mode.
 
     Attacks run on the samples that the model gets right; a sample misclassified as it is counts as lost with distance
-    0. The parts of an ensemble run one after the other over all the data, each on what is still robust. No image
-    outside [0, 1] is ever counted, and none outside the ball as a success.
+    0. The parts of an ensemble run one after the other over all the data, each on the samples that are still robust.
+    Images outside [0, 1] are refused, and images outside the ball do not count as successes.
 
     Args:
         model: images (B, C, H, W) in [0, 1] -> logits (B, K); on any device.
         split: the data; read again for each attack, so that memory does not grow with it.
         attacks: name -> attack or ensemble.
         threat: the ball that the judge holds every proposal to.
-        batch_size: images a pass; the verdict does not depend on it.
-        precision: of the search alone: ``"float32"``, ``"bf16"`` or ``"auto"``.
+        batch_size: images per pass; the outcomes do not depend on it.
+        precision: of the attacks only: ``"float32"``, ``"bf16"`` or ``"auto"``.
         workers: threads that attack at a time on a CPU, each with a copy of the model; 0 for as many as torch uses.
-        among: positions in the split: these samples alone are attacked, and the table has no others. A journal that is
-            kept is the same for any of them.
-        journal: where answers are written as they come, and read back from after an interruption.
-        keep: called with (part, batch, proposals, which are successes) for whoever wants the images; a part of several
-            attacks comes as ``attack,part``.
-        progress: called with (work done, work in all, what is known so far).
+        among: positions in the split; only these samples are attacked and listed. They may share a journal with others.
+        journal: where results are written as they come, and read from after an interruption.
+        keep: called with (part, batch, proposals, which are successes), to save the images; with several attacks a
+            part is named ``attack,part``.
+        progress: called with (work done, work in all, a line of text on the state).
 
     Returns:
         A table with the columns of `unmoved.outcomes`.
@@ -87,7 +86,7 @@ def evaluate(
     batch_size = require_whole("batch_size", batch_size, at_least=1)
     workers = require_whole("workers", workers, at_least=0)
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    # A randomised model draws from the global generator: its draws are fixed, and the caller's state is put back.
+    # A randomised model draws from the global generator: fix its draws, and restore the caller's state afterwards.
     with torch.random.fork_rng(devices), Workers(model, workers) as pool:
         torch.manual_seed(0)
         run = _Evaluation(model, split, attacks, threat, batch_size, precision, pool, among, journal, keep, progress)
@@ -105,7 +104,7 @@ def measured(
     batch_size: int = 128,
     workers: int = 1,
 ) -> np.ndarray:
-    """Return what a measure (model, batch) -> (B,) says of the samples at these increasing positions, (N,) float64.
+    """Compute a measure (model, batch) -> (B,) for the samples at these increasing positions, (N,) float64.
 
     Args:
         workers: threads that measure at a time, as in `evaluate`.
@@ -139,12 +138,12 @@ class _Evaluation:
         self.clean = _Clean(self.model, self.split, self.batch_size, self.threat, self.among)
         self.parts = {name: parts_of(name, attack, self.clean.num_classes) for name, attack in self.attacks.items()}
         self._attacks_of_part = Counter(part for parts in self.parts.values() for part in parts)
-        # Work is counted in samples: each part is as much as there are samples that the model gets right.
+        # Work is counted in samples: each part counts as many as the model gets right.
         self._right = int(self.clean.attacked.sum())
         self._done, self._total = 0.0, float(sum(map(len, self.parts.values())) * max(self._right, 1))
 
     def outcomes(self, name: str) -> pd.DataFrame:
-        """Run an attack, or the parts of an ensemble one after the other, each on what is still robust."""
+        """Run an attack, or the parts of an ensemble in turn, each on the samples that are still robust."""
         sheet = _Sheet(name, self.clean, self.threat, cumulative=isinstance(self.attacks[name], Ensemble))
         for part, attack in self.parts[name].items():
             self._run(sheet, part, attack)
@@ -153,7 +152,7 @@ class _Evaluation:
         return sheet.table()
 
     def _run(self, sheet: _Sheet, part: str, attack: Attack) -> None:
-        """Enter the answers of one part on the samples that are open: those of the journal, then those it lacks."""
+        """Enter the results of one part on the samples that are still robust: from the journal, then by running it."""
         sheet.begin()
         met = max(int(sheet.open.sum()), 1)
         if self.journal is not None:
@@ -205,7 +204,7 @@ def _require_attacks(attacks: Mapping[str, Attack], threat: ThreatModel) -> None
 
 
 class _Clean:
-    """Hold the model's predictions for the clean images, and which of these are judged, and attacked."""
+    """Hold the model's predictions for the clean images, and which samples are evaluated and attacked."""
 
     def __init__(
         self, model: nn.Module, split: Split, size: int, threat: ThreatModel, among: np.ndarray | None
@@ -214,7 +213,7 @@ class _Clean:
         label: list[np.ndarray] = []
         prediction: list[np.ndarray] = []
         for batch in checked_batches(model, split, size, threat):
-            if len(index) == 1:  # what numbers each batch from 0 is seen here, before all data is read
+            if len(index) == 1:  # a split that numbers each batch from 0 is noticed here, before all data is read
                 require_distinct(torch.cat([torch.from_numpy(index[0]), batch.index.cpu()]))
             guess, self.num_classes = predicted(model, batch.x, batch.y)
             index.append(batch.index.cpu().numpy())
@@ -230,7 +229,7 @@ class _Clean:
 
 
 class _Sheet:
-    """Hold what is known of one attack on each sample so far."""
+    """Hold the results of one attack on each sample so far."""
 
     def __init__(self, name: str, clean: _Clean, threat: ThreatModel, cumulative: bool) -> None:
         self.name, self.clean, self.threat, self.cumulative = name, clean, threat, cumulative
@@ -240,7 +239,7 @@ class _Sheet:
         self._asked = np.zeros_like(self.open)
 
     def begin(self) -> None:
-        """Begin a new part of the attack: it was run on no sample yet."""
+        """Begin a new part of the attack, which has not run on any sample."""
         self._asked[:] = False
 
     @property
@@ -257,7 +256,7 @@ class _Sheet:
     def awaited(
         self, position: np.ndarray, prediction: np.ndarray, distance: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Keep those of a journal's results that are about samples still to be attacked."""
+        """Select the results of a journal that are about samples still to be attacked."""
         mine = position < len(self.open)
         mine[mine] = self.waiting[position[mine]] & (prediction[mine] < self.clean.num_classes)
         return position[mine], prediction[mine], distance[mine]
@@ -265,7 +264,7 @@ class _Sheet:
     def enter(self, part: str, position: np.ndarray, prediction: np.ndarray, distance: np.ndarray) -> None:
         self._asked[position] = True
         won = self.success(prediction, self.clean.label[position], distance)
-        # An ensemble that fails proposes the clean image; an attack alone is shown with what it proposed.
+        # An ensemble that fails proposes the clean image; a single attack is recorded with its own proposal.
         shown = won if self.cumulative else np.ones_like(won)
         self.prediction[position[shown]], self.distance[position[shown]] = prediction[shown], distance[shown]
         self.by[position[won]] = part
@@ -322,7 +321,7 @@ def propose(
 ) -> Image:
     """Run an attack and check its proposals against the threat model."""
     require_in_ball(f"attack {name!r}", attack)
-    # Copies: an attack that writes into its images would be measured against its own proposal.
+    # Copies, since the distance is measured from the clean images, into which an attack might write.
     theirs = dataclasses.replace(batch, x=batch.x.clone(), y=batch.y.clone())
     with autocast(precision, batch.x.device):
         proposal = attack(model, theirs)
@@ -330,7 +329,7 @@ def propose(
         raise UnmovedError(f"attack {name!r}: expected a tensor of images, came {type(proposal).__name__}")
     if proposal.dtype != batch.x.dtype:
         raise UnmovedError(f"attack {name!r}: expected images of {batch.x.dtype}, came {proposal.dtype}")
-    # A minimum-norm attack may leave the ball, which is then no success; nobody may leave the valid images.
+    # A minimum-norm attack may leave the ball, without success; no attack may leave the valid images.
     (_whole_box(threat, batch) if is_minimum_norm(attack) else threat).check(proposal, batch.x, name)
     return proposal.detach()
 

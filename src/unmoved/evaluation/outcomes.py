@@ -1,9 +1,9 @@
 """Read, write, check and summarise the outcomes of an evaluation: a table with one row per sample and attack.
 
 A sample counts as robust against an attack when its clean prediction is right and the attack did not succeed; success
-is a wrong prediction within eps (a minimum-norm attack may propose a point outside, which is then no success). ``by``
-says what broke the sample: a part of an ensemble, the attack itself, ``clean``, or ``none`` where it stands. The
-worst case is taken per sample, over all attacks: it is never above the accuracy under the strongest single attack.
+is a wrong prediction within eps (a point outside, from a minimum-norm attack, does not count). ``by`` names what broke
+the sample: a part of an ensemble, the attack itself, ``clean``, or ``none`` for a robust one. The worst case is taken
+per sample, over all attacks: it is never above the accuracy under the strongest single attack.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class Column(NamedTuple):
     Attributes:
         name: letters, digits and ``_``.
         dtype: of its values; ``object`` for names.
-        older: a function of the other columns: what stands in a table that was written without this one. ``None``:
-            there is no table without it.
+        older: a function of the other columns that makes this one for tables written without it; ``None`` if every
+            table has it.
     """
 
     name: str
@@ -47,7 +47,7 @@ def _broken_by(table: pd.DataFrame) -> np.ndarray:
     return np.where(table["success"], by, ROBUST)
 
 
-# A new column is a line here: the judge writes it, tables without it are read, and those of newer versions are too.
+# A new column is a line here. The judge writes it; tables without it, and with columns of newer versions, can be read.
 COLUMN_LIST = (
     Column("index", np.int64),
     Column("label", np.int64),
@@ -64,7 +64,7 @@ TYPES = {column.name: column.dtype for column in COLUMN_LIST}
 COLUMNS = tuple(TYPES)
 _REQUIRED = tuple(column.name for column in COLUMN_LIST if column.older is None)
 EXPECTED = {np.int64: "an integer", object: "a name", np.float64: "a finite number >= 0", np.bool_: "True or False"}
-EXACT = 2**53  # up to here whole numbers survive a float, in which pandas may hold them
+EXACT = 2**53  # up to here whole numbers are exact as floats, in which pandas may hold them
 MOST_TABLE = 2**28  # bytes: four million rows
 MOST_HEADER, MOST_LINE = 1000, 2000  # bytes
 
@@ -94,7 +94,7 @@ def read(path: Path) -> pd.DataFrame:
         data = untrusted.content(path, MOST_TABLE)
         if not data.endswith(b"\n"):
             raise UnmovedError(f"{path}: expected a line end after the last row, the file is cut short; {mend}")
-        # A look at the first line alone: pandas takes minutes over a header of a million columns.
+        # Check the first line by itself, since pandas takes minutes over a header of a million columns.
         header = data[:MOST_HEADER].split(b"\n", 1)[0].rstrip(b"\r").decode().split(",")
         require_columns(pd.DataFrame(columns=header), _REQUIRED, str(path), may_be_empty=True)
         odd = [name for name in header if not name.isidentifier() or header.count(name) > 1]
@@ -105,7 +105,7 @@ def read(path: Path) -> pd.DataFrame:
         if longest > MOST_LINE:  # a row of a million values takes pandas minutes, too
             raise UnmovedError(f"{path}: expected lines of at most {MOST_LINE} bytes, came one of {longest}; {mend}")
         table = pd.read_csv(io.BytesIO(data), dtype=str, keep_default_na=False)
-        if not isinstance(table.index, pd.RangeIndex):  # pandas takes what is too much in every row for their names
+        if not isinstance(table.index, pd.RangeIndex):  # pandas takes surplus values of every row for row names
             raise UnmovedError(f"{path}: expected {len(header)} values in a row, came more; {mend}")
     except FileNotFoundError:
         raise UnmovedError(f"{path}: expected an outcomes table, came no file; evaluate the run first") from None
@@ -119,11 +119,11 @@ def read(path: Path) -> pd.DataFrame:
 def checked(table: pd.DataFrame, source: str = "outcomes") -> pd.DataFrame:
     """Return the table with all `COLUMNS`, each of its type, after checking that its rows agree with each other.
 
-    A column that older tables lack is made from the others; columns that are not known come behind, as they are.
+    A column that older tables lack is made from the others; unknown columns follow, unchanged.
 
     Raises:
         UnmovedError: a missing column, a wrong type, no row; a sample twice under one attack and eps, or missing there;
-            a sample with two labels or two clean predictions; several norms; a success that the other columns deny.
+            a sample with two labels or two clean predictions; several norms; a success that contradicts other columns.
     """
     require_columns(table, _REQUIRED, source)
     typed = {name: _typed(table[name], dtype, source) for name, dtype in TYPES.items() if name in table.columns}
@@ -157,7 +157,7 @@ def checked(table: pd.DataFrame, source: str = "outcomes") -> pd.DataFrame:
 
 
 def completed(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the table with all `COLUMNS` in order, those that it lacks made from the others; further ones behind."""
+    """Return the table with all `COLUMNS` in order, missing ones made from the others, unknown ones last."""
     for column in COLUMN_LIST:
         if column.name not in table.columns and column.older is not None:
             table = table.assign(**{column.name: column.older(table)}).astype({column.name: column.dtype})
@@ -247,7 +247,7 @@ def wilson(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
             f"wilson: expected 0 <= successes <= n, n >= 1 and 0 < level < 1, "
             f"came successes={successes}, n={n}, level={level}"
         )
-    # Not binomtest's: importing scipy.stats takes each command and each worker a second.
+    # Not scipy's binomtest, whose import would cost each command and each worker a second.
     p, z = int(successes) / int(n), NormalDist().inv_cdf((1 + level) / 2)
     middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     low, high = (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
@@ -312,19 +312,19 @@ def across_seeds(
 ) -> pd.DataFrame:
     """Summarise several seeds of one recipe, one row per measure: the mean of the accuracies, and how they spread.
 
-    Counts are not pooled: seeds share the test images, so their answers are not independent and an interval of the
+    Counts are not pooled: seeds share the test images, so their outcomes are not independent, and an interval of the
     pooled count would be too narrow. Each seed keeps its own Wilson interval; ``low`` and ``high`` are the lowest and
     the highest end of these. ``std`` divides by seeds - 1 and is NaN for a single seed.
 
     Args:
         tables: the outcomes of each seed.
-        measure: `summary`, `per_class` or `curve_summary`, or what gives one of these tables.
+        measure: `summary`, `per_class` or `curve_summary`, or a function that returns one of these tables.
 
     Returns:
         The measure's own key columns, then seeds, n (per seed; the smallest if they differ), accuracy, std, low, high.
 
     Raises:
-        UnmovedError: no table; seeds that were not attacked alike; see `checked`.
+        UnmovedError: no table; seeds with different attacks; see `checked`.
     """
     if not tables:
         raise UnmovedError("across_seeds: expected the outcomes of at least one seed, came none")

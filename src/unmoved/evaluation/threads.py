@@ -21,8 +21,8 @@ Result = TypeVar("Result")
 class Workers:
     """``with Workers(model, count) as pool: pool.map(job, items)`` calls ``job(a copy of the model, item)``.
 
-    Small networks gain more from whole batches side by side than from several threads inside one convolution. With one
-    worker, on a device, or for a model that cannot be copied, the jobs run one after the other on the model itself.
+    Small networks gain more from several batches in parallel than from several threads in one convolution. With one
+    worker, on a GPU, or for a model that cannot be copied, the jobs run one after the other on the model itself.
 
     Args:
         model: the model.
@@ -40,11 +40,11 @@ class Workers:
         if self.count > 1:
             try:
                 copies = [copy.deepcopy(self._model) for _ in range(self.count)]
-            except Exception:  # a stranger's model may hold what cannot be copied
+            except Exception:  # a user's model may hold something that cannot be copied
                 self.count = 1
                 return self
             for each in copies:
-                with suppress(RuntimeError):  # a scripted model takes no hooks: it ends with the item at work
+                with suppress(RuntimeError):  # a scripted model takes no hooks, and stops after the current item
                     each.register_forward_pre_hook(self._require_use)
                 self._copies.put(each)
             torch.set_num_threads(1)
@@ -75,7 +75,7 @@ class Workers:
             yield first, future.result()
 
     def _require_use(self, model: nn.Module, inputs: object) -> None:
-        """Stop before the next pass once interrupted, so that nobody waits for the whole attack."""
+        """Stop before the next pass once interrupted, rather than after the whole attack."""
         if self._is_over:
             raise CancelledError
 

@@ -1,1 +1,1 @@
-"""Make many runs: plan the jobs, and do them in processes of this machine or on a Ray cluster."""
+"""Make many runs: plan the jobs, and run them in processes of this machine or on a Ray cluster."""

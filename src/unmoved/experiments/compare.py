@@ -1,4 +1,4 @@
-"""Train and evaluate every recipe with every seed, in parallel. Runs that are finished are not made again."""
+"""Train and evaluate every recipe with every seed, in parallel. Finished runs are not repeated."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ DOCTOR_SAMPLES = 32  # enough to see masked gradients; `unmoved doctor RUN` look
 
 
 def work(job: Job, device: str = "auto") -> str:
-    """Train and judge one job in this process, going on where it stands; returns the run's folder.
+    """Train and judge one job in this process, or resume it; return the run's folder.
 
-    It computes with ``job.threads`` threads, never with more than torch was set to here.
+    It uses ``job.threads`` threads, but never more than torch is set to here.
 
     Raises:
         UnmovedError: a mistake of the user.
@@ -53,7 +53,7 @@ def work(job: Job, device: str = "auto") -> str:
         message = f"{type(error).__name__}: {error}"
         try:
             write_atomic(traces, traceback.format_exc().encode("utf-8", "backslashreplace"))
-        except UnmovedError:  # such as the full disk that the job itself met
+        except UnmovedError:  # for example the same full disk that ended the job
             raise JobError(message) from error
         raise JobError(f"{message} (traceback in {traces})") from error
     finally:
@@ -63,14 +63,14 @@ def work(job: Job, device: str = "auto") -> str:
 def _done(job: Job, device: str) -> str:
     recipe, tests = config.parse(job.tables), []
 
-    # Once, however many steps want them, and not at all where everything is done.
+    # At most once for all steps, and not at all if everything is done.
     @cache
     def build() -> Assembly:
         return Assembly(recipe, job.allow)
 
     @cache
     def ready() -> Opened:
-        tests.append(build().data.test)  # held, or each step would read it again
+        tests.append(build().data.test)  # held, so that not every step reads it again
         return opened(run, "best", device, job.allow, assembly=build())
 
     run = train_recipe(recipe, job.path, resume=True, allow=job.allow, device=device, build=build)
@@ -81,7 +81,7 @@ def _done(job: Job, device: str) -> str:
     if not _is_examined(run):
         examine_run(run, n=DOCTOR_SAMPLES, device=device, allow=job.allow, ready=ready)
     if job.analyze:
-        from unmoved.analyses import studies  # with all figures, for which other jobs need not wait
+        from unmoved.analyses import studies  # imported here, since it loads all figures
 
         (subject,) = studies.subjects([run], job.analysis_n, device=device, allow=job.allow, ready=ready)
         for name in job.analyze:
@@ -90,7 +90,7 @@ def _done(job: Job, device: str) -> str:
 
 
 def _is_examined(run: Run) -> bool:
-    """Return whether the doctor was asked about the weights and the outcomes that the number shown is from."""
+    """Return whether the doctor was run on the weights and outcomes behind the reported number."""
     doctor, shown = run.doctor, run.facts(run.shown)
     if doctor is None or doctor["weights_sha256"] != weights_digest(run, "best"):
         return False
@@ -98,14 +98,14 @@ def _is_examined(run: Run) -> bool:
 
 
 def processes(jobs: int, workers: int | None = None) -> int:
-    """Return how many processes of this machine make the runs: one a core, unless the user says otherwise."""
+    """Return how many processes of this machine make the runs: one per core, unless the user chose a number."""
     return max(1, min(workers or os.cpu_count() or 1, jobs))
 
 
 def threads_each(jobs: int, workers: int | None = None) -> int:
     """Divide the threads that the user (OMP_NUM_THREADS) or torch has set among these processes.
 
-    More would be a mistake: threads that wait for each other keep their cores busy.
+    More threads than cores would slow everything down, since waiting threads keep cores busy.
     """
     return max(1, torch.get_num_threads() // processes(jobs, workers))
 
@@ -120,10 +120,10 @@ def compare(
 ) -> list[Run]:
     """Run the grid in a pool of processes and return the finished runs; one failure does not stop the others.
 
-    A run whose process dies is gone on with in another one, once.
+    A run whose process dies is resumed once, in another process.
 
     Args:
-        workers: processes at a time; by default one a core of this machine, or as many as the cluster has room for.
+        workers: processes at a time; by default one per core of this machine, or as many as the cluster has room for.
         on_done: called with each job and its error message, or None.
         poll: called a few times a second, for a progress display.
         cluster: the Ray cluster whose machines do the work, instead of processes of this one; they must see the runs'
@@ -177,7 +177,7 @@ def finals(
 ) -> list[Run]:
     """Run AutoAttack standard on ``n`` test images of the ``count`` best runs by worst case, and return these runs.
 
-    The doctor is asked again, for AutoAttack's figure is the one that is then shown.
+    The doctor is run again, since AutoAttack's figure is then the reported one.
     """
     ranked = sorted(runs, key=lambda run: -_worst(run))[:count]
     for number, run in enumerate(ranked):

@@ -18,10 +18,10 @@ class Job:
     """One run to make.
 
     Attributes:
-        tables: of its recipe.
-        path: the folder it goes to.
-        label: what it is called in messages.
-        threads: to compute with.
+        tables: the tables of its recipe.
+        path: its run folder.
+        label: its name in messages.
+        threads: the number of threads to use.
         attacks: as in `evaluate_run`.
         analyze: the names of the analyses to prepare, on ``analysis_n`` test images.
     """
@@ -38,7 +38,7 @@ class Job:
 
 
 def read(paths: Sequence[Path], overrides: Sequence[str], sweeps: Sequence[str] = ()) -> list[config.Recipe]:
-    """Read recipes at each combination of the swept values, which their names say.
+    """Read recipes at each combination of the swept values, which are added to their names.
 
     Args:
         paths: recipe files.
@@ -87,7 +87,7 @@ def jobs_of(
 
     With ``splits=k`` the training data is permuted ``permutations`` times and each time cut into k disjoint parts of
     equal size, one run on each; part j of permutation i trains with seed ``seed + i k + j``, so that the runs differ
-    in data, initial weights and order, as a bias-variance decomposition wants it.
+    in data, initial weights and order, as a bias-variance decomposition requires.
 
     Raises:
         UnmovedError: two recipes of one name, or a seed twice (they would write into one folder); one split; splits

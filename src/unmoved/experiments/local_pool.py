@@ -1,4 +1,4 @@
-"""Do jobs in processes of this machine; a process that dies costs its own job a second try, and no other anything."""
+"""Run jobs in processes of this machine; a job whose process dies is tried once more, and no other job is affected."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from unmoved.core import messages
 from unmoved.core.child_process import end_with_parent, nothing_from_here, out_of_reach_of_interrupts
 
 JobT = TypeVar("JobT")
-DEATHS = 2  # of a job's process, and it is given up
+DEATHS = 2  # after this many deaths of its process a job is given up
 
 
 class ProcessDied(Exception):
-    """Report that the process of a job was ended from outside, each time that it was tried."""
+    """Report that the process of a job was killed from outside in every try."""
 
 
 class JobError(Exception):
-    """Report an unexpected error in words: its type may be one that this process cannot import."""
+    """Report an unexpected error as text, since this process may be unable to import its type."""
 
 
 def each(
@@ -30,13 +30,13 @@ def each(
 ) -> Generator[tuple[int, BaseException | None]]:
     """Do the jobs in ``count`` processes; yield each one's number as it ends, with its error or None.
 
-    Left early, or interrupted, it ends the jobs that still run.
+    Closed early or interrupted, it ends the jobs that still run.
 
     Args:
         act: a function of a module, called with a job in another process.
         poll: called a few times a second.
     """
-    # One process a pool: a death breaks its whole pool and does not say which of its jobs was to blame.
+    # One process per pool: a death breaks its whole pool, and does not tell which job caused it.
     pools = [_Pool() for _ in range(count)]
     waiting, deaths = deque(range(len(jobs))), Counter[int]()
     busy: dict[Future[object], tuple[int, int]] = {}
@@ -60,7 +60,7 @@ def each(
                     pools[slot] = _Pool()
                     deaths[number] += 1
                     if deaths[number] < DEATHS:
-                        waiting.append(number)  # behind the others: fewer at a time need less memory
+                        waiting.append(number)  # after the others, when fewer jobs at a time need less memory
                         continue
                     error = ProcessDied()
                 yield number, error
@@ -71,19 +71,19 @@ def each(
         for pool in pools:
             if (
                 not is_done
-            ):  # each, for an interruption may come between the start of a job and the note that it is busy
+            ):  # all of them, since an interruption may come between the start of a job and its record as busy
                 pool.end()
             pool.close()
 
 
 def _begin(line: Connection) -> None:
-    """Prepare a process: it ends with its parent, and shows what is logged in it."""
+    """Prepare a process: end it with its parent, and show its log messages."""
     end_with_parent(line)
     messages.show()
 
 
 class _Pool:
-    """Run one job at a time in a process, which ends when this one does or says so."""
+    """Run one job at a time in a process that ends with this one, or when told to."""
 
     def __init__(self) -> None:
         spawn = multiprocessing.get_context("spawn")

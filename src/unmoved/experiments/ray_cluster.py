@@ -1,4 +1,4 @@
-"""Do jobs on a Ray cluster, on machines that have room; a job whose process dies gets a second try."""
+"""Run jobs on a Ray cluster, on machines that have room; a job whose process dies is tried once more."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from unmoved.experiments.local_pool import DEATHS, JobError, ProcessDied
 
 logger = logging.getLogger("unmoved")
 JobT = TypeVar("JobT")
-Answer = tuple[str, str]  # what came of a job: done, mistake (of a user), error, unfit (machine); and the words
-PATIENCE = 10.0  # seconds: network file systems tell news late
+Answer = tuple[str, str]  # the result of a job: done, mistake (of a user), error, unfit (machine); and a message
+PATIENCE = 10.0  # seconds: network file systems show new files late
 STORE = 100 * 2**20  # bytes of shared memory of a cluster of our own: nothing large passes through it
 
 
@@ -38,11 +38,11 @@ class Cluster:
     Attributes:
         address: ``"host:port"``; ``"local"`` starts a cluster of this machine alone. By default the one that
             RAY_ADDRESS names, or that runs on this machine, or else a local one.
-        cpus: cores a job.
-        gpus: GPUs a job; a share of one, where jobs are to share it.
+        cpus: cores per job.
+        gpus: GPUs per job; a fraction if jobs are to share one.
 
     Raises:
-        UnmovedError: an address, or numbers, that cannot be meant.
+        UnmovedError: an invalid address or number.
     """
 
     address: str | None = None
@@ -82,7 +82,7 @@ def each(
     with _connected(cluster) as ray, _token(shared) as token:
         lost = ray.exceptions
         deadly = (lost.WorkerCrashedError, lost.NodeDiedError, lost.OutOfMemoryError, lost.ObjectLostError)
-        # Ray's own second tries would come at once; ours come behind the other jobs, when there is more room.
+        # Ray's own retries would come at once; ours come after the other jobs, when there is more room.
         task = ray.remote(max_retries=0, num_cpus=cluster.cpus, num_gpus=cluster.gpus)(_traveller())
         setting = (str(token), os.getcwd(), cluster.gpus, PATIENCE)
         waiting, deaths = deque(range(len(jobs))), Counter[int]()
@@ -117,7 +117,7 @@ def each(
 
 def _error_of(answer: Answer) -> BaseException | None:
     kind, words = answer
-    if kind == "unfit":  # it would swallow one job after the other
+    if kind == "unfit":  # it would fail one job after the other
         raise UnmovedError(words)
     return {"done": None, "mistake": UnmovedError(words), "error": JobError(words)}[kind]
 
@@ -159,12 +159,12 @@ def attempt(payload: bytes, token: str, folder: str, gpus: float, patience: floa
                 "missing or another one; choose an --out on a file system that all machines of the cluster share"
             )
         time.sleep(0.1)
-    with suppress(OSError):  # relative paths in recipes mean the same where this folder is shared too
+    with suppress(OSError):  # so that relative paths in recipes work if this folder is shared
         os.chdir(folder)
     if not gpus:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray leaves all of them in sight of a job that asked for none
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray leaves all GPUs visible to a job that asked for none
     for variable in [name for name in os.environ if name.startswith("SLURM_")]:
-        del os.environ[variable]  # about the processes that Ray was started with: a run is none of several
+        del os.environ[variable]  # set for the processes that Ray was started with; a run is not one of several
     act, job = pickle.loads(payload)  # an ImportError here is the package's own
     if gpus:
         import torch
@@ -181,7 +181,7 @@ def attempt(payload: bytes, token: str, folder: str, gpus: float, patience: floa
         return "mistake", str(error)
     except JobError as error:
         return "error", str(error)
-    except Exception as error:  # as words: its type may be a stranger's, which nobody else can unpickle
+    except Exception as error:  # as text: other processes may be unable to unpickle its type
         return "error", f"{type(error).__name__}: {error}"
     return "done", ""
 
@@ -222,7 +222,7 @@ def _connect(ray: ModuleType, address: str | None) -> bool:
             try:
                 init(object_store_memory=STORE)
                 return True
-            except ValueError:  # Ray's way to say that there is a cluster, whose memory is not ours to choose
+            except ValueError:  # raised if there is a running cluster, whose memory cannot be set
                 init()
                 return False
     except Exception as error:  # Ray raises plain ones, too
@@ -232,10 +232,10 @@ def _connect(ray: ModuleType, address: str | None) -> bool:
 
 @contextmanager
 def _elsewhere() -> Iterator[None]:
-    """Change to the root folder inside the block: Ray's workers look for modules first in the folder it starts in.
+    """Change to the root folder inside the block, since Ray's workers import modules from its starting folder first.
 
-    A struct.py that lies there would run in place of the standard library's. Every machine has a root, and only its
-    administrator writes there.
+    A struct.py in that folder would replace the standard library's. Every machine has a root folder, and only its
+    administrator can write there.
     """
     here = os.getcwd()
     os.chdir(os.path.abspath(os.sep))
@@ -268,7 +268,7 @@ def _require_listener(host: str, port: int) -> None:
 
 
 def _say_where_nothing_fits(ray: ModuleType, cluster: Cluster, *, started: bool) -> None:
-    """Log, or raise `UnmovedError` for a cluster of our own, that no machine is large enough: Ray waits in silence."""
+    """Log that no machine is large enough, or raise `UnmovedError` on a local cluster; Ray would wait silently."""
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     sizes = {(machine.get("CPU", 0.0), machine.get("GPU", 0.0)) for machine in machines}
     if any(cpus >= cluster.cpus and gpus >= cluster.gpus for cpus, gpus in sizes):
@@ -282,7 +282,7 @@ def _say_where_nothing_fits(ray: ModuleType, cluster: Cluster, *, started: bool)
 
 @contextmanager
 def _token(shared: Path) -> Iterator[Path]:
-    """Make a file in the folder, by which a machine knows that it sees this folder and not one of the same name."""
+    """Make a file by which a machine checks that it sees this folder and not another of the same name."""
     token = shared.absolute() / f".cluster.{uuid.uuid4().hex}.tmp"
     write_atomic(token, b"")
     try:

@@ -1,7 +1,7 @@
 """Group evaluated runs by recipe, seeds together, after checking that all were evaluated alike.
 
 Accuracies are only comparable on the same data, in the same ball, under the same attacks; `results_by_recipe` refuses
-anything else. What AutoAttack and the doctor say is added where it is about the same weights.
+anything else. Results of AutoAttack and the doctor are added if they are about the same weights.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class SharedFinding(NamedTuple):
-    """A finding of the doctor at some seeds of a recipe, with what was measured at each: (seed, words)."""
+    """A finding of the doctor at some seeds of a recipe, with the measurement at each: (seed, text)."""
 
     grade: str
     check: str
@@ -43,8 +43,8 @@ class LostClass(NamedTuple):
     """A class that a recipe's models have lost.
 
     Attributes:
-        clean: lost on clean images; otherwise under attack, by what is right clean.
-        hits: (seed, how many are right or robust, of how many) at each seed that lost it.
+        clean: lost on clean images; otherwise under attack, counting samples that are right clean.
+        hits: (seed, number right or robust, number in all) at each seed that lost it.
     """
 
     clean: bool
@@ -56,10 +56,10 @@ class DoctorSummary(NamedTuple):
     """Hold what the doctor found in the runs of a recipe.
 
     Attributes:
-        grade: the worst over the seeds; "" where nothing objects, or nobody looked.
-        said: the sentences to put beside the number, each with the seeds that it is about.
+        grade: the gravest over the seeds; "" without findings, or if the doctor was not run.
+        said: the sentences to print beside the number, each with its seeds.
         findings: every finding, the gravest first.
-        unseen: the runs at which nobody looked.
+        unseen: the runs on which the doctor was not run.
     """
 
     grade: str
@@ -87,12 +87,12 @@ class RecipeResult:
 
     @property
     def sampled(self) -> tuple[EvaluatedRun, ...]:
-        """Return those of `settled` of which AutoAttack was asked about a sample."""
+        """Return those of `settled` that AutoAttack has judged on a sample."""
         return tuple(run for run in self.settled if run.estimate is not None)
 
     @property
     def judge(self) -> str:
-        """Return what AutoAttack's figure is called: a sampled one is never called a verdict of AutoAttack."""
+        """Return the name of AutoAttack's figure, which says whether it is sampled."""
         if len(self.sampled) == len(self.settled):
             return "AutoAttack, sampled" if self.sampled else "AutoAttack"
         seeds = ", ".join(str(run.seed) for run in self.sampled)
@@ -130,8 +130,7 @@ class RecipeResult:
     def broken(self) -> pd.DataFrame:
         """Average `EvaluatedRun.broken` over the seeds that AutoAttack judged: recipe, source, by, place, share, n.
 
-        In the mean over all seeds where it judged none completely: what it would have broken of a sample's others,
-        nobody knows.
+        Over all seeds if AutoAttack judged none completely: a sampled verdict does not say which images it breaks.
         """
         complete = tuple(run for run in self.runs if run.autoattack is not None)
         runs = complete or self.runs
@@ -146,7 +145,7 @@ class RecipeResult:
 
     @cached_property
     def doctor_summary(self) -> DoctorSummary:
-        """Merge the doctor's findings of all seeds; what was found alike at several seeds is listed once."""
+        """Merge the doctor's findings of all seeds; the same finding at several seeds is listed once."""
         shared: dict[tuple[str, ...], SharedFinding] = {}
         by_grade: dict[str, dict[str, list[int]]] = {grade: {} for grade in GRADES}
         for run in self.runs:
@@ -170,7 +169,7 @@ class RecipeResult:
     def lost_classes(self) -> list[LostClass]:
         """Return the classes that the doctor's rule calls lost, of all images of the evaluation; clean ones first.
 
-        The doctor itself looks at AutoAttack's images alone where it has judged, which may be too few to tell.
+        The doctor itself uses AutoAttack's images only, if there are any, which may be too few to tell.
         """
         lost: dict[tuple[bool, int], LostClass] = {}
         for run in self.runs:
@@ -187,7 +186,7 @@ class RecipeResult:
 
     @property
     def description(self) -> str:
-        """Return what the recipe says it is, or what it trains with; lines end in line breaks."""
+        """Return the recipe's own description, or else the names of its parts; with line breaks."""
         recipe = self.runs[0].recipe
         return str(recipe.get("description") or _parts_of(recipe))
 
@@ -241,7 +240,7 @@ class RecipeResult:
 
 
 def _parts_of(recipe: Json) -> str:
-    """Describe a recipe that says nothing of itself by the names of its parts; "" where it has none."""
+    """Describe a recipe without a description by the names of its parts; "" if it has none."""
     if not recipe.get("trained", True):
         return f"Judged, not trained: {_use(recipe, 'model')} on {_use(recipe, 'data')}."
     objective = recipe.get("objective")
@@ -264,8 +263,8 @@ def results_by_recipe(runs: Sequence[Run]) -> list[RecipeResult]:
 
     Raises:
         UnmovedError: no run; a run without evaluation; runs judged on different images, in different balls, by
-            different attacks; one recipe with a seed twice, or whose seeds were judged on best weights here and last
-            ones there; AutoAttack's verdicts on its seeds that share no image.
+            different attacks; one recipe with a seed twice, or with best weights judged for one seed and last weights
+            for another; AutoAttack's verdicts on its seeds that share no image.
     """
     if not runs:
         raise UnmovedError("expected at least one run, came none")
@@ -308,9 +307,9 @@ def _require_alike(runs: Sequence[EvaluatedRun]) -> None:
 
 
 def _where_all_are_settled(runs: Sequence[EvaluatedRun]) -> tuple[EvaluatedRun, ...]:
-    """Cut AutoAttack's outcomes of each seed of a recipe down to the images on which it judged all seeds.
+    """Restrict AutoAttack's outcomes of each seed to the images on which it judged all seeds.
 
-    Sampled verdicts cannot be cut down: they are left out where they are not all about the images of the others.
+    Sampled verdicts cannot be restricted: they are left out unless all are about the same images.
 
     Raises:
         UnmovedError: it judged no image in all of them.
@@ -344,7 +343,7 @@ def _without_estimate(run: EvaluatedRun, note: str) -> EvaluatedRun:
 
 
 def without_seeds(recipe: Json) -> Json:
-    """Remove what tells runs of a recipe apart, training.seed and which part of training.part it took, and its words.
+    """Remove the keys in which runs of a recipe differ, training.seed and training.part's number, and the description.
 
     Every other seed is a setting: data.seed chooses the test images.
     """

@@ -41,13 +41,13 @@ class EvaluationSetting(NamedTuple):
 class EvaluatedRun:
     """Hold an evaluated run, read from its folder once (a `Run` reads its files anew each time it is asked).
 
-    What `Run.shown` names is held of AutoAttack, and nothing else: a complete verdict, or an estimate of one.
+    Of AutoAttack's evaluations only the one that `Run.shown` names is held: a complete verdict or a sampled one.
 
     Attributes:
         verdict, autoattack: the facts and the outcomes of AutoAttack's complete verdict.
-        sampled, searched: the facts of a sampled verdict, and the outcomes of its cheap search on all n images.
-        estimate: of what that search and AutoAttack together leave robust.
-        stale: what is not shown, and why: it is about other weights or other data than the evaluation, or fewer images.
+        sampled, searched: the facts of a sampled verdict, and the outcomes of its cheap attack on all n images.
+        estimate: the number of images that this attack and AutoAttack together leave robust.
+        stale: which results are not shown, and why: other weights, other data, or fewer images than the evaluation.
     """
 
     path: Path
@@ -70,14 +70,14 @@ class EvaluatedRun:
 
     @classmethod
     def of(cls, run: Run) -> EvaluatedRun:
-        """Read a run; one that AutoAttack alone has judged, all or a sample, is reported from those outcomes.
+        """Read a run; if only AutoAttack has judged it, completely or on a sample, use those outcomes.
 
         Raises:
             UnmovedError: it was not evaluated, or its outcomes do not hold the samples that its evaluation names.
         """
         evaluation, metrics, shown = run.evaluation, run.metrics, run.shown
         table = None if evaluation is None else run.outcomes
-        # What lies beside an evaluation that was broken off is of nobody knows which weights.
+        # Results beside an interrupted evaluation may be about any weights.
         curve, gallery = (None, {}) if table is None else (run.curve, run.gallery or {})
         verdict = autoattack = sampled = searched = None
         if shown == "sampled":
@@ -170,8 +170,8 @@ def samples_of(table: pd.DataFrame) -> pd.DataFrame:
 def require_same_samples(ours: pd.DataFrame, theirs: pd.DataFrame, names: tuple[object, object]) -> None:
     """Raise `UnmovedError` unless two tables with columns index and label are about the same samples and labels.
 
-    Accuracies on other images are no seeds of one accuracy, and no difference of theirs is paired. Rows may repeat a
-    sample and come in any order.
+    Accuracies on different images cannot be averaged over seeds, nor compared pairwise. Rows may repeat a sample and
+    come in any order.
     """
     first, second = samples_of(ours), samples_of(theirs)
     if first.equals(second):
@@ -220,7 +220,7 @@ def _not_shown(run: Run, evaluation: Evaluation, shown: str) -> list[str]:
 
 
 def _opinion(run: Run, evaluation: Evaluation, settled: Evaluation | None) -> tuple[Doctor | None, list[str]]:
-    """Return what the doctor said of the outcomes that are shown, or None, and why it is not."""
+    """Return the doctor's findings about the outcomes that are shown, or None and the reasons."""
     doctor = run.doctor
     if doctor is None:
         return None, []

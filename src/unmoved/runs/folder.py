@@ -6,11 +6,11 @@ metrics.jsonl        one record an epoch
 per_class.jsonl      what terms report by class, one line an epoch; only where one does
 best.safetensors     weights with the highest validation robust accuracy
 last.safetensors     weights after the last saved epoch
-trainer.pt           everything that --resume needs; written after the weights, so it is the point a run comes back to
+trainer.pt           everything that --resume needs; written after the weights, so that a run resumes from it
 trainer.previous.pt  the one before, for when trainer.pt is damaged
 evaluation/          outcomes.csv, curve.csv, gallery.npz, evaluation.json
 verdict/             outcomes.csv, verdict.json: AutoAttack's
-sampled/             outcomes.csv, asked.csv, sampled.json: a cheap search's, and AutoAttack's of a sample it left
+sampled/             outcomes.csv, asked.csv, sampled.json: of a cheap attack, and of AutoAttack on survivors of it
 validation/          outcomes.csv, validation.json: of images held out of training, to choose settings by
 export/              what `unmoved export` wrote
 error.txt            the traceback of a run of `unmoved compare` that failed, until it succeeds
@@ -60,7 +60,7 @@ def folder_name(recipe: str) -> str:
 
 
 class Run:
-    """A run folder on disk; the module says what it holds. Files are read anew each time that they are asked for."""
+    """A run folder on disk; see the module for its files, which are read anew at each access."""
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
@@ -68,7 +68,7 @@ class Run:
 
     @classmethod
     def create(cls, path: Path | str, recipe: Json, weights: models.Loaded | None = None) -> Run:
-        """Make a new run folder; refuse one in which anything of a run was saved.
+        """Make a new run folder; refuse a folder that holds files of a run.
 
         Args:
             weights: what was read of the file of weights that the recipe names; the provenance says it.
@@ -93,7 +93,7 @@ class Run:
         if not os.path.lexists(run.path / "recipe.toml") and (inside := run_meant(run.path)):
             raise UnmovedError(f"run folder {run.path}: expected one run, a folder made by 'unmoved train'{inside}")
         for name in ("recipe.toml", "provenance.json"):
-            if not os.path.lexists(run.path / name):  # what is no file is named by its reader
+            if not os.path.lexists(run.path / name):  # if it is not a regular file, its reader reports it
                 raise UnmovedError(
                     f"run folder {run.path}: {name} is missing, so this is no run or a half written one; train again"
                 )
@@ -162,7 +162,7 @@ class Run:
                 remove_leftovers(self.path / kind)
                 for folder in (self.path / kind).glob("*adversarial*"):
                     remove_leftovers(folder)
-            for folder in (self.path, self.path / "analysis"):  # where doctor and analyses may be writing right now
+            for folder in (self.path, self.path / "analysis"):  # doctor and analyses may be writing there at the moment
                 remove_leftovers(folder, older_than=3600.0)
             yield
 
@@ -188,7 +188,7 @@ class Run:
         return Log(self.path)
 
     def mend_log(self, state: SavedState) -> None:
-        """Cut the log back to where it was when this state of `load_state` was saved; its epoch is the last line."""
+        """Truncate the log to its length when this state was saved, and append the line of the state's epoch."""
         self.log.go_back(state["log"], state["epochs"])
         self.log.add(state["record"])
 
@@ -242,13 +242,13 @@ class Run:
         images: str | None = None,
         journal: str | None = None,
     ) -> None:
-        """Save an evaluation in the folder ``kind``, replacing the one that is there: as a whole, or not at all.
+        """Save an evaluation in the folder ``kind``; it replaces the one there as a whole, or not at all.
 
         Args:
-            facts: with a ``question``, the images of an evaluation that answered the same one are kept.
+            facts: if their ``question`` is that of the old evaluation, its adversarial images are kept.
             asked: the outcomes of AutoAttack on a sample.
-            images: the folder in there whose images become ``adversarial``.
-            journal: the file in there that has done its work; it is emptied.
+            images: the folder in ``kind`` that becomes ``adversarial``.
+            journal: the journal in ``kind``, which is emptied.
         """
         folder = self.path / kind
         files = {"outcomes.csv": outcomes.as_csv(table, str(folder / "outcomes.csv"))}
@@ -262,7 +262,7 @@ class Run:
         digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
         files[f"{kind}.json"] = _json({**facts, "files": digests})
         if journal is not None:
-            files[journal] = b""  # with the rest: it would go on without the images that it has answers for
+            files[journal] = b""  # together with the rest, or it would be resumed without its images
         folders = {"adversarial": images or ""}
         with suppress(UnmovedError):  # facts that are damaged are about to be replaced
             before = self.facts(kind)
@@ -282,15 +282,15 @@ class Run:
 
     @property
     def sampled(self) -> records.Evaluation | None:
-        """Return the facts of an evaluation in which AutoAttack was asked about a sample, or None."""
+        """Return the facts of an evaluation with AutoAttack on a sample, or None."""
         return self.facts("sampled")
 
     @property
     def shown(self) -> str:
-        """Return where the number shown is from: a folder of outcomes.
+        """Return the folder of the outcomes that the reported number is from.
 
-        That of the complete verdict by AutoAttack, "verdict", or of the sampled one, "sampled", if it is about the same
-        model and data as the evaluation, whichever is about more images; or "evaluation".
+        Of AutoAttack's complete verdict, "verdict", and the sampled one, "sampled", the one on more images, if it is
+        about the same model and data as the evaluation; otherwise "evaluation".
         """
         found = {kind: facts for kind in ("verdict", "sampled") if (facts := self.facts(kind)) is not None}
         evaluation = self.evaluation or next(iter(found.values()), None)
@@ -336,17 +336,17 @@ class Run:
 
     @property
     def sampled_outcomes(self) -> pd.DataFrame | None:
-        """Return the outcomes of the cheap search of a sampled verdict, or None."""
+        """Return the outcomes of the cheap attack of a sampled verdict, or None."""
         return self._outcomes("sampled", "outcomes.csv")
 
     @property
     def asked_outcomes(self) -> pd.DataFrame | None:
-        """Return the outcomes of AutoAttack on the sample that it was asked about, or None."""
+        """Return the outcomes of AutoAttack on the sample of a sampled verdict, or None."""
         return self._outcomes("sampled", "asked.csv")
 
     @property
     def shown_outcomes(self) -> pd.DataFrame | None:
-        """Return the outcomes that the number shown is from; of a sampled verdict those of both attacks together."""
+        """Return the outcomes behind the reported number; for a sampled verdict those of both attacks together."""
         if (kind := self.shown) != "sampled":
             return self._outcomes(kind, "outcomes.csv")
         cheap, asked = self.sampled_outcomes, self.asked_outcomes
@@ -374,7 +374,7 @@ class Run:
             table = outcomes.read(path)
             self._require_own(kind, path)
             self._tables[key] = stamp, table
-        return self._tables[key][1].copy()  # what a caller changes is his own
+        return self._tables[key][1].copy()  # a copy, which the caller may change
 
     @property
     def gallery(self) -> dict[str, np.ndarray] | None:

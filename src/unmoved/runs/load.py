@@ -26,7 +26,7 @@ from unmoved.runs.provenance import code
 
 
 class Opened(NamedTuple):
-    """Hold a run's objects and its model with some of its weights, in evaluation mode on the device."""
+    """Hold a run's objects and its model with the weights asked for, in evaluation mode on the device."""
 
     assembly: Assembly
     model: nn.Module
@@ -44,8 +44,8 @@ def opened(
     """Build the run's objects and load its model with these weights.
 
     Args:
-        source: the data of its recipe, where it was made already.
-        assembly: the objects of its recipe, where they were made already.
+        source: the data of its recipe, if it is loaded already.
+        assembly: the objects of its recipe, if they are built already.
     """
     require_device(device)
     if assembly is None:
@@ -59,7 +59,7 @@ def opened(
 
 
 def weights_digest(run: Run, weights: str) -> str:
-    """Return the sha256 of a weights file, by which an evaluation names its weights."""
+    """Return the sha256 of a weights file, by which an evaluation identifies its weights."""
     path = run.path / f"{weights}.safetensors"
     try:
         status = path.stat()
@@ -70,8 +70,8 @@ def weights_digest(run: Run, weights: str) -> str:
 
 @lru_cache(maxsize=64)
 def _digest(path: Path, stamp: tuple[int, ...]) -> str:
-    """Compute the sha256 of a file once for each stamp: weights may be large and are asked about often."""
-    models.require_header(path)  # a sparse file would be hashed for ever
+    """Compute the sha256 of a file, cached by its stamp, since weights may be large."""
+    models.require_header(path)  # refuses a huge sparse file before it is hashed
     return untrusted.digest(path)
 
 

@@ -14,12 +14,12 @@ from pathlib import Path
 from unmoved.core.errors import UnmovedError
 from unmoved.core.files import unwritten
 
-# Not the library filelock: it leaves its file in the folder, since it does not notice that the file it has locked lost
-# its name meanwhile, and it gives up where a network file system has no locks (ENOLCK, EOPNOTSUPP).
+# Not the library filelock: it leaves its file in the folder, since it does not notice that the file it has locked was
+# removed meanwhile, and it fails where a network file system has no locks (ENOLCK, EOPNOTSUPP).
 NAME = ".lock"
-# Never through a link, which may lead to a file of somebody else's, and never waiting for the writer of a pipe.
+# Never follows a link, which may lead to another user's file, and never waits for the writer of a pipe.
 _OPEN = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-_held: set[tuple[str, int]] = set()  # (folder, thread): who holds a lock may enter it again
+_held: set[tuple[str, int]] = set()  # (folder, thread): a thread that holds a lock may enter it again
 
 if sys.platform == "win32":
     import msvcrt
@@ -38,10 +38,10 @@ else:
 def alone(folder: Path) -> Iterator[None]:
     """Lock a folder inside the block; the folder is made if it is missing.
 
-    The same thread may enter again. What an ended process leaves behind, also one that was killed, locks nobody out.
+    The same thread may enter again. The lock of a process that ended or was killed is free.
 
     Raises:
-        UnmovedError: somebody else is at work in the folder; a folder that cannot be made or written.
+        UnmovedError: another process holds the lock; a folder that cannot be made or written.
     """
     key = (str(folder.resolve()), threading.get_ident())
     if key in _held:
@@ -58,7 +58,7 @@ def alone(folder: Path) -> Iterator[None]:
         yield
     finally:
         _held.discard(key)
-        with suppress(OSError):  # Windows keeps the name while the file is open; a left file locks nobody out
+        with suppress(OSError):  # Windows cannot remove an open file; a file that is left locks nothing
             path.unlink()
         os.close(descriptor)
 
@@ -71,14 +71,14 @@ def _locked(path: Path) -> int:
             raise UnmovedError(f"{path}: expected a regular file, came something else; remove it")
         try:
             _take(descriptor)
-            # Its last holder may have taken the name away after we opened the file: that lock is nobody's.
+            # Its last holder may have removed the file after we opened it: then this lock protects nothing.
             if os.path.samestat(os.fstat(descriptor), os.stat(path)):
                 return descriptor
         except FileNotFoundError:
             pass
         except OSError as error:
             if error.errno in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
-                return descriptor  # some network file systems know no locks: better unguarded than not at all
+                return descriptor  # some network file systems have no locks: go on without one
             os.close(descriptor)
             if error.errno in (errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK):
                 raise UnmovedError(

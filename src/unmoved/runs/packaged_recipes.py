@@ -13,5 +13,5 @@ def names() -> list[str]:
 
 
 def located(path: Path) -> Path:
-    """Return the file that a recipe is read from: the path, or where it is no file, the package's of this name."""
+    """Return the file of a recipe: the path itself, or if it is not a file, the package's recipe of this name."""
     return FOLDER / f"{path.as_posix()}.toml" if not path.is_file() and path.as_posix() in names() else path

@@ -41,7 +41,7 @@ def versions() -> dict[str, str | None]:
 
 
 def code(packages: Collection[str] = ()) -> str:
-    """Compute the sha256 of unmoved's files and of the loaded files of these packages: versions may stand still."""
+    """Compute the sha256 of the code of unmoved and these packages, which may change without their versions."""
     tops = {name.partition(".")[0] for name in packages}
     theirs = [module for name, module in list(sys.modules.items()) if name.partition(".")[0] in tops]
     files = {Path(file) for module in theirs if (file := getattr(module, "__file__", None))}
@@ -100,5 +100,5 @@ def _git() -> Json | None:
         status = subprocess.run(["git", "status", "--porcelain"], capture_output=True, timeout=10)
     except (OSError, subprocess.SubprocessError):
         return None
-    # Bytes: the names of files may be of any encoding.
+    # As bytes, since names of files may have any encoding.
     return {"commit": commit.stdout.decode("ascii").strip(), "dirty": bool(status.stdout.strip())}

@@ -1,8 +1,8 @@
 """Import classes and functions that a recipe names as ``use = "module:Name"``, if the user allowed the package.
 
-A recipe travels, and whoever wrote it chooses the name and the arguments of what is called. So a recipe reaches only
-what an allowed package offers (defines itself, or lists in ``__all__``), never what it happens to have imported, and
-that is called only where it makes what the place in the recipe asks for.
+Recipes are shared, and their authors choose which names are called with which arguments. So a recipe can name only what
+an allowed package defines itself or lists in ``__all__``, never what it has merely imported, and this is called only if
+it makes what its place in the recipe asks for.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from unmoved.core.errors import UnmovedError, did_you_mean
 from unmoved.core.untrusted import JsonValue
 
 Factory = Callable[..., Any]
-NAMED = r"[A-Za-z_][\w.]*:[A-Za-z_]\w*"  # how a recipe names code that is not part of unmoved
-_added: list[str] = []  # the folder that this module has put at the end of sys.path, if any
-_UNKNOWN = object()  # a return annotation that is missing, or says nothing
+NAMED = r"[A-Za-z_][\w.]*:[A-Za-z_]\w*"  # how a recipe names third-party code
+_added: list[str] = []  # the folder that this module has appended to sys.path, if any
+_UNKNOWN = object()  # a return annotation that is missing or uninformative
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Place:
     """What a place in a recipe asks for.
 
     Attributes:
-        noun: what it is called in an error, with its article.
+        noun: its name in an error message, with an article.
         of: the class that it must be an instance of; None where being callable is enough.
         takes: the names of the arguments that it is called with; empty where it is not called.
     """
@@ -70,11 +70,11 @@ class Place:
 def find(use: str, allow: Collection[str], place: Place) -> Factory:
     """Import the class or function ``module:Name`` from the environment or the current folder, if it may be called.
 
-    The current folder stands behind everything that is installed.
+    Installed packages take precedence over the current folder.
 
     Raises:
-        UnmovedError: a package that was not allowed; a module that cannot be imported; a name that the package has not,
-            or has merely imported; something that does not make what the place asks for. None of it is called.
+        UnmovedError: a package that was not allowed; a module that cannot be imported; a name that the package does
+            not have, or has merely imported; something that does not make what the place asks for. Nothing is called.
     """
     module_name, _, name = use.partition(":")
     package = module_name.split(".")[0]
@@ -106,7 +106,7 @@ def find(use: str, allow: Collection[str], place: Place) -> Factory:
 
 
 def is_foreign(use: str) -> bool:
-    """Return whether this names a stranger's part, ``module:Name``."""
+    """Return whether this names third-party code, as ``module:Name``."""
     return re.fullmatch(NAMED, use) is not None
 
 
@@ -134,12 +134,12 @@ def _imported(use: str, name: str) -> types.ModuleType:
         raise UnmovedError(
             f"use = {use!r}: cannot import {name!r} ({error}); run from the folder that holds it, or install it"
         ) from error
-    except Exception as error:  # whatever a stranger's module does
+    except Exception as error:  # a third-party module may raise anything
         raise UnmovedError(f"use = {use!r}: cannot import {name!r} ({type(error).__name__}: {error})") from error
 
 
 def _search_here() -> None:
-    """Put the current folder at the end of ``sys.path``, in place of the one that this function put there before."""
+    """Append the current folder to ``sys.path``, in place of the one that this function appended before."""
     here = os.getcwd()
     if _added and _added[0] != here and _added[0] in sys.path:
         sys.path.remove(_added.pop())
@@ -149,7 +149,7 @@ def _search_here() -> None:
 
 
 def _require_of_here(use: str, package: str) -> None:
-    """Raise `UnmovedError` where this process holds another module of that name: Python would use that in silence."""
+    """Raise `UnmovedError` if another module of that name is loaded, which Python would silently use."""
     held = getattr(sys.modules.get(package), "__file__", None)
     spec = importlib.machinery.PathFinder.find_spec(package) if held else None
     if held and spec and spec.origin and os.path.realpath(held) != os.path.realpath(spec.origin):
@@ -160,7 +160,7 @@ def _require_of_here(use: str, package: str) -> None:
 
 
 def _package(thing: object, key: str = "__module__") -> str:
-    """Return the package that defines a thing; what wraps it does not count."""
+    """Return the package that defines an object, looking through ``functools.partial``."""
     while isinstance(thing, functools.partial):
         thing = thing.func
     return str(getattr(thing, key, None) or type(thing).__module__).split(".")[0]
@@ -172,13 +172,13 @@ def _listed(module: types.ModuleType) -> Collection[object]:
 
 
 def _whence(thing: object) -> str:
-    """Return the name of a thing and of the module that defines it."""
+    """Return the name of an object and of the module that defines it."""
     name = getattr(thing, "__qualname__", None) or type(thing).__qualname__
     return f"{name} of {getattr(thing, '__module__', None) or type(thing).__module__}"
 
 
 def _require_kind(use: str, thing: object, place: Place, *, is_own: bool) -> None:
-    """Raise `UnmovedError` unless calling ``thing`` makes what the place asks for, as far as it can be told."""
+    """Raise `UnmovedError` unless calling ``thing`` makes what the place asks for, as far as annotations tell."""
     if isinstance(thing, type):
         if not place.fits(thing):
             raise UnmovedError(f"use = {use!r}: expected {place}, came the class {thing.__name__}")
@@ -186,7 +186,7 @@ def _require_kind(use: str, thing: object, place: Place, *, is_own: bool) -> Non
     if not callable(thing):
         raise UnmovedError(f"use = {use!r}: expected {place}, came an object of type {type(thing).__name__}")
     hint = _returned(thing)
-    if hint is _UNKNOWN and not is_own:  # the package did not write it: nobody says what it does
+    if hint is _UNKNOWN and not is_own:  # not written by the allowed package, so its result is unknown
         raise UnmovedError(
             f"use = {use!r}: expected {place}, came {_whence(thing)}, which does not say what it returns; "
             "call it in a function of your own"
@@ -212,7 +212,7 @@ def _returned(function: Callable[..., object]) -> object:
         bare.__annotations__ = {"return": hint}
         try:
             hint = typing.get_type_hints(bare, getattr(inspect.unwrap(function), "__globals__", {}))["return"]
-        except Exception:  # a name that is imported for type checkers alone
+        except Exception:  # a name that is imported only for type checking
             return _UNKNOWN
     if hint in (Any, object) or isinstance(hint, typing.TypeVar):
         return _UNKNOWN

@@ -43,14 +43,14 @@ def train_recipe(
     loading: Callable[[int, int], None] | None = None,
     build: Callable[[], Assembly] | None = None,
 ) -> Run:
-    """Train a recipe into a run folder; with ``resume`` go on where the folder stands, or start it.
+    """Train a recipe into a run folder; with ``resume`` continue from the state in the folder, if there is one.
 
     With several ``devices`` or ``nodes`` the first process starts the others of its machine by its own command line;
     on other machines that command is started by hand with ``NODE_RANK`` and ``MASTER_ADDR`` set, or on all by
-    ``torchrun``. They share each batch and make the step that one process would make; the first has the folder.
+    ``torchrun``. They share each batch and make the step that one process would make; only the first writes the folder.
 
-    ``progress`` is that of `unmoved.train`; ``loading`` is called with (done, total) images where decoding takes
-    a while. ``build`` gives the objects of the recipe, for whoever wants them too.
+    ``progress`` is as in `unmoved.train`; ``loading`` is called with (done, total) images while they are decoded.
+    ``build`` returns the objects of the recipe, if the caller needs them too.
 
     Raises:
         UnmovedError: a folder that holds a run (without ``resume``) or a run of another recipe, or in which another
@@ -58,17 +58,17 @@ def train_recipe(
     """
     first = distributed.rank(devices, nodes) == 0
     with ExitStack() as held:
-        if first and Path(out).is_dir():  # otherwise none is made before the recipe is known to be sound
+        if first and Path(out).is_dir():  # otherwise no folder is made before the recipe has been checked
             held.enter_context(Run(out).alone())
         run = _begun(out, recipe.tables()) if first and resume else None
         done = run is not None and _is_done(run, recipe)
         if run is not None and done and nodes == 1 and not distributed.started_by_others():
-            return run  # of several machines each must be told, or the others would wait for this one
+            return run  # on every machine, or the others would wait for this one
         fabric = distributed.prepare(device, devices, nodes)
-        # Everything a recipe can get wrong is found before a folder is made, and before other processes are.
+        # Mistakes in a recipe are found before a folder is made and before other processes are started.
         assembly = Assembly(recipe, allow, loading) if build is None else build()
         is_begun = run is not None and any(os.path.lexists(run.path / name) for name in (NEWEST, PREVIOUS))
-        # What was saved holds the weights: the file that they came from may be gone.
+        # The saved state holds the weights, whose original file may be gone.
         model, loaded = (assembly.model(), None) if is_begun else assembly.initial_model()
         if run is not None and loaded is not None and is_of_other_weights(run.path, loaded.sha256):
             raise UnmovedError(
@@ -78,7 +78,7 @@ def train_recipe(
         _rehearse(model, assembly, train_part, validation, fabric)
         if first:
             held.enter_context(Run(out).alone())
-            # Where the folder was missing, another process may have begun in the meantime.
+            # If the folder was missing, another process may have started there in the meantime.
             run = (_begun(out, recipe.tables()) if resume else None) or Run.create(out, recipe.tables(), weights=loaded)
         with distributed.together(fabric):
             if not distributed.broadcast(fabric, done):

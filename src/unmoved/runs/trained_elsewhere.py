@@ -1,4 +1,4 @@
-"""Make run folders of models that were trained elsewhere, and tell when they are about another model or other data."""
+"""Make run folders for models that were trained elsewhere, and check that a folder is about the same model and data."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from unmoved.runs import recipe as config
 from unmoved.runs.assembly import IN_PYTHON, Assembly
 from unmoved.runs.folder import Run
 
-_LOOKED_AT = 8  # images whose logits stand for what a model computes
+_LOOKED_AT = 8  # images whose logits identify what a model computes
 
 
 def first_logits(model: nn.Module, split: ArraySplit | Selection) -> Tensor:
-    """Return a model's logits (B, K) of a few images of the data, the same at each call."""
+    """Return a model's logits (B, K) for the first images of the data, the same at each call."""
     x = next(split.batches(min(_LOOKED_AT, len(split)))).x
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -33,8 +33,8 @@ def first_logits(model: nn.Module, split: ArraySplit | Selection) -> Tensor:
 def tables_of_objects(model: nn.Module, split: ArraySplit | Selection, logits: Tensor) -> Json:
     """Return the tables of a recipe for a model and data that are objects in Python.
 
-    They name both by content: the model by its tensors and by its `first_logits` (what it computes may change with its
-    code, or with a setting that is no tensor), the data by its digest.
+    They identify both by content: the model by its tensors and its `first_logits` (which also change with its code and
+    with settings that are not tensors), the data by its digest.
     """
     kind = type(model)
     use = f"{kind.__module__}:{kind.__qualname__.rpartition('.')[2]}"
@@ -47,7 +47,7 @@ def tables_of_objects(model: nn.Module, split: ArraySplit | Selection, logits: T
 
 
 def fingerprint(model: nn.Module, logits: Tensor) -> str:
-    """Compute the sha256 of a model's tensors and of some of its logits, rounded to a thousandth."""
+    """Compute the sha256 of a model's tensors and of some of its logits, rounded to 0.001."""
     tensors = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     digest = hashlib.sha256(models.checksum(tensors).encode())
     rounded = logits.double().round(decimals=3) + 0.0  # no -0.0
@@ -56,14 +56,14 @@ def fingerprint(model: nn.Module, logits: Tensor) -> str:
 
 
 def is_of_other_weights(path: Path, sha256: str) -> bool:
-    """Return whether there is a run folder of a model whose weights came from another file."""
+    """Return whether ``path`` is a run folder of a model whose weights came from another file."""
     if not os.path.lexists(path / "recipe.toml"):
         return False
     return Run.open(path).provenance.get("weights", {}).get("sha256") != sha256
 
 
 def judged_run(path: Path, assembly: Assembly, model: nn.Module, loaded: models.Loaded | None) -> Run:
-    """Make the run folder of a model that was trained elsewhere, or open the one that was made of it before.
+    """Make the run folder of a model that was trained elsewhere, or open the one made for it before.
 
     Raises:
         UnmovedError: the folder holds another run, or one of other weights.
@@ -73,7 +73,7 @@ def judged_run(path: Path, assembly: Assembly, model: nn.Module, loaded: models.
         run = Run.open(path)
         is_other = loaded is not None and is_of_other_weights(path, loaded.sha256)
         begun = config.parse(run.recipe, str(path / "recipe.toml"))
-        if begun.model.weights and assembly.recipe.model.weights:  # known by its content, wherever it lies
+        if begun.model.weights and assembly.recipe.model.weights:  # compared by content, so its path may differ
             begun.model.weights.file = assembly.recipe.model.weights.file
         if differ := config.differing(begun, tables) + ["the file of weights"] * is_other:
             raise UnmovedError(f"{path} holds another run (it differs in: {', '.join(differ)}); choose another folder")
