@@ -1,7 +1,7 @@
 """Print progress, summaries and messages: bars and tables on a terminal, plain lines where a program reads them.
 
-All text goes through here, and is shown as it is: names, paths and messages are a user's or a stranger's, so square
-brackets are no markup, ``:smile:`` is no emoji, and what the screen cannot encode, or would obey, becomes an escape.
+All text is printed here and shown literally, since names, paths and messages may come from anyone: square brackets are
+no markup, ``:smile:`` is no emoji, and control characters and characters that cannot be encoded are escaped.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ class Assembly:
 
     Args:
         recipe: what to build.
-        allow: packages of strangers whose code may run.
+        allow: third-party packages whose code may run.
         progress: called with (done, total) images while they are decoded.
         source: the data, where it was made already for another recipe with the same data.
 

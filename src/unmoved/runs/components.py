@@ -187,7 +187,7 @@ KINDS: dict[str, dict[str, Factory]] = {
     "schedule": {snake_case(kind.__name__): kind for kind in optim.SCHEDULES},
     "average": {snake_case(kind.__name__): kind for kind in averaging.AVERAGES},
 }
-# What a stranger's part must be, by where the recipe names it.
+# What a third-party part must be, by its place in the recipe.
 PLACES: dict[str, Place] = {
     "terms": Place("a term", takes=("views",)),
     "attacks": Place("an attack", takes=("model", "batch")),
@@ -332,7 +332,7 @@ def build(kind: str, table: Component, allow: Collection[str] = (), **given: obj
 
 
 def _require_arguments(use: str, kind: str, without: Iterable[inspect.Parameter]) -> None:
-    """Raise `UnmovedError` if a stranger's part needs arguments that neither the recipe nor the package gives."""
+    """Raise `UnmovedError` if a third-party part needs arguments that neither the recipe nor the package gives."""
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     needed = [
         parameter.name for parameter in without if parameter.default is parameter.empty and parameter.kind in named

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -23,12 +23,13 @@ from unmoved.data.split import drawn
 from unmoved.evaluation.doctor import examine
 from unmoved.evaluation.doctor.finding import summary
 from unmoved.evaluation.outcomes import CLEAN, WORST
-from unmoved.runs import components, sampled_autoattack
+from unmoved.runs import components
 from unmoved.runs.assembly import Assembly
 from unmoved.runs.evaluator import Evaluator
 from unmoved.runs.folder import Run
 from unmoved.runs.load import Opened, data_and_code, opened, weights_digest
 from unmoved.runs.records import Doctor, attacks_of, digest_of_outcomes
+from unmoved.runs.sampled_autoattack import Size, evaluate_sample
 from unmoved.runs.shorthand import attack_tables
 from unmoved.runs.third_party import is_foreign
 
@@ -68,19 +69,17 @@ def evaluate_run(
         precision: of the search alone; every success is judged in float32.
         save_adversarial: keep the successful images too, as ``adversarial/*.npz`` beside the outcomes.
         validation: judge what ``training.validation`` held out, to choose settings by, into ``validation``.
-        sample, within: with ``"standard"``, run AutoAttack on a sample of what `Quick` leaves; see
-            `sampled_autoattack.Size`.
-        allow: packages of strangers whose code may run.
-        progress: called with (share of the work, what is known so far).
-        ready: gives what `opened` gives for these weights, where it was called already.
+        sample, within: with ``"standard"``, run AutoAttack on a sample of what `Quick` leaves; see `Size`.
+        allow: third-party packages whose code may run.
+        progress: called with (share of the work, a line of text on the state).
+        ready: returns what `opened` returns for these weights, if that was called already.
 
     Returns:
-        Folder name -> the outcomes table of `judge.evaluate`; see `sampled_autoattack.evaluate_sample` for a sample.
+        Folder name -> the outcomes table of `judge.evaluate`; see `evaluate_sample` for a sample.
 
     Raises:
-        UnmovedError: as `judge.evaluate` and `sampled_autoattack.evaluate_sample`; an unknown name; weights
-            that are missing or do not fit; ``validation`` of a run that held nothing out; a run that another process
-            trains or evaluates.
+        UnmovedError: as `judge.evaluate` and `evaluate_sample`; an unknown name; weights missing or not fitting;
+            ``validation`` of a run that held nothing out; a run that another process trains or evaluates.
     """
     size = size_of(sample, within, attacks, is_plain=not (save_adversarial or validation))
     n = None if n is None else require_whole("n", n, at_least=1)
@@ -90,25 +89,31 @@ def evaluate_run(
         precision = resolve(precision, device_of(model))  # another machine's "auto" may be another one
         count = n or assembly.recipe.evaluation.n
         images = _images(run, assembly, count, validation)
-        inputs = data_and_code(assembly, images.split, allow)
+        key = data_and_code(assembly, images.split, allow)
         kinds = chosen_attacks(attacks, assembly, allow, validation)
         evaluator = Evaluator(
-            run, assembly, model, *images, count, attacks, weights, precision, batch_size, workers, inputs
+            run, assembly, model, *images, count, attacks, weights, precision, batch_size, workers, key
         )
         if size is not None:
-            return sampled_autoattack.evaluate_sample(
-                evaluator, kinds["verdict"], size, partial(_report, progress, 0, 1)
-            )
-        parts = [partial(_report, progress, number, len(kinds)) for number in range(len(kinds))]
-        return {
-            k: evaluator.evaluate_and_save(k, kinds[k], save_adversarial, part)
-            for k, part in zip(kinds, parts, strict=True)
-        }
+            return evaluate_sample(evaluator, kinds["verdict"], size, partial(_report, progress, 0, 1))
+        return _evaluate_each(evaluator, kinds, save_adversarial, progress)
 
 
-def size_of(
-    sample: int | None, within: float | None, attacks: str, *, is_plain: bool = True
-) -> sampled_autoattack.Size | None:
+def _evaluate_each(
+    evaluator: Evaluator,
+    kinds: Mapping[str, dict[str, Attack]],
+    save_adversarial: bool,
+    progress: Callable[[float, str], None] | None,
+) -> dict[str, pd.DataFrame]:
+    """Evaluate under the attacks of each folder in turn, and return the outcomes by folder."""
+    results = {}
+    for number, (kind, chosen) in enumerate(kinds.items()):
+        report = partial(_report, progress, number, len(kinds))
+        results[kind] = evaluator.evaluate_and_save(kind, chosen, save_adversarial, report)
+    return results
+
+
+def size_of(sample: int | None, within: float | None, attacks: str, *, is_plain: bool = True) -> Size | None:
     """Return how large a sample is wanted; None for none.
 
     Raises:
@@ -121,7 +126,7 @@ def size_of(
             "--sample, --within: expected --attacks standard, without --save-adversarial and --validation, came "
             f"--attacks {attacks}; a sample estimates what AutoAttack's standard version leaves of test images"
         )
-    return sampled_autoattack.Size(sample, within)
+    return Size(sample, within)
 
 
 def _report(progress: Callable[[float, str], None] | None, number: int, count: int, share: float, text: str) -> None:

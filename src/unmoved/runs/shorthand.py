@@ -25,7 +25,7 @@ def model_table(
     """Make the model's table of a recipe.
 
     Args:
-        text: a name of ours, ``timm:NAME``, or a stranger's ``module:Name``.
+        text: a name of this package, ``timm:NAME``, or third-party ``module:Name``.
         settings: ``key=value``, the arguments of what makes the model.
         weights: file, match, ignore and key, as of ``[model] weights``.
         mean, std: numbers with commas between: what images in [0, 1] are normalised by.
@@ -59,7 +59,7 @@ def data_table(text: str, settings: Sequence[str] = ()) -> Json:
 
     Args:
         text: ``NAME`` or ``NAME:PLACE``, the place being the first setting of the source (a path, a data set's name);
-            or a stranger's ``module:Name``.
+            or third-party ``module:Name``.
         settings: ``key=value``.
 
     Raises:
