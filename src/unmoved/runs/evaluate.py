@@ -87,13 +87,11 @@ def evaluate_run(
     with run.alone():
         assembly, model = opened(run, weights, device, allow) if ready is None else ready()
         precision = resolve(precision, device_of(model))  # another machine's "auto" may be another one
-        count = n or assembly.recipe.evaluation.n
-        images = _images(run, assembly, count, validation)
+        n = n or assembly.recipe.evaluation.n
+        images = _images(run, assembly, n, validation)
         key = data_and_code(assembly, images.split, allow)
         kinds = chosen_attacks(attacks, assembly, allow, validation)
-        evaluator = Evaluator(
-            run, assembly, model, *images, count, attacks, weights, precision, batch_size, workers, key
-        )
+        evaluator = Evaluator(run, assembly, model, *images, n, attacks, weights, precision, batch_size, workers, key)
         if size is not None:
             return evaluate_sample(evaluator, kinds["verdict"], size, partial(_report, progress, 0, 1))
         return _evaluate_each(evaluator, kinds, save_adversarial, progress)
