@@ -1,4 +1,4 @@
-"""How long one corruption sweep takes: ``python benchmarks/corruption.py``.
+"""Time one corruption sweep: ``python benchmarks/corruption.py``.
 
 A SmallCNN of full width on 28x28 images, float32: random and adversarial corruptions over a grid of relative eps.
 """

@@ -1,4 +1,4 @@
-"""Seconds an epoch on one GPU, against a plain reference on the same card in the same run: ``make bench-gpu``.
+"""Measure seconds per epoch on one GPU, against a plain reference in the same run: ``make bench-gpu``.
 
     python benchmarks/gpu.py [--steps 50] [--rounds 5] [--out runs/bench-gpu.json]
     python benchmarks/gpu.py --dry --device cpu      # every line in miniature, of no meaning as a measurement

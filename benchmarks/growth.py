@@ -1,4 +1,4 @@
-"""How time, memory and what is written grow with classes, images, runs, epochs and parameters, as ratios in one run.
+"""Measure how time, memory and bytes written grow with classes, images, runs, epochs and parameters.
 
     python benchmarks/growth.py [--only classes,images,report,analysis,epochs,parameters] [--out runs/bench-growth.json]
 

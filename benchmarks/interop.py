@@ -1,4 +1,4 @@
-"""Do the attacks of other libraries and ours agree at equal budgets? The table of docs/coming-from.md.
+"""Compare other libraries' attacks with ours at equal budgets: the table of docs/coming-from.md.
 
     make interop
     python benchmarks/interop.py --out digits.csv [--n 200] [--seeds 0,1,2] [--threads 1]

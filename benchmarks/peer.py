@@ -1,10 +1,10 @@
-"""The equal-budget peer of AutoAttack standard, made of the attacks of torchattacks, run as AutoAttack runs them.
+"""Run the attacks of torchattacks as AutoAttack standard does, with equal budgets, to compare ours with.
 
     pip install --no-deps torchattacks
     python benchmarks/peer.py RUN --n 1000 --out peer.csv [--threads 1] [--alone] [--all]
 
-100 steps, 9 targets, 5,000 queries, batches of 128, each attack from the clean image on what is still robust
-(``--alone``: each on everything that is right clean). With ``AUTOATTACK=path`` of a checkout of the reference
+100 steps, 9 targets, 5,000 queries, batches of 128, each attack from the clean image on the samples that are still
+robust (``--alone``: each on all samples that are right clean). With ``AUTOATTACK=path`` of a checkout of the reference
 implementation, that is run instead. One row per sample and attack in turn; seconds per attack in a .json beside it.
 """
 

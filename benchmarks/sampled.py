@@ -1,14 +1,15 @@
-"""Does the interval of a sampled verdict hold, and what does it cost? Against complete verdicts that were made before.
+"""Check the intervals of sampled verdicts against complete verdicts made before, and compare their cost.
 
     unmoved evaluate RUN --attacks standard --n 1000            # the complete verdict, for each run
     python benchmarks/sampled.py coverage RUN... [--sample 200] [--draws 1000]
     python benchmarks/sampled.py coverage RUN... --within 1 [--draws 1000]
     python benchmarks/sampled.py speed RUN [--within 0.5] [--n N] [--keep FOLDER]
 
-``coverage``: the cheap search and the scout run once; each draw is a sampled verdict whose answers are read from the
-complete one. One line of JSON a run: the share of intervals that hold what both attacks together leave, the mean of the
-estimates beside it, how far the intervals reach, how many were asked. ``speed``: a sampled verdict and then a complete
-one, both from nothing and one after the other, in copies of the run folder, which ``--keep`` leaves in a folder.
+``coverage``: the cheap attack and the distance estimate run once; each draw is a sampled verdict whose outcomes are
+read from the complete one. Prints one line of JSON per run: the share of intervals that hold the number that both
+attacks together leave, the mean of the estimates beside it, how far the intervals reach, how many images were sampled.
+``speed``: a sampled verdict and then a complete one, both from nothing and one after the other, in copies of the run
+folder, which ``--keep`` leaves in a folder.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from unmoved.runs.provenance import hardware
 
 
 def coverage(folder: Path, size: sampled_autoattack.Size, draws: int) -> dict[str, object]:
-    """Draw sampled verdicts of a run again and again, and hold each against its complete verdict."""
+    """Draw many sampled verdicts of a run, and compare each with its complete verdict."""
     run = Run.open(folder)
     complete = run.verdict_outcomes
     if complete is None:
@@ -76,7 +77,7 @@ def coverage(folder: Path, size: sampled_autoattack.Size, draws: int) -> dict[st
 
 
 def _asked(breaks: np.ndarray, n: int, survivors: int) -> Callable[[Design, float], tuple[pd.DataFrame, Estimate]]:
-    """Return what answers a design from a complete verdict."""
+    """Return a function that reads the outcomes of a design from a complete verdict."""
 
     def ask(design: Design, error: float) -> tuple[pd.DataFrame, Estimate]:
         near, far = (int(breaks[part].sum()) for part in design)
@@ -86,7 +87,7 @@ def _asked(breaks: np.ndarray, n: int, survivors: int) -> Callable[[Design, floa
 
 
 def _held(found: list[Estimate], left: int, n: int, draws: int) -> dict[str, object]:
-    """Summarise estimates; a draw that asked everybody is exact."""
+    """Summarise estimates; a draw of all survivors is exact."""
     exact = draws - len(found)
     holds = sum(low <= left <= high for low, high in (estimate.interval for estimate in found))
     mean = (sum(estimate.left for estimate in found) + exact * left) / draws

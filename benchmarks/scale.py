@@ -1,4 +1,4 @@
-"""What adversarial training costs per image and step, and how that grows with steps, passes, image size and processes.
+"""Measure the cost of adversarial training per image and step, over attack steps, passes, image size and processes.
 
     python benchmarks/scale.py [--device cpu] [--images 4] [--repeats 3]
 

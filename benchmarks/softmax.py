@@ -1,4 +1,4 @@
-"""How much of the softmax analysis is the attacks it needs: ``python benchmarks/softmax.py [--n 10000]``.
+"""Measure the share of the softmax analysis that its attacks take: ``python benchmarks/softmax.py [--n 10000]``.
 
 A small CNN on digits' test images, repeated with a little noise to n images; APGD and FMN with 100 steps each. The bar
 is a share of 80 %.

@@ -1,4 +1,4 @@
-"""What each method adds to a training step, as ratios measured in turn within one run: ``make bench``.
+"""Measure what each method adds to a training step, as ratios measured in turn within one run: ``make bench``.
 
 Each row times a step and its base alternately, so that a busy machine slows both; the ratio is the median over pairs.
 """

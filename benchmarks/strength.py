@@ -1,6 +1,6 @@
-"""Is an attack of ours as strong as the reference's? By the loss that both end at, over several starts of each.
+"""Compare the strength of our attack and the reference's, by the final loss over several starts of each.
 
-One start alone scatters by a hundredth or two, which is as much as the bar of 0.98 leaves.
+A single start scatters by a hundredth or two, which is as much as the bar of 0.98 allows.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Training steps against a plain reference, as ratios measured in turn within one run.
+"""Time training steps against a plain reference, as ratios measured in turn within one run.
 
     python benchmarks/training.py [--model small_cnn] [--method TRADES] [--pairs 5] [--device cpu] [--precision auto]
 

@@ -1,4 +1,4 @@
-"""Is our verdict as strong as the equal-budget peer's, and how much sooner is it there? ``make bench-verdict``.
+"""Compare our AutoAttack with the equal-budget peer (`peer.py`), in strength and speed: ``make bench-verdict``.
 
     python benchmarks/verdict.py speed RUN [--n 128]      standard, quick and the peer in turn, as ratios
     python benchmarks/verdict.py strength RUN --peer peer.csv [--n 1000] [--alone] [--all]

@@ -1,4 +1,4 @@
-"""Read what an export says of a run: the weights that were evaluated, and what was found about exactly these."""
+"""Read the parts of a run that an export holds: the evaluated weights, and the results about exactly these."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ class Judgement:
 
     Attributes:
         kind: the folder that it is saved in: ``"evaluation"``, ``"verdict"``, ``"sampled"`` or ``"validation"``.
-        facts: what is saved beside its outcomes.
+        facts: the JSON record beside its outcomes.
         results: "clean", each attack and "worst case", in this order.
-        norm, eps: the ball, as the outcomes say it.
-        estimate: in a sampled verdict, whose results are those of its cheap search, what that and AutoAttack leave.
+        norm, eps: the ball, from the outcomes.
+        estimate: of a sampled verdict, whose results are its cheap attack's: what this and AutoAttack leave.
     """
 
     kind: Kind
@@ -91,15 +91,15 @@ class Judgement:
 
     @property
     def sampling(self) -> str:
-        """Return the constructor call that makes the attack which was asked about a sample; "" where there is none."""
+        """Return the constructor call of the attack that was run on a sample; "" if there is none."""
         sample = self.facts.get("sample")
         return "" if sample is None else sample["attack"]
 
     def autoattack(self, attack: str) -> Version | None:
         """Return which version of AutoAttack an attack is: ``"standard"`` or ``"rand"``; None for any other attack.
 
-        Names prove nothing: a recipe may call a weaker ensemble so. The command alone writes the folder ``verdict``,
-        and the settings say which class was called with which version.
+        The attack's name proves nothing, since a recipe may give it to a weaker ensemble. Only the command writes the
+        folder ``verdict``, and the settings name class and version.
         """
         version = VERSIONS.get(attack)
         settings = self.settings(attack)
@@ -116,9 +116,9 @@ class ExportedRun:
         data: the bytes of their file.
         judgements: the evaluations of these weights: those of the recipe's attacks, AutoAttack's, complete or sampled,
             and that of validation images, as far as there are.
-        doctor: the doctor's opinion of these weights and outcomes, or None.
-        left_out: what the run folder also holds, but is about other weights or outcomes.
-        about: what the user says of the model beside: license, title, authors, link, venue.
+        doctor: the doctor's findings about these weights and outcomes, or None.
+        left_out: results in the run folder that are about other weights or outcomes.
+        about: what the user adds about the model: license, title, authors, link, venue.
     """
 
     evaluated: EvaluatedRun
@@ -192,7 +192,7 @@ class ExportedRun:
 
     @property
     def main(self) -> Judgement:
-        """Return the judgement whose figures stand first: AutoAttack's, or that of the recipe's attacks."""
+        """Return the judgement whose figures come first: AutoAttack's, or that of the recipe's attacks."""
         return self.verdict or self.sampled or self.judgements[0]
 
     @property
@@ -206,7 +206,7 @@ class ExportedRun:
 
     @property
     def standard(self) -> Judgement | None:
-        """Return the verdict of AutoAttack's standard version, which alone is called AutoAttack without an addition."""
+        """Return the verdict of AutoAttack's standard version, the only one called just AutoAttack."""
         verdict = self.verdict
         is_standard = verdict is not None and [verdict.autoattack(r.measure) for r in verdict.attacked] == ["standard"]
         return verdict if is_standard else None
@@ -239,7 +239,7 @@ class ExportedRun:
 
 
 def _require_autoattack(run: Run, settings: str) -> None:
-    """Raise `UnmovedError` where another attack than AutoAttack's standard version was asked about a sample."""
+    """Raise `UnmovedError` if another attack than AutoAttack's standard version was run on a sample."""
     if not (settings.startswith("AutoAttack(") and "version='standard'" in settings):
         raise UnmovedError(
             f"{run.path}: expected a sampled verdict of AutoAttack's standard version, came one of {settings!r:.80}; "

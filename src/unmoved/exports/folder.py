@@ -20,7 +20,7 @@ from unmoved.exports.sarif import sarif
 from unmoved.runs.folder import Run
 
 SET = "export"
-UNFINISHED = f".{SET}.new"  # where `write_set` has all files until each is in its place
+UNFINISHED = f".{SET}.new"  # where `write_set` keeps all files until each is in its place
 WEIGHTS, CARD, ENTRY, FINDINGS = "model.safetensors", "README.md", "robustbench.json", "doctor.sarif"
 NAMES = (WEIGHTS, CARD, ENTRY, evidence.FILE, FINDINGS)
 ABOUT = {"license": r"[a-z0-9][a-z0-9.+-]{0,99}", "link": r"https?://[!-;=?-~]{1,500}"}
@@ -35,10 +35,10 @@ def export_run(run: Run, out: Path | None = None, about: Mapping[str, str] | Non
 
     Args:
         out: the folder to write; ``export`` in the run folder by default. An export that is there is replaced.
-        about: what the model card and the entry for RobustBench say beside: license, title, authors, link, venue.
+        about: additions to the model card and the entry for RobustBench: license, title, authors, link, venue.
 
     Returns:
-        The folder, and what was read of the run.
+        The folder, and the run as it was read.
 
     Raises:
         UnmovedError: as `ExportedRun.of`; an unknown key of ``about``; a folder with files of these names that no
@@ -64,8 +64,8 @@ def verify(folder: Path) -> evidence.Listing:
     """Return what ``evidence.json`` lists if every file is as it was exported.
 
     Raises:
-        UnmovedError: no export, or one that was killed while its files took their places; files that were changed, are
-            missing or were added, each by its name.
+        UnmovedError: no export, or one that was killed while its files were moved in place; changed, missing or added
+            files, each by its name.
     """
     if (folder / UNFINISHED).is_dir():
         raise UnmovedError(
@@ -131,7 +131,7 @@ def _there(folder: Path) -> Iterator[str]:
 
 
 def _require_replaceable(out: Path) -> None:
-    """Raise `UnmovedError` where writing an export would destroy what somebody else wrote."""
+    """Raise `UnmovedError` if writing an export would destroy other files."""
     if _has(out, "recipe.toml"):
         raise UnmovedError(f"--out {out}: expected a folder for the export, came a run folder; choose another one")
     there = [name for name in NAMES if _has(out, name)]

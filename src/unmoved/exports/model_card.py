@@ -51,7 +51,7 @@ def model_card(exported: ExportedRun, weights: str) -> str:
 
 
 def text(words: object) -> str:
-    """Return text as Markdown shows it: no mark, no new line, nothing that steers a terminal."""
+    """Escape text for Markdown: no markup, no line break, no control characters."""
     return _MARKS.sub(r"\\\1", printable(" ".join(str(words).split())))
 
 
@@ -140,7 +140,7 @@ def _yaml(value: Any, indent: str = "") -> Iterator[str]:
 
 
 def label(judgement: Judgement, result: Result) -> str:
-    """Return what a figure is called: AutoAttack's is so only if it is AutoAttack's, and with its version."""
+    """Return the name of a figure; AutoAttack's name, with its version, only for AutoAttack itself."""
     if result.measure == CLEAN:
         return "clean"
     if result.measure == WORST:
@@ -187,14 +187,14 @@ def _headline(judgement: Judgement) -> str:
 
 
 def _of_these(estimate: Estimate) -> str:
-    """Return the interval for these images alone, of a sampled verdict, and what was asked."""
+    """Return a sampled verdict's interval for these images alone, and the size of its sample."""
     low, high = (100 * count / estimate.n for count in estimate.interval)
     asked = f"{estimate.asked} of {estimate.survivors} survivors asked"
     return f"{asked}, {low:.1f} to {high:.1f} % of these images may be left"
 
 
 def _by(judgement: Judgement) -> str:
-    """Return by which attacks a model was judged, as a heading."""
+    """Return the attacks of a judgement as a heading."""
     if judgement.estimate is not None:
         return "By AutoAttack (standard), sampled"
     versions = {judgement.autoattack(result.measure) for result in judgement.attacked}
@@ -303,7 +303,7 @@ def _loading(exported: ExportedRun, weights: str) -> Iterator[str]:
 
 
 def _code(line: str) -> str:
-    """Return a line as code may hold it: no new line and no backtick."""
+    """Return a line for a code span: no line break and no backtick."""
     return " ".join(printable(line).split("\n")).replace("`", "'")
 
 

@@ -10,12 +10,12 @@ from unmoved.runs.components import KINDS
 
 
 def robustbench(exported: ExportedRun) -> dict[str, Any]:
-    """Return the entry: RobustBench's fields in its order and units, None where nobody has said a value.
+    """Return the entry: RobustBench's fields in its order and units, None for unknown values.
 
     Accuracies are percentages in texts, as there. ``autoattack_acc`` is AutoAttack's standard version alone;
     ``reported`` is the worst case over the attacks of the recipe, a weaker bound, and ``footnote`` names them, the
-    number of images and the norm, and gives a sampled verdict with its intervals: the entry has no place for these.
-    ``clean_acc`` is of the same images as ``autoattack_acc``, where that is known.
+    number of images and the norm, and gives a sampled verdict with its intervals, for which the entry has no field.
+    ``clean_acc`` is of the same images as ``autoattack_acc``, if that is known.
     """
     standard = exported.standard
     own = next((judgement for judgement in exported.judgements if judgement.kind == "evaluation"), None)

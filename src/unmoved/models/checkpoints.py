@@ -21,12 +21,12 @@ from unmoved.models import weights_file
 
 logger = logging.getLogger("unmoved")
 
-# Where training programs keep the weights in a dictionary of more, the likeliest first.
+# Keys under which training programs keep the weights in a larger dictionary, the likeliest first.
 KEYS = ("state_dict", "model_state_dict", "model", "ema", "state_dict_ema", "model_ema", "net", "module", "params")
-PREFIXES = ("module.", "_orig_mod.")  # what DataParallel, DDP and torch.compile put in front of names
+PREFIXES = ("module.", "_orig_mod.")  # prefixes that DataParallel, DDP and torch.compile add to names
 MATCHES = ("names", "order")
 _COUNT = "num_batches_tracked"  # BatchNorm counts batches since torch 0.4.1; files from before lack it
-_MOST_CLASSES = 100  # names of classes in a pickle that nothing is made of
+_MOST_CLASSES = 100  # classes in a pickle that are replaced by stand-ins
 # The kinds of tensors that most modules have, by the last part of their names.
 _KINDS = frozenset({"weight", "bias", "running_mean", "running_var", _COUNT})
 _SHOWN = 8  # names in a message
@@ -34,7 +34,7 @@ _PAGE = re.compile(rb"\s*<(!doctype|html|\?xml|head|body)", re.IGNORECASE)
 
 
 class _StandIn:
-    """Take the place of an object of any class but tensors and plain containers; it holds nothing."""
+    """Replace an object of any class but tensors and plain containers; it holds nothing."""
 
     def __new__(cls, *_: object, **__: object) -> _StandIn:
         return super().__new__(cls)
@@ -47,12 +47,12 @@ _PLAIN = (Tensor, type(None), bool, int, float, str, _StandIn)  # what a state_d
 
 
 class Loaded(NamedTuple):
-    """Say what was read from a checkpoint.
+    """Describe what was read from a checkpoint.
 
     Attributes:
-        sha256: of the file.
-        key: under which the weights stood in it; "" where they stood alone.
-        ignored: names in the file that were left out, as asked for.
+        sha256: the file's.
+        key: the key of the weights in the file; "" if the file holds nothing else.
+        ignored: names in the file that were left out, as requested.
         by_order: whether the tensors were matched by their order, since names differ.
     """
 
@@ -67,14 +67,14 @@ def load_checkpoint(
 ) -> Loaded:
     """Copy the weights of a checkpoint into ``model``, all or none; every tensor of the model gets a value.
 
-    The prefixes ``module.`` and ``_orig_mod.`` are taken off. Floating tensors are converted to the model's type.
+    The prefixes ``module.`` and ``_orig_mod.`` are removed. Floating tensors are converted to the model's type.
 
     Args:
         path: a .safetensors file, or what ``torch.save`` wrote: a dictionary of tensors by name, alone, under one of
             `KEYS` or one step deeper. It is read with ``weights_only=True`` onto the CPU, wherever it was saved;
-            objects of other classes that stand beside the tensors (settings, metrics) are not made.
-        match: ``"names"``, or ``"order"``: the k-th tensor of the file is the k-th of the model; shapes, and what is a
-            weight, a bias or a running mean, must agree. Where all names are the model's they are followed.
+            objects of other classes beside the tensors (settings, metrics) are not created.
+        match: ``"names"``, or ``"order"``: the k-th tensor of the file is the k-th of the model; shapes and kinds
+            (weight, bias, running mean, ...) must agree. If all names are the model's, they are used.
         ignore: patterns (as of file names, with ``*`` and ``?``) of names in the file that the model has no place for.
         key: under which key of the file the weights stand, ``"a.b"`` for b in a; by default the first of `KEYS`.
 
@@ -102,7 +102,7 @@ def load_checkpoint(
 
 
 def read_checkpoint(path: Path | str, key: str | None = None) -> tuple[dict[str, Tensor], str]:
-    """Return the tensors of a checkpoint by name, and the key that they stood under ("" where they stood alone).
+    """Return the tensors of a checkpoint by name, and their key in the file ("" if there is none).
 
     Raises:
         UnmovedError: as `load_checkpoint`.
@@ -142,7 +142,9 @@ def _unpickled(path: Path) -> tuple[object, list[str]]:
                 f"{path}: expected weights, came a TorchScript archive, which is a program; where you trust it: "
                 "torch.save(torch.jit.load(file).state_dict(), 'weights.pt')"
             )
-        if any(member.compress_type != zipfile.ZIP_STORED for member in members):  # what unpacks to any size
+        if any(
+            member.compress_type != zipfile.ZIP_STORED for member in members
+        ):  # compressed members may unpack to any size
             raise UnmovedError(f"{path}: expected an archive as torch.save writes it, came a compressed one; unpack it")
     left_out: list[str] = []
     while True:
@@ -154,7 +156,7 @@ def _unpickled(path: Path) -> tuple[object, list[str]]:
             if not named or named[0] in left_out or len(left_out) == _MOST_CLASSES:
                 raise UnmovedError(_refused(path, named or left_out)) from error
             left_out.append(named[0])
-        except Exception as error:  # torch's readers raise anything for what is damaged
+        except Exception as error:  # torch's readers may raise anything for a damaged file
             if is_want_of_memory(error) or isinstance(error, OSError):
                 raise UnmovedError(f"{path}: cannot be read at the moment ({error or 'out of memory'})") from error
             raise UnmovedError(
@@ -163,7 +165,7 @@ def _unpickled(path: Path) -> tuple[object, list[str]]:
 
 
 def _refused(path: Path, classes: Sequence[str]) -> str:
-    """Say why torch does not read a pickle as weights alone."""
+    """Explain why torch does not read a pickle with ``weights_only=True``."""
     if not classes:
         return (
             f"{path}: expected weights, came a file that torch does not read as weights alone; where you trust it, "
@@ -255,7 +257,7 @@ def _without_ignored(
 
 
 def _without_prefixes(tensors: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Take off what wrappers put in front of all names, unless the model has such names itself."""
+    """Remove prefixes that wrappers add to all names, unless the model's own names have them."""
     while True:
         prefix = next((p for p in PREFIXES if tensors and all(name.startswith(p) for name in tensors)), None)
         if prefix is None or any(name.startswith(prefix) for name in own):
@@ -284,7 +286,7 @@ def _by_name(path: Path, own: Mapping[str, Tensor], tensors: Mapping[str, Tensor
 
 
 def _unfit(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], missing: list[str], extra: list[str]) -> list[str]:
-    """Say, in lines, which names differ, with the nearest and both shapes, and what may be done."""
+    """List the names that differ, with the nearest name and both shapes, and what to do."""
     lines = (
         [f"  {len(missing)} missing: {_list(_near(name, own, extra, tensors) for name in missing)}"] if missing else []
     )
@@ -346,7 +348,7 @@ def _difference(ours: Tensor, theirs: Tensor, name: str) -> str:
 
 
 def _ignoring(names: Sequence[str], own: Iterable[str]) -> str:
-    """Write the options that leave out these names: by their last part where no name of the model has it, too."""
+    """Return the options that leave out these names, by their last part if no name of the model has it."""
     patterns = []
     for name in names:
         short = f"*{name.rpartition('.')[2]}"

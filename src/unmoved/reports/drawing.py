@@ -1,8 +1,8 @@
 """Style and lay out figures: colours, fonts, labels that do not overlap, and SVG with the same bytes each time.
 
-No pyplot, and matplotlib's settings are put back after each use. A recipe has one colour and one marker in all pictures
-of a page. The first six colours are Okabe and Ito's; six more were chosen to lie far from them and from each other in
-the eyes of the colour-blind too. Markers and line styles alone suffice in black and white.
+pyplot is not used, and matplotlib's settings are restored after each use. A recipe has one colour and one marker in all
+pictures of a page. The first six colours are Okabe and Ito's; six more were chosen to be far from them and from each
+other, also for colour-blind readers. Markers and line styles alone suffice in black and white.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ from unmoved.core.errors import UnmovedError
 
 Key = TypeVar("Key")
 Segment = Sequence[tuple[float, float]]  # both ends (x, y)
-INK, GRID, PAPER = "#1b1b1a", "#dcdcd9", "#fefefd"  # no data has these colours, so a page may exchange them (dark mode)
+INK, GRID, PAPER = "#1b1b1a", "#dcdcd9", "#fefefd"  # no data has these colours, so a page may replace them (dark mode)
 COLOURS = (
     *("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"),
     *("#a860f0", "#6000d8", "#90a860", "#900078", "#604800", "#d80030"),
 )
 MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*", "<", ">", "p", "h")
 LINES: tuple[LineStyleType, ...] = ("-", "--", "-.", ":", (0, (6, 1.5, 1, 1.5, 1, 1.5)))
-MOST = len(COLOURS)  # series that a reader tells apart in one picture; where there are more, the others are grey
+MOST = len(COLOURS)  # series that a reader can tell apart in one picture; further ones are grey
 STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 10.0,
     "legend.fontsize": 9.5,
     "legend.frameon": False,
-    "text.parse_math": False,  # a recipe may well be called "a$b$"
+    "text.parse_math": False,  # a recipe's name may contain dollar signs
     "figure.constrained_layout.use": True,
     "figure.labelsize": 8.5,
     "figure.facecolor": PAPER,
@@ -126,7 +126,7 @@ def looks(names: Sequence[str], shown: Sequence[str] = ()) -> dict[str, Look]:
 
 
 def short_names(names: Sequence[str]) -> dict[str, str]:
-    """Return each name without the folder that all of them share: ``digits/at`` and ``digits/mart`` are at and mart."""
+    """Return each name without a folder that all share: ``digits/at`` and ``digits/mart`` become at and mart."""
     folders = {name.partition("/")[0] for name in names}
     shared = len(set(names)) > 1 and len(folders) == 1 and all("/" in name for name in names)
     return {name: name.partition("/")[2] if shared else name for name in names}
@@ -156,7 +156,7 @@ def canvas(width: float, height: float) -> Figure:
 
 
 def finished(figure: Figure, caption: str) -> Figure:
-    """Set the caption as the figure's label and fix the layout: each rendering would move it a little further."""
+    """Set the caption as the figure's label and fix the layout, which each rendering would change a little."""
     figure.set_label(caption)
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
@@ -319,7 +319,7 @@ def to_html(svg: str, name: str, label: str) -> str:
     root = ElementTree.fromstring(svg)
     for parent in list(root.iter()):
         for child in [c for c in parent if c.tag.endswith("}style")]:
-            parent.remove(child)  # it would hold for the whole page, which has the same rule
+            parent.remove(child)  # it would apply to the whole page, which has the same rule
     used = set(re.findall(r'(?:href="|url\()#([^")]+)', svg))
     for element in root.iter():
         element.tag = element.tag.rpartition("}")[2]

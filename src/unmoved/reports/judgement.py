@@ -23,10 +23,10 @@ class Judgement:
     Attributes:
         run: the run folder that holds all of it; gone with this object unless a folder was asked for.
         outcomes: one row for each image and attack, with the columns of `unmoved.outcomes`.
-        notes: what was done to data or model before.
-        doctor: what the doctor found: sentence and findings; None where it was not asked.
-        estimate: what AutoAttack, asked about a sample, leaves; None where it was not. ``outcomes`` and ``summary`` are
-            those of the cheap search, which attacked all images.
+        notes: conversions of data or model before the evaluation.
+        doctor: the doctor's sentence and findings; None if it was not run.
+        estimate: what AutoAttack leaves, estimated from a sample; None without a sample. With one, ``outcomes``
+            and ``summary`` are the cheap attack's, which was run on all images.
     """
 
     run: Run
@@ -49,7 +49,7 @@ class Judgement:
     def accuracy(self) -> float:
         """Return the share that it gets right after every attack, an upper bound on its robust accuracy.
 
-        Where AutoAttack was asked about a sample, an estimate of that: quote it with `interval`.
+        If AutoAttack was run on a sample, an estimate of that: quote it with `interval`.
         """
         if self.estimate is not None:
             return self.estimate.left / self.estimate.n
@@ -70,7 +70,7 @@ class Judgement:
         return reports.write([self.run], Path(path), title=title)
 
     def _rows(self) -> pd.DataFrame:
-        """Return the rows to show: of a sample, no worst case, which would be the cheap search's."""
+        """Return the rows to show: for a sample without the worst case, which would be the cheap attack's."""
         return self.summary if self.estimate is None else self.summary.drop(index=outcomes.WORST)
 
     def _words(self) -> list[str]:

@@ -12,7 +12,7 @@ from unmoved.runs.evaluated import EvaluatedRun
 from unmoved.runs.folder import folder_name
 from unmoved.runs.third_party import packages_of
 
-SEEDS = 3  # fewer say little of the next one
+SEEDS = 3  # fewer tell little about another seed
 
 
 class Step(NamedTuple):
@@ -28,8 +28,8 @@ def next_steps(results: Sequence[RecipeResult], contenders: Sequence[RecipeResul
     Of a model and data that were objects in Python, those that no command can take are left out.
 
     Args:
-        contenders: the best recipes, and those of which nothing shows that they are worse.
-        analysed: the report has chapters of analyses.
+        contenders: the best recipes, and those that are not shown to be worse.
+        analysed: whether the report has chapters of analyses.
     """
     runs = [run for result in contenders for run in result.runs]
     known = [run for run in runs if not run.is_of_objects]
@@ -57,7 +57,7 @@ def next_steps(results: Sequence[RecipeResult], contenders: Sequence[RecipeResul
 
 
 def _settled_images(run: EvaluatedRun) -> int:
-    """Return of how many images AutoAttack says what is left, all of them judged or a sample."""
+    """Return the number of images that AutoAttack's figure is about, judged completely or by a sample."""
     if run.estimate is not None:
         return run.estimate.n
     return 0 if run.verdict is None or run.autoattack is None else run.verdict["n"]

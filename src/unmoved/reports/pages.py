@@ -20,7 +20,7 @@ from unmoved.core.messages import duration
 from unmoved.core.threat import eps_text
 from unmoved.reports import drawing
 
-# What columns and values of tables are called on a page; others lose their underscores.
+# Names of columns and values on a page; for others, underscores become spaces.
 WORDS = {
     "rho": "Spearman's rho",
     "low": "95 % interval from",
@@ -73,9 +73,9 @@ def write(
 
     Args:
         facts: the template's variables; ``pictures`` is added.
-        drawn: by section: the figures, each with its heading ("" for none). One that is yet to be made, a function, is
-            made, turned into text and cleared before the next: a page of many runs holds one of them at a time.
-        beside: further files of the same folder, which are written together with them.
+        drawn: by section: the figures, each with its heading ("" for none). A function is called for its figure; the
+            figure is rendered and cleared before the next, so that a page of many runs holds one figure at a time.
+        beside: further files of the same folder, which are written together with these.
 
     Raises:
         UnmovedError: a folder that cannot be written.
@@ -101,7 +101,7 @@ def write(
 
 
 def _text_of(figure: Figure | Callable[[], Figure]) -> tuple[str, str]:
-    """Return the figure as SVG, and its caption; a figure made here is cleared, for its parts hold each other."""
+    """Return the figure as SVG, and its caption; clear a figure made here, whose parts reference each other."""
     drawn = figure if isinstance(figure, Figure) else figure()
     svg, caption = drawing.to_svg(drawn), str(drawn.get_label())
     if drawn is not figure:

@@ -1,4 +1,4 @@
-"""Compare a method with its base: the difference in accuracy on the same images, with its interval, in words too."""
+"""Compare a method with its base: the difference in accuracy on the same images, with its interval and a verdict."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from unmoved.runs.accuracy import across
 from unmoved.runs.by_recipe import RecipeResult
 from unmoved.runs.evaluated import require_same_samples
 
-# Below this accuracy a difference may be real, and is still no use to anybody.
+# Below this accuracy a difference may be real, but is of no use.
 NEXT_TO_NOTHING = 0.05
 _by_sample = partial(outcomes.by_sample, is_checked=True)
 COLUMNS = ("recipe", "conclusion", "beside", "clean", "robust", "n", "seeds")
@@ -27,7 +27,7 @@ def difference(
     """Compute the mean paired difference of accuracy with a 95 % interval over samples: (mean, low, high).
 
     ``d_i = mean over seeds of (ours right on i) - (theirs right on i)``; ``mean d -+ 1.96 sd(d) / sqrt(n)``. The
-    interval speaks of the test images; what other seeds would give, it does not know.
+    interval is over test images; it says nothing about other seeds.
 
     Args:
         ours, theirs: outcomes of the same seeds on the same samples, as they were read.
@@ -52,9 +52,9 @@ def difference(
 def beside(results: Sequence[RecipeResult]) -> pd.DataFrame:
     """Make one row per recipe whose ``base`` is in the same report: accuracies, differences, and whether it helps.
 
-    Seeds that both have are compared; columns `COLUMNS`, ready to read. Where AutoAttack has judged both, a column
-    ``AutoAttack`` compares what it leaves, on the images and seeds that it judged in both; of a sampled verdict nobody
-    knows which images it leaves, so that both figures stand there, each with its own interval.
+    Seeds that both have are compared; the columns are `COLUMNS`, as text. If AutoAttack has judged both, a column
+    ``AutoAttack`` compares them on the images and seeds that it judged in both. A sampled verdict does not say which
+    images it leaves, so then the column shows both figures, each with its own interval.
     """
     by_name = {result.name: result for result in results}
     rows: list[dict[str, object]] = []
@@ -89,7 +89,7 @@ def beside(results: Sequence[RecipeResult]) -> pd.DataFrame:
 
 
 def _compared(ours: Sequence[pd.DataFrame], theirs: Sequence[pd.DataFrame], measure: str) -> tuple[str, str]:
-    """Return (accuracy and difference with its interval, what that is in a word)."""
+    """Return (accuracy and difference with its interval, the verdict in a word)."""
     levels = np.array([[_by_sample(table)[measure].mean() for table in side] for side in (ours, theirs)])
     mean, low, high = difference(ours, theirs, measure)
     cell = f"{100 * levels[0].mean():.1f} ({100 * mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}])"
@@ -100,7 +100,7 @@ def _compared(ours: Sequence[pd.DataFrame], theirs: Sequence[pd.DataFrame], meas
 def _settled(result: RecipeResult, base: RecipeResult) -> tuple[list[pd.DataFrame], list[pd.DataFrame]] | None:
     """Return AutoAttack's outcomes of the seeds and images that it judged in both; None if there are none.
 
-    Nor where its versions differ, nor where they are what the column robust shows.
+    None, too, if its versions differ, or if the column robust shows these outcomes already.
     """
     ours, theirs = (
         {run.seed: run.autoattack for run in v.settled if run.autoattack is not None} for v in (result, base)

@@ -98,7 +98,7 @@ def _beside(results: Sequence[RecipeResult]) -> Section | None:
 def _figures(
     results: Sequence[RecipeResult], styles: Mapping[str, Look]
 ) -> dict[str, list[tuple[str, Callable[[], Figure]]]]:
-    """Return by section what makes the figures, each with the recipe it belongs to ("" if it belongs to all)."""
+    """Return by section the functions that draw figures, each with its recipe ("" if it is about all)."""
     how, evaluation = results[0].runs[0].setting, results[0].runs[0].evaluation
     names = evaluation.get("classes", [])
     curves = [result.curve for result in results if result.curve is not None]
@@ -109,7 +109,7 @@ def _figures(
         "broken": [("", lambda: breakdown(pd.concat([result.broken for result in ranked]), styles))],
         "tradeoff": [
             ("", lambda: figures.tradeoff(_by_seed(results), styles, attacks=_against(results))),
-        ][: len(results) - 1],  # one point shows nothing
+        ][: len(results) - 1],  # a single point shows nothing
         "curve": [("", partial(_curve, curves, styles, how))] if curves else [],
         "training": [
             (v.name, partial(figures.training_curves, v.metrics, colours[v.name]))
@@ -128,7 +128,7 @@ def _curve(curves: Sequence[pd.DataFrame], styles: Mapping[str, Look], how: Eval
 
 
 def _by_seed(results: Sequence[RecipeResult]) -> pd.DataFrame:
-    """Put the accuracies of all runs one below the other, with those under AutoAttack where others have judged too."""
+    """Concatenate the accuracies of all runs, with those under AutoAttack beside other attacks'."""
     tables = [result.by_seed for result in results]
     for result in results:
         if any(run.evaluation is not run.verdict for run in result.settled):
@@ -149,7 +149,7 @@ def _against(results: Sequence[RecipeResult]) -> str:
 
 
 class Group(NamedTuple):
-    """Recipes that may be ranked among themselves, the best first, and why not with others."""
+    """Hold recipes that are ranked among themselves, the best first, and why not with others."""
 
     title: str
     results: list[RecipeResult]
@@ -158,8 +158,8 @@ class Group(NamedTuple):
 def ranking(results: Sequence[RecipeResult]) -> list[Group]:
     """Rank recipes, the best first, and what is not comparable apart.
 
-    Those that AutoAttack has judged; those that other attacks alone have judged, whose upper bounds are looser; and
-    last those to whose figures the doctor objects.
+    The groups: recipes that AutoAttack has judged; recipes that only other attacks have judged, whose upper bounds are
+    looser; and recipes whose figures the doctor does not believe.
     """
     ranked = sorted(results, key=lambda result: -result.robust.accuracy)
     objected = [result for result in ranked if result.doctor_summary.grade == DO_NOT_BELIEVE]
@@ -176,7 +176,7 @@ def ranking(results: Sequence[RecipeResult]) -> list[Group]:
 
 
 class Standing(NamedTuple):
-    """Say who is best, and what is open about it.
+    """Hold which recipe is best, and how certain that is.
 
     Attributes:
         best: the first of the ranking; several if equal.
@@ -256,13 +256,13 @@ def _lost(results: Sequence[RecipeResult]) -> list[tuple[bool, int, list[tuple[R
 
 
 def _sampled(results: Sequence[RecipeResult]) -> str:
-    """Say how many of AutoAttack's verdicts are sampled ones."""
+    """Say how many of AutoAttack's verdicts are sampled."""
     is_sampled = [run.estimate is not None for result in results for run in result.settled]
     return "" if not any(is_sampled) else ", sampled" if all(is_sampled) else ", some of them by a sample"
 
 
 def _notes(results: Sequence[RecipeResult]) -> list[str]:
-    """List what attacks had to do otherwise than usual, and for which recipes, if not for all."""
+    """List how attacks were adapted, and for which recipes, if not for all."""
     recipes: dict[str, list[str]] = {}
     for result in results:
         for run in result.runs:
@@ -276,5 +276,5 @@ def _notes(results: Sequence[RecipeResult]) -> list[str]:
 
 
 def _listed(names: Sequence[str]) -> str:
-    """List names, at most `MOST` of them, and how many there are beside these."""
+    """List at most `MOST` names, and the number of the others."""
     return ", ".join(names[:MOST]) + (f" and {len(names) - MOST} more" if len(names) > MOST else "")

@@ -33,7 +33,7 @@ class AnalysedRun:
     """Hold a run under study: its model on the device, and the images that it is studied on.
 
     Attributes:
-        name: the recipe's name, with what tells its runs apart where several of one recipe are studied.
+        name: the recipe's name, with the seed or folder if several runs of one recipe are studied.
         key: what every table made from this model and these images depends on, for `cache`.
         cache: the cache of its tables, in the run's folder.
     """
@@ -51,7 +51,7 @@ class AnalysedRun:
 
     @property
     def training_eps(self) -> float:
-        """Return the radius of the attack that the last phase trained with; 0 where that was none, or was elsewhere."""
+        """Return the radius of the last phase's attack; 0 without an attack, or if the model was trained elsewhere."""
         if not self.assembly.recipe.trained:
             return 0.0
         epochs = self.assembly.recipe.training.epochs
@@ -67,7 +67,7 @@ class Study:
     Attributes:
         n: test images.
         runs: the folders of the runs.
-        settings: everything else that was chosen, for whoever repeats it.
+        settings: all other settings, so that it can be repeated.
     """
 
     name: str
@@ -132,7 +132,7 @@ def subjects(
             read[asked] = held = _Read(assembly.source, split)
         if analysed:
             _require_alike(analysed[0], run, assembly, held.split)
-            if held.split.digest == analysed[0].split.digest:  # files of other names, the same images
+            if held.split.digest == analysed[0].split.digest:  # the same images, in files of other names
                 read[asked] = held = held._replace(split=analysed[0].split)
         key: dict[str, object] = {"weights": weights_digest(run, weights)}
         key |= data_and_code(assembly, held.split, allow)
@@ -141,7 +141,7 @@ def subjects(
 
 
 class _Read(NamedTuple):
-    """Hold what runs on the same data share."""
+    """Hold the data and split that runs on the same data share."""
 
     source: DataSet
     split: ArraySplit
@@ -150,7 +150,7 @@ class _Read(NamedTuple):
 def names_of(runs: Sequence[Run]) -> list[str]:
     """Return the recipes' names, without a folder that all share; with the seed where one recipe has several runs.
 
-    With the run's folder where that does not tell them apart: no two names are the same.
+    If that is not enough, the run's folder is added, so that no two names are the same.
     """
     short = short_names([run.name for run in runs])
     plain = [short[run.name] for run in runs]
@@ -190,8 +190,8 @@ def _samples(split: ArraySplit) -> pd.DataFrame:
 def accuracies(runs: Sequence[AnalysedRun]) -> tuple[dict[str, tuple[float, float]], str] | None:
     """Return by name (clean, robust) accuracy of the evaluations that all have alike, and what judged them; or None.
 
-    AutoAttack's verdicts where every run has one on as many images, otherwise the worst case of the evaluations: of a
-    sampled verdict nobody knows which images AutoAttack leaves.
+    AutoAttack's verdicts if every run has one on as many images, otherwise the worst case of the evaluations; a sampled
+    verdict does not say which images AutoAttack leaves.
     """
     judged = answers(runs)
     if judged is None:
@@ -221,7 +221,7 @@ def answers(runs: Sequence[AnalysedRun]) -> tuple[dict[str, pd.DataFrame], str] 
 
 
 def joined(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """Put the tables of several runs, given by name, one below the other, with the name in the column ``run``."""
+    """Concatenate the tables of several runs, given by name, with the name in the column ``run``."""
     return pd.concat([table.assign(run=name) for name, table in tables.items()], ignore_index=True)
 
 
