@@ -322,7 +322,7 @@ def require_outputs(outputs: int, split: ArraySplit | Selection) -> None:
 
 @contextmanager
 def _bar(progress: Progress | bool) -> Iterator[Progress | None]:
-    """Show a bar where somebody looks: in a terminal or a notebook."""
+    """Show a progress bar in a terminal or a notebook, and none elsewhere."""
     if progress is True and "ipykernel" in sys.modules:
         yield from _notebook_bar()
         return

@@ -128,8 +128,8 @@ def perturbed(parameters: Sequence[Tensor], corruption: Sequence[Tensor]) -> Ite
 def constant_beside(optimizer: Optimizer, *modules: nn.Module) -> Iterator[None]:
     """Keep what ``optimizer`` does not step constant inside the block: it requires no gradient and has none.
 
-    A gradient that nobody zeroes would grow from step to step, and steer whatever reads it. After the block each
-    parameter of ``modules`` requires a gradient as before, and its ``.grad`` is what the caller left there.
+    Otherwise its gradient, which is never zeroed, would grow from step to step and affect whatever reads it. After the
+    block each parameter of ``modules`` requires a gradient as before, and its ``.grad`` is what the caller left there.
     """
     owned = _owned(optimizer)
     others = [
@@ -221,7 +221,7 @@ def assign(module: nn.Module, name: str, value: Tensor | None) -> None:
 
 @torch.no_grad()
 def write(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Copy the second tensor of each pair into the first, in place, so that whoever shares it sees the numbers too.
+    """Copy the second tensor of each pair into the first, in place, so that objects that share it see the numbers.
 
     Autograd does not count it as a change: graphs that need the same numbers go on. A tensor of another shape takes
     the second's memory.

@@ -192,7 +192,7 @@ def examine_run(
             f"run `unmoved evaluate {run.path}` again"
         )
     assembly, model = opened(run, facts["weights"], device, allow) if ready is None else ready()
-    test = assembly.data.test  # held: it is let go when nobody does, and read again
+    test = assembly.data.test  # held, since it is released and read again otherwise
     images = _some(test, facts.get("asked_n")).digest
     if facts.get("images", images) != images:
         raise UnmovedError(

@@ -278,7 +278,7 @@ def read(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         path: a file, or the name of a recipe that comes with the package, such as ``digits/at``; a file wins.
 
     Raises:
-        UnmovedError: a file that is missing or not TOML, or a key or value that is wrong: file, key and mend named.
+        UnmovedError: a file that is missing or not TOML, or a wrong key or value; it names file, key and remedy.
     """
     asked = Path(path)
     try:
@@ -363,7 +363,7 @@ def _override(tables: Json, override: str) -> None:
 
 
 def messages(error: ValidationError, tables: Json) -> list[str]:
-    """Make a line of each mistake: the key, and how to mend it."""
+    """Return a line for each mistake: the key, and how to correct it."""
     lines = []
     for mistake in error.errors(include_url=False):
         key = ".".join(str(part) for part in mistake["loc"] if not str(part).startswith("<"))
