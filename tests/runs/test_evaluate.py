@@ -33,7 +33,7 @@ from unmoved.runs import evaluate as evaluation
 from unmoved.runs import evaluator
 from unmoved.runs.assembly import Assembly
 from unmoved.runs.folder import Run
-from unmoved.runs.load import opened, question_about, weights_digest
+from unmoved.runs.load import opened, data_and_code, weights_digest
 from unmoved.runs.recipe import read
 
 if not hasattr(os, "fork"):
@@ -376,10 +376,10 @@ def test_the_weights_that_were_asked_for_are_judged_and_examined(
 def test_a_question_is_about_all_that_could_change_an_answer(two: Run) -> None:
     assembly, model = opened(two, "best", "cpu", ())
 
-    def asked(n: int = 8) -> asked_module.Asked:
+    def asked(n: int = 8) -> evaluator.Evaluator:
         split = assembly.data.test.take(n, seed=0)
-        about = question_about(assembly, split, ())
-        return asked_module.Asked(two, assembly, model, split, "data", n, "pgd", "best", "float32", 128, 1, about)
+        about = data_and_code(assembly, split, ())
+        return evaluator.Evaluator(two, assembly, model, split, "data", n, "pgd", "best", "float32", 128, 1, about)
 
     weak, strong, ours = PGD(THREAT, steps=1), PGD(THREAT, steps=2), asked()
     first = ours.digest({"pgd": weak})

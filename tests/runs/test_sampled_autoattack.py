@@ -21,8 +21,8 @@ from unmoved.evaluation.estimate import LEVEL, Estimate, error_of_look
 from unmoved.evaluation.sampling import Design, Survivors
 from unmoved.runs import records, sampled_autoattack
 from unmoved.runs.assembly import Assembly
-from unmoved.runs.evaluator import Evaluator
 from unmoved.runs.evaluate import evaluate_run, examine_run
+from unmoved.runs.evaluator import Evaluator
 from unmoved.runs.folder import Run
 from unmoved.runs.load import Opened, opened
 from unmoved.runs.recipe import read
@@ -192,7 +192,9 @@ class Answers:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.broken: dict[str, set[int]] = {"quick": set(), "autoattack": set()}
-        monkeypatch.setattr(Evaluator, "evaluate", lambda evaluator, chosen, *_, **more: self.table(evaluator, chosen, **more))
+        monkeypatch.setattr(
+            Evaluator, "evaluate", lambda evaluator, chosen, *_, **more: self.table(evaluator, chosen, **more)
+        )
 
     def table(
         self, evaluator: Evaluator, chosen: dict[str, Attack], *, among: np.ndarray | None = None, keep: object = None
