@@ -33,7 +33,7 @@ from unmoved.runs import evaluate as evaluation
 from unmoved.runs import evaluator
 from unmoved.runs.assembly import Assembly
 from unmoved.runs.folder import Run
-from unmoved.runs.load import opened, data_and_code, weights_digest
+from unmoved.runs.load import data_and_code, opened, weights_digest
 from unmoved.runs.recipe import read
 
 if not hasattr(os, "fork"):
