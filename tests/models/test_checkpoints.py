@@ -118,10 +118,10 @@ def test_other_names_are_matched_by_order_once_that_is_said(tmp_path: Path) -> N
 
 
 def test_order_is_refused_where_shapes_differ_and_nothing_is_changed(tmp_path: Path) -> None:
-    other = {f"net.{name}": value for name, value in reversed(list(state().items()))}
+    other = dict(reversed(list(made(Renamed).state_dict().items())))
     torch.save(other, tmp_path / "net.pt")
     model = made(seed=2)
-    words = r"model's 'conv.weight' is \(3, 1, 3, 3\), at its place stands 'net.out.bias' \(2,\)"
+    words = r"model's 'conv.weight' is \(3, 1, 3, 3\), at its place stands 'third.bias' \(2,\)"
     with pytest.raises(UnmovedError, match=words):
         load_checkpoint(model, tmp_path / "net.pt", match="order")
     assert same(model, made(seed=2))
@@ -176,6 +176,12 @@ def old_tar(path: Path) -> None:
             tar.addfile(tarfile.TarInfo(name), io.BytesIO())
 
 
+def arrays_of(tensors: dict[str, Tensor]) -> bytes:
+    file = io.BytesIO()
+    np.savez(file, **{name: value.numpy() for name, value in tensors.items()})
+    return file.getvalue()
+
+
 BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "nothing": (lambda path: None, "came none of this name"),
     "empty": (lambda path: path.touch(), "came an empty file"),
@@ -194,6 +200,11 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda path: torch.jit.script(nn.Linear(2, 2)).save(str(path)),
         r"came a TorchScript archive.*torch.jit.load",
     ),
+    "numpy": (
+        lambda path: path.write_bytes(arrays_of(state())),
+        r"came numpy arrays; torch.save\(\{name: torch.from_numpy",
+    ),
+    "pickled": (lambda path: path.write_bytes(pickle.dumps(state(), protocol=4)), "as weights alone; where you trust"),
     "list": (lambda path: torch.save([torch.ones(2)], path), "expected tensors by name, came a list"),
     "tensor": (lambda path: torch.save(torch.ones(2), path), "expected tensors by name, came a Tensor"),
     "numbers": (lambda path: torch.save({"epoch": 1, "lr": 0.1}, path), "dictionary of 'epoch', 'lr', none of which"),
@@ -244,8 +255,8 @@ def test_what_holds_no_fitting_weights_is_refused_in_one_sentence_and_nothing_is
 
 def test_a_weight_never_takes_the_place_of_a_running_mean(tmp_path: Path) -> None:
     """All shapes agree in order, but what they hold does not."""
-    names = ["conv.weight", "conv.bias", "norm.running_mean", "norm.running_var", "norm.weight", "norm.bias"]
-    saved = {f"net.{name}": state()[name] for name in [*names, "out.weight", "out.bias"]}
+    names = ["first.weight", "first.bias", "second.running_mean", "second.running_var", "second.weight", "second.bias"]
+    saved = {name: made(Renamed).state_dict()[name] for name in [*names, "third.weight", "third.bias"]}
     torch.save(saved, tmp_path / "net.pt")
     model = made(seed=2)
     for match in ("names", "order"):
@@ -253,6 +264,48 @@ def test_a_weight_never_takes_the_place_of_a_running_mean(tmp_path: Path) -> Non
             load_checkpoint(model, tmp_path / "net.pt", match=match)
         assert "--match order" not in str(caught.value)
         assert same(model, made(seed=2))
+
+
+TRAINERS: dict[str, dict[str, Tensor]] = {
+    "a buffer of the loss": {"loss.weight": torch.ones(2)},
+    "a number": {"temperature": torch.ones(())},
+    "another network": {f"teacher.{name}": value + 1 for name, value in state().items()},
+    "a head beside it": {"net.head.weight": torch.ones(3)},
+    "nothing": {},
+}
+
+
+@pytest.mark.parametrize("beside", TRAINERS)
+@pytest.mark.parametrize("prefix", ["net.", "a.model.", "net.net."])
+@pytest.mark.parametrize("kind", ["pt", "safetensors"])
+def test_a_network_in_a_trainers_module_is_taken_by_its_names(
+    tmp_path: Path, beside: str, prefix: str, kind: str
+) -> None:
+    path, model, extra = tmp_path / f"net.{kind}", made(seed=2), TRAINERS[beside]
+    mixed = dict(sorted((extra | {prefix + name: value for name, value in state().items()}).items(), reverse=True))
+    save_file(mixed, path) if kind == "safetensors" else torch.save({"state_dict": mixed}, path)
+    patterns = []
+    if extra:
+        with pytest.raises(UnmovedError, match=r"to take these, pass --ignore|leave them out: --ignore") as caught:
+            load_checkpoint(model, path)
+        lines = str(caught.value).splitlines()  # a line for each network that the file holds
+        advice = next((line for line in lines if f"under {prefix!r}" in line), lines[-1])
+        patterns = re.findall(r"--ignore '([^']+)'", advice)
+    loaded = load_checkpoint(model, path, ignore=patterns)
+    assert same(model, made())
+    assert (len(loaded.ignored), loaded.by_order) == (len(extra), False)
+
+
+def test_safetensors_have_no_order(tmp_path: Path) -> None:
+    """They are sorted by name, so that layer 10 comes before layer 2."""
+    deep = nn.Sequential(*(nn.Linear(2, 2, bias=False) for _ in range(11)))
+    save_file({f"layer.{name}": value for name, value in deep.state_dict().items()}, tmp_path / "net.safetensors")
+    other = nn.ModuleList(nn.Sequential(nn.Linear(2, 2, bias=False)) for _ in range(11))
+    for match in ("names", "order"):
+        with pytest.raises(UnmovedError) as caught:
+            load_checkpoint(other, tmp_path / "net.safetensors", match=match)
+        assert ("keeps names and no order" in str(caught.value)) == (match == "order")
+        assert "--match order" not in str(caught.value)
 
 
 def test_order_follows_the_names_where_they_are_the_models(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@
 
 from unmoved.models.checkpoints import Loaded as Loaded
 from unmoved.models.checkpoints import load_checkpoint as load_checkpoint
+from unmoved.models.checkpoints import require_checkpoint as require_checkpoint
 from unmoved.models.input_layers import Normalize as Normalize
 from unmoved.models.input_layers import normalized as normalized
 from unmoved.models.linear_and_mlp import linear, mlp

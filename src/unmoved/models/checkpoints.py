@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import pickle
 import re
+import warnings
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from unmoved.core.errors import UnmovedError, is_want_of_memory, require_choice, several
+from unmoved.core.errors import UnmovedError, is_want_of_memory, require_choice
 from unmoved.core.untrusted import brief, digest, regular
 from unmoved.models import weights_file
+from unmoved.models.matching import by_name, by_order, without_ignored, without_prefixes
 
 logger = logging.getLogger("unmoved")
 
 # Keys under which training programs keep the weights in a larger dictionary, the likeliest first.
 KEYS = ("state_dict", "model_state_dict", "model", "ema", "state_dict_ema", "model_ema", "net", "module", "params")
-PREFIXES = ("module.", "_orig_mod.")  # prefixes that DataParallel, DDP and torch.compile add to names
 MATCHES = ("names", "order")
-_COUNT = "num_batches_tracked"  # BatchNorm counts batches since torch 0.4.1; files from before lack it
 _MOST_CLASSES = 100  # classes in a pickle that are replaced by stand-ins
-# The kinds of tensors that most modules have, by the last part of their names.
-_KINDS = frozenset({"weight", "bias", "running_mean", "running_var", _COUNT})
 _SHOWN = 8  # names in a message
 _PAGE = re.compile(rb"\s*<(!doctype|html|\?xml|head|body)", re.IGNORECASE)
 
@@ -67,7 +63,8 @@ def load_checkpoint(
 ) -> Loaded:
     """Copy the weights of a checkpoint into ``model``, all or none; every tensor of the model gets a value.
 
-    The prefixes ``module.`` and ``_orig_mod.`` are removed. Floating tensors are converted to the model's type.
+    The prefixes ``module.`` and ``_orig_mod.`` are removed, and any other, such as a trainer's ``model.``, that
+    leaves the names of the model. Floating tensors are converted to the model's type.
 
     Args:
         path: a .safetensors file, or what ``torch.save`` wrote: a dictionary of tensors by name, alone, under one of
@@ -89,10 +86,15 @@ def load_checkpoint(
         raise UnmovedError(f"{path}: the model has lazy layers without a shape yet; pass one batch through it first")
     tensors, found_key = read_checkpoint(path, key)
     own = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-    tensors, ignored = _without_ignored(path, _without_prefixes(tensors, own), ignore)
-    tensors = _without_prefixes(tensors, own)
-    is_by_order = match == "order" and {*own} != {*tensors}
-    pairs = _by_order(path, own, tensors) if is_by_order else _by_name(path, own, tensors)
+    tensors, ignored = without_ignored(path, without_prefixes(tensors, own), ignore)
+    tensors = without_prefixes(tensors, own)
+    is_by_order, has_order = match == "order" and {*own} != {*tensors}, not _is_safetensors(require_checkpoint(path))
+    if is_by_order and not has_order:
+        raise UnmovedError(
+            f"{path}: match order: expected what torch.save wrote, came safetensors, which keeps names and no order; "
+            "give its tensors the model's names"
+        )
+    pairs = by_order(path, own, tensors) if is_by_order else by_name(path, own, tensors, has_order=has_order)
     for name, theirs in pairs.items():
         value = tensors[theirs]
         if value.dtype != own[name].dtype and not (value.is_floating_point() and own[name].is_floating_point()):
@@ -101,11 +103,11 @@ def load_checkpoint(
     return Loaded(digest(path), found_key, ignored, is_by_order)
 
 
-def read_checkpoint(path: Path | str, key: str | None = None) -> tuple[dict[str, Tensor], str]:
-    """Return the tensors of a checkpoint by name, and their key in the file ("" if there is none).
+def require_checkpoint(path: Path | str) -> bytes:
+    """Return the first bytes of a file of weights.
 
     Raises:
-        UnmovedError: as `load_checkpoint`.
+        UnmovedError: no such file, an empty one, a web page, or a pointer to the file.
     """
     path = Path(path)
     try:
@@ -122,9 +124,24 @@ def read_checkpoint(path: Path | str, key: str | None = None) -> tuple[dict[str,
         )
     if start.startswith(b"version https://git-lfs"):
         raise UnmovedError(f"{path}: expected a file of weights, came a Git LFS pointer to one; run `git lfs pull`")
-    if start[8:9] == b"{":
+    return start
+
+
+def read_checkpoint(path: Path | str, key: str | None = None) -> tuple[dict[str, Tensor], str]:
+    """Return the tensors of a checkpoint by name, and their key in the file ("" if there is none).
+
+    Raises:
+        UnmovedError: as `load_checkpoint`.
+    """
+    path, start = Path(path), require_checkpoint(path)
+    if _is_safetensors(start):
         return weights_file.read_tensors(path), ""
     return _unwrapped(path, *_unpickled(path), key)
+
+
+def _is_safetensors(start: bytes) -> bool:
+    """Return whether a file begins as safetensors do: eight bytes of length, and then a header that is JSON."""
+    return start[8:9] == b"{"
 
 
 def _unpickled(path: Path) -> tuple[object, list[str]]:
@@ -142,6 +159,11 @@ def _unpickled(path: Path) -> tuple[object, list[str]]:
                 f"{path}: expected weights, came a TorchScript archive, which is a program; where you trust it: "
                 "torch.save(torch.jit.load(file).state_dict(), 'weights.pt')"
             )
+        if any(member.filename.endswith(".npy") for member in members):
+            raise UnmovedError(
+                f"{path}: expected weights that torch.save wrote, came numpy arrays; torch.save({{name: "
+                "torch.from_numpy(array) for name, array in numpy.load(file).items()}, 'weights.pt')"
+            )
         if any(
             member.compress_type != zipfile.ZIP_STORED for member in members
         ):  # compressed members may unpack to any size
@@ -149,7 +171,9 @@ def _unpickled(path: Path) -> tuple[object, list[str]]:
     left_out: list[str] = []
     while True:
         try:
-            with regular(path) as file, torch.serialization.safe_globals([(_StandIn, name) for name in left_out]):
+            known = torch.serialization.safe_globals([(_StandIn, name) for name in left_out])
+            with regular(path) as file, known, warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Detected pickle protocol")  # what fails is said below
                 return torch.load(file, map_location="cpu", weights_only=True), left_out
         except pickle.UnpicklingError as error:
             named = re.findall(r"GLOBAL ([\w.]+)", str(error))
@@ -240,122 +264,3 @@ def _dense(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             kind = "quantized" if value.is_quantized else f"{value.layout} on {value.device}"
             raise UnmovedError(f"{path}: {name!r}: expected a dense tensor with data, came one that is {kind}")
     return tensors
-
-
-def _without_ignored(
-    path: Path, tensors: dict[str, Tensor], patterns: Sequence[str]
-) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in tensors):
-            near = difflib.get_close_matches(pattern, tensors, n=1, cutoff=0.3)
-            raise UnmovedError(
-                f"{path}: ignore {pattern!r}: no name in the file matches it"
-                + (f"; the nearest is {near[0]!r}" if near else "")
-            )
-    ignored = tuple(name for name in tensors if any(fnmatchcase(name, pattern) for pattern in patterns))
-    return {name: value for name, value in tensors.items() if name not in ignored}, ignored
-
-
-def _without_prefixes(tensors: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Remove prefixes that wrappers add to all names, unless the model's own names have them."""
-    while True:
-        prefix = next((p for p in PREFIXES if tensors and all(name.startswith(p) for name in tensors)), None)
-        if prefix is None or any(name.startswith(prefix) for name in own):
-            return tensors
-        tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
-
-
-def _by_name(path: Path, own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Map the model's names to those of the file, which are the same."""
-    missing = [name for name in own if name not in tensors and not name.endswith(_COUNT)]
-    extra = [name for name in tensors if name not in own]
-    others = [name for name in own if name in tensors and own[name].shape != tensors[name].shape]
-    if not missing and not others and not extra:
-        return {name: name for name in own if name in tensors}
-    if not missing and not others:
-        raise UnmovedError(
-            f"{path}: the model has no place for {several(extra)}; if they are not needed, leave them out: "
-            + _ignoring(extra, own)
-        )
-    if others and not missing and not extra:
-        raise UnmovedError(
-            f"{path}: shapes differ: {_list(_difference(own[n], tensors[n], n) for n in others)}; build the model with "
-            "the settings that it was saved with"
-        )
-    raise UnmovedError("\n".join([f"{path}: the names do not fit the model", *_unfit(own, tensors, missing, extra)]))
-
-
-def _unfit(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], missing: list[str], extra: list[str]) -> list[str]:
-    """List the names that differ, with the nearest name and both shapes, and what to do."""
-    lines = (
-        [f"  {len(missing)} missing: {_list(_near(name, own, extra, tensors) for name in missing)}"] if missing else []
-    )
-    if extra:
-        lines.append(f"  {len(extra)} unexpected: {_list(f'{name!r} {tuple(tensors[name].shape)}' for name in extra)}")
-    kinds = {name.rpartition(".")[2] for name in own}
-    strange = [name for name in extra if name.rpartition(".")[2] not in kinds]
-    kept = {name: value for name, value in tensors.items() if name not in strange}
-    if _agree(own, kept):
-        also = f" {_ignoring(strange, own)}" if strange else ""
-        lines.append(f"  the shapes agree one to one in order: if it is the same network, pass --match order{also}")
-    elif extra and missing:
-        lines.append("  these are the weights of another architecture, or of other settings of it")
-    return lines
-
-
-def _by_order(path: Path, own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Map the model's names to the names at the same places of the file."""
-    counted = [name for name in own if len(own) == len(tensors) or not name.endswith(_COUNT)]
-    for name, theirs in zip(counted, tensors, strict=False):
-        if own[name].shape != tensors[theirs].shape or _are_other_kinds(name, theirs):
-            raise UnmovedError(
-                f"{path}: match order: the model's {name!r} is {tuple(own[name].shape)}, at its place stands "
-                f"{theirs!r} {tuple(tensors[theirs].shape)}; the order differs, or it is another network"
-            )
-    if len(counted) != len(tensors):
-        more = counted[len(tensors) :] or list(tensors)[len(counted) :]
-        where = "the file" if len(tensors) > len(counted) else "the model"
-        raise UnmovedError(
-            f"{path}: match order: expected {len(counted)} tensors, came {len(tensors)}: {where} alone has "
-            f"{several(more)}" + (f"; leave them out: {_ignoring(more, own)}" if where == "the file" else "")
-        )
-    return dict(zip(counted, tensors, strict=True))
-
-
-def _agree(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> bool:
-    """Return whether shapes and kinds agree one to one in order, BatchNorm's counts apart."""
-    ours, theirs = ([name for name in side if not name.endswith(_COUNT)] for side in (own, tensors))
-    return len(ours) == len(theirs) and all(
-        own[a].shape == tensors[b].shape and not _are_other_kinds(a, b) for a, b in zip(ours, theirs, strict=True)
-    )
-
-
-def _are_other_kinds(ours: str, theirs: str) -> bool:
-    """Return whether two names say that one is a weight, say, and the other a running mean."""
-    kinds = {ours.rpartition(".")[2], theirs.rpartition(".")[2]}
-    return len(kinds) == 2 and kinds <= _KINDS
-
-
-def _near(name: str, own: Mapping[str, Tensor], extra: list[str], tensors: Mapping[str, Tensor]) -> str:
-    alike = [other for other in extra if tensors[other].shape == own[name].shape]
-    near = difflib.get_close_matches(name, alike or extra, n=1, cutoff=0.0 if alike else 0.4)
-    other = f" (nearest in the file: {near[0]!r} {tuple(tensors[near[0]].shape)})" if near else ""
-    return f"{name!r} {tuple(own[name].shape)}{other}"
-
-
-def _difference(ours: Tensor, theirs: Tensor, name: str) -> str:
-    return f"{name!r} expected {tuple(ours.shape)}, came {tuple(theirs.shape)}"
-
-
-def _ignoring(names: Sequence[str], own: Iterable[str]) -> str:
-    """Return the options that leave out these names, by their last part if no name of the model has it."""
-    patterns = []
-    for name in names:
-        short = f"*{name.rpartition('.')[2]}"
-        patterns.append(short if "." in name and not any(fnmatchcase(kept, short) for kept in own) else name)
-    return " ".join(f"--ignore {pattern!r}" for pattern in list(dict.fromkeys(patterns))[:_SHOWN])
-
-
-def _list(items: Iterable[str]) -> str:
-    words = list(items)
-    return ", ".join(words[:_SHOWN]) + (f" and {len(words) - _SHOWN} more" if len(words) > _SHOWN else "")
