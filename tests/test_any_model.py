@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shutil
@@ -16,10 +17,11 @@ import pytest
 import torch
 from helpers.cli import unmoved
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import unmoved as package
 from unmoved import Run, UnmovedError, data, models
+from unmoved.runs import components
 
 MODULE = """
 import torch
@@ -173,6 +175,7 @@ BAD: dict[str, tuple[dict[str, str | None], str]] = {
     "no weights there": ({"net.pt": "nat.pt"}, "nat.pt: expected a file of weights, came none"),
     "no eps": ({"0.1": "a lot"}, "expected a number or a fraction"),
     "no attack": ({"fgsm,pgd(steps=3)": "pgdd"}, "did you mean 'pgd'"),
+    "mean of bytes": ({"0.3": "78", "0.35": "89"}, "the mean of images in .0, 1., came 78; if .* divide both by 255"),
     "three colours": ({"--mean": "--mean", "0.3": "0.3,0.3,0.3", "0.35": "0.3,0.3,0.3"}, "expected images"),
 }
 
@@ -188,7 +191,7 @@ def test_a_mistake_on_the_command_line_ends_in_one_message_and_no_folder(folder:
 @pytest.mark.parametrize(
     ("outputs", "classes", "words"),
     [
-        (5, None, "the model has 5 outputs, the data labels up to 9"),
+        (5, None, "the model has 5 outputs, the data labels up to 9.*is it the model of this data"),
         (1000, [str(k) for k in range(10)], "the model has 1000 outputs, the data 10 classes: expected as many"),
     ],
 )
@@ -197,6 +200,63 @@ def test_other_numbers_of_classes_are_refused(
 ) -> None:
     with pytest.raises(UnmovedError, match=words):
         package.judge(Net(outputs), (digits.images, digits.labels), eps=0.1, n=4, classes=classes, progress=False)
+
+
+def test_labels_that_begin_at_1_are_told_so(digits: data.ArraySplit) -> None:
+    with pytest.raises(UnmovedError, match="number the classes from 0, as labels - 1 does"):
+        package.judge(Net(), (digits.images, digits.labels + 1), eps=0.1, n=4, progress=False)
+
+
+def test_weights_that_are_not_numbers_are_named_and_make_no_folder(
+    trained: Net, digits: data.ArraySplit, folder: Path
+) -> None:
+    spoilt = copy.deepcopy(trained)
+    with torch.no_grad():
+        spoilt.b.bias[3] = torch.nan
+    with pytest.raises(UnmovedError, match=r"expected finite logits, .*'b\.bias' among its weights hold NaN"):
+        package.judge(spoilt, digits, eps=0.1, attacks="fgsm", out="runs/mine", progress=False)
+    torch.save(spoilt.state_dict(), "net.pt")
+    assert "'model.b.bias' among its weights hold NaN" in unmoved(*COMMAND).mistake()
+    assert not Path("runs").exists()
+
+
+class Unreadable(Dataset[Any]):
+    def __len__(self) -> int:
+        raise AssertionError("read")
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "eps": ({"eps": "8/25x"}, "expected a number or a fraction"),
+    "norm": ({"norm": "l3"}, "norm"),
+    "attack": ({"attacks": "fgsm,pdg"}, "did you mean 'pgd'"),
+    "setting": ({"attacks": "pgd(stepz=3)"}, "stepz"),
+    "value": ({"attacks": "pgd(steps=-1)"}, "steps"),
+    "attack of another ball": ({"attacks": "pgd(eps=0.5)"}, "expected eps of at most"),
+    "attack out of the ball": ({"attacks": "nfgsm"}, "leaves it by design"),
+    "module": ({"attacks": "my_lab:Mine"}, "--allow my_lab"),
+    "n": ({"n": 0}, "n: expected a whole number >= 1"),
+    "batch size": ({"batch_size": 0}, "batch_size"),
+    "sample": ({"attacks": "quick", "sample": 5}, "expected --attacks standard"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_wrong_with_the_question_is_said_before_data_is_read(case: str) -> None:
+    settings, words = WRONG[case]
+    with pytest.raises(UnmovedError, match=words):
+        package.judge(Net(), Unreadable(), progress=False, **{"eps": 0.1, **settings})
+
+
+@pytest.mark.parametrize("case", ["not allowed", "no such class", "no weights there", "no attack"])
+def test_the_command_does_not_decode_images_for_a_mistake(
+    folder: Path, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(test: int) -> None:
+        raise AssertionError("read")
+
+    monkeypatch.setitem(components.KINDS["data"], "digits", read)
+    changes, words = BAD[case]
+    assert re.search(words, unmoved(*(changes.get(word, word) for word in COMMAND)).mistake())
 
 
 def test_data_without_names_may_lack_the_last_classes(digits: data.ArraySplit) -> None:

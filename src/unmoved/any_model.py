@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from unmoved import models
-from unmoved.core.errors import UnmovedError
+from unmoved.core.errors import UnmovedError, require_whole
 from unmoved.core.messages import printable
 from unmoved.core.precision import require_device
 from unmoved.core.preconditions import require_model
@@ -37,7 +37,7 @@ from unmoved.runs import recipe as config
 from unmoved.runs import records
 from unmoved.runs.assembly import Assembly
 from unmoved.runs.components import parse_number
-from unmoved.runs.evaluate import chosen_attacks, evaluate_run, examine_run, size_of
+from unmoved.runs.evaluate import chosen_attacks, evaluate_run, examine_run, require_named_attacks, size_of
 from unmoved.runs.folder import Run
 from unmoved.runs.load import Opened, opened, weights_digest
 from unmoved.runs.trained_elsewhere import first_logits, is_of_other_weights, judged_run, tables_of_objects
@@ -91,12 +91,13 @@ def judge(
             for; a folder that holds something else.
     """
     require_model(model, ORDER)
+    _require_question(attacks, ThreatModel(norm, parsed_eps(eps)), n, sample, within, batch_size, allow)
     split, logits, notes = _fitting(model, data, classes, layout)
     about: Json = {"name": name or type(model).__name__, "threat": {"norm": norm, "eps": parsed_eps(eps)}}
     recipe = config.parse({**about, **tables_of_objects(model, split, logits)}, "judge")
     held = split if isinstance(split, ArraySplit) else split.select(torch.arange(len(split)))
     assembly = Assembly(recipe, allow, source=DataSet(held, held, "data"))
-    _require_attacks(attacks, assembly, allow, sample, within)
+    chosen_attacks(attacks, assembly, allow)  # a wrong setting is refused before a folder is made
     with ExitStack() as undone:
         folder = Path(tempfile.mkdtemp(prefix="unmoved-") if out is None else out)
         if out is None:
@@ -108,16 +109,25 @@ def judge(
     return judgement
 
 
-def _require_attacks(
-    attacks: object, assembly: Assembly, allow: Collection[str], sample: int | None, within: float | None
+def _require_question(
+    attacks: object,
+    ball: ThreatModel,
+    n: int | None,
+    sample: int | None,
+    within: float | None,
+    batch_size: int,
+    allow: Collection[str],
 ) -> None:
-    """Refuse a wrong name, or a sample of what cannot be sampled, before a folder is made."""
+    """Refuse a wrong name or number, or a sample of what cannot be sampled, before any data is read."""
     if not isinstance(attacks, str):
         raise UnmovedError(
             f'judge: expected names as attacks, such as "quick" or "pgd(steps=50)", came {attacks!r:.80}'
         )
-    chosen_attacks(attacks, assembly, allow)
+    require_named_attacks(attacks, ball, allow)
     size_of(sample, within, attacks)
+    require_whole("batch_size", batch_size, at_least=1)
+    if n is not None:
+        require_whole("n", n, at_least=1)
 
 
 def _fitting(
@@ -165,12 +175,16 @@ def judge_recipe(
         UnmovedError: as `judge`; weights that do not fit.
     """
     require_device(device)
+    ball = ThreatModel(recipe.threat.norm, recipe.threat.eps)
+    _require_question(attacks, ball, n, sample, within, batch_size, allow)
+    if recipe.model.weights is not None:
+        models.require_checkpoint(recipe.model.weights.file)
     assembly = Assembly(recipe, allow, loading)
     model, loaded = assembly.initial_model()
     require_outputs(first_logits(model, assembly.data.test).shape[1], assembly.data.test)
     notes = () if loaded is not None else ("no file of weights was given: the model was judged as it is made",)
     where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    _require_attacks(attacks, assembly, allow, sample, within)
+    chosen_attacks(attacks, assembly, allow)
     run = judged_run(Path(out), assembly, model, loaded)
     opened = Opened(assembly, model.to(where).eval())
     ask = _Question(attacks, n, doctor, batch_size, allow, progress, sample, within)
@@ -308,11 +322,13 @@ def require_outputs(outputs: int, split: ArraySplit | Selection) -> None:
     """Raise `UnmovedError` unless the model has an output for each class of the data, and no other."""
     if outputs == split.num_classes:
         return
-    most = int(split.labels.max())
+    least, most = int(split.labels.min()), int(split.labels.max())
     if most >= outputs:
+        begins_at_1 = least == 1 and most == outputs
         raise UnmovedError(
             f"the model has {outputs} outputs, the data labels up to {most} ({split.num_classes} classes): expected an "
-            "output for each class; is it the model of this data?"
+            "output for each class; "
+            + ("number the classes from 0, as labels - 1 does" if begins_at_1 else "is it the model of this data?")
         )
     raise UnmovedError(
         f"the model has {outputs} outputs, the data {split.num_classes} classes: expected as many; take the outputs of "

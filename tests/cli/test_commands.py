@@ -18,6 +18,7 @@ import pandas as pd
 import pytest
 from helpers.cli import RECIPE, Said, digests, recipe, unmoved
 
+from unmoved.runs import components
 from unmoved.runs import recipe as config
 from unmoved.runs.folder import Run
 from unmoved.training import loop
@@ -73,6 +74,30 @@ def test_train_evaluate_and_report_in_plain_lines(tmp_path: Path) -> None:
     said = unmoved("report", tmp_path / "run", "--out", tmp_path / "pages" / "r.html", "--title", "Ours").fine()
     assert said.out == f"report: {tmp_path / 'pages' / 'r.html'}\n"
     assert "<title>Ours" in (tmp_path / "pages" / "r.html").read_text()
+
+
+def test_a_training_in_another_ball_than_the_judged_one_is_told(tmp_path: Path) -> None:
+    path, short = recipe(tmp_path), ("--set", "training.epochs=1")
+    words = "note: training ends with attacks within eps 0.3, where the threat model that judges has 0.1"
+    for name, eps in (("larger", "0.3"), ("ramp", "{ from = 0.0, to = 0.3 }")):
+        said = unmoved("train", path, "--out", tmp_path / name, *short, "--set", f"attack.eps={eps}").fine()
+        assert said.out.startswith(words)
+    for name, eps in (("same", "0.1"), ("a little more", "0.12")):
+        said = unmoved("train", path, "--out", tmp_path / name, *short, "--set", f"attack.eps={eps}").fine()
+        assert "note" not in said.out
+
+
+def test_weights_that_are_not_there_are_missed_before_images_are_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(test: int) -> None:
+        raise AssertionError("read")
+
+    monkeypatch.setitem(components.KINDS["data"], "digits", read)
+    path = recipe(tmp_path, RECIPE.replace("[model]", '[model]\nweights = "nat.pt"'))
+    assert (
+        "nat.pt: expected a file of weights, came none" in unmoved("train", path, "--out", tmp_path / "run").mistake()
+    )
 
 
 def test_the_real_command_trains_and_says_so_without_colours(tmp_path: Path) -> None:

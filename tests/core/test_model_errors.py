@@ -103,7 +103,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "other channels": (
         lambda: nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten(), nn.Linear(32, 3)),
-        r"it cannot take images of shape \(1, 6, 6\)",
+        r"it cannot take images of shape \(1, 6, 6\).*convert them in a module around it: x\.expand\(-1, 3, -1, -1\)",
     ),
     "larger images": (
         lambda: nn.Sequential(nn.Conv2d(1, 2, 9), nn.Flatten(), nn.Linear(2, 3)),

@@ -238,6 +238,25 @@ def jobs(tmp_path: Path, names: list[str], seeds: list[int]) -> list[Job]:
     return jobs_of(parsed, seeds, tmp_path / "out", ("lab",), threads=2)
 
 
+@pytest.mark.parametrize(
+    ("attacks", "words"),
+    [
+        ("autoatack", "--attacks: expected names of .*came 'autoatack'"),
+        ("pgd(stepz=3)", "unknown key 'stepz'"),
+        ("pgd(eps=0.2)", "expected eps of at most the threat model's 0.1"),
+        ("my_lab:Mine", "--allow my_lab"),
+        ("transfer:runs/none", "runs/none"),
+        ("", "expected at least one name"),
+    ],
+)
+def test_attacks_that_do_not_exist_are_refused_before_anything_is_trained(
+    tmp_path: Path, attacks: str, words: str
+) -> None:
+    said = unmoved("compare", recipe(tmp_path), "--attacks", attacks, "--out", tmp_path / "out").mistake()
+    assert re.search(words, said), said
+    assert not (tmp_path / "out").exists()
+
+
 def test_jobs_are_recipes_times_seeds(tmp_path: Path) -> None:
     made = jobs(tmp_path, ["a", "b"], [0, 7])
     assert [(job.label, Path(job.path).relative_to(tmp_path).as_posix()) for job in made] == [

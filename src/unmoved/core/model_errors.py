@@ -6,7 +6,7 @@ import inspect
 
 from torch import Tensor, nn
 
-from unmoved.core.errors import UnmovedError
+from unmoved.core.errors import UnmovedError, several
 
 _SIZES = ("shapes cannot be multiplied", "channels", "size of tensor", "Kernel size", "input size", "shape '", "dims")
 
@@ -18,6 +18,22 @@ def explained(error: Exception, model: nn.Module, x: Tensor) -> UnmovedError | N
     """
     words = None if isinstance(error, UnmovedError) else _cause(error, model, x) or cause_in_graph(error)
     return None if words is None else UnmovedError(f"model {type(model).__name__}: {words}")
+
+
+def require_finite(logits: Tensor, model: nn.Module) -> None:
+    """Raise `UnmovedError` where logits are NaN or infinite, and say what they come from, as far as weights tell."""
+    if logits.isfinite().all():
+        return
+    spoilt = [name for name, t in (*model.named_parameters(), *model.named_buffers()) if t.isnan().any()]
+    advice = (
+        f"{several(spoilt)} among its weights hold NaN, as where training diverged: take those of an earlier epoch"
+        if spoilt
+        else "look for an operation in its forward that overflows, a root or logarithm of 0, a division by a norm"
+    )
+    raise UnmovedError(
+        f"model {type(model).__name__}: expected finite logits, came NaN or infinity; a verdict would mean nothing; "
+        + advice
+    )
 
 
 def cause_in_graph(error: Exception) -> str | None:
@@ -70,6 +86,12 @@ def _cause(error: Exception, model: nn.Module, x: Tensor) -> str | None:
         )
     if "scalar type" in said and not types:
         return f"it does not take images, which are numbers of {_name(x)} ({first}); begin it with a layer that does"
+    if "channels" in said and x.ndim == 4 and x.shape[1] in (1, 3):
+        other = "x.expand(-1, 3, -1, -1)" if x.shape[1] == 1 else "x.mean(1, keepdim=True)"
+        return (
+            f"it cannot take images of shape {tuple(x.shape[1:])} ({first}); make it for them, or convert them in a "
+            f"module around it: {other}"
+        )
     if any(sign in said for sign in _SIZES):
         return f"it cannot take images of shape {tuple(x.shape[1:])} ({first}); make it for them, or resize the images"
     return None

@@ -13,6 +13,7 @@ from torch import nn
 
 from unmoved.core.batch import Batch, Image, Label
 from unmoved.core.errors import UnmovedError, require_whole
+from unmoved.core.model_errors import require_finite
 from unmoved.core.precision import autocast, device_of
 from unmoved.core.preconditions import require_attack, require_images, require_labels, require_model, require_split
 from unmoved.core.protocols import (
@@ -82,7 +83,7 @@ def evaluate(
     require_model(model, ORDER)
     require_split(split, ORDER)
     require_threat("threat", threat)
-    _require_attacks(attacks, threat)
+    require_attacks(attacks, threat)
     batch_size = require_whole("batch_size", batch_size, at_least=1)
     workers = require_whole("workers", workers, at_least=0)
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
@@ -182,7 +183,8 @@ class _Evaluation:
             self.progress(done, self._total, sheet.words(part))
 
 
-def _require_attacks(attacks: Mapping[str, Attack], threat: ThreatModel) -> None:
+def require_attacks(attacks: Mapping[str, Attack], threat: ThreatModel) -> None:
+    """Raise `UnmovedError` unless these are attacks by name that may judge a model in this ball."""
     if not isinstance(attacks, Mapping) or not attacks:
         came = "none" if isinstance(attacks, Mapping) else type(attacks).__name__
         raise UnmovedError(
@@ -353,10 +355,7 @@ def predicted(model: nn.Module, x: Image, y: Label, draws: int = 1) -> tuple[Lab
     """Return (the predicted classes (B,), the number of classes)."""
     draws = require_whole("draws", draws, at_least=1)
     logits = eval_logits(model, x, draws=draws)
-    if not torch.isfinite(logits).all():
-        raise UnmovedError(
-            f"model {type(model).__name__}: expected finite logits, came NaN or infinity; a verdict would mean nothing"
-        )
+    require_finite(logits, model)
     require_labels(y, logits.shape[1])
     return logits.argmax(dim=1), logits.shape[1]
 

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from unmoved.core.errors import UnmovedError
+from unmoved.core.threat import ThreatModel
 from unmoved.core.untrusted import Json
 from unmoved.runs import recipe as config
+from unmoved.runs.evaluate import require_named_attacks
 from unmoved.runs.folder import folder_name
 
 
@@ -91,7 +93,7 @@ def jobs_of(
 
     Raises:
         UnmovedError: two recipes of one name, or a seed twice (they would write into one folder); one split; splits
-            with several seeds.
+            with several seeds; attacks that do not exist, which would be seen when all is trained.
     """
     folders = [folder_name(recipe.name) for recipe in recipes]
     for recipe, folder in zip(recipes, folders, strict=True):
@@ -99,21 +101,12 @@ def jobs_of(
             raise UnmovedError(
                 f"compare: expected recipes of different names, came {recipe.name!r} twice; set name=... in one"
             )
+    for recipe in recipes:
+        require_named_attacks(attacks, ThreatModel(recipe.threat.norm, recipe.threat.eps), allow)
     for seed in seeds:
         if list(seeds).count(seed) > 1:
             raise UnmovedError(f"compare: expected different seeds, came {seed} twice")
-    if splits == 1 or splits < 0 or permutations < 1:
-        raise UnmovedError(
-            f"compare: expected --splits of at least 2 and --permutations of at least 1, came {splits} and "
-            f"{permutations}; one model has no variance"
-        )
-    if permutations > 1 and not splits:
-        raise UnmovedError("compare: --permutations says how often the data is split anew; give --splits too")
-    if splits and len(seeds) > 1:
-        raise UnmovedError(
-            f"compare: with --splits each part has a seed of its own, so expected one --seeds, came {len(seeds)}; "
-            "use --permutations for more runs"
-        )
+    _require_splits(splits, permutations, seeds)
     jobs = []
     for recipe, folder in zip(recipes, folders, strict=True):
         for name, changes in _changes(seeds, splits, permutations):
@@ -132,6 +125,22 @@ def jobs_of(
                 )
             )
     return jobs
+
+
+def _require_splits(splits: int, permutations: int, seeds: Sequence[int]) -> None:
+    """Raise `UnmovedError` for one split, or several seeds of each."""
+    if splits == 1 or splits < 0 or permutations < 1:
+        raise UnmovedError(
+            f"compare: expected --splits of at least 2 and --permutations of at least 1, came {splits} and "
+            f"{permutations}; one model has no variance"
+        )
+    if permutations > 1 and not splits:
+        raise UnmovedError("compare: --permutations says how often the data is split anew; give --splits too")
+    if splits and len(seeds) > 1:
+        raise UnmovedError(
+            f"compare: with --splits each part has a seed of its own, so expected one --seeds, came {len(seeds)}; "
+            "use --permutations for more runs"
+        )
 
 
 def _changes(

@@ -7,7 +7,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from unmoved import data, models
@@ -19,6 +18,7 @@ from unmoved.core.threat import ThreatModel
 from unmoved.core.untrusted import Json
 from unmoved.runs import components
 from unmoved.runs import recipe as config
+from unmoved.runs.third_party import find, is_foreign
 from unmoved.terms import Sum
 
 IN_PYTHON = "python:data"  # what the recipe of a judgement names where the data was an object
@@ -54,6 +54,8 @@ class Assembly:
                 "out=...) there again (`unmoved report` and `unmoved export` need neither)"
             )
         seed = recipe.training.seed
+        if source is None and is_foreign(recipe.model.use):
+            find(recipe.model.use, allow, components.PLACES["models"])  # before images are decoded, which takes a while
         self.threat = ThreatModel(recipe.threat.norm, recipe.threat.eps)
         self.source: data.DataSet = (
             self._build("data", recipe.data, progress=progress, lazily=True) if source is None else source
@@ -115,11 +117,7 @@ class Assembly:
         Raises:
             UnmovedError: settings that it does not have; one of another package that was not allowed.
         """
-        try:
-            parsed = TypeAdapter(components.AttackTable).validate_python(table)
-        except ValidationError as error:
-            raise UnmovedError("\n".join(f"--attacks: {line}" for line in config.messages(error, {}))) from None
-        attack: Attack = self._build("attacks", parsed, **self.given)
+        attack: Attack = self._build("attacks", config.attack_table(table), **self.given)
         return attack
 
     def _build(self, kind: str, table: components.Component, **given: object) -> Any:

@@ -17,13 +17,16 @@ from unmoved.core.errors import UnmovedError, did_you_mean, require_whole
 from unmoved.core.files import write_atomic
 from unmoved.core.precision import device_of, resolve
 from unmoved.core.protocols import Attack
+from unmoved.core.threat import ThreatModel
 from unmoved.core.untrusted import Json
 from unmoved.data import ArraySplit, Selection
 from unmoved.data.split import drawn
 from unmoved.evaluation.doctor import examine
 from unmoved.evaluation.doctor.finding import summary
+from unmoved.evaluation.judge import require_attacks
 from unmoved.evaluation.outcomes import CLEAN, WORST
-from unmoved.runs import components
+from unmoved.runs import components, third_party
+from unmoved.runs import recipe as config
 from unmoved.runs.assembly import Assembly
 from unmoved.runs.evaluator import Evaluator
 from unmoved.runs.folder import Run
@@ -34,6 +37,7 @@ from unmoved.runs.shorthand import attack_tables
 from unmoved.runs.third_party import is_foreign
 
 VERDICTS = ("standard", "rand")
+SPECIAL = ("recipe", "quick", *VERDICTS)  # names that stand for no single attack with settings
 
 
 def evaluate_run(
@@ -249,9 +253,38 @@ def chosen_attacks(
     return chosen
 
 
+def require_named_attacks(names: str, threat: ThreatModel, allow: Collection[str]) -> None:
+    """Refuse what is wrong with the names and settings of attacks while no data is read and no model trained.
+
+    Raises:
+        UnmovedError: as `chosen_attacks`; attacks that may not judge in this ball.
+    """
+    tables = attack_tables(names)
+    if not tables:
+        raise UnmovedError("--attacks: expected at least one name, came none")
+    for text, table in tables:
+        use = str(table["use"])
+        if text in SPECIAL:
+            continue
+        if use.startswith("transfer:"):
+            Run.open(Path(text.removeprefix("transfer:")))
+        elif is_foreign(use):
+            third_party.find(use, allow, components.PLACES["attacks"])
+        else:
+            _require_known(use)
+            attack = components.build("attacks", config.attack_table(table), threat=threat, seed=0)
+            require_attacks({text: attack}, threat)
+
+
+def _require_known(use: str) -> None:
+    if use not in components.KINDS["attacks"]:
+        known = [*SPECIAL, *components.KINDS["attacks"], "transfer:RUN", "module:Name"]
+        raise UnmovedError(f"--attacks: expected names of {', '.join(known)}, came {use!r}{did_you_mean(use, known)}")
+
+
 def _attacks_of(text: str, table: Json, assembly: Assembly, allow: Collection[str]) -> dict[str, Attack]:
     """Return the attacks that one part of ``--attacks`` stands for, by the name that outcomes call them."""
-    seed, known, use = assembly.recipe.training.seed, components.KINDS["attacks"], str(table["use"])
+    seed, use = assembly.recipe.training.seed, str(table["use"])
     if text == "recipe":
         return dict(assembly.attacks)
     if text == "quick":
@@ -261,11 +294,8 @@ def _attacks_of(text: str, table: Json, assembly: Assembly, allow: Collection[st
         return {label: AutoAttack(assembly.threat, version=text, seed=seed)}
     if use.startswith("transfer:"):
         return {"transfer": _transfer(Path(text.removeprefix("transfer:")), assembly, allow)}
-    if use not in known and not is_foreign(use):
-        names_known = ["recipe", "quick", *VERDICTS, *known, "transfer:RUN", "module:Name"]
-        raise UnmovedError(
-            f"--attacks: expected names of {', '.join(names_known)}, came {use!r}{did_you_mean(use, names_known)}"
-        )
+    if not is_foreign(use):
+        _require_known(use)
     settings = ", ".join(f"{key}={value}" for key, value in table.items() if key != "use")
     name = use.rpartition(":")[2]
     return {f"{name}({settings})" if settings else name: assembly.attack(table)}

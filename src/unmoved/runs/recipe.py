@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from unmoved import data
 from unmoved.core.errors import UnmovedError, did_you_mean
@@ -320,6 +320,19 @@ def parse(tables: Json, where: str = "recipe") -> Recipe:
         return Recipe.model_validate(tables)
     except ValidationError as error:
         raise UnmovedError("\n".join(f"{where}: {message}" for message in messages(error, tables))) from None
+
+
+def attack_table(table: str | Mapping[str, object]) -> AttackTable:
+    """Return the checked table of an attack that ``--attacks`` names.
+
+    Raises:
+        UnmovedError: settings that it does not have.
+    """
+    try:
+        attack: AttackTable = TypeAdapter(AttackTable).validate_python(table)
+    except ValidationError as error:
+        raise UnmovedError("\n".join(f"--attacks: {line}" for line in messages(error, {}))) from None
+    return attack
 
 
 def differing(saved: Recipe, tables: Json) -> list[str]:

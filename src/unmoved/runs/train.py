@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Collection
 from contextlib import ExitStack
@@ -11,9 +12,12 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from unmoved.core.errors import UnmovedError
+from unmoved.core.phases import Ramp
 from unmoved.core.precision import resolve
 from unmoved.core.protocols import Split
+from unmoved.core.threat import ThreatModel
 from unmoved.core.untrusted import Json
+from unmoved.models import require_checkpoint
 from unmoved.runs import recipe as config
 from unmoved.runs.assembly import Assembly
 from unmoved.runs.folder import Run
@@ -28,6 +32,9 @@ from unmoved.training.validation import Validation
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
+
+logger = logging.getLogger("unmoved")
+MUCH = 0.25  # a training a little beyond the ball that judges is usual
 
 
 def train_recipe(
@@ -66,6 +73,9 @@ def train_recipe(
             return run  # on every machine, or the others would wait for this one
         fabric = distributed.prepare(device, devices, nodes)
         # Mistakes in a recipe are found before a folder is made and before other processes are started.
+        weights = recipe.model.weights
+        if weights is not None and run is None:
+            require_checkpoint(weights.file)  # before images are decoded, which takes a while
         assembly = Assembly(recipe, allow, loading) if build is None else build()
         is_begun = run is not None and any(os.path.lexists(run.path / name) for name in (NEWEST, PREVIOUS))
         # The saved state holds the weights, whose original file may be gone.
@@ -77,6 +87,7 @@ def train_recipe(
         train_part, validation = assembly.parts()
         _rehearse(model, assembly, train_part, validation, fabric)
         if first:
+            _tell_of_another_ball(assembly)
             held.enter_context(Run(out).alone())
             # If the folder was missing, another process may have started there in the meantime.
             run = (_begun(out, recipe.tables()) if resume else None) or Run.create(out, recipe.tables(), weights=loaded)
@@ -147,6 +158,21 @@ def _rehearse(
     held_out = Validation.of(validation, assembly.check, assembly.threat)
     precision = resolve(training.precision, fabric.device)
     rehearse_training(model, plan, held_out, device=fabric.device, count=fabric.world_size, precision=precision)
+
+
+def _tell_of_another_ball(assembly: Assembly) -> None:
+    """Log that training ends with attacks of quite another eps than that which judges: a ramp has ends of its own."""
+    start, last = assembly.phases.phases[-1]
+    ball = getattr(last.attack, "threat", None)
+    if not isinstance(ball, ThreatModel):
+        return
+    eps = ball.eps.stop if isinstance(ball.eps, Ramp) else ball.eps
+    if abs(eps - assembly.threat.radius) > MUCH * assembly.threat.radius:
+        logger.info(
+            "training ends with attacks within eps %g, where the threat model that judges has %g: set eps of [attack], "
+            "or of the phase from epoch %d, too",
+            *(eps, assembly.threat.radius, start),
+        )
 
 
 def _is_done(run: Run, recipe: config.Recipe) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from unmoved import models
 from unmoved.core.errors import UnmovedError
+from unmoved.core.model_errors import require_finite
 from unmoved.core.precision import device_of
 from unmoved.core.untrusted import Json
 from unmoved.core.views import eval_logits
@@ -23,11 +24,17 @@ _LOOKED_AT = 8  # images whose logits identify what a model computes
 
 
 def first_logits(model: nn.Module, split: ArraySplit | Selection) -> Tensor:
-    """Return a model's logits (B, K) for the first images of the data, the same at each call."""
+    """Return a model's logits (B, K) for the first images of the data, the same at each call.
+
+    Raises:
+        UnmovedError: as `eval_logits`; logits that are not finite.
+    """
     x = next(split.batches(min(_LOOKED_AT, len(split)))).x
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return eval_logits(model, x.to(device_of(model)))
+        logits = eval_logits(model, x.to(device_of(model)))
+    require_finite(logits, model)
+    return logits
 
 
 def tables_of_objects(model: nn.Module, split: ArraySplit | Selection, logits: Tensor) -> Json:
