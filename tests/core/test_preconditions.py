@@ -37,6 +37,7 @@ def test_images_within_the_bounds_pass_up_to_rounding(bounds: tuple[float, float
     ("x", "words"),
     [
         (X * 255, r"^images: expected pixels in \[0, 1\], came 0 to 255; .* 0\.\.255: divide by 255"),
+        (X * 16, r"look like images of 0\.\.16: divide by the largest value that a pixel may have"),
         (X * 1.5, "as after a resize or an augmentation"),
         (X * 65535, "16 bits: divide by 65535"),
         ((X - 0.5) / 0.25, r"came -2 to 2; .* normalised: .* put the normalisation inside the model"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -161,15 +162,26 @@ class Returns(nn.Module):
         return self.value
 
 
+def test_the_advice_for_one_logit_keeps_its_probability() -> None:
+    with pytest.raises(UnmovedError) as raised:
+        logits(Returns(torch.rand(2, 1)), torch.rand(2, 1, 2, 2))
+    z = torch.tensor([[-2.0], [0.3]])
+    names = {"torch": torch, "z": z}
+    steps = re.search(r"(z = z\.\w+\(\)), then (torch\.stack\(.*\)), whose", str(raised.value))
+    assert steps is not None
+    exec(steps[1], names)
+    assert torch.allclose(eval(steps[2], names).softmax(1)[:, 1], z.sigmoid().flatten())
+
+
 @pytest.mark.parametrize(
     ("value", "message"),
     [
         ((torch.rand(2, 3), torch.rand(2, 3)), r"came a tuple; wrap the model in a module whose forward returns"),
         ({"logits": torch.rand(2, 3)}, r"came a dict; wrap the model"),
         (None, r"came a NoneType; wrap the model"),
-        (torch.rand(2), r"with K >= 2, came \(2,\)"),
-        (torch.rand(2, 1), r"with K >= 2, came \(2, 1\)"),
-        (torch.rand(3, 4), r"with K >= 2, came \(3, 4\)"),
+        (torch.rand(2), r"with K >= 2, came \(2,\); of one logit z for two classes make two"),
+        (torch.rand(2, 1), r"with K >= 2, came \(2, 1\); of one logit z for two classes make two"),
+        (torch.rand(3, 4), r"with K >= 2, came \(3, 4\); wrap the model"),
         (torch.rand(2, 3, 1, 1), r"came \(2, 3, 1, 1\)"),
         (torch.tensor(0.5), r"came \(\)"),
     ],

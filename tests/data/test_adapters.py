@@ -153,7 +153,11 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "an empty loader": (lambda: DataLoader(Rows(lambda k: (FLOATS[k], 0), 0), 4), "at least one sample, came none"),
     "normalised": (lambda: ((FLOATS - 0.5) / 0.25, Y), "they look normalised"),
     "0..255 floats": (lambda: (X.float(), Y), r"expected pixels in \[0, 1\], came 0 to 255"),
-    "one-hot": (lambda: (FLOATS, torch.eye(3)[Y]), "expected whole numbers"),
+    "one-hot": (lambda: (FLOATS, torch.eye(3)[Y]), r"came \(12, 3\); use labels\.argmax\(1\)"),
+    "zeros and ones": (
+        lambda: ((X > 9).to(torch.uint8), Y),
+        "none above 1; if 1 is white, hand the images over as floats",
+    ),
     "too few labels": (lambda: (FLOATS, Y[:5]), "expected one label per image, came 5 labels for 12"),
     "images alone in batches": (
         lambda: DataLoader(FLOATS, 4),
@@ -182,6 +186,18 @@ def test_what_holds_no_images_and_labels_is_refused_in_one_sentence(case: str) -
     make, words = BAD[case]
     with pytest.raises(UnmovedError, match=words):
         as_split(make())
+
+
+def test_images_of_few_levels_are_told_of() -> None:
+    assert as_split((X % 17, Y))[1][0].endswith("; the largest pixel is 16: if that is white, divide by it yourself")
+    assert torch.equal(next(as_split(((X > 9).float(), Y))[0].batches(12)).x, (X > 9).float())
+
+
+@pytest.mark.parametrize("settings", [{"classes": "abc"}, {"layout": "NHWC"}])
+def test_a_split_has_its_own_names_and_layout(settings: dict[str, str]) -> None:
+    for whole in (split(), split().lent(torch.arange(12)), DataSet(split(), split())):
+        with pytest.raises(UnmovedError, match="neither classes nor layout with a split"):
+            as_split(whole, **settings)
 
 
 def test_tensors_have_their_channels_first_where_the_shape_does_not_tell() -> None:

@@ -40,6 +40,16 @@ def test_two_arrays_are_split_by_the_seed(tmp_path: Path) -> None:
     assert not torch.equal(arrays(file, test=0.4, seed=1).test.index, data.test.index)
 
 
+def test_zeros_and_ones_are_no_images_of_256_levels(tmp_path: Path) -> None:
+    binary = (X > 99).astype(np.uint8)
+    data = arrays(save(tmp_path, x=binary, y=Y), lazily=True)
+    with pytest.raises(
+        UnmovedError, match=r"mine.*: expected uint8 pixels of 0\.\.255, came none above 1; if 1 is white"
+    ):
+        data.test  # noqa: B018 - reads it
+    assert set(arrays(save(tmp_path, x=binary / 1.0, y=Y)).test.images.unique().tolist()) == {0, 255}
+
+
 class Evil:
     def __init__(self, file: Path) -> None:
         self.file = file

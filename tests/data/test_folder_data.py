@@ -56,6 +56,16 @@ def test_every_image_arrives_under_its_class(tmp_path: Path) -> None:
     assert not torch.equal(other, data.test.index)
 
 
+@pytest.mark.parametrize("lazily", [False, True])
+def test_masks_of_zeros_and_ones_are_no_images(tmp_path: Path, lazily: bool) -> None:
+    for k, name in enumerate(NAMES):
+        (tmp_path / "pets" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels(k)[..., 0] // 128).save(tmp_path / "pets" / name)
+    for _ in range(2):  # decoded, and from the cache
+        with pytest.raises(UnmovedError, match=r"expected uint8 pixels of 0\.\.255, came none above 1"):
+            len(folder(tmp_path / "pets", cache=tmp_path / "cache", lazily=lazily).test)
+
+
 def test_train_and_test_folders_are_used(tmp_path: Path) -> None:
     root = write(tmp_path / "pets", SPLIT)
     (root / "README.md").write_text("beside the class folders: left alone")

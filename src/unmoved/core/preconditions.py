@@ -78,11 +78,18 @@ def _cause(x: Tensor, low: float, high: float) -> str:
     if least > low - 0.02 * width and most < high + width:
         return f"they leave it a little, as after a resize or an augmentation: use images.clamp({low:g}, {high:g})"
     if least >= 0 and high <= 1:
-        return f"they look like images of {'0..255: divide by 255' if most <= 255 else '16 bits: divide by 65535'}"
+        return f"they look like images of {_levels(most)}"
     return (
         "they look normalised: hand over the images as they were before, and put the normalisation inside the model, "
         "as models.normalized(model, mean, std) does; eps is then in units of pixels"
     )
+
+
+def _levels(most: float) -> str:
+    """Guess how many levels images have whose largest pixel is ``most``, and say what to do."""
+    if most > 255:
+        return "16 bits: divide by 65535"
+    return "0..255: divide by 255" if most > 32 else f"0..{most:g}: divide by the largest value that a pixel may have"
 
 
 def require_labels(y: Tensor, num_classes: int | None = None, where: str = "labels") -> None:

@@ -39,9 +39,20 @@ def logits(model: nn.Module, x: Image) -> Logits:
         )
     if out.ndim != 2 or len(out) != len(x) or out.shape[1] < 2:
         raise UnmovedError(
-            f"model {type(model).__name__}: expected logits of shape ({len(x)}, K) with K >= 2, came {tuple(out.shape)}"
+            f"model {type(model).__name__}: expected logits of shape ({len(x)}, K) with K >= 2, came "
+            f"{tuple(out.shape)}; {_to_logits(out, len(x))}"
         )
     return out.float() if out.dtype in (torch.float16, torch.bfloat16) else out
+
+
+def _to_logits(out: Tensor, size: int) -> str:
+    """Say how an output of another shape becomes logits."""
+    if out.shape in ((size,), (size, 1)):
+        return (
+            "of one logit z for two classes make two in a module around it: z = z.flatten(), then "
+            "torch.stack([torch.zeros_like(z), z], dim=1), whose softmax is the sigmoid of z"
+        )
+    return "wrap the model in a module whose forward returns one number for each image and class"
 
 
 def eval_logits(model: nn.Module, x: Image, *, mode: str = "eval", draws: int = 1) -> Logits:

@@ -62,8 +62,11 @@ def as_split(
         layout: as in `ArraySplit.of`.
 
     Raises:
-        UnmovedError: something else; no sample; images or labels that do not fit.
+        UnmovedError: something else; no sample; images or labels that do not fit; names or a layout for a split, which
+            has its own.
     """
+    if isinstance(data, DataSet | ArraySplit | Selection) and not (classes is None and layout is None):
+        raise UnmovedError("data: expected neither classes nor layout with a split of unmoved.data, which has its own")
     if isinstance(data, DataSet):
         return data.test, []
     if isinstance(data, ArraySplit | Selection):
@@ -77,7 +80,9 @@ def as_split(
         names = numbered("data labels", max(int(labels.max()), 1))
     notes = []
     if images.dtype in (torch.uint8, np.uint8):
-        notes.append("images of 0..255 (uint8) were divided by 255")
+        largest = int(images.max())
+        darkest = "" if largest > 127 else f"; the largest pixel is {largest}: if that is white, divide by it yourself"
+        notes.append("images of 0..255 (uint8) were divided by 255" + darkest)
     if layout is None and isinstance(images, Tensor) and images.ndim == 4 and images.shape[1] in (1, 3, 4):
         layout = "NCHW"  # torch's layout, if the shape alone does not tell
     return ArraySplit.of(images, labels, classes=names, layout=layout), notes

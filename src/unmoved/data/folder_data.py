@@ -18,7 +18,7 @@ from unmoved.data.decode import Pixels
 from unmoved.data.decode_all import Progress, decode_all
 from unmoved.data.decoded_cache import Decoded, Slot
 from unmoved.data.folder_sources import Folder, Tar, tree
-from unmoved.data.growing_array import PIECE, Filling
+from unmoved.data.growing_array import PIECE, Filling, require_light
 from unmoved.data.split import ArraySplit, stratified
 from unmoved.data.validation import held_out, require_path
 
@@ -104,6 +104,7 @@ def _data_set(decoded: Decoded, name: str, test: float, seed: int, decode: Calla
     index = {part: torch.arange(int(m.sum())) if parted else m.nonzero().flatten() for part, m in masks.items()}
     images = decoded.images
     if isinstance(images, np.ndarray):
+        require_light(f"{name} images", int(images.max()))
         _put_last(images, chosen.numpy())
         halves = dict(zip(masks, torch.from_numpy(images).split([len(i) for i in index.values()]), strict=True))
         train, held = (

@@ -29,7 +29,7 @@ class Filling:
         layout: ``"NCHW"`` or ``"NHWC"``, needed where the shape alone does not tell.
 
     Raises:
-        UnmovedError: a shape that is none of these, or no pixel.
+        UnmovedError: a shape that is none of these, or no pixel; uint8 images of zeros and ones.
     """
 
     def __init__(
@@ -50,12 +50,13 @@ class Filling:
         self.shape = (sides[2], sides[0], sides[1]) if self._last else (sides[0], sides[1], sides[2])
         self._count, self._device = shape[0] if count is None else count, device
         self._images: Tensor | None = None
+        self._brightest = 0  # of what came as uint8
 
     def put(self, values: Tensor) -> None:
         """Copy the next images, in the layout of their array.
 
         Raises:
-            UnmovedError: no uint8 and no floats, or pixels outside [0, 1].
+            UnmovedError: no uint8 and no floats, or pixels outside [0, 1]; with the last images, as `require_light`.
         """
         if len(values) == 0:
             return
@@ -69,10 +70,15 @@ class Filling:
             values = values.float()
             levels = (values * 255).round()
             values = levels.to(torch.uint8) if torch.equal(levels / 255, values) else values
+            self._brightest = 255  # the scale of floats is known
+        elif self._brightest < 2:
+            self._brightest = max(self._brightest, int(values.max()))
         values = values.permute(0, 3, 1, 2) if self._last else values.reshape(len(values), *self.shape)
         room, end = self._room(values.dtype), self._filled + len(values)
         room[self._filled : end] = values if values.dtype == room.dtype else values.float() / 255
         self._filled = end
+        if self._filled == self._count:
+            require_light(self._what, self._brightest)
 
     @property
     def images(self) -> Tensor:
@@ -87,6 +93,14 @@ class Filling:
             torch.div(self._images[: self._filled], 255, out=wider[: self._filled])
             self._images = wider
         return self._images
+
+
+def require_light(what: str, brightest: int) -> None:
+    """Raise `UnmovedError` where the brightest of all uint8 pixels is 1: white, where 255 is white, would be black."""
+    if brightest == 1:
+        raise UnmovedError(
+            f"{what}: expected uint8 pixels of 0..255, came none above 1; if 1 is white, hand the images over as floats"
+        )
 
 
 def pieces(values: Array) -> Iterator[Tensor]:

@@ -100,16 +100,16 @@ def _require_array(what: str, values: object) -> None:
 def as_labels(what: str, values: Array, count: int) -> Tensor:
     """Convert labels to (N,) int64, none negative, as many as there are images."""
     labels = as_tensor(what, values)
+    if labels.ndim != 1:
+        raise UnmovedError(
+            f"{what}: expected shape ({count},), came {tuple(labels.shape)}; "
+            "use labels.argmax(1) on one-hot labels, labels.squeeze() on a column"
+        )
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         nan = " with NaN" if labels.is_floating_point() and labels.isnan().any() else ""
         raise UnmovedError(
             f"{what}: expected whole numbers 0..K-1 of an integer type, came {labels.dtype}{nan}; "
             "convert with labels.astype('int64') once they are whole"
-        )
-    if labels.ndim != 1:
-        raise UnmovedError(
-            f"{what}: expected shape ({count},), came {tuple(labels.shape)}; "
-            "use labels.argmax(1) on one-hot labels, labels.squeeze() on a column"
         )
     if len(labels) != count:
         raise UnmovedError(f"{what}: expected one label per image, came {len(labels)} labels for {count} images")

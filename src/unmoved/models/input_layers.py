@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -80,6 +80,15 @@ def normalized(model: nn.Module, mean: Sequence[float], std: Sequence[float]) ->
     return nn.Sequential(OrderedDict(normalize=Normalize(mean, std), model=model))
 
 
+def require_unit_mean(mean: Iterable[float], where: str = "mean") -> None:
+    """Raise `UnmovedError` where the mean is none of images in [0, 1], but of 0..255: every image would look black."""
+    if (largest := max(mean)) > 1:
+        raise UnmovedError(
+            f"{where}: expected the mean of images in [0, 1], came {largest:g}; if mean and std are of images in "
+            "0..255, divide both by 255"
+        )
+
+
 def require_sizes(shape: Sequence[int], num_classes: int) -> tuple[tuple[int, int, int], int]:
     """Return (channels, height, width) and the number of classes as plain ints.
 
@@ -111,6 +120,7 @@ def entrance(
         given, absent = ("mean", "std") if std is None else ("std", "mean")
         raise UnmovedError(f"{absent}: expected a value because {given} is given; set both or neither")
     normalize = Normalize(mean, std)
+    require_unit_mean(mean)
     if len(mean) not in (1, sizes[0]):
         raise UnmovedError(f"mean: expected {sizes[0]} numbers, one for each channel, came {len(mean)}")
     return layers | {"normalize": normalize}

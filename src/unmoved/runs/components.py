@@ -32,6 +32,7 @@ from unmoved.core import protocols
 from unmoved.core.errors import UnmovedError, did_you_mean
 from unmoved.core.phases import Ramp
 from unmoved.core.threat import ThreatModel
+from unmoved.models.input_layers import Normalize, require_unit_mean
 from unmoved.runs import third_party
 from unmoved.runs.third_party import Factory, Place
 from unmoved.terms.sum import snake_case
@@ -140,6 +141,12 @@ class Normalization(Settings):
 
     mean: list[Number]
     std: list[Number]
+
+    @model_validator(mode="after")
+    def _of_images_in_0_to_1(self) -> Normalization:
+        Normalize(self.mean, self.std)
+        require_unit_mean(self.mean)
+        return self
 
 
 def _a_file(value: object) -> object:
