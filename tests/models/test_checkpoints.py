@@ -205,6 +205,10 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
         r"came numpy arrays; torch.save\(\{name: torch.from_numpy",
     ),
     "pickled": (lambda path: path.write_bytes(pickle.dumps(state(), protocol=4)), "as weights alone; where you trust"),
+    "optimizer": (
+        lambda path: torch.save(torch.optim.Adam(made().parameters()).state_dict(), path),
+        "came that of an optimizer; save model",
+    ),
     "list": (lambda path: torch.save([torch.ones(2)], path), "expected tensors by name, came a list"),
     "tensor": (lambda path: torch.save(torch.ones(2), path), "expected tensors by name, came a Tensor"),
     "numbers": (lambda path: torch.save({"epoch": 1, "lr": 0.1}, path), "dictionary of 'epoch', 'lr', none of which"),

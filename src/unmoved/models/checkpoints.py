@@ -206,6 +206,8 @@ def _unwrapped(path: Path, content: object, left_out: Sequence[str], key: str | 
     if isinstance(content, Mapping) and key is None and (tensors := _tensors(content)):
         return _dense(path, tensors), ""
     members = _members(content)
+    if {"state", "param_groups"} == members.keys():
+        raise UnmovedError(f"{path}: expected a model's state_dict, came that of an optimizer; save model.state_dict()")
     found = {name: tensors for name, value in members.items() if (tensors := _tensors(value))}
     if not found or key not in (None, *found):
         deeper = {f"{name}.{inner}": v for name, value in members.items() for inner, v in _members(value).items()}
