@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from unmoved.attacks.apgd_steps import MomentumPace, with_momentum
+from unmoved.attacks import APGD
+from unmoved.attacks.apgd_steps import MomentumSteps, with_momentum
 from unmoved.core.threat import ThreatModel
 
 
@@ -15,6 +16,15 @@ def test_a_quarter_of_a_step_goes_on_as_the_last_one_went_but_for_the_first(step
     x, x_adv, x_old = (torch.full((1, 1, 2, 2), value, dtype=torch.float64) for value in (0.5, 0.52, 0.5))
     moved = with_momentum(ThreatModel("linf", 0.1), x, x_adv, x_old, torch.ones_like(x), 0.04, step)
     assert torch.allclose(moved, torch.full_like(x, expected))
+
+
+def test_large_balls_come_first_and_the_last_is_its_own() -> None:
+    """Croce and Hein 2021, section 4.2: 30 % of the steps in 3 eps, 30 % in 2 eps, the rest in eps."""
+    sizes = {steps: APGD(ThreatModel("l1", 2.0), steps=steps, large_first=True)._phases() for steps in (10, 100)}
+    for steps, phases in sizes.items():
+        assert [(ball.norm, ball.radius) for ball, _ in phases] == [("l1", 6.0), ("l1", 4.0), ("l1", 2.0)]
+        assert [count for _, count in phases] == [0.3 * steps, 0.3 * steps, 0.4 * steps]
+    assert APGD(ThreatModel("l1", 2.0), steps=10)._phases() == [(ThreatModel("l1", 2.0), 10)]
 
 
 def by_the_paper(start, values, slopes, eps, steps, compat):
@@ -67,7 +77,7 @@ def test_auto_pgd_is_the_papers_loop(compat: bool) -> None:
     start = (0.2 * torch.rand(samples, generator=draw, dtype=torch.float64) - 0.1).reshape(x.shape)
     slope = slopes[0].reshape(x.shape)
     threat = ThreatModel("linf", eps, bounds=(-9.0, 9.0))
-    pace, at, path = MomentumPace(threat, x, start, values[0], slope, steps, compat), start, []
+    pace, at, path = MomentumSteps(threat, x, start, values[0], slope, steps, compat), start, []
     for step in range(steps):
         at = pace.move(at, slope, step)
         path.append(at.flatten())

@@ -139,6 +139,8 @@ def test_starts_belong_to_the_sample_and_the_seed():
     )
     wide = Batch(torch.rand(2, 3, 9, 7), torch.zeros(2, dtype=torch.long))
     blends = [attack._blend(wide, attempt) for attempt in range(12)]
+    others = [HopSkipJump(BALLS["l2"], seed=1)._blend(wide, attempt) for attempt in range(12)]
+    assert not any(torch.equal(*pair) for pair in zip(blends, others, strict=True))
     assert all(blend.shape == wide.x.shape and blend.min() >= 0 and blend.max() <= 1 for blend in blends)
     assert len(blends[3].flatten(1)[0].unique()) == 3 * 2  # blocks of 8 x 8
     assert set(blends[4].unique().tolist()) == {0.0, 1.0}
