@@ -233,7 +233,10 @@ def _where(studies: Mapping[str, Study]) -> list[str]:
         for run in of
         if not run.failed
     )
-    lines = [f"- {name}: {count} run{'s' * (count > 1)} on {machine}, torch {torch}" for (name, machine, torch), count in made.items()]
+    lines = [
+        f"- {name}: {count} run{'s' * (count > 1)} on {machine}, torch {torch}"
+        for (name, machine, torch), count in made.items()
+    ]
     return [
         *lines,
         "",
