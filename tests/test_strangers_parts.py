@@ -175,7 +175,8 @@ def imported(lab: Path) -> set[str]:
 def test_everything_may_be_theirs(lab: Path) -> None:
     recipe(lab, THEIRS, "theirs")
     said = unmoved("train", "theirs.toml", "--out", "run", "--allow", "my_lab").fine()
-    assert said.out.startswith("epoch 1/2: loss")
+    assert "\nepoch 1/2: loss" in said.out
+    assert said.out.startswith("note: training ends with attacks within eps 0.05")  # half of what judges
     assert imported(lab) == {"__init__", "data", "nets", "attacks", "losses", "defenses", "optim"}
     run = Run.open("run")
     log = run.metrics

@@ -397,7 +397,7 @@ def test_judging_and_studying_read_the_test_images_alone_and_runs_share_them(
         found = studies.subjects(runs, n)
         assert counted == {"built": 3, "x_test.npy": 1}
         assert len({id(subject.split) for subject in found}) == 1
-        assert len({subject.question["weights"] for subject in found}) == 3
+        assert len({subject.key["weights"] for subject in found}) == 3
 
 
 def test_runs_on_the_same_images_in_two_files_share_one_copy(tmp_path: Path, npz_recipe: Path) -> None:
@@ -410,4 +410,4 @@ def test_runs_on_the_same_images_in_two_files_share_one_copy(tmp_path: Path, npz
         grid.work(job)
     first, second = studies.subjects([Run.open(job.path) for job in made], None)
     assert first.split is second.split
-    assert first.question["images"] == second.question["images"]
+    assert first.key["images"] == second.key["images"]
