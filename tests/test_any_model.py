@@ -270,20 +270,23 @@ WRAPPED: dict[str, Callable[[nn.Module], Any]] = {
     "DataParallel": nn.DataParallel,
     "averaged": torch.optim.swa_utils.AveragedModel,
     "frozen": lambda model: model.requires_grad_(False),
+    "scripted": torch.jit.script,
+    "a frozen script": lambda model: torch.jit.freeze(torch.jit.script(model.eval())),
 }
 
 
 @pytest.mark.parametrize("how", WRAPPED)
+@pytest.mark.filterwarnings(r"ignore:.*torch\.jit")  # what torch says of it, by version
 def test_a_model_is_judged_as_it_comes_and_left_as_it_was(trained: Net, digits: data.ArraySplit, how: str) -> None:
     x, y = digits.images[:30], digits.labels[:30]
     net = Net()
     net.load_state_dict(trained.state_dict())
     model = WRAPPED[how](net)
-    mode, wants = model.training, [p.requires_grad for p in model.parameters()]
-    found = package.judge(model, (x, y), eps=0.1, attacks="fgsm", doctor=False, progress=False)
+    mode, wants = getattr(model, "training", False), [p.requires_grad for p in model.parameters()]
+    found = package.judge(model, (x, y), eps=0.1, attacks="fgsm", doctor="script" in how, progress=False)
     expected = package.judge(trained.eval(), (x, y), eps=0.1, attacks="fgsm", doctor=False, progress=False)
     assert found.outcomes.equals(expected.outcomes)
-    assert (model.training, [p.requires_grad for p in model.parameters()]) == (mode, wants)
+    assert (getattr(model, "training", False), [p.requires_grad for p in model.parameters()]) == (mode, wants)
     assert any("training mode" in note for note in found.notes) == mode
 
 

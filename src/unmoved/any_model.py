@@ -140,7 +140,7 @@ def _fitting(
     if isinstance(split, ArraySplit) and split is not data and classes is None and names_of(data) is None:
         split = replace(split, classes=numbered("classes", max(outputs, int(split.labels.max()) + 1) - 1))
     require_outputs(outputs, split)
-    if model.training:
+    if getattr(model, "training", False):  # a frozen script has no mode
         notes.append("the model is in training mode; it was judged in evaluation mode")
     return split, logits, notes
 

@@ -68,8 +68,14 @@ def test_objects_are_refused_and_nothing_runs(tmp_path: Path) -> None:
 
 def test_other_files_and_contents(tmp_path: Path) -> None:
     file = save(tmp_path, x_train=X, y_train=Y, images=X)
-    with pytest.raises(UnmovedError, match=r"expected arrays x_train, .* came x_train, y_train"):
+    with pytest.raises(UnmovedError, match=r"expected arrays x_train, .* came images, x_train, y_train"):
         arrays(file)
+    with pytest.raises(UnmovedError, match=r"came images, labels; save"):
+        arrays(save(tmp_path, images=X, labels=Y))
+    with pytest.raises(UnmovedError, match=r"came texts; numpy.unique\(labels, return_inverse=True\)"):
+        arrays(save(tmp_path, x=X, y=Y.astype(str)))
+    with pytest.raises(UnmovedError, match=r"came \(20, 108\); reshape them"):
+        arrays(save(tmp_path, x=X.reshape(20, -1), y=Y))
     whole = save(tmp_path, x=X, y=Y).read_bytes()
     single = io.BytesIO()
     np.save(single, X)

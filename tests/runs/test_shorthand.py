@@ -67,6 +67,9 @@ def test_models(text: str, given: dict[str, Any], table: dict[str, Any]) -> None
     ("text", "given", "words"),
     [
         ("smal_cnn", {}, "expected module:Name, timm:NAME or one of .*did you mean 'small_cnn'"),
+        ("my_models.MyNet", {}, "came 'my_models.MyNet'; did you mean 'my_models:MyNet'"),
+        ("./lab/my_models.py", {}, "did you mean 'lab.my_models:Name'"),
+        ("my_models.py:MyNet", {}, "came 'my_models.py:MyNet'; did you mean 'my_models:MyNet'"),
         ("linear", {"mean": "0.1"}, "--std: expected a value because --mean is given"),
         ("linear", {"mean": "a", "std": "b"}, "--mean: expected numbers such as"),
         ("linear", {"settings": ["use=os:system"]}, "expected key=value"),

@@ -60,6 +60,8 @@ def arrays(
         chosen = stratified(whole.labels, held_out(f"{file}: held-out size", test, len(whole.labels)), seed)
         train, held = whole.part(~chosen), whole.part(chosen)
     else:
+        with np.load(file, allow_pickle=False) as whole_file:
+            there = {f"{name:.80}" for name in whole_file.files[:20]}
         raise UnmovedError(
             f"{file}: expected arrays {', '.join(SPLIT)}, or x and y, came {', '.join(sorted(there)) or 'none'}; "
             "save with numpy.savez(file, x_train=..., ...)"

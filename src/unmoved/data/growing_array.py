@@ -125,7 +125,8 @@ def _channels_last(what: str, shape: tuple[int, ...], layout: str | None) -> boo
     if len(shape) == 3:
         return False
     if len(shape) != 4:
-        raise UnmovedError(f"{what}: expected shape (N, H, W), (N, C, H, W) or (N, H, W, C), came {shape}")
+        expected = "(N, H, W), (N, C, H, W) or (N, H, W, C)"
+        raise UnmovedError(f"{what}: expected shape {expected}, came {shape}; reshape them")
     if layout is not None:
         return layout == "NHWC"
     first, last = shape[1] in CHANNELS, shape[3] in CHANNELS

@@ -99,6 +99,11 @@ def _require_array(what: str, values: object) -> None:
 
 def as_labels(what: str, values: Array, count: int) -> Tensor:
     """Convert labels to (N,) int64, none negative, as many as there are images."""
+    if isinstance(values, np.ndarray) and values.dtype.kind in "US":
+        raise UnmovedError(
+            f"{what}: expected whole numbers 0..K-1, came texts; numpy.unique(labels, return_inverse=True) gives the "
+            "names of the classes and the numbers"
+        )
     labels = as_tensor(what, values)
     if labels.ndim != 1:
         raise UnmovedError(

@@ -127,7 +127,8 @@ def _bare_names(model: nn.Module, state: Iterable[str]) -> dict[str, str]:
                 is_weight &= part == "module"
             elif part != _COMPILED:
                 kept.append(part)
-            module = None if module is None else module._modules.get(part)
+            inner = {} if module is None else module._modules
+            module = inner[part] if part in inner else None  # noqa: SIM401 - a scripted module's has no .get
         if is_weight:
             names[".".join(kept)] = name
     return names

@@ -34,13 +34,16 @@ def model_table(
         UnmovedError: an unknown name, a setting that is none, or one of mean and std without the other.
     """
     own, _, rest = text.partition(":")
+    if own.endswith(".py"):
+        module = own.removesuffix(".py").strip("./").replace("/", ".")
+        raise UnmovedError(f"model: expected module:Name, came {text!r}; did you mean '{module}:{rest or 'Name'}'?")
     table: Json = {"use": text}
     if own == "timm" and rest:
         table = {"use": "timm", "model": rest}
     elif ":" not in text and text not in KINDS["models"]:
         raise UnmovedError(
             f"model: expected module:Name, timm:NAME or one of {', '.join(KINDS['models'])}, came {text!r}"
-            + did_you_mean(text, KINDS["models"])
+            + (_as_third_party(text) or did_you_mean(text, KINDS["models"]))
         )
     table |= _settings("--model-set", settings)
     if (mean is None) != (std is None):
@@ -52,6 +55,12 @@ def model_table(
         takes = inspect.signature(KINDS["models"][use]).parameters if ":" not in use else ()
         table |= numbers if "mean" in takes else {"normalize": numbers}
     return table if weights is None else table | {"weights": dict(weights)}
+
+
+def _as_third_party(dotted: str) -> str:
+    """Say how ``module.Name`` is written."""
+    module, _, name = dotted.rpartition(".")
+    return f"; did you mean '{module}:{name}'?" if module else ""
 
 
 def data_table(text: str, settings: Sequence[str] = ()) -> Json:
