@@ -277,7 +277,7 @@ def test_nan_in_a_later_epoch_keeps_the_epoch_before(tmp_path: Path, monkeypatch
         ("provenance.json", b"[]", "report", "expected a JSON object, came a list"),
         ("recipe.toml", b"name = ", "evaluate", "recipe.toml: not valid TOML"),
         ("recipe.toml", b"\xff\xfe", "evaluate", "recipe.toml: expected text in UTF-8"),
-        ("recipe.toml", b'name = "x"\n', "evaluate", "data: Field required"),
+        ("recipe.toml", b'name = "x"\n', "evaluate", "data: expected a value, came none"),
         ("best.safetensors", None, "evaluate", "no best.safetensors yet; train first"),
         ("best.safetensors", b"torn", "evaluate", "not a whole safetensors file"),
         ("best.safetensors", b"\x80\x02cos\nsystem\n", "evaluate", "came a pickle"),

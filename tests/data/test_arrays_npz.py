@@ -50,6 +50,15 @@ def test_zeros_and_ones_are_no_images_of_256_levels(tmp_path: Path) -> None:
     assert set(arrays(save(tmp_path, x=binary / 1.0, y=Y)).test.images.unique().tolist()) == {0, 255}
 
 
+@pytest.mark.parametrize("lazily", [False, True])
+def test_all_of_two_arrays_may_be_test_data(tmp_path: Path, lazily: bool) -> None:
+    data = arrays(save(tmp_path, x=X, y=Y), test="all", lazily=lazily)
+    assert torch.equal(data.test.images, torch.from_numpy(X))
+    assert (data.test.index.tolist(), len(data.train)) == ([*range(20)], 0)
+    with pytest.raises(UnmovedError, match=r"expected no parts with test='all', came training and test data"):
+        arrays(save(tmp_path, x_train=X, y_train=Y, x_test=X, y_test=Y), test="all")
+
+
 class Evil:
     def __init__(self, file: Path) -> None:
         self.file = file

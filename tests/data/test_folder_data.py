@@ -79,6 +79,17 @@ def test_train_and_test_folders_are_used(tmp_path: Path) -> None:
     assert data.test.name == "pets/test"
 
 
+@pytest.mark.parametrize("lazily", [False, True])
+def test_all_of_a_folder_may_be_test_data(tmp_path: Path, lazily: bool) -> None:
+    root = write(tmp_path / "pets", NAMES)
+    for _ in range(2):  # decoded, and from the cache
+        data = folder(root, cache=tmp_path / "cache", test="all", lazily=lazily)
+        assert (len(data.train), data.test.index.tolist()) == (0, [*range(12)])
+        assert np.array_equal(data.test.images[7].permute(1, 2, 0).numpy(), pixels(7))
+    with pytest.raises(UnmovedError, match=r"split: expected no parts with test='all'"):
+        folder(write(tmp_path / "split", SPLIT), test="all")
+
+
 @pytest.mark.parametrize("suffix", ["tar", "tar.gz", "tar.xz", "tar.bz2"])
 @pytest.mark.parametrize("prefix", ["", "./", "pets-1.0/", "./a/b/"])
 @pytest.mark.parametrize("names", [NAMES, SPLIT], ids=["whole", "split"])

@@ -245,7 +245,7 @@ def test_files_that_are_no_recipe(tmp_path: Path) -> None:
     (tmp_path / "image.toml").write_bytes(b"\xff\xd8\xff\xe0")
     with pytest.raises(UnmovedError, match=r"image.toml: expected text in UTF-8"):
         config.read(tmp_path / "image.toml")
-    with pytest.raises(UnmovedError, match="data: Field required"):
+    with pytest.raises(UnmovedError, match="data: expected a value, came none"):
         config.read(recipe(tmp_path, ""))
 
 

@@ -68,8 +68,10 @@ def as_split(
     if isinstance(data, DataSet | ArraySplit | Selection) and not (classes is None and layout is None):
         raise UnmovedError("data: expected neither classes nor layout with a split of unmoved.data, which has its own")
     if isinstance(data, DataSet):
-        return data.test, []
+        data = data.test
     if isinstance(data, ArraySplit | Selection):
+        if not len(data):
+            raise UnmovedError(f"data {data.name}: expected at least one sample, came none")
         return data, []
     names = classes if classes is not None else names_of(data)
     images, labels = _arrays(data)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -14,9 +15,9 @@ from unmoved.core.errors import UnmovedError
 from unmoved.core.untrusted import npz
 from unmoved.data.dataset import DataSet, Unread
 from unmoved.data.growing_array import Filling
-from unmoved.data.split import ArraySplit, stratified
+from unmoved.data.split import ArraySplit, drawn_for_test, require_parts_are_meant
 from unmoved.data.stored_arrays import Stored, stored
-from unmoved.data.validation import MOST_CLASSES, as_classes, as_labels, held_out, numbered, require_path
+from unmoved.data.validation import MOST_CLASSES, as_classes, as_labels, numbered, require_path
 
 SPLIT, WHOLE = ("x_train", "y_train", "x_test", "y_test"), ("x", "y")
 
@@ -25,7 +26,7 @@ def arrays(
     path: str | os.PathLike[str],
     *,
     layout: str | None = None,
-    test: float = 0.2,
+    test: float | Literal["all"] = 0.2,
     seed: int = 0,
     lazily: bool = False,
 ) -> DataSet:
@@ -35,7 +36,8 @@ def arrays(
         path: made with ``numpy.savez``; images uint8 or float in [0, 1], labels integers, optionally ``classes``, the
             class names.
         layout: ``"NCHW"`` or ``"NHWC"``, needed where the shape alone does not tell.
-        test, seed: share or number of held-out samples, and the seed of that choice, for x and y.
+        test, seed: share or number of held-out samples and the seed of that choice, for x and y; ``"all"`` of them, for
+            a model that is judged only.
         lazily: read the images of a part when they are asked for.
 
     Raises:
@@ -47,6 +49,7 @@ def arrays(
     there = content.keys() | images.keys()
     named = _names(content["classes"], file) if "classes" in content else None
     if there >= set(SPLIT):
+        require_parts_are_meant(str(file), test)
         labels = [content[key] for key in ("y_train", "y_test")]
         if named is None and all(y.dtype.kind in "iu" and y.size for y in labels):
             # A test part may lack the last class, so the class names are taken from both parts.
@@ -57,7 +60,7 @@ def arrays(
         )
     elif there >= set(WHOLE):
         whole = _Source(str(file), images["x"], content["y"], named, layout)
-        chosen = stratified(whole.labels, held_out(f"{file}: held-out size", test, len(whole.labels)), seed)
+        chosen = drawn_for_test(str(file), whole.labels, test, seed)
         train, held = whole.part(~chosen), whole.part(chosen)
     else:
         with np.load(file, allow_pickle=False) as whole_file:

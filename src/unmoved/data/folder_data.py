@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from functools import partial
+from typing import Literal
 
 import numpy as np
 import PIL
@@ -19,8 +20,8 @@ from unmoved.data.decode_all import Progress, decode_all
 from unmoved.data.decoded_cache import Decoded, Slot
 from unmoved.data.folder_sources import Folder, Tar, tree
 from unmoved.data.growing_array import PIECE, Filling, require_light
-from unmoved.data.split import ArraySplit, stratified
-from unmoved.data.validation import held_out, require_path
+from unmoved.data.split import ArraySplit, drawn_for_test, require_parts_are_meant
+from unmoved.data.validation import require_path
 
 
 def folder(
@@ -30,7 +31,7 @@ def folder(
     grey: bool = False,
     skip_corrupt: bool = False,
     cache: bool | str | os.PathLike[str] = True,
-    test: float = 0.2,
+    test: float | Literal["all"] = 0.2,
     seed: int = 0,
     progress: Progress | None = None,
     lazily: bool = False,
@@ -49,7 +50,8 @@ def folder(
         skip_corrupt: leave unreadable images out; `DataSet.skipped` names them.
         cache: keep the decoded images (in the user's cache folder, or in the folder given), and use them as long as
             names, sizes, times and settings stay the same.
-        test, seed: share or number of held-out samples and the seed of that choice, where there is no train/ and test/.
+        test, seed: share or number of held-out samples and the seed of that choice, where there is no train/ and test/;
+            ``"all"`` of them, for a model that is judged only.
         progress: called with (done, total) while images are decoded.
         lazily: leave decoded images in the cache until a part is asked for.
 
@@ -92,13 +94,16 @@ def _decoded(source: Folder | Tar, pixels: Pixels, skip_corrupt: bool, progress:
     return Decoded(images, labels, train, layout.classes, tuple(skipped))
 
 
-def _data_set(decoded: Decoded, name: str, test: float, seed: int, decode: Callable[[], Decoded]) -> DataSet:
+def _data_set(
+    decoded: Decoded, name: str, test: float | Literal["all"], seed: int, decode: Callable[[], Decoded]
+) -> DataSet:
     """Make the two parts; if the cache turns out to be damaged, images are decoded anew."""
     labels, classes = torch.from_numpy(decoded.labels), tuple(map(readable, decoded.classes))
     if parted := decoded.train < len(labels):
+        require_parts_are_meant(name, test)
         chosen = torch.arange(len(labels)) >= decoded.train
     else:
-        chosen = stratified(labels, held_out(f"{name}: held-out size", test, len(labels)), seed)
+        chosen = drawn_for_test(name, labels, test, seed)
     masks = {"train": ~chosen, "test": chosen}
     # In a folder with parts each part numbers its own images.
     index = {part: torch.arange(int(m.sum())) if parted else m.nonzero().flatten() for part, m in masks.items()}

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -252,6 +253,23 @@ def _digest(split: ArraySplit | Selection, images: Iterable[Tensor]) -> str:
 
 def _as_floats(images: Tensor) -> Image:
     return images.float() / 255 if images.dtype == torch.uint8 else images.clone()
+
+
+def drawn_for_test(name: str, labels: Tensor, test: float | Literal["all"], seed: int) -> Tensor:
+    """Draw a mask of a source's test samples, a share or a number of them or all, spread over the classes.
+
+    Raises:
+        UnmovedError: a share or a number that leaves one side empty.
+    """
+    if test == "all":
+        return torch.ones(len(labels), dtype=torch.bool)
+    return stratified(labels, held_out(f"{name}: held-out size", test, len(labels)), seed)
+
+
+def require_parts_are_meant(name: str, test: object) -> None:
+    """Raise `UnmovedError` where a source has training samples and all are to be test samples."""
+    if test == "all":
+        raise UnmovedError(f"{name}: expected no parts with test='all', came training and test data; leave test out")
 
 
 def stratified(labels: Tensor, count: int, seed: int) -> Tensor:

@@ -106,6 +106,8 @@ class Assembly:
         Both are in the memory of the training data.
         """
         share, train = self.recipe.training.validation, self.data.train
+        if not len(train):
+            raise UnmovedError(f"{train.name}: expected samples, came none: with test = 'all' all are test samples")
         if not share:
             return train, None
         chosen = train.held_out(share if share < 1 else int(share), seed=0)

@@ -18,7 +18,7 @@ from unmoved.core.precision import PRECISIONS
 from unmoved.core.threat import ThreatModel
 from unmoved.core.untrusted import LONGEST, Json, JsonValue, readable, require_plain, text_file, toml
 from unmoved.evaluation.outcomes import CLEAN, WORST
-from unmoved.runs import packaged_recipes, recipe_keys
+from unmoved.runs import packaged_recipes, recipe_errors
 from unmoved.runs.components import (
     KINDS,
     AttackTable,
@@ -31,7 +31,6 @@ from unmoved.runs.components import (
     ScheduleTable,
     Settings,
     TermTable,
-    UnknownKey,
     Whole,
 )
 from unmoved.runs.suggestions import recipe_meant
@@ -225,7 +224,7 @@ class Recipe(PhaseParts):
             try:
                 PhaseParts.model_validate(tables)
             except ValidationError as error:
-                raise ValueError(f"phase from epoch {start}: " + "; ".join(messages(error, tables))) from None
+                raise ValueError(f"phase from epoch {start}: " + "; ".join(_mistakes(error, tables))) from None
         return self
 
     def phase_parts(self) -> list[tuple[int, Json]]:
@@ -319,7 +318,7 @@ def parse(tables: Json, where: str = "recipe") -> Recipe:
     try:
         return Recipe.model_validate(tables)
     except ValidationError as error:
-        raise UnmovedError("\n".join(f"{where}: {message}" for message in messages(error, tables))) from None
+        raise UnmovedError("\n".join(f"{where}: {message}" for message in _mistakes(error, tables))) from None
 
 
 def attack_table(table: str | Mapping[str, object]) -> AttackTable:
@@ -331,7 +330,7 @@ def attack_table(table: str | Mapping[str, object]) -> AttackTable:
     try:
         attack: AttackTable = TypeAdapter(AttackTable).validate_python(table)
     except ValidationError as error:
-        raise UnmovedError("\n".join(f"--attacks: {line}" for line in messages(error, {}))) from None
+        raise UnmovedError("\n".join(f"--attacks: {line}" for line in _mistakes(error, {}))) from None
     return attack
 
 
@@ -375,16 +374,6 @@ def _override(tables: Json, override: str) -> None:
     target[last] = value
 
 
-def messages(error: ValidationError, tables: Json) -> list[str]:
-    """Return a line for each mistake: the key, and how to correct it."""
-    lines = []
-    for mistake in error.errors(include_url=False):
-        key = ".".join(str(part) for part in mistake["loc"] if not str(part).startswith("<"))
-        message = mistake["msg"].removeprefix("Value error, ")
-        if isinstance(unknown := mistake.get("ctx", {}).get("error"), UnknownKey):
-            message += recipe_keys.meant(unknown, Recipe, tables)
-        line = f"{key}: {message}" if key and not message.startswith(f"{key}.") else message
-        if mistake["type"] not in ("value_error", "missing") and not isinstance(mistake["input"], dict):
-            line += f", came {mistake['input']!r:.200}"
-        lines.append(line)
-    return list(dict.fromkeys(lines))
+def _mistakes(error: ValidationError, tables: Json) -> list[str]:
+    """Return a line for each mistake in a recipe's tables."""
+    return recipe_errors.messages(error, Recipe, tables)
