@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import textwrap
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -127,7 +127,9 @@ def verdict(name: str, written: Mapping[str, Any], facts: Facts, path: str) -> s
             missing[study] = dict.fromkeys(lacking)
         ran = [known[method] for method in methods if "clean" in known.get(method, {})]
         if any(known.get(method) for method in methods):
-            said.append(f"**{STUDIES[study]['title']}**{f' ({_setting(ran)})' if ran else ''}.")
+            compared = [known.get(METHODS[method].get("base", ""), {}) for method in methods if known.get(method)]
+            machines = {one["hardware"] for one in (*ran, *compared) if "hardware" in one}
+            said.append(f"**{STUDIES[study]['title']}**{f' ({_setting(ran, machines)})' if ran else ''}.")
         said += [_finding(method, known[method], written.get("notes", {})) for method in methods if known.get(method)]
         said += [filled(text, facts, path, missing) for text in written.get(study, ()) if ran]
     if missing:
@@ -136,10 +138,10 @@ def verdict(name: str, written: Mapping[str, Any], facts: Facts, path: str) -> s
     return wrapped(f"**{name}.** {' '.join(part for part in said if part)}")
 
 
-def _setting(ran: Sequence[Mapping[str, str]]) -> str:
-    """Say on what the figures of some methods rest."""
-    each = {name: " or ".join(sorted({one[name] for one in ran})) for name in ("n", "seeds", "kind", "hardware")}
-    return f"n = {each['n']}, seeds: {each['seeds']}, AutoAttack {each['kind']}, {each['hardware']}"
+def _setting(ran: Sequence[Mapping[str, str]], machines: Iterable[str]) -> str:
+    """Say on what the figures of some methods, and of what they are compared with, rest."""
+    each = {name: " or ".join(sorted({one[name] for one in ran})) for name in ("n", "seeds", "kind")}
+    return f"n = {each['n']}, seeds: {each['seeds']}, AutoAttack {each['kind']}, {' and '.join(sorted(machines))}"
 
 
 def _finding(method: str, known: Mapping[str, str], notes: Mapping[str, str]) -> str:

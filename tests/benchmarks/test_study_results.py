@@ -155,21 +155,26 @@ def test_a_verdict_names_the_study_of_each_figure_whichever_methods_were_run_fir
     ran |= {"n": "10,000", "seeds": "1", "hardware": "a machine"}
     beside = {f"{name}_{part}": part for name in study_words.MEASURES for part in ("difference", "word", "ends")}
     facts = {
-        "mnist": {"DRSL": ran, "DRSL on AT": {}, "DRSL on TRADES": ran | beside | {"judgement": "", "seeds": "2"}},
+        "mnist": {
+            "DRSL": ran,
+            "DRSL on AT": {},
+            "DRSL on TRADES": ran | beside | {"judgement": "", "seeds": "2"},
+            "TRADES": ran | {"hardware": "another"},
+        },
         "digits": {"DRSL": {}, "DRSL on AT": {"failed": "failed, seed 0"}, "DRSL on TRADES": {}},
     }
     written = {
         "claim": "Claim.",
-        "methods": list(facts["mnist"]),
+        "methods": ["DRSL", "DRSL on AT", "DRSL on TRADES"],
         "mnist": ["{mnist/DRSL/pgd40}!"],
         "digits": ["Not yet."],
     }
     said = " ".join(study_words.verdict("DRSL", written, facts, "v").split())
     assert said.startswith(
-        f"**DRSL.** Claim. **{STUDIES['mnist']['title']}** (n = 10,000, seeds: 1 or 2, AutoAttack sampled, a machine). "
-        "Alone, on clean images: 0.1 % [0.0, 0.2] under AutoAttack, 3.0 under PGD-40. Added to TRADES: difference "
-        "points under AutoAttack, word (ends); clean accuracy difference, word; PGD-40 difference, word. 3.0! "
-        f"**{STUDIES['digits']['title']}**. DRSL on AT: failed, seed 0. (Not run yet: "
+        f"**DRSL.** Claim. **{STUDIES['mnist']['title']}** (n = 10,000, seeds: 1 or 2, AutoAttack sampled, a machine "
+        "and another). Alone, on clean images: 0.1 % [0.0, 0.2] under AutoAttack, 3.0 under PGD-40. Added to TRADES: "
+        "difference points under AutoAttack, word (ends); clean accuracy difference, word; PGD-40 difference, word. "
+        f"3.0! **{STUDIES['digits']['title']}**. DRSL on AT: failed, seed 0. (Not run yet: "
     )
     assert said.endswith(
         "(Not run yet: MNIST, linf 0.3: DRSL on AT; Digits of 8x8 pixels, linf 0.2: DRSL, DRSL on TRADES.)"
